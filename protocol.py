@@ -1,0 +1,1196 @@
+"""What is said: the wire format, and the state machines that make sure it arrives.
+
+Rules of this file
+------------------
+- No sockets, no clock, no printing, no randomness. Time comes in as an argument (seconds, a float of any
+  origin that never goes back); what to send and what happened comes out as a return value.
+- It does not know its role: a server and a client use the same streams.
+- Every field that comes from the network is checked in one place, ``SCHEMA``. Behind it, types and bounds hold.
+- Every limit has a name and a unit, next to the code that it governs.
+
+The wire
+--------
+A datagram is one or more msgpack maps back to back, ``{"tag": str, "info": map}``. ``encode`` turns one map
+into bytes, ``Decoder.decode`` turns a datagram into maps and drops (and counts) what is not valid. Nothing else in
+the program touches msgpack, so a layer of encryption would go right there. Extra fields are ignored: the
+protocol can grow.
+
+Streams
+-------
+``chat`` (client to client), ``save`` (client to server) and ``mail`` (server to client) are one mechanism. The
+sender numbers its items 1, 2, 3 ... and packs as many as fit into one datagram. ``SendStream`` keeps every item
+until the receiver's ``ack`` has passed it; ``ReceiveStream`` puts items into order, hands each out once, and moves
+its ``next`` only when its owner says that they are *written* (to stdout, to disk). So an ack is a promise.
+
+- ``next`` is cumulative: everything below it is done for good. ``have`` (ranges that came early) only holds back
+  retransmission: it closes nothing, and is forgotten on a timeout.
+- ``base`` is the lowest number that the sender still holds. What is below it was closed on another route.
+- ``next + room`` is how far the sender may go. It only grows; an older, smaller one is ignored.
+- A text longer than ``MAX_PIECE`` takes several consecutive numbers; ``more`` names those that the next one
+  continues. A text is one thing: ``next`` and ``base`` never stand inside it.
+
+Loss recovery and congestion control follow RFC 6298 (retransmission timeout), RFC 9002 (packet threshold) and
+RFC 5681 (slow start, multiplicative decrease), counted in datagrams.
+
+``Conversation`` is the life of one client's sends to one recipient: which route they take (straight to the
+recipient, or to the server), when that changes, and the events that close each of them.
+"""
+from __future__ import annotations
+
+import functools
+import ipaddress
+import unicodedata
+from bisect import bisect_right
+from collections import deque
+from itertools import accumulate
+from typing import (Any, Callable, Collection, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional,
+                    Sequence, Set, Tuple)
+
+import msgpack
+
+Address = Tuple[str, int]
+Info = Dict[str, Any]
+Message = Tuple[str, Info]
+
+MAX_DATAGRAM = 1200       # bytes of payload that any path carries unfragmented (RFC 9000 §14)
+MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, a peer may use a larger --mtu
+MAX_NUMBER = 2 ** 63 - 1  # ids, versions and stream numbers; SQLite's integers are signed 64 bit
+MAX_ITEMS = 1024          # elements of one array on the wire: bounds what a hostile header can allocate
+MAX_FIELDS = 32           # keys of one map on the wire
+MAX_PIECE = 768           # bytes of UTF-8 in one number
+MAX_TEXT = 65536          # bytes of UTF-8 in one message
+MAX_TEXT_PIECES = -(-MAX_TEXT // (MAX_PIECE - 3))  # numbers; a cut can cost 3 bytes, it never splits a character
+MAX_NICK = 32             # characters
+MAX_NICK_BYTES = 96       # bytes of UTF-8
+MAX_RANGES = 32           # ranges in the ``have`` of one ack
+SESSION_BYTES = 16        # 128 bits: nobody guesses one
+TOKEN_BYTES = 32          # an HMAC-SHA256
+REG_SIZE = 128            # bytes a ``reg`` without cookie is padded to, so that its answer is never larger
+SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for`` and a ``probe`` are never larger
+
+
+# --- fields ---------------------------------------------------------------------------------------------------
+
+Check = Callable[[Any], bool]
+
+
+def integer(low: int, high: int) -> Check:
+    """A check for an integer in [low, high]; a bool is none."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def binary(size: int) -> Check:
+    """A check for exactly ``size`` bytes."""
+    return lambda value: type(value) is bytes and len(value) == size
+
+
+def boolean(value: Any) -> bool:
+    """A check for true or false, and nothing that merely counts as such."""
+    return type(value) is bool
+
+
+@functools.lru_cache(maxsize=4096)
+def is_nick(nick: str) -> bool:
+    """Whether ``nick`` is one: 1-32 letters, digits, ``_ . -`` in NFC, at most 96 bytes."""
+    return (0 < len(nick) <= MAX_NICK and len(nick.encode("utf-8", "replace")) <= MAX_NICK_BYTES
+            and all(c.isalpha() or c.isdecimal() or c in "_.-" for c in nick)
+            and unicodedata.is_normalized("NFC", nick))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_host(host: str) -> bool:
+    """Whether ``host`` is a numeric IP address (nothing from the network is ever looked up)."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return len(host) <= 64
+
+
+def fits_piece(text: str) -> bool:
+    """Whether ``text`` fits into one number of a stream."""
+    return len(text) <= MAX_PIECE and (len(text) * 4 <= MAX_PIECE or len(text.encode()) <= MAX_PIECE)
+
+
+NICK: Check = lambda value: type(value) is str and is_nick(value)
+HOST: Check = lambda value: type(value) is str and is_host(value)
+REASON: Check = lambda value: type(value) is str and len(value) <= MAX_NICK
+STATE: Check = lambda value: value in ("online", "offline", "gone")
+NUMBER = integer(1, MAX_NUMBER)
+COUNT = integer(0, MAX_NUMBER)
+PORT = integer(0, 65535)
+SESSION = binary(SESSION_BYTES)
+TOKEN = binary(TOKEN_BYTES)
+
+
+def pieces(value: Any) -> bool:
+    """A check for the texts of a ``chat`` or ``save``: at least one, each short enough for one number."""
+    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS or set(map(type, value)) != {str}:
+        return False
+    return max(map(len, value)) * 4 <= MAX_PIECE or all(map(fits_piece, value))
+
+
+def row(*checks: Check) -> Check:
+    """A check for a list with one element for each of ``checks``."""
+    return lambda value: (type(value) is list and len(value) == len(checks)
+                          and all(check(element) for check, element in zip(checks, value)))
+
+
+def rows(check: Check, most: int = MAX_ITEMS) -> Check:
+    """A check for a list of at most ``most`` elements, each of which passes ``check``."""
+    return lambda value: type(value) is list and len(value) <= most and all(map(check, value))
+
+
+TIME: Check = lambda value: type(value) is float
+PIECE: Check = lambda value: type(value) is str and fits_piece(value)
+ENTRY = row(NICK, HOST, PORT, STATE)
+RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
+
+REQUIRED: Dict[str, Dict[str, Check]] = {
+    "reg": {"id": COUNT, "nick": NICK},
+    "cookie": {"id": COUNT, "server": SESSION, "cookie": SESSION},
+    "welcome": {"id": COUNT, "nick": NICK, "boot": COUNT, "session": SESSION, "version": COUNT},
+    "refused": {"nick": NICK, "reason": REASON},
+    "for": {"session": SESSION},
+    "table": {"since": COUNT, "version": COUNT, "set": rows(ENTRY)},
+    "sync": {"session": SESSION, "version": COUNT},
+    "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": pieces},
+    "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
+    "nack": {"stream": COUNT, "first": NUMBER, "last": NUMBER, "reason": REASON},
+    "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": pieces,
+             "at": rows(TIME), "relay": boolean},
+    "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
+    "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER,
+             "items": rows(row(NICK, COUNT, NUMBER, TIME, PIECE, boolean))},
+    "probe": {"id": COUNT, "to": NICK},
+    "alive": {"id": COUNT, "nick": NICK},
+    "ping": {"id": COUNT, "session": SESSION, "version": COUNT},
+    "pong": {"id": COUNT, "boot": COUNT, "version": COUNT, "mail": COUNT},
+    "dereg": {"session": SESSION},
+    "bye": {"session": SESSION},
+}
+OPTIONAL: Dict[str, Dict[str, Check]] = {
+    "reg": {"token": TOKEN, "cookie": SESSION},
+    "refused": {"id": COUNT, "session": SESSION},
+    "chat": {"more": rows(NUMBER)},
+    "save": {"more": rows(NUMBER)},
+    "alive": {"session": SESSION},
+}
+
+
+def _numbered(info: Info, count: int) -> bool:
+    first = info["n"]
+    return bool(count and info["base"] <= first <= MAX_NUMBER - count
+                and all(first <= number < first + count for number in info.get("more", ())))
+
+
+TOGETHER: Dict[str, Check] = {  # what fields must be to each other
+    "table": lambda info: info["since"] <= info["version"],
+    "chat": lambda info: _numbered(info, len(info["text"])),
+    "save": lambda info: _numbered(info, len(info["text"])) and len(info["at"]) == len(info["text"]),
+    "mail": lambda info: _numbered(info, len(info["items"])),
+    "nack": lambda info: bool(info["first"] <= info["last"]),
+}
+SCHEMA = {tag: (list(fields.items()), list(OPTIONAL.get(tag, {}).items()), TOGETHER.get(tag))
+          for tag, fields in REQUIRED.items()}
+
+
+def is_valid(tag: Any, info: Any) -> bool:
+    """Whether ``info`` is what a map with ``tag`` must carry (see ``SCHEMA``)."""
+    if type(tag) is not str or tag not in SCHEMA or type(info) is not dict:
+        return False
+    required, optional, together = SCHEMA[tag]
+    return (all(name in info and check(info[name]) for name, check in required)
+            and all(name not in info or check(info[name]) for name, check in optional)
+            and (together is None or together(info)))
+
+
+# --- datagrams ------------------------------------------------------------------------------------------------
+
+_pack: Callable[[Any], bytes] = msgpack.Packer().pack
+
+
+def encode(tag: str, info: Info) -> bytes:
+    """One map as bytes; several of them back to back are a datagram."""
+    return _pack({"tag": tag, "info": info})
+
+
+def padded(tag: str, info: Info, size: int) -> bytes:
+    """One map as at least ``size`` bytes, by an extra field ``pad``."""
+    missing = size - len(encode(tag, dict(info, pad=b"")))
+    return encode(tag, dict(info, pad=bytes(missing))) if missing > 0 else encode(tag, info)
+
+
+class Decoder:
+    """Turns datagrams into messages, and counts what it drops.
+
+    ``dropped``: the maps (or, where the framing itself is broken, rests of datagrams) that were not valid.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._unpacker = self._new_unpacker()
+
+    @staticmethod
+    def _new_unpacker() -> Any:
+        return msgpack.Unpacker(max_buffer_size=2 * MAX_RECEIVED, max_array_len=MAX_ITEMS, max_map_len=MAX_FIELDS)
+
+    def decode(self, datagram: bytes) -> List[Message]:
+        """The valid messages of a datagram, in order. Never raises, whatever the bytes are."""
+        messages: List[Message] = []
+        unpacker = self._unpacker
+        start = unpacker.tell()
+        try:
+            unpacker.feed(datagram)
+            for value in unpacker:
+                if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
+                    messages.append((value["tag"], value["info"]))
+                else:
+                    self.dropped += 1
+            whole = unpacker.tell() - start == len(datagram)
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+            whole = False
+        if not whole:
+            self.dropped += 1
+            self._unpacker = self._new_unpacker()
+        return messages
+
+
+# --- texts ----------------------------------------------------------------------------------------------------
+
+def split_text(text: str) -> List[str]:
+    """``text`` as pieces of at most ``MAX_PIECE`` bytes of UTF-8 each, cut between characters."""
+    if fits_piece(text):
+        return [text]
+    data, cuts, start = text.encode(), [], 0
+    while start < len(data):
+        end = min(start + MAX_PIECE, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        cuts.append(data[start:end].decode())
+        start = end
+    return cuts
+
+
+def join_pieces(first: int, items: Sequence[str], more: Collection[int]) -> List[str]:
+    """The whole texts of consecutive numbers from ``first``, of which those in ``more`` are continued by the next."""
+    if not more:
+        return list(items)
+    texts, parts = [], []
+    for number, piece in enumerate(items, first):
+        parts.append(piece)
+        if number not in more:
+            texts.append("".join(parts))
+            parts = []
+    if parts:
+        texts.append("".join(parts))
+    return texts
+
+
+class Ranges:
+    """A set of numbers as sorted, disjoint, half-open ranges; at most ``most``, the lowest go first."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.spans: List[Tuple[int, int]] = []
+
+    def __contains__(self, number: int) -> bool:
+        index = bisect_right(self.spans, (number, MAX_NUMBER)) - 1
+        return index >= 0 and self.spans[index][0] <= number < self.spans[index][1]
+
+    def add(self, start: int, end: int) -> None:
+        """Adds [start, end)."""
+        apart = []
+        for span in self.spans:
+            if span[1] < start or end < span[0]:
+                apart.append(span)
+            else:
+                start, end = min(start, span[0]), max(end, span[1])
+        apart.append((start, end))
+        self.spans = sorted(apart)[-self.most:]
+
+    def end_of(self, number: int) -> int:
+        """Where the range that holds ``number`` ends; ``number`` itself if none does."""
+        for start, end in self.spans:
+            if start <= number < end:
+                return end
+        return number
+
+    def drop_below(self, number: int) -> None:
+        """Forgets the ranges that lie wholly below ``number``."""
+        if self.spans and self.spans[0][1] <= number:
+            self.spans = [span for span in self.spans if span[1] > number]
+
+
+# --- sending --------------------------------------------------------------------------------------------------
+
+INITIAL_TIMEOUT = 0.1     # s; before a round trip was measured: several transmissions must fit into 500 ms
+MIN_TIMEOUT = 0.05        # s; a receiver's turn (a commit, a full pipe) is no loss
+MAX_TIMEOUT = 5.0         # s; the back-off ends here
+CLOCK_GRAIN = 0.001       # s; G of RFC 6298
+INITIAL_WINDOW = 10       # datagrams (RFC 6928)
+MIN_WINDOW = 2            # datagrams (RFC 9002 §7.2)
+MAX_WINDOW = 256          # datagrams in flight
+PACKET_THRESHOLD = 3      # datagrams sent later and acked first make a loss (RFC 9002 §6.1.1)
+INITIAL_ROOM = 4096       # numbers that may be sent before the receiver has said how many it takes
+ASK_AGAIN = (0.5, 1.0, 2.0, 5.0)  # s between questions to a receiver that has no room; the last one repeats
+NEVER = float("inf")
+
+UNSENT, SENT, HELD, LOST = range(4)  # what is known of a packet
+
+
+class Packet:
+    """Consecutive items of a stream that travel in one datagram."""
+
+    __slots__ = ("first", "items", "size", "state", "sent", "order", "tries")
+
+    def __init__(self, first: int, items: List[Any], size: int) -> None:
+        self.first = first
+        self.items = items
+        self.size = size        # bytes of the encoded items
+        self.state = UNSENT
+        self.sent = 0.0         # time of the last transmission
+        self.order = 0          # which transmission of the stream that was
+        self.tries = 0
+
+    @property
+    def end(self) -> int:
+        """The number after the last one."""
+        return self.first + len(self.items)
+
+
+class SendStream:
+    """The sender's half of a stream: numbers items, packs them, sends them until they are acked.
+
+    The owner queues items with their sizes, hands in acks, calls ``poll(now)`` whenever something changed or
+    ``due()`` has come, and turns the packets that it returns into datagrams.
+    """
+
+    def __init__(self, stream: int, capacity: int, initial_timeout: float = INITIAL_TIMEOUT) -> None:
+        self.stream = stream
+        self.capacity = capacity    # bytes of items in one datagram
+        self.base = 1               # the lowest number still held
+        self.end = 1                # the next number to give
+        self.top = 1                # the number after the highest that was ever sent
+        self.edge = 1 + INITIAL_ROOM
+        self.size = 0              # of the items held
+        self.continued: Set[int] = set()
+        self._sent: Deque[Packet] = deque()
+        self._unsent: Deque[Packet] = deque()
+        self._initial_timeout = initial_timeout
+        self._reset_path()
+
+    def _reset_path(self) -> None:
+        self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
+        self.variation = 0.0                    # s; RTTVAR
+        self.fastest = NEVER                    # s; the shortest round trip seen
+        self.backoff = 1.0
+        self.window: float = INITIAL_WINDOW
+        self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
+        self.in_flight = 0
+        self.timer = NEVER          # when the oldest packet in flight counts as lost
+        self.ask = NEVER            # when to ask a receiver that has no room
+        self._asked = 0
+        self._order = 0
+        self._acked_order = 0
+        self._recovery = 0          # transmissions up to here belong to a loss that was already answered
+        self._lost = 0
+        self._window_was_full = False
+
+    @property
+    def held(self) -> int:
+        """How many numbers are not acked yet."""
+        return self.end - self.base
+
+    def queue(self, items: Sequence[Any], sizes: Sequence[int], continued: Collection[int] = ()) -> None:
+        """Appends items; ``sizes`` are their encoded bytes, ``continued`` the numbers that the next continues.
+
+        Every size must be at most ``capacity``.
+        """
+        self.continued.update(continued)
+        self.size += self._pack(self.end, items, sizes)
+        self.end += len(items)
+
+    def _pack(self, number: int, items: Sequence[Any], sizes: Sequence[int]) -> int:
+        totals = list(accumulate(sizes))
+        done = start = 0
+        if self._unsent and self._unsent[-1].end == number:
+            tail = self._unsent[-1]
+            start = min(bisect_right(totals, self.capacity - tail.size), MAX_ITEMS - len(tail.items))
+            if start > 0:
+                tail.items.extend(items[:start])
+                tail.size += totals[start - 1]
+                done = totals[start - 1]
+        start = max(start, 0)
+        while start < len(items):
+            end = min(bisect_right(totals, done + self.capacity, start), start + MAX_ITEMS)
+            assert end > start, "an item larger than a datagram"
+            self._unsent.append(Packet(number + start, list(items[start:end]), totals[end - 1] - done))
+            done, start = totals[end - 1], end
+        return totals[-1] if totals else 0
+
+    def items(self) -> Iterator[Any]:
+        """The items still held, lowest first."""
+        for packets in (self._sent, self._unsent):
+            for packet in packets:
+                yield from packet.items
+
+    def reroute(self, capacity: int, sizes: Callable[[List[Any]], List[int]]) -> None:
+        """Takes everything held to another path: nothing counts as sent there, nothing is known of it."""
+        held = list(self.items())
+        self._sent.clear()
+        self._unsent.clear()
+        self.capacity = capacity
+        self._reset_path()
+        self.edge = self.base + INITIAL_ROOM
+        self.size = self._pack(self.base, held, sizes(held))
+
+    def resume(self) -> None:
+        """Sends what is held again at once: the receiver is back."""
+        self._forget_have()
+        self.backoff = 1.0
+        self.timer = self.ask = NEVER
+        self._asked = 0
+
+    # what is due
+
+    def due(self) -> float:
+        """When ``poll`` must be called even if nothing happens; ``NEVER`` if nothing is held."""
+        return min(self.timer, self.ask)
+
+    def poll(self, now: float) -> List[Packet]:
+        """The packets to send now, lowest first."""
+        asking = False
+        if now >= self.timer:
+            self._timed_out()
+        elif now >= self.ask:
+            self._asked += 1
+            asking = True
+            self._forget_have()
+            self.window = 1.0
+        packets: List[Packet] = []
+        while self.in_flight < int(self.window):
+            packet = self._next(asking and not packets)
+            if packet is None:
+                self._window_was_full = False
+                break
+            self._transmit(packet, now)
+            packets.append(packet)
+        else:
+            self._window_was_full = True
+        self._arm(now)
+        return packets
+
+    def _next(self, beyond_room: bool) -> Optional[Packet]:
+        if self._lost:
+            for packet in self._sent:
+                if packet.state == LOST:
+                    self._lost -= 1
+                    return packet
+        if self._unsent and (self._unsent[0].end <= self.edge or (beyond_room and not self._sent)):
+            packet = self._unsent.popleft()
+            self._sent.append(packet)
+            self.top = max(self.top, packet.end)
+            return packet
+        return None
+
+    def _transmit(self, packet: Packet, now: float) -> None:
+        self._order += 1
+        packet.state, packet.sent, packet.order = SENT, now, self._order
+        packet.tries += 1
+        self.in_flight += 1
+
+    def _arm(self, now: float) -> None:
+        if self.in_flight:
+            self.ask = NEVER
+            if self.timer == NEVER:
+                self.timer = now + self.timeout()
+        else:
+            self.timer = NEVER
+            if not self.held:
+                self.ask = NEVER
+            elif self.ask == NEVER or now >= self.ask:
+                self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
+
+    def timeout(self) -> float:
+        """The retransmission timeout, in seconds (RFC 6298 §2, with a shorter first and least value)."""
+        if self.smoothed is None:
+            return min(self._initial_timeout * self.backoff, MAX_TIMEOUT)
+        plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
+        return min(plain * self.backoff, MAX_TIMEOUT)
+
+    def _timed_out(self) -> None:
+        """RFC 5681 §3.1 and RFC 6298 §5.5: back off, start over with one datagram."""
+        self._forget_have()
+        if self.backoff == 1.0:
+            self.threshold = max(self.window / 2, MIN_WINDOW)
+        self.window = 1.0
+        self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
+        self.timer = NEVER
+        self._recovery = self._order
+
+    def _forget_have(self) -> None:
+        for packet in self._sent:
+            packet.state = LOST
+        self._lost = len(self._sent)
+        self.in_flight = 0
+
+    def _doubt_have(self) -> None:
+        for packet in self._sent:
+            if packet.state == HELD:
+                packet.state = SENT
+                self.in_flight += 1
+
+    # what came back
+
+    def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int) -> int:
+        """Takes an ack; returns how many numbers it closed (0 also for one that cannot be true).
+
+        ``have`` are inclusive ranges. ``next_`` inside a text counts as its beginning.
+        """
+        if next_ > self.top:
+            return 0
+        while next_ - 1 in self.continued:
+            next_ -= 1
+        self.edge = max(self.edge, min(next_ + room, MAX_NUMBER))
+        if next_ < self.base:       # late, or from a receiver that has lost its memory
+            self._doubt_have()
+            return 0
+        closed = next_ - self.base
+        newly = self._drop_below(next_, now)
+        if have and self._sent:
+            newly += self._mark_held(have, now)
+            self._detect_loss()
+        if newly:
+            self._grow(newly)
+        if newly or closed:
+            self.backoff = 1.0
+            self.timer = NEVER      # poll starts it anew: RFC 6298 §5.3
+        if closed:
+            self._asked = 0
+            self.ask = NEVER
+        return closed
+
+    def close(self, end: int) -> int:
+        """Gives up what is held below ``end`` (its receiver refused it); returns how many numbers."""
+        end = min(end, self.top)
+        while end - 1 in self.continued:
+            end -= 1
+        closed = max(0, end - self.base)
+        if closed:
+            self._drop_below(end, NEVER)
+            self.timer = self.ask = NEVER
+        return closed
+
+    def _drop_below(self, number: int, now: float) -> int:
+        packets = 0
+        for queue in (self._sent, self._unsent):
+            while queue and queue[0].end <= number:
+                packet = queue.popleft()
+                self.size -= packet.size
+                packets += self._settle(packet, now)
+            if queue and queue[0].first < number:
+                packet = queue[0]
+                cut = len(packet.items[:number - packet.first])
+                kept = packet.size * (len(packet.items) - cut) // len(packet.items)
+                self.size -= packet.size - kept
+                packet.first, packet.items, packet.size = number, packet.items[cut:], kept
+                break
+        if self.continued and number > self.base:
+            self.continued = {held for held in self.continued if held >= number}
+        self.base = number
+        if not self.held:
+            self.size = 0
+        return packets
+
+    def _settle(self, packet: Packet, now: float) -> int:
+        """Takes note that a packet has arrived; 1 if that is news."""
+        state = packet.state
+        if state == SENT:
+            self.in_flight -= 1
+        elif state == LOST:
+            self._lost -= 1
+        if state in (HELD, UNSENT):
+            return 0
+        if packet.tries == 1:
+            self._measure(now - packet.sent)
+        if packet.tries == 1 or now - packet.sent >= self.fastest:  # not the ack of an earlier try (RFC 8985 §6.2)
+            self._acked_order = max(self._acked_order, packet.order)
+        return 1
+
+    def _measure(self, sample: float) -> None:
+        """RFC 6298 §2; never called for a packet that was sent twice (Karn)."""
+        if sample == NEVER or sample < 0:
+            return
+        self.fastest = min(self.fastest, sample)
+        if self.smoothed is None:
+            self.smoothed, self.variation = sample, sample / 2
+        else:
+            self.variation += (abs(self.smoothed - sample) - self.variation) / 4
+            self.smoothed += (sample - self.smoothed) / 8
+
+    def _mark_held(self, have: Sequence[Sequence[int]], now: float) -> int:
+        newly = 0
+        spans = sorted((first, last) for first, last in have)
+        starts = [span[0] for span in spans]
+        for packet in self._sent:
+            index = bisect_right(starts, packet.first) - 1
+            if index >= 0 and packet.end - 1 <= spans[index][1] and packet.state != HELD:
+                newly += self._settle(packet, now)
+                packet.state = HELD
+        return newly
+
+    def _detect_loss(self) -> None:
+        """RFC 9002 §6.1.1: what was sent three transmissions before something that arrived is lost."""
+        fresh = False
+        for packet in self._sent:
+            if packet.state == SENT and packet.order <= self._acked_order - PACKET_THRESHOLD:
+                packet.state = LOST
+                self._lost += 1
+                self.in_flight -= 1
+                fresh = fresh or packet.order > self._recovery
+        if fresh:
+            self.threshold = self.window = max(self.window / 2, MIN_WINDOW)
+            self._recovery = self._order
+
+    def _grow(self, packets: int) -> None:
+        """Slow start, then one datagram a round trip (RFC 5681 §3.1), only if the window was the limit."""
+        if not self._window_was_full:
+            return
+        if self.window < self.threshold:
+            self.window += packets
+        else:
+            self.window += packets / self.window
+        self.window = min(self.window, MAX_WINDOW)
+
+
+# --- receiving ------------------------------------------------------------------------------------------------
+
+MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that wait here: 3 MiB of text
+MAX_SHOWN_RANGES = 64     # ranges of numbers that came by another route, remembered for one stream
+
+NONE: FrozenSet[int] = frozenset()
+
+
+class Run(NamedTuple):
+    """``numbers`` consecutive numbers that a stream hands out: whole texts only, or no items (a skip)."""
+
+    first: int
+    items: List[Any]
+    more: FrozenSet[int]
+    numbers: int
+
+
+class ReceiveStream:
+    """The receiver's half of a stream: puts items into order and hands each out once.
+
+    ``next <= taken <= ready``: below ``next`` is written for good, below ``taken`` is handed out by ``take``,
+    below ``ready`` are whole texts that can be handed out. From ``ready`` on lie the pieces of a text that is not
+    whole yet, and behind a gap what came early. The owner calls ``written(texts)`` when that many of the texts
+    handed out are written, in their order.
+    """
+
+    def __init__(self, stream: int, first: int = 1) -> None:
+        self.stream = stream
+        self.next = first
+        self.taken = first
+        self.ready = first
+        self.edge = first           # the number after the highest that the sender was ever allowed
+        self.base = 1               # the highest base heard
+        self.shown = Ranges(MAX_SHOWN_RANGES)
+        self._runs: Deque[Run] = deque()
+        self._waiting = 0           # items in _runs
+        self._pieces: List[Any] = []        # of the text that begins at ``ready``
+        self._early: Dict[int, Tuple[List[Any], FrozenSet[int]]] = {}
+        self._early_items = 0       # items in _early
+        self._handed: Deque[List[int]] = deque()    # [texts, numbers of each]; 0 texts: a skip
+
+    @property
+    def reached(self) -> int:
+        """The number after the last one that came without a gap."""
+        return self.ready + len(self._pieces)
+
+    @property
+    def missing(self) -> bool:
+        """Whether the sender has closed numbers that did not come on this route."""
+        return self.base > self.reached
+
+    @property
+    def buffered(self) -> int:
+        """How many numbers are held here, because they are early or nobody took them."""
+        return self._waiting + len(self._pieces) + self._early_items
+
+    def on_data(self, first: int, items: List[Any], more: Sequence[int] = (), base: int = 1) -> None:
+        """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
+        self.base = max(self.base, base)
+        end = first + len(items)
+        if (end <= self.reached or end > max(self.next, self.base) + MAX_EARLY
+                or self.buffered + len(items) > MAX_EARLY + MAX_ITEMS):
+            return
+        if first == self.reached and not self._early and not self.shown.spans:
+            self._append(items, frozenset(more) if more else NONE)
+            return
+        known = len(self._early[first][0]) if first in self._early else 0
+        if known < len(items):
+            self._early[first] = (items, frozenset(more))
+            self._early_items += len(items) - known
+            self._merge()
+
+    def _append(self, items: List[Any], more: FrozenSet[int]) -> None:
+        """Puts items that follow what was reached at the end of what can be handed out."""
+        if not more and not self._pieces:
+            self._add_run(Run(self.ready, items, NONE, len(items)))
+            return
+        for number, item in enumerate(items, self.reached):
+            self._pieces.append(item)
+            if number not in more or len(self._pieces) >= MAX_TEXT_PIECES:   # longer than any sender may send
+                text, self._pieces = self._pieces, []
+                self._add_run(Run(self.ready, text, frozenset(range(self.ready, number)), len(text)))
+
+    def _add_run(self, run: Run) -> None:
+        self._runs.append(run)
+        self._waiting += len(run.items)
+        self.ready += run.numbers
+
+    def _skip(self, to: int) -> None:
+        self._pieces = []
+        self._add_run(Run(self.ready, [], NONE, to - self.ready))
+
+    def _merge(self) -> None:
+        """Moves what has become consecutive from the early ones to the ready ones."""
+        while True:
+            shown = self.shown.end_of(self.ready)
+            if shown > self.ready:
+                self._skip(shown)
+                continue
+            reached = self.reached
+            found = [first for first, (items, _) in self._early.items()
+                     if first <= reached < first + len(items)]
+            if not found:
+                break
+            first = found[0]
+            items, more = self._early.pop(first)
+            self._early_items -= len(items)
+            items = items[reached - first:]
+            fresh = next((i for i in range(len(items)) if reached + i in self.shown), len(items)) \
+                if self.shown.spans else len(items)
+            if fresh < len(items):
+                self._early[reached + fresh] = (items[fresh:], more)
+                self._early_items += len(items) - fresh
+            if not fresh:
+                self._skip(self.shown.end_of(reached))      # another route has shown the text whole
+                continue
+            self._append(items[:fresh], more)
+        self.shown.drop_below(self.ready)
+        for first in [first for first, (items, _) in self._early.items() if first + len(items) <= self.reached]:
+            self._early_items -= len(self._early.pop(first)[0])
+
+    def advance(self, to: int) -> None:
+        """Gives up waiting for the numbers below ``to``: the sender does not hold them any more."""
+        if to > self.reached:
+            self._skip(to)
+            self._merge()
+
+    def show(self, first: int, count: int) -> bool:
+        """Asks, for another route, whether the text of ``count`` numbers from ``first`` is still to be shown.
+
+        If so, it is that route's from now on, and this stream skips those numbers. Whoever asks must have taken
+        what is ready here before, and must take again behind it, so that the skip is not written before the text.
+        """
+        if first < self.ready or first in self.shown:
+            return False
+        self.shown.add(first, first + count)
+        self._merge()
+        return True
+
+    def take(self, numbers: int = MAX_EARLY) -> Iterator[Run]:
+        """Hands out runs until they hold ``numbers`` numbers or more, or nothing is ready."""
+        while self._runs and numbers > 0:
+            run = self._runs.popleft()
+            self._waiting -= len(run.items)
+            self.taken += run.numbers
+            numbers -= len(run.items)
+            if run.more:
+                self._handed.append([1, run.numbers])
+            elif run.items:
+                self._handed.append([run.numbers, 1])
+            else:
+                self._handed.append([0, run.numbers])
+            yield run
+
+    @property
+    def ready_to_take(self) -> bool:
+        """Whether ``take`` would hand out anything."""
+        return bool(self._runs)
+
+    def written(self, texts: int) -> None:
+        """Takes note that ``texts`` more of the texts handed out are written; skips before the next one pass, too."""
+        handed = self._handed
+        while handed and (texts or not handed[0][0]):
+            count = min(handed[0][0], texts)
+            self.next += max(count, 1) * handed[0][1]
+            texts -= count
+            handed[0][0] -= count
+            if not handed[0][0]:
+                handed.popleft()
+
+    def give_back(self, first: int) -> None:
+        """Undoes taking from the text that begins at ``first`` on, and forgets all that waits behind it.
+
+        For what could not be kept: the sender still holds it, and will send it again or give it up.
+        """
+        kept: Deque[List[int]] = deque()
+        position = self.next
+        for texts, numbers in self._handed:
+            count = min(texts, (first - position) // numbers) if texts else int(position + numbers <= first)
+            if count:
+                kept.append([count if texts else 0, numbers])
+                position += count * numbers
+            if count < max(texts, 1):
+                break
+        self._handed = kept
+        self.taken = self.ready = position
+        self._runs.clear()
+        self._pieces = []
+        self._waiting = 0
+        self.drop_early()
+
+    def drop_early(self) -> None:
+        """Forgets what came early, to free memory; the sender still holds it."""
+        self._early.clear()
+        self._early_items = 0
+
+    def ack(self, more: bool = True) -> Info:
+        """The ``ack`` to send now; ``more``: whether the owner has memory for more than it promised before."""
+        if more:
+            self.edge = max(self.edge, self.next + MAX_EARLY)
+        room = max(0, self.edge - self.next)
+        spans = [[self.next, self.reached - 1]] if self.reached > self.next else []
+        for first in sorted(self._early):
+            last = first + len(self._early[first][0]) - 1
+            if spans and first <= spans[-1][1] + 1:
+                spans[-1][1] = max(last, spans[-1][1])
+            else:
+                spans.append([first, last])
+        return {"stream": self.stream, "next": self.next, "have": spans[:MAX_RANGES],
+                "room": room if room >= MAX_TEXT_PIECES else 0}
+
+
+# --- conversations --------------------------------------------------------------------------------------------
+
+ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
+SERVER_ATTEMPTS = 5       # times the server is asked before it counts as silent
+SERVER_INTERVAL = 0.5     # s between them
+STALL_TIMEOUT = 30.0      # s without progress, whatever the acks say: so that a script always ends
+RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again
+ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
+TIMES_KEPT = 8192         # runs of sending times; more sends than a client queues
+
+DIRECT, SAVE, RELAY = "direct", "save", "relay"     # the routes
+RECEIVED, SAVED, REFUSED, SILENT = "received", "saved", "refused", "silent"
+NO_ACK, OFFLINE, EXISTS = "no ack", "offline", "exists"
+
+
+class Event(NamedTuple):
+    """What happened to so many ``messages`` of a conversation; ``reason`` says why they were refused."""
+
+    kind: str
+    messages: int
+    reason: str = ""
+
+
+class Place(NamedTuple):
+    """What a client's table says of a recipient; ``address`` is None where it cannot send to."""
+
+    online: bool
+    address: Optional[Address]
+
+
+class Conversation:
+    """The life of one client's sends to one recipient.
+
+    ``send`` queues texts; ``poll`` gives the datagrams that are due, as (bytes, address), where the address None
+    means the server. ``events`` collects what happened, in order, for the owner to take away. A stream has one
+    route at a time; a change of route takes everything held along, lowest first, in order:
+
+        DIRECT --no ack for 500 ms, "not-me", offline--> SAVE --"exists"--> DIRECT, once more --no ack--> RELAY
+        DIRECT --no progress for 30 s--> RELAY --a minute, or a new address--> DIRECT
+
+    Each closing event (RECEIVED, SAVED, REFUSED) counts whole messages; the others come before it, each at
+    most once for a message. ``stuck`` tells that nothing moves: the server is silent, or has no room.
+    """
+
+    def __init__(self, me: str, peer: str, stream: int, mtu: int = MAX_DATAGRAM,
+                 ack_timeout: float = ACK_TIMEOUT) -> None:
+        self.me = me
+        self.peer = peer
+        self.mtu = mtu
+        self.ack_timeout = ack_timeout
+        self.session = bytes(SESSION_BYTES)     # the owner's, at the server
+        self.events: List[Event] = []
+        self.route = DIRECT
+        self.place: Optional[Place] = None
+        self.stuck = False
+        self._address: Optional[Address] = None     # where DIRECT goes
+        self._addresses: Deque[Address] = deque(maxlen=ADDRESSES_KEPT)      # and where it went lately
+        self._last_try = False                      # DIRECT is the retry after EXISTS
+        self._relay_until = -NEVER
+        self._silent_since = NEVER                  # when the first datagram went out that nobody answered
+        self._moved = NEVER                         # when the stream last made progress
+        self._announced_silent = False
+        self._said: Dict[str, int] = {}             # up to which number an event was told
+        self._times: Tuple[List[int], List[float]] = ([], [])    # from which number on, which sending time
+        self._id = stream
+        self.stream = SendStream(stream, self._capacity(DIRECT), min(INITIAL_TIMEOUT, ack_timeout / 2))
+
+    # sizes
+
+    def _capacity(self, route: str) -> int:
+        """Bytes that the items may take in a datagram of this route: what is left beside the largest header."""
+        return self.mtu - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
+
+    def _sizes(self, texts: Sequence[str], first: int, continued: Collection[int]) -> List[int]:
+        """Encoded bytes of each text: 3 for its header, 9 for its time, and 9 where ``more`` names it."""
+        extra = 3 if self.route == DIRECT else 12
+        if "".join(texts).isascii():
+            sizes = [len(text) + extra for text in texts]
+        else:
+            sizes = [len(text.encode()) + extra for text in texts]
+        if continued:
+            sizes = [size + 9 * (number in continued) for number, size in enumerate(sizes, first)]
+        return sizes
+
+    def _frame(self, route: str, first: int, base: int, texts: List[str], more: List[int],
+               times: List[float]) -> bytes:
+        info: Info = {"to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
+        if more:
+            info["more"] = more
+        if route == DIRECT:
+            return encode("chat", {"from": self.me, **info})
+        return encode("save", {"session": self.session, **info, "at": times, "relay": route == RELAY})
+
+    def _encode(self, packet: Packet) -> bytes:
+        continued = self.stream.continued
+        more = [n for n in range(packet.first, packet.end) if n in continued] if continued else []
+        times: List[float] = []
+        if self.route != DIRECT:
+            starts, values = self._times
+            times = [values[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+        return self._frame(self.route, packet.first, self.stream.base, packet.items, more, times)
+
+    # what the owner says
+
+    @property
+    def held(self) -> int:
+        """How many numbers are not closed yet."""
+        return self.stream.held
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the messages take that are not closed yet."""
+        return self.stream.size
+
+    @property
+    def messages(self) -> int:
+        """How many messages are not closed yet."""
+        return self._count(self.stream.base, self.stream.end)
+
+    def texts(self) -> List[str]:
+        """The messages that are not closed yet, in order."""
+        return join_pieces(self.stream.base, list(self.stream.items()), self.stream.continued)
+
+    def send(self, now: float, texts: Sequence[str], at: float) -> None:
+        """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
+        if not self.held:
+            self._pick_route(now)
+            self._moved = now
+        self._note_time(at)
+        if len(max(texts, key=len)) * 4 <= MAX_PIECE:
+            self.stream.queue(texts, self._sizes(texts, 0, ()))
+        else:
+            self._queue_long(texts)
+        if self.route != DIRECT and self.place is not None and not self.place.online:
+            self._say(OFFLINE)
+
+    def _note_time(self, at: float) -> None:
+        starts, times = self._times
+        starts.append(self.stream.end)
+        times.append(at)
+        if len(starts) > TIMES_KEPT:
+            keep = max(0, bisect_right(starts, self.stream.base) - 1)
+            self._times = (starts[keep:], times[keep:])
+
+    def _queue_long(self, texts: Sequence[str]) -> None:
+        items: List[str] = []
+        continued: Set[int] = set()
+        for text in texts:
+            number = self.stream.end + len(items)
+            cut = split_text(text)
+            items.extend(cut)
+            continued.update(range(number, number + len(cut) - 1))
+        self.stream.queue(items, self._sizes(items, self.stream.end, continued), continued)
+
+    def locate(self, now: float, place: Optional[Place]) -> None:
+        """Takes what the table says of the recipient, whenever its entry was changed (None: it is not known)."""
+        self.place = place
+        self._relay_until = -NEVER
+        if not self.held:
+            return
+        if place is None or not place.online:
+            if self.route == DIRECT:
+                if place is not None:
+                    self._say(OFFLINE)
+                self._go(now, SAVE)
+        elif place.address != self._address if self.route == DIRECT else self.route == RELAY:
+            self._pick_route(now)
+
+    def goes_to(self, address: Address) -> bool:
+        """Whether messages went straight to ``address``: only from there the recipient may speak."""
+        return address in self._addresses
+
+    def server_heard(self, now: float) -> None:
+        """The server gave a sign of life: if it was silent, whatever waits for it goes out again."""
+        if self.route == DIRECT:
+            return
+        self._silent_since = NEVER
+        if self._announced_silent:
+            self._announced_silent = self.stuck = False
+            self._moved = now
+            self.stream.resume()
+
+    def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
+        """Takes an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
+        count = self._count(self.stream.base, next_) if self.stream.base < next_ <= self.stream.top else 0
+        closed = self.stream.on_ack(now, next_, have, room)
+        if (route == DIRECT) == (self.route == DIRECT):
+            self._silent_since = NEVER
+        if closed:
+            self._last_try = self._last_try and route != DIRECT
+            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count))
+
+    def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
+        """Takes a refusal; it counts only for what is still held on that route."""
+        if (route == DIRECT) != (self.route == DIRECT) or not first <= self.stream.base <= last:
+            return
+        if route == DIRECT:
+            if reason == "not-me":
+                self._give_up_direct(now)
+            return
+        self._silent_since = NEVER
+        count = self._count(self.stream.base, min(last + 1, self.stream.top))
+        if self.stream.close(last + 1):
+            self._close(now, Event(REFUSED, count, reason))
+
+    def on_exists(self, now: float, number: int, address: Optional[Address]) -> None:
+        """The server says that the recipient answers at ``address`` (None: one that cannot be reached from here)."""
+        if self.route != SAVE or not self.held or number >= self.stream.top:
+            return
+        self._say(EXISTS)
+        if address is None:
+            self._relay(now)
+        else:
+            self._go(now, DIRECT, address)
+            self._last_try = True
+
+    # what time says
+
+    def due(self) -> float:
+        """When ``poll`` must be called even if nothing happens."""
+        if not self.held:
+            return NEVER
+        due = self.stream.due()
+        if not self._announced_silent:
+            due = min(due, self._silent_since + self._patience())
+        if not self.stuck:
+            due = min(due, self._moved + STALL_TIMEOUT)
+        if self.route == RELAY and self._relay_until > -NEVER:
+            due = min(due, self._relay_until)
+        return due
+
+    def _patience(self) -> float:
+        return self.ack_timeout if self.route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
+
+    def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
+        """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
+        if not self.held:
+            return []
+        if calm:
+            self._judge(now)
+        packets = self.stream.poll(now)
+        if packets and self._silent_since == NEVER:
+            self._silent_since = now
+        address = self._address if self.route == DIRECT else None
+        return [(self._encode(packet), address) for packet in packets]
+
+    def _judge(self, now: float) -> None:
+        """Decides whether silence has lasted long enough to change the route, or to call the messages stuck."""
+        silent = now >= self._silent_since + self._patience()
+        stalled = now >= self._moved + STALL_TIMEOUT
+        if self.route == DIRECT:
+            if silent:
+                self._give_up_direct(now)
+            elif stalled:
+                self._say(NO_ACK)
+                self._relay(now)
+            return
+        if silent and not self._announced_silent:
+            self._announced_silent = self.stuck = True
+            self.events.append(Event(SILENT, self.messages))
+        self.stuck = self.stuck or stalled
+        if self.route == RELAY and now >= self._relay_until > -NEVER:
+            self._relay_until = -NEVER
+            self._pick_route(now)
+
+    def _give_up_direct(self, now: float) -> None:
+        self._say(NO_ACK)
+        if self._last_try:
+            self._relay(now)
+        else:
+            self._go(now, SAVE)
+
+    # routes
+
+    def _pick_route(self, now: float) -> None:
+        """Chooses the way that the table suggests."""
+        if self.place is None or not self.place.online:
+            self._go(now, SAVE)
+        elif self.place.address is None or now < self._relay_until:
+            self._go(now, RELAY)
+        else:
+            self._go(now, DIRECT, self.place.address)
+
+    def _relay(self, now: float) -> None:
+        self._relay_until = now + RELAY_TIME
+        self._go(now, RELAY)
+
+    def _go(self, now: float, route: str, address: Optional[Address] = None) -> None:
+        self._last_try = False
+        if (route, address) != (self.route, self._address):
+            self.route, self._address = route, address
+            if address is not None:
+                self._addresses.append(address)
+            self.stream.reroute(self._capacity(route), self._held_sizes)
+        self._silent_since = NEVER
+        self._announced_silent = self.stuck = False
+        self._moved = now
+
+    def _held_sizes(self, items: List[Any]) -> List[int]:
+        return self._sizes(items, self.stream.base, self.stream.continued)
+
+    # events
+
+    def _count(self, start: int, end: int) -> int:
+        """How many messages end in [start, end)."""
+        continued = self.stream.continued
+        return end - start - (sum(start <= number < end for number in continued) if continued else 0)
+
+    def _say(self, kind: str) -> None:
+        count = self._count(max(self.stream.base, self._said.get(kind, 1)), self.stream.end)
+        if count > 0:
+            self.events.append(Event(kind, count))
+        self._said[kind] = self.stream.end
+
+    def _close(self, now: float, event: Event) -> None:
+        self.events.append(event)
+        self.stuck = False
+        self._moved = now

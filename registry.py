@@ -1,0 +1,713 @@
+"""Who is who, and what waits for them.
+
+Rules of this file
+------------------
+- No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
+  seconds, come in as arguments; so do random ids. The one side effect is the SQLite file of the ``Mailbox``.
+- It knows nothing of datagrams: it decides, its owner tells the clients.
+- What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
+  sends what was decided in that turn afterwards.
+
+How it works
+------------
+``Table`` is the dictionary of clients. Every change gives one entry a new version, no two entries share one, and
+an entry remembers the version of its last change. So "what changed since version v" is one question with one kind
+of answer, whether v is the version before (a broadcast) or 0 (a snapshot). The server owns a table, every client
+mirrors it.
+
+``Mailbox`` is the store: who is known, who owns which nick, the messages that wait, and how far each stream was
+kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is deleted from the low end,
+when the recipient has acked it. Everything that one turn of the loop changes is written in one transaction by
+``commit``; if that fails, the messages of this turn count as never taken, and all else is tried again.
+
+``Registry`` is what the server decides on these two: who gets a nick, when somebody goes online (not before the
+mail that waited is acked) and offline, what happens to a message that should be kept.
+
+A nick belongs to its first owner: whoever registers it with a token (see ``udpchat``) owns it, and the store
+keeps a hash of that token. Without a token it is nobody's, and its mail goes to whoever comes.
+"""
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import sqlite3
+from collections import OrderedDict
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+Address = Tuple[str, int]
+Row = List[object]
+
+ONLINE, OFFLINE, GONE = "online", "offline", "gone"
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+class Entry(NamedTuple):
+    """One client, as of the version of its last change."""
+
+    nick: str
+    host: str
+    port: int
+    state: str
+    version: int
+
+    def row(self) -> Row:
+        """The entry as it travels."""
+        return [self.nick, self.host, self.port, self.state]
+
+
+class Page(NamedTuple):
+    """Every entry that changed in (since, version]."""
+
+    since: int
+    version: int
+    rows: List[Row]
+
+
+ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
+MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still tells of; the oldest go first
+
+
+class Table:
+    """The versioned dictionary of clients: nick -> ``Entry``."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.entries: Dict[str, Entry] = {}
+        self._gone: Dict[str, Entry] = {}
+        self._log: List[Entry] = []     # by version; entries that changed again are stale
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def get(self, nick: str) -> Optional[Entry]:
+        """The entry of ``nick``, None for an unknown one."""
+        return self.entries.get(nick)
+
+    def is_online(self, nick: str) -> bool:
+        """Whether ``nick`` is known and online."""
+        entry = self.entries.get(nick)
+        return entry is not None and entry.state == ONLINE
+
+    def set(self, nick: str, host: str, port: int, state: str) -> bool:
+        """Changes one entry; gives whether that changed anything (and so took a new version)."""
+        old = self.entries.get(nick)
+        if old is None and state == GONE or old is not None and old[1:4] == (host, port, state):
+            return False
+        self.version += 1
+        self._put(Entry(nick, host, port, state, self.version))
+        return True
+
+    def _put(self, entry: Entry) -> None:
+        if entry.state == GONE:
+            self.entries.pop(entry.nick, None)
+            self._gone[entry.nick] = entry
+            if len(self._gone) > MAX_TOMBSTONES:
+                del self._gone[next(iter(self._gone))]
+        else:
+            self._gone.pop(entry.nick, None)
+            self.entries[entry.nick] = entry
+        self._log.append(entry)
+        if len(self._log) > 2 * (len(self.entries) + len(self._gone)) + 64:
+            self._log = [kept for kept in self._log if self._is_current(kept)]
+
+    def _is_current(self, entry: Entry) -> bool:
+        return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
+
+    def _after(self, version: int) -> int:
+        """Where in the log the changes after ``version`` begin."""
+        low, high = 0, len(self._log)
+        while low < high:
+            middle = (low + high) // 2
+            if self._log[middle].version <= version:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def pages(self, since: int, size: int) -> Iterator[Page]:
+        """What changed after version ``since``, in pages of about ``size`` bytes on the wire; none if nothing did."""
+        start, used, last = since, 0, since
+        rows: List[Row] = []
+        for index in range(self._after(since), len(self._log)):
+            entry = self._log[index]
+            if not self._is_current(entry) or (entry.state == GONE and not since):
+                continue
+            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
+            if rows and used + cost > size:
+                yield Page(start, last, rows)
+                start, rows, used = last, [], 0
+            rows.append(entry.row())
+            used += cost
+            last = entry.version
+        if self.version > since:
+            yield Page(start, self.version, rows)
+
+    def apply(self, page: Page) -> Optional[List[str]]:
+        """Takes a page into a mirror; gives the nicks that it changed, or None where pages before it are missing."""
+        if page.since > self.version:
+            return None
+        if page.version <= self.version:
+            return []
+        changed = []
+        self.version = page.version
+        for nick, host, port, state in page.rows:
+            assert isinstance(nick, str) and isinstance(host, str) and isinstance(port, int) and isinstance(state, str)
+            entry = Entry(nick, host, port, state, page.version)
+            old = self.entries.get(nick)
+            if old is None and state == GONE or old is not None and old[:4] == entry[:4]:
+                continue
+            if state == GONE:
+                del self.entries[nick]
+            else:
+                self.entries[nick] = entry
+            changed.append(nick)
+        return changed
+
+
+# --- the store ------------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
+FORMAT = 1                      # the version of the tables below
+MAX_KNOWN = 100_000             # nicks; beyond it the longest offline without mail goes first
+MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
+MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
+MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
+MAX_PIECE_SIZE = 768            # bytes of text that one number can have
+NICK_LAPSE = 90.0               # days offline after which a nick is nobody's any more
+DAY = 86400.0                   # s
+
+SQLITE_MAGIC = b"SQLite format 3\0"
+TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
+    online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL);
+CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, sender TEXT NOT NULL, stream INTEGER NOT NULL,
+    n INTEGER NOT NULL, at REAL NOT NULL, text TEXT NOT NULL, more INTEGER NOT NULL, size INTEGER NOT NULL,
+    PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
+CREATE TABLE streams (sender TEXT NOT NULL, stream INTEGER NOT NULL, next INTEGER NOT NULL, seen REAL NOT NULL,
+    PRIMARY KEY (sender, stream)) WITHOUT ROWID;
+"""
+
+
+class StoreError(Exception):
+    """The store cannot be used; the text says why, for a person."""
+
+
+class Known:
+    """What is known of one nick for good, and the state of its mailbox."""
+
+    __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "messages", "size")
+
+    def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: Optional[bytes], seen: float,
+                 first: int = 1, last: int = 0) -> None:
+        self.id = id_
+        self.nick = nick
+        self.host = host
+        self.port = port
+        self.online = online        # when it was last written: after a crash, who may still run
+        self.owner = owner          # SHA-256 of its token, None: nobody's
+        self.seen = seen            # wall-clock time of its last sign of life
+        self.first = first          # number of the first mail that is not acked
+        self.last = last            # number of the last mail ever kept
+        self.messages = 0           # that wait
+        self.size = 0               # bytes of text that wait
+
+    @property
+    def waiting(self) -> int:
+        """How many numbers of mail wait."""
+        return self.last - self.first + 1
+
+
+class Piece(NamedTuple):
+    """One number of a stream as it is kept: ``more`` tells that the next number continues its text."""
+
+    n: int
+    at: float
+    text: str
+    more: bool
+
+
+class Kept(NamedTuple):
+    """One number of somebody's mail; ``more`` is 1 where the next one continues its text, else 0."""
+
+    seq: int
+    sender: str
+    stream: int
+    n: int
+    at: float
+    text: str
+    more: int
+
+
+def check_file(path: str) -> bool:
+    """Whether ``path`` holds a store already; raises StoreError if it holds anything else. Does not touch it."""
+    try:
+        if not os.path.exists(path) or os.path.getsize(path) == 0:
+            return False
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise StoreError(f"cannot open the store {path}: {error.strerror}") from None
+    if header[:16] != SQLITE_MAGIC or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise StoreError(f"{path} is not a udpchat store")
+    if int.from_bytes(header[60:64], "big") != FORMAT:
+        raise StoreError(f"{path} is a udpchat store of another version")
+    return True
+
+
+class Mailbox:
+    """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
+
+    ``commit`` writes all that was changed since the last one, in one transaction (WAL, synchronous=FULL).
+    """
+
+    def __init__(self, path: str, server_id: bytes) -> None:
+        """Opens or makes the store; ``server_id`` is a random id for a new one. Raises StoreError."""
+        exists = path != ":memory:" and check_file(path)
+        try:
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._prepare(exists, server_id)
+            self._load()
+        except (sqlite3.Error, OSError) as error:
+            reason = "another server has it open" if "locked" in str(error) else error
+            raise StoreError(f"cannot open the store {path}: {reason}") from None
+        self.healthy = True
+        self._rows: List[Tuple[object, ...]] = []               # mail to insert
+        self._before: Dict[str, Tuple[int, int, int]] = {}      # last, messages, size before this turn
+        self._streams: Dict[Tuple[str, int], int] = {}          # progress to write
+        self._changed: Set[str] = set()                         # nicks to write
+        self._acked: Set[str] = set()                           # nicks whose mail below ``first`` goes
+        self._forgotten: Dict[str, int] = {}                    # nick -> id of those to delete
+
+    def _prepare(self, exists: bool, server_id: bytes) -> None:
+        execute = self._db.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        if not exists:
+            execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            execute(f"PRAGMA user_version = {FORMAT}")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = FULL")
+        execute("BEGIN IMMEDIATE")
+        if not execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            for statement in TABLES.split(";"):
+                execute(statement)
+            execute("INSERT INTO meta VALUES ('server', ?)", (server_id,))
+        execute("COMMIT")
+
+    def _load(self) -> None:
+        execute = self._db.execute
+        self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
+        self.known: Dict[str, Known] = {}
+        by_id: Dict[int, Known] = {}
+        for id_, nick, host, port, online, owner, seen, first, last in execute(
+                "SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
+            known = Known(id_, nick, host, port, bool(online), owner, seen, first, last)
+            self.known[nick] = by_id[id_] = known
+        self._next_id = max(by_id, default=0) + 1
+        for id_, messages, size in execute("SELECT recipient, sum(1 - more), sum(size) FROM mail GROUP BY recipient"):
+            by_id[id_].messages, by_id[id_].size = messages, size
+
+    # who is known
+
+    def add(self, nick: str, host: str, port: int, owner: Optional[bytes], seen: float) -> Known:
+        """Makes ``nick`` known."""
+        known = Known(self._next_id, nick, host, port, False, owner, seen)
+        self._next_id += 1
+        self.known[nick] = known
+        self._changed.add(nick)
+        return known
+
+    def changed(self, known: Known) -> None:
+        """Takes note that the attributes of ``known`` are to be written."""
+        self._changed.add(known.nick)
+
+    def forget(self, known: Known) -> None:
+        """Drops a nick with its owner, its mail and its streams."""
+        del self.known[known.nick]
+        self._forgotten[known.nick] = known.id
+        self._changed.discard(known.nick)
+        self._acked.discard(known.nick)
+        self._before.pop(known.nick, None)
+        self._rows = [row for row in self._rows if row[0] != known.id]
+
+    # mail
+
+    def stream_next(self, sender: str, stream: int) -> int:
+        """The number after the last that was kept of a stream; 1 for one never seen."""
+        if (sender, stream) in self._streams:
+            return self._streams[sender, stream]
+        try:
+            found = self._db.execute("SELECT next FROM streams WHERE sender = ? AND stream = ?",
+                                     (sender, stream)).fetchone()
+        except sqlite3.Error:
+            self.healthy = False
+            return 1
+        return int(found[0]) if found else 1
+
+    def keep(self, known: Known, sender: str, stream: int, pieces: Sequence[Piece]) -> None:
+        """Puts whole texts into somebody's mailbox, from the next ``commit`` on."""
+        if known.nick not in self._before:
+            self._before[known.nick] = (known.last, known.messages, known.size)
+        seq, size, messages = known.last, 0, 0
+        for n, at, text, more in pieces:
+            seq += 1
+            length = len(text) if text.isascii() else len(text.encode())
+            size += length
+            messages += not more
+            self._rows.append((known.id, seq, sender, stream, n, at, text, more, length))
+        known.last = seq
+        known.messages += messages
+        known.size += size
+        self._streams[sender, stream] = pieces[-1].n + 1
+        self._changed.add(known.nick)
+
+    def fetch(self, known: Known, seq: int, limit: int) -> List[Kept]:
+        """The mail from number ``seq`` on, at most ``limit`` numbers, of what is committed."""
+        try:
+            rows = self._db.execute("SELECT seq, sender, stream, n, at, text, more FROM mail"
+                                    " WHERE recipient = ? AND seq >= ? ORDER BY seq LIMIT ?", (known.id, seq, limit))
+            return [Kept._make(row) for row in rows]
+        except sqlite3.Error:
+            self.healthy = False
+            return []
+
+    def acked(self, known: Known, first: int) -> None:
+        """Takes note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
+        if known.first < first <= known.last + 1:
+            known.first = first
+            self._acked.add(known.nick)
+            self._changed.add(known.nick)
+
+    # the transaction
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self._rows or self._streams or self._changed or self._acked or self._forgotten)
+
+    def commit(self, wall: float) -> bool:
+        """Writes everything since the last commit. If that fails, the mail of this turn is undone, and False given."""
+        if not self.pending:
+            return True
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            freed = self._write(wall)
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            self._undo()
+            self.healthy = False
+            return False
+        self.healthy = True
+        for known, messages, size in freed:
+            known.messages -= messages
+            known.size -= size
+        self._drop_mail_of_this_turn()
+        self._changed.clear()
+        self._acked.clear()
+        self._forgotten.clear()
+        return True
+
+    def _write(self, wall: float) -> List[Tuple[Known, int, int]]:
+        """Executes all that is pending; gives whose mailbox got how many messages and bytes emptier by that."""
+        run, many = self._db.execute, self._db.executemany
+        for nick, id_ in self._forgotten.items():
+            run("DELETE FROM nicks WHERE id = ?", (id_,))
+            run("DELETE FROM mail WHERE recipient = ?", (id_,))
+            run("DELETE FROM streams WHERE sender = ?", (nick,))
+        many("INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+        many("INSERT INTO streams VALUES (?, ?, ?, ?) ON CONFLICT (sender, stream) DO UPDATE SET next = excluded.next,"
+             " seen = excluded.seen", [(*key, next_, wall) for key, next_ in self._streams.items()])
+        freed = []
+        for nick in self._acked:
+            known = self.known[nick]
+            below = (known.id, known.first)
+            messages, size = run("SELECT sum(1 - more), sum(size) FROM mail WHERE recipient = ? AND seq < ?",
+                                 below).fetchone()
+            run("DELETE FROM mail WHERE recipient = ? AND seq < ?", below)
+            freed.append((known, messages or 0, size or 0))
+        changed = [self.known[nick] for nick in self._changed]
+        many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
+             " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
+             " first = excluded.first, last = excluded.last",
+             [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
+        return freed
+
+    def _undo(self) -> None:
+        try:
+            self._db.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass    # SQLite has rolled back by itself
+        for nick, (last, messages, size) in self._before.items():
+            known = self.known[nick]
+            known.last, known.messages, known.size = last, messages, size
+        self._drop_mail_of_this_turn()
+
+    def _drop_mail_of_this_turn(self) -> None:
+        self._before.clear()
+        self._rows.clear()
+        self._streams.clear()
+
+    def prune_streams(self) -> None:
+        """Forgets the progress of the longest silent streams beyond ``MAX_STREAMS``."""
+        try:
+            self._db.execute("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC"
+                             " LIMIT 1 OFFSET ?)", (MAX_STREAMS,))
+        except sqlite3.Error:
+            self.healthy = False
+
+    def close(self) -> None:
+        """Closes the file; what is not committed is lost."""
+        self._db.close()
+
+
+# --- the registry ---------------------------------------------------------------------------------------------
+
+MAX_CLIENTS = 10_000      # clients with a session
+MAX_CLOSED = 10_000       # closed sessions that are remembered, to answer a repeated request
+SILENCE = 45.0            # s without a sign of life after which a client is probed
+
+GRANTED, TAKEN, OWNED, FULL, ASK = "granted", "taken", "owned", "full", "ask"
+KEEP, PROBE, UNKNOWN = "keep", "probe", "unknown"
+BYE, REPLACED, EVICTED = "bye", "replaced", "evicted"   # how a session ended
+
+
+class Session:
+    """One registration of one client."""
+
+    __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table")
+
+    def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float,
+                 version: int) -> None:
+        self.id = id_
+        self.nick = known.nick
+        self.address = address
+        self.request = request              # the id of the ``reg`` that made it
+        self.heard = now
+        self.known = known
+        self.offset = known.first - 1       # mail number of this session + offset = number in the mailbox
+        self.greeting = known.last          # mail up to here comes before it is announced as online
+        self.version = version              # of the table that it must hold before it gets mail
+        self.holds_table = False
+
+
+class Registry:
+    """What the server decides on who is who; see the opening of this module."""
+
+    def __init__(self, mailbox: Mailbox, wall: float, max_clients: int = MAX_CLIENTS,
+                 mailbox_limit: int = MAILBOX_LIMIT) -> None:
+        self.mailbox = mailbox
+        self.max_clients = max_clients
+        self.mailbox_limit = mailbox_limit
+        self.table = Table()
+        self.sessions: Dict[bytes, Session] = {}
+        self.by_nick: Dict[str, Session] = {}
+        self.live: "OrderedDict[bytes, Session]" = OrderedDict()     # not called offline; longest silent first
+        self.closed: "OrderedDict[bytes, str]" = OrderedDict()       # session -> how it ended
+        self._at: Dict[Address, str] = {}                            # who is online there
+        self.ghosts: Dict[str, Address] = {}                         # online when the store was last closed
+        for known in mailbox.known.values():
+            self.table.set(known.nick, known.host, known.port, OFFLINE)
+            if known.online:
+                self.ghosts[known.nick] = (known.host, known.port)
+                known.seen = wall
+                mailbox.changed(known)
+
+    # who gets a nick
+
+    def claim(self, nick: str, address: Address, token: Optional[bytes]) -> str:
+        """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), TAKEN, OWNED, FULL."""
+        known = self.mailbox.known.get(nick)
+        if known is not None and known.owner is not None:
+            if token is None or not hmac.compare_digest(known.owner, hashlib.sha256(token).digest()):
+                return OWNED
+        if self.holder(nick) not in (None, address):
+            return ASK
+        if nick not in self.by_nick and len(self.sessions) >= self.max_clients and self._idle_session() is None:
+            return FULL
+        if known is None and len(self.mailbox.known) >= MAX_KNOWN and self._idle_nick() is None:
+            return FULL
+        return GRANTED
+
+    def holder(self, nick: str) -> Optional[Address]:
+        """Where somebody may be running with ``nick``, None if nobody is."""
+        session = self.by_nick.get(nick)
+        if session is not None and session.id in self.live:
+            return session.address
+        return self.ghosts.get(nick)
+
+    def _idle_session(self) -> Optional[Session]:
+        """The oldest session of somebody who is offline, if there is one."""
+        if len(self.sessions) == len(self.live):
+            return None
+        return next(session for session in self.sessions.values() if session.id not in self.live)
+
+    def _idle_nick(self) -> Optional[Known]:
+        """The nick that was offline for longest and has no mail."""
+        idle = [known for known in self.mailbox.known.values()
+                if not known.waiting and known.nick not in self.by_nick]
+        return min(idle, key=lambda known: known.seen, default=None)
+
+    def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: Optional[bytes],
+              request: int) -> Session:
+        """Registers ``nick`` after ``claim`` granted it (or its holder did not answer); gives its session.
+
+        An older session of that nick is replaced; whoever else is online at that address goes offline.
+        """
+        old = self.by_nick.get(nick)
+        if old is not None:
+            self._close(old, wall, REPLACED)
+        elif len(self.sessions) >= self.max_clients:
+            idle = self._idle_session()
+            if idle is not None:
+                self._close(idle, wall, EVICTED)
+        self.ghosts.pop(nick, None)
+        known = self._know(wall, nick, address, token)
+        session = Session(id_, known, address, request, now, 0)
+        self.sessions[id_] = self.by_nick[nick] = self.live[id_] = session
+        self._place(session, address, wall)
+        session.version = self.table.version
+        return session
+
+    def _know(self, wall: float, nick: str, address: Address, token: Optional[bytes]) -> Known:
+        owner = hashlib.sha256(token).digest() if token is not None else None
+        known = self.mailbox.known.get(nick)
+        if known is None:
+            if len(self.mailbox.known) >= MAX_KNOWN:
+                idle = self._idle_nick()
+                if idle is not None:
+                    self.forget(idle.nick)
+            return self.mailbox.add(nick, *address, owner, wall)
+        known.host, known.port = address
+        known.owner, known.seen = owner, wall
+        self.mailbox.changed(known)
+        return known
+
+    def _place(self, session: Session, address: Address, wall: float) -> None:
+        """Puts a session at an address: online there if no mail has to come first."""
+        other = self._at.get(address)
+        if other not in (None, session.nick):
+            self.went_offline(self.by_nick[other], wall)
+        session.address = address
+        known = session.known
+        known.host, known.port = address
+        self._set_state(session, ONLINE if known.first > session.greeting else OFFLINE)
+
+    def _set_state(self, session: Session, state: str) -> None:
+        nick, address, known = session.nick, session.address, session.known
+        entry = self.table.get(nick)
+        if entry is not None and self._at.get((entry.host, entry.port)) == nick:
+            del self._at[entry.host, entry.port]
+        if state == ONLINE:
+            self._at[address] = nick
+        self.table.set(nick, *address, state)
+        known.online = state == ONLINE
+        self.mailbox.changed(known)
+
+    # the life of a session
+
+    def heard(self, session: Session, now: float) -> bool:
+        """Takes note of a sign of life; True if it was called offline and comes back with this."""
+        session.heard = now
+        if session.id in self.live:
+            self.live.move_to_end(session.id)
+            return False
+        self.live[session.id] = session
+        session.greeting = session.known.last
+        self.announce(session)
+        return True
+
+    def announce(self, session: Session) -> None:
+        """Puts a client online, once the mail that waited for it is acked."""
+        if session.id in self.live and session.known.first > session.greeting \
+                and not self.table.is_online(session.nick):
+            self._set_state(session, ONLINE)
+
+    def moved(self, session: Session, address: Address, wall: float) -> None:
+        """A session has proved that it is at another address now."""
+        self.mailbox.changed(session.known)
+        self._place(session, address, wall)
+
+    def went_offline(self, session: Session, wall: float) -> None:
+        """A client does not answer: offline, but its session stays good, in case it lives."""
+        session.known.seen = wall
+        self.mailbox.changed(session.known)
+        self.live.pop(session.id, None)
+        self._set_state(session, OFFLINE)
+
+    def deregister(self, session: Session, wall: float) -> None:
+        """A client leaves."""
+        self._close(session, wall, BYE)
+
+    def _close(self, session: Session, wall: float, how: str) -> None:
+        self.went_offline(session, wall)
+        del self.sessions[session.id]
+        del self.by_nick[session.nick]
+        self.closed[session.id] = how
+        if len(self.closed) > MAX_CLOSED:
+            self.closed.popitem(last=False)
+
+    def silent(self, now: float) -> List[Session]:
+        """Those of whom nothing was heard for ``SILENCE`` seconds, longest first."""
+        found = []
+        for session in self.live.values():
+            if now < session.heard + SILENCE:
+                break
+            found.append(session)
+        return found
+
+    # what waits
+
+    def judge(self, to: str, relay: bool) -> str:
+        """What to do with messages for ``to``: KEEP them, PROBE the recipient first, or refuse them as UNKNOWN."""
+        if to not in self.mailbox.known:
+            return UNKNOWN
+        if relay or not self.table.is_online(to):
+            return KEEP
+        return PROBE
+
+    def fitting(self, to: str, pieces: Sequence[Piece]) -> int:
+        """How many of ``pieces`` (whole texts) still fit into the mailbox of ``to``: they end with a whole text."""
+        known = self.mailbox.known[to]
+        messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
+        if len(pieces) <= messages and len(pieces) * MAX_PIECE_SIZE <= size:
+            return len(pieces)
+        fitting = 0
+        for index, piece in enumerate(pieces, 1):
+            size -= len(piece.text.encode())
+            if messages <= 0 or size < 0:
+                break
+            if not piece.more:
+                messages -= 1
+                fitting = index
+        return fitting
+
+    def mail_number(self, session: Session) -> int:
+        """The number, in its session, of the last mail that waits or waited for a client."""
+        return session.known.last - session.offset
+
+    def mail_acked(self, session: Session, number: int) -> None:
+        """The client has shown its mail below ``number``; once the greeting is through, it goes online."""
+        self.mailbox.acked(session.known, number + session.offset)
+        self.announce(session)
+
+    # coming and going of nicks
+
+    def forget(self, nick: str) -> bool:
+        """Drops a nick that is not in use, with its owner and its mail; False if there is none."""
+        known = self.mailbox.known.get(nick)
+        if known is None or nick in self.by_nick:
+            return False
+        self.ghosts.pop(nick, None)
+        self.mailbox.forget(known)
+        self.table.set(nick, known.host, known.port, GONE)
+        return True
+
+    def lapse(self, wall: float, days: float) -> List[Known]:
+        """Drops every nick that was offline for more than ``days`` (0: never); gives what was dropped."""
+        if not days:
+            return []
+        idle = [known for known in self.mailbox.known.values()
+                if known.nick not in self.by_nick and known.seen < wall - days * DAY]
+        return [known for known in idle if self.forget(known.nick)]

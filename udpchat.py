@@ -1,0 +1,2487 @@
+#!/usr/bin/env python3
+"""What happens: the event loop, the server and the client that run on it, and the command line.
+
+Rules of this file
+------------------
+- One thread, one selector, one heap of timers. Nothing blocks but the selector's own wait (and SQLite's commit).
+- ``Server`` and ``Client`` do not know each other, and touch nothing impure but what the loop hands them: ``now``,
+  ``wall``, ``call_at``, ``random``, a function that sends a datagram, an ``Output``. So tests run the very same
+  objects in a simulated world.
+- Dispatch is a table from tag or command to method.
+
+One turn of the loop
+--------------------
+    wait     until a descriptor is ready or the first timer is due
+    read     every ready descriptor, bounded, so that no source starves another
+    run      every timer that is due
+    settle   once, in this order: commit the store; write stdout; send acks for what those two have really taken,
+             and what windows allow
+
+"Persist, then show, then acknowledge" is what makes an ack a promise. A timeout that would call somebody dead acts only
+when the socket was read empty (``calm``), and the time in which this process itself did not run does not count.
+"""
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import getpass
+import hashlib
+import heapq
+import hmac
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import stat
+import sys
+import time
+import unicodedata
+from collections import OrderedDict, deque
+from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Set, Tuple
+
+import protocol
+from protocol import Address, Conversation, Decoder, Info, Place, ReceiveStream, Run, SendStream, encode, padded
+from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, NICK_LAPSE, ONLINE, PROBE, REPLACED,
+                      SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError, Table)
+
+VERSION = "1.0.0"
+log = logging.getLogger("udpchat")
+
+
+# --- the loop -------------------------------------------------------------------------------------------------
+
+NEVER = float("inf")
+LOST_TIME = 0.1           # s; a turn that took longer, or a wait that ended later, did not run: it is not counted
+COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
+
+
+class Timer:
+    """A call that is due at a time; ``cancel`` is enough to forget it."""
+
+    __slots__ = ("when", "callback", "_heap")
+
+    def __init__(self, when: float, callback: Callable[[], None], heap: "TimerHeap") -> None:
+        self.when = when
+        self.callback: Optional[Callable[[], None]] = callback
+        self._heap = heap
+
+    def cancel(self) -> None:
+        """Makes sure that the callback is not called."""
+        if self.callback is not None:
+            self.callback = None
+            self._heap.note_cancelled()
+
+
+class TimerHeap:
+    """Timers in the order of their times. Cancelled ones stay until they surface, or are too many."""
+
+    def __init__(self) -> None:
+        self._heap: List[Tuple[float, int, Timer]] = []
+        self._count = 0
+        self._cancelled = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Schedules ``callback`` for ``when``; timers of the same time run in the order of their making."""
+        timer = Timer(when, callback, self)
+        self._count += 1
+        heapq.heappush(self._heap, (when, self._count, timer))
+        return timer
+
+    def note_cancelled(self) -> None:
+        """Takes note of one more cancelled timer, and removes all of them if they pile up."""
+        self._cancelled += 1
+        if self._cancelled > COMPACT_TIMERS and self._cancelled * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].callback is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def next_time(self) -> float:
+        """When the first timer is due; ``NEVER`` if there is none."""
+        while self._heap and self._heap[0][2].callback is None:
+            heapq.heappop(self._heap)
+            self._cancelled -= 1
+        return self._heap[0][0] if self._heap else NEVER
+
+    def run(self, now: float) -> None:
+        """Calls every timer that is due; those that they add run in the next turn."""
+        last = self._count
+        while self.next_time() <= now and self._heap[0][1] <= last:
+            timer = heapq.heappop(self._heap)[2]
+            callback, timer.callback = timer.callback, None
+            assert callback is not None
+            callback()
+
+
+class Loop:
+    """One selector and one heap of timers. The owner sets ``settle``, called at the end of every turn."""
+
+    def __init__(self) -> None:
+        self.random: random.Random = random.SystemRandom()
+        self.calm = True            # every descriptor that was ready was read empty
+        self.settle: Callable[[], None] = lambda: None
+        self._selector = selectors.DefaultSelector()
+        self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}
+        self._always: Dict[int, Callable[[], None]] = {}    # regular files: epoll refuses them, they never block
+        self._timers = TimerHeap()
+        self._lost = 0.0
+        self._now = time.monotonic()
+        self._running = False
+        self._waker, self._wake = socket.socketpair()
+        for end in (self._waker, self._wake):
+            end.setblocking(False)
+        self.watch(self._waker.fileno(), selectors.EVENT_READ, self._on_wake)
+        self._signals: Dict[int, Callable[[], None]] = {}
+
+    def now(self) -> float:
+        """Seconds that this process was able to run, as of this turn."""
+        return self._now
+
+    def clock(self) -> float:
+        """Seconds as of this very moment: for measuring inside a turn."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Calls ``callback`` in the turn in which ``now()`` has reached ``when``."""
+        return self._timers.call_at(when, callback)
+
+    def watch(self, fd: int, event: int, callback: Optional[Callable[[], None]]) -> None:
+        """Calls ``callback`` whenever ``fd`` is ready for ``event`` (a selectors.EVENT_*); None: no more."""
+        callbacks = self._watched.setdefault(fd, {})
+        had = bool(callbacks)
+        if callback is not None:
+            callbacks[event] = callback
+        elif event in callbacks:
+            del callbacks[event]
+        self._always.pop(fd, None)
+        mask = sum(callbacks)
+        try:
+            if mask and had:
+                self._selector.modify(fd, mask, callbacks)
+            elif mask:
+                self._selector.register(fd, mask, callbacks)
+            elif had:
+                self._selector.unregister(fd)
+        except KeyError:
+            pass        # the descriptor is one that the selector refused before
+        except PermissionError:
+            assert callback is not None
+            self._always[fd] = callback
+        if not callbacks:
+            del self._watched[fd]
+
+    def on_signal(self, number: int, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` in the loop, not in the handler, when the signal comes."""
+        self._signals[number] = callback
+        signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+
+    def _on_wake(self) -> None:
+        for number in self._waker.recv(64):
+            if number in self._signals:
+                self._signals[number]()
+
+    def stop(self) -> None:
+        """Makes ``run`` return after this turn."""
+        self._running = False
+
+    def run(self) -> None:
+        """Turns until ``stop``."""
+        self._running = True
+        while self._running:
+            self._turn()
+
+    def _turn(self) -> None:
+        before = time.monotonic()
+        wait = self._timers.next_time() - (before - self._lost)
+        timeout = 0.0 if self._always else None if wait == NEVER else max(0.0, wait)
+        events = self._selector.select(timeout)
+        woken = time.monotonic()
+        if timeout is not None and woken - before > timeout + LOST_TIME:
+            self._lost += woken - before - timeout
+        self._now = woken - self._lost
+        self.calm = True
+        for key, mask in events:
+            for event, callback in list(key.data.items()):
+                if mask & event:
+                    callback()
+        for callback in list(self._always.values()):
+            callback()
+        self._timers.run(self._now)
+        self._refresh(woken)
+        self.settle()
+        self._refresh(woken)
+
+    def _refresh(self, woken: float) -> None:
+        """Sets the time of this turn anew; one in which the process was stopped counts for nothing."""
+        passed = time.monotonic() - woken
+        if passed > LOST_TIME:
+            self._lost = woken + passed - self._now
+        else:
+            self._now = woken + passed - self._lost
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        self._waker.close()
+        self._wake.close()
+
+
+class Alarm:
+    """A timer that is set anew often: it is only moved forward when it must ring earlier than before."""
+
+    def __init__(self, loop: Any, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._timer: Optional[Timer] = None
+        self._when = NEVER
+
+    def set(self, when: float) -> None:
+        """Rings at ``when`` (``NEVER``: not at all), not at the time set before."""
+        self._when = when
+        if when == NEVER:
+            self.cancel()
+        elif self._timer is None or when < self._timer.when:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(when, self._ring)
+
+    def cancel(self) -> None:
+        """Does not ring."""
+        self._when = NEVER
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it will ring."""
+        return self._timer is not None
+
+    def _ring(self) -> None:
+        self._timer = None
+        when, self._when = self._when, NEVER
+        if when > self._loop.now():
+            self.set(when)
+        else:
+            self._callback()
+
+
+# --- descriptors ----------------------------------------------------------------------------------------------
+
+READ_SIZE = 65536         # bytes read from stdin in one turn
+WRITE_SIZE = 65536        # bytes offered to stdout at once
+OUTPUT_LIMIT = 65536      # bytes that wait for stdout before nothing more is shown, and no command is read
+DATAGRAMS_PER_TURN = 128  # read from the socket before timers and acks get their turn
+SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
+TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
+
+
+def reopen(fd: int, flags: int) -> int:
+    """A non-blocking descriptor of one's own for an inherited one, or that one itself where there is no such thing.
+
+    O_NONBLOCK belongs to the open file description, which other processes share: it must not be set on theirs.
+    Opening /proc/self/fd anew (Linux) or the terminal by its name gives a description of one's own.
+    """
+    mode = os.fstat(fd).st_mode
+    path = f"/proc/self/fd/{fd}"
+    try:
+        if stat.S_ISCHR(mode) and os.isatty(fd):
+            path = os.ttyname(fd)
+        elif not stat.S_ISFIFO(mode) or not os.path.exists(path):
+            return fd
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return fd
+
+
+class Reader:
+    """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
+
+    def __init__(self, fd: int) -> None:
+        try:
+            self.fd = reopen(fd, os.O_RDONLY)
+        except OSError:     # closed
+            self.fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.is_terminal = os.isatty(self.fd)
+
+    def read(self) -> Optional[bytes]:
+        """At most ``READ_SIZE`` bytes."""
+        try:
+            return os.read(self.fd, READ_SIZE)
+        except OSError as error:
+            return None if error.errno in TRANSIENT else b""
+
+
+class Writer:
+    """A standard stream to write to, of any kind: ``put`` takes what goes without blocking."""
+
+    def __init__(self, fd: int) -> None:
+        try:
+            self.fd = reopen(fd, os.O_WRONLY)
+            mode = os.fstat(self.fd).st_mode
+        except OSError:     # closed
+            self.fd, mode = fd, 0
+        self.is_terminal = os.isatty(self.fd)
+        self.is_pipe = stat.S_ISFIFO(mode)
+        self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
+        self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
+
+    def put(self, data: bytes) -> int:
+        """Writes; gives how many bytes were taken, 0 if none can be now. Raises OSError if the reader is gone."""
+        try:
+            if self._socket is not None:
+                return self._socket.send(data, socket.MSG_DONTWAIT)
+            if not self._may_block:
+                return os.write(self.fd, data)
+            if select.select([], [self.fd], [], 0)[1]:
+                return os.write(self.fd, data[:select.PIPE_BUF])    # a writable pipe takes so much
+            return 0
+        except OSError as error:
+            if error.errno in TRANSIENT:
+                return 0
+            raise
+
+
+class Output:
+    """What waits to be written to one stream, in order, and who is told when it is.
+
+    ``put`` takes bytes and gives how many were taken. ``broken`` tells that the reader is gone.
+    """
+
+    def __init__(self, put: Callable[[bytes], int]) -> None:
+        self._put = put
+        self._chunks: Deque[Tuple[bytes, Optional[Callable[[int], None]]]] = deque()
+        self.pending = 0        # bytes
+        self.broken = False
+
+    def write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
+        """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
+
+        For empty data, it is told (0) when all that was appended before is written.
+        """
+        if not self.broken:
+            self._chunks.append((data, written))
+            self.pending += len(data)
+
+    def put_first(self, data: bytes) -> None:
+        """Puts ``data`` before all that waits."""
+        self._chunks.appendleft((data, None))
+        self.pending += len(data)
+
+    def give_up(self) -> None:
+        """Takes nothing any more: nobody reads it."""
+        self.broken = True
+        self._chunks.clear()
+        self.pending = 0
+
+    def flush(self) -> None:
+        """Writes what can be written now."""
+        while self._chunks and not self.broken:
+            if self._chunks[0][0]:
+                data = self._batch()
+                try:
+                    taken = self._put(data)
+                except OSError as error:
+                    log.info("cannot write: %s", error.strerror)
+                    self.give_up()
+                    return
+                self.pending -= taken
+            else:
+                data, taken = b"", 0
+            self._account(taken)
+            if taken < len(data):
+                return
+
+    def _batch(self) -> bytes:
+        batch, size = [], 0
+        for data, _ in self._chunks:
+            batch.append(data)
+            size += len(data)
+            if size >= WRITE_SIZE:
+                break
+        return b"".join(batch) if len(batch) > 1 else batch[0]
+
+    def _account(self, taken: int) -> None:
+        """Tells whoever waits for the first ``taken`` bytes."""
+        while self._chunks and len(self._chunks[0][0]) <= taken:
+            data, written = self._chunks.popleft()
+            taken -= len(data)
+            if written is not None:
+                written(data.count(b"\n"))
+        if taken:
+            data, written = self._chunks[0]
+            self._chunks[0] = data[taken:], written
+            if written is not None:
+                written(data.count(b"\n", 0, taken))
+
+
+def normal(address: Tuple[Any, ...]) -> Address:
+    """An address of the socket as (host, port); an IPv4-mapped one as IPv4."""
+    host = address[0]
+    if host.startswith("::ffff:") and "." in host:
+        host = host[7:]
+    return host, address[1]
+
+
+class Port:
+    """A UDP socket: gives datagrams to ``receive``, takes them with ``send``. No error of it ends the program."""
+
+    def __init__(self, sock: socket.socket, loop: Loop) -> None:
+        self._sock = sock
+        self._loop = loop
+        self._mapped = sock.family == socket.AF_INET6
+        self.receive: Callable[[bytes, Address], None] = lambda datagram, address: None
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
+
+    def _on_readable(self) -> None:
+        recvfrom, receive = self._sock.recvfrom, self.receive
+        for _ in range(DATAGRAMS_PER_TURN):
+            try:
+                datagram, address = recvfrom(protocol.MAX_RECEIVED)
+            except OSError as error:
+                if error.errno in TRANSIENT:
+                    return
+                log.debug("receiving: %s", error)     # ECONNREFUSED and the like: about a datagram sent before
+                continue
+            receive(datagram, normal(address))
+        self._loop.calm = False
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """Sends; what cannot be sent is lost, like a datagram on the way: whoever sent it will repeat it."""
+        host, port = address
+        try:
+            self._sock.sendto(datagram, ("::ffff:" + host if self._mapped and ":" not in host else host, port))
+        except OSError as error:
+            log.debug("sending to %s: %s", show_address(address), error)
+
+
+def show_address(address: Address) -> str:
+    """``HOST:PORT``, with brackets around an IPv6 host."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# --- the server -----------------------------------------------------------------------------------------------
+
+DEFAULT_PORT = 4119
+PROBE_TIMEOUT = 0.5       # s; who does not answer a probe in this time is offline
+PROBE_INTERVAL = 0.1      # s between repetitions inside that time
+BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
+BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n)
+BROADCAST_SLICE = 500     # clients that are told in one turn
+SYNC_PAGES = 32           # datagrams that answer one sync
+PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
+COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
+STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
+NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
+NOTICE_SLICE = 10         # datagrams in each: 500 a second
+MAIL_AHEAD = 1024         # numbers of one client's mail in memory
+MAIL_OVERHEAD = 40        # bytes of one item of mail on the wire beside its text and its sender
+MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
+HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
+JITTER = 0.25             # part by which every repeated request varies, up and down
+
+FOR_PREFIX = encode("for", {"session": bytes(protocol.SESSION_BYTES)})[:-protocol.SESSION_BYTES]
+
+
+def jittered(loop: Any, seconds: float) -> float:
+    """``seconds``, 25 % more or less."""
+    return float(seconds * loop.random.uniform(1 - JITTER, 1 + JITTER))
+
+
+def new_id(loop: Any) -> int:
+    """A random id of 63 bits."""
+    return int(loop.random.getrandbits(63))
+
+
+class Claim:
+    """Somebody who wants a nick that somebody else may hold."""
+
+    def __init__(self, address: Address, token: Optional[bytes], request: int) -> None:
+        self.address = address
+        self.token = token
+        self.request = request
+
+
+class Probe:
+    """One question "are you there?", and all who wait for its answer."""
+
+    def __init__(self, id_: int, nick: str, address: Address, session: Optional[Session], now: float) -> None:
+        self.id = id_
+        self.nick = nick
+        self.address = address
+        self.session = session
+        self.deadline = now + PROBE_TIMEOUT
+        self.saves: Dict[int, Tuple["SaveStream", int]] = {}    # stream -> who waits, for which number
+        self.claim: Optional[Claim] = None
+
+
+class SaveStream:
+    """The server's end of the stream of one sender's messages for one recipient."""
+
+    def __init__(self, session: Session, to: str, stream: ReceiveStream) -> None:
+        self.session = session
+        self.to = to
+        self.stream = stream
+        self.relay = False
+        self.kept = 0       # texts that wait for the commit
+        self.nacks: List[Info] = []
+
+
+class MailStream:
+    """The server's end of the stream of one client's mail."""
+
+    def __init__(self, server: "Server", session: Session, id_: int) -> None:
+        capacity = protocol.MAX_DATAGRAM - len(FOR_PREFIX) - protocol.SESSION_BYTES - len(encode("mail", {
+            "to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER, "base": protocol.MAX_NUMBER, "items": []})) - 4
+        self.session = session
+        self.stream = SendStream(id_, capacity)
+        self.alarm = Alarm(server.loop, functools.partial(server.send_mail, session))
+        self.loaded = session.offset    # the number in the mailbox of the last that is in the stream
+
+
+class Server:
+    """Keeps the table, probes who is doubted, keeps and delivers messages.
+
+    ``receive`` takes datagrams, ``settle`` ends each turn; ``send`` is called with (datagram, address) there.
+    """
+
+    def __init__(self, loop: Any, send: Callable[[bytes, Address], None], registry: Registry,
+                 nick_lapse: float = NICK_LAPSE) -> None:
+        self.loop = loop
+        self.registry = registry
+        self.decoder = Decoder()
+        self.boot = new_id(loop)
+        self.nick_lapse = nick_lapse
+        self._send_now = send
+        self._outbox: List[Tuple[bytes, Address]] = []
+        self._secret = loop.random.getrandbits(256).to_bytes(32, "big")
+        self._probes: Dict[int, Probe] = {}
+        self._probing: Dict[Tuple[str, Address], Probe] = {}
+        self._alive: Dict[str, float] = {}                      # when somebody last answered a probe for saves
+        self._saves: "OrderedDict[Tuple[str, int], SaveStream]" = OrderedDict()
+        self._dirty: Dict[Tuple[str, int], SaveStream] = {}     # to be kept and acked in this turn
+        self._mails: Dict[bytes, MailStream] = {}
+        self._mail_by_stream: Dict[int, MailStream] = {}
+        self._to_mail: Set[bytes] = set()
+        self._told = registry.table.version                     # version of the last broadcast
+        self._broadcast_end = -NEVER
+        self._broadcast_cost = 0.0
+        self._telling: Deque[Session] = deque()                 # who is still to be told of it
+        self._pages: List[bytes] = []
+        self._broadcast_alarm = Alarm(loop, self._broadcast)
+        self._silence_alarm = Alarm(loop, self._probe_silent)
+        self._stranger_second = 0
+        self._stranger_replies = 0
+        self._disk_failed = False
+        self._handlers: Dict[str, Callable[[Info, Address, int], None]] = {
+            "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
+            "ack": self._on_ack, "alive": self._on_alive, "dereg": self._on_dereg}
+
+    def start(self) -> None:
+        """Tells the last known addresses that the server is there, and starts to look after the nicks."""
+        self._notices: Deque[Address] = deque(
+            (known.host, known.port) for known in self.registry.mailbox.known.values() if known.port)
+        self._send_notices()
+        self._keep_house()
+
+    def stop(self) -> None:
+        """Writes and closes the store."""
+        self.registry.mailbox.commit(self.loop.wall())
+        self.registry.mailbox.close()
+
+    def receive(self, datagram: bytes, address: Address) -> None:
+        """Takes a datagram from the network."""
+        for tag, info in self.decoder.decode(datagram):
+            handler = self._handlers.get(tag)
+            if handler is not None:
+                handler(info, address, len(datagram))
+
+    # sending
+
+    def _send(self, session: Session, *maps: bytes) -> None:
+        self._outbox.append((b"".join((FOR_PREFIX, session.id, *maps)), session.address))
+
+    def _reply(self, address: Address, size: int, data: bytes) -> None:
+        """Answers somebody whose address may be forged: never more than was received, and not without limit."""
+        second = int(self.loop.now())
+        if second != self._stranger_second:
+            self._stranger_second, self._stranger_replies = second, 0
+        self._stranger_replies += 1
+        if len(data) <= size and self._stranger_replies <= STRANGER_REPLIES:
+            self._outbox.append((data, address))
+
+    def _send_notices(self) -> None:
+        for _ in range(min(NOTICE_SLICE, len(self._notices))):
+            self._outbox.append((self._pong(0), self._notices.popleft()))
+        if self._notices:
+            self.loop.call_at(self.loop.now() + NOTICE_INTERVAL, self._send_notices)
+
+    def _pong(self, id_: int, session: Optional[Session] = None, boot: Optional[int] = None) -> bytes:
+        return encode("pong", {"id": id_, "boot": self.boot if boot is None else boot, "version": self._told,
+                               "mail": self.registry.mail_number(session) if session is not None else 0})
+
+    # sessions
+
+    def _session(self, info: Info, address: Address, size: int) -> Optional[Session]:
+        """The session that ``info`` speaks for, if it does so from where it is known to be; answers if not."""
+        session = self.registry.sessions.get(info["session"])
+        if session is None:
+            self._answer_unknown(info, address, size)
+            return None
+        if session.address != address:
+            self._probe_move(session, address, size)
+            return None
+        if self.registry.heard(session, self.loop.now()):
+            log.info("%s is back", session.nick)
+            self._wake_mail(session)
+        return session
+
+    def _answer_unknown(self, info: Info, address: Address, size: int) -> None:
+        how = self.registry.closed.get(info["session"])
+        if how == REPLACED:
+            self._reply(address, size, encode("refused", {"session": info["session"], "nick": "-", "reason": how}))
+        else:
+            self._reply(address, size, self._pong(info.get("id", 0), boot=0 if how == EVICTED else None))
+
+    def _probe_move(self, session: Session, address: Address, size: int) -> None:
+        probe = self._probe(session.nick, address, session, size)
+        if probe is not None:
+            log.info("%s speaks from %s: asking there", session.nick, show_address(address))
+
+    def _on_reg(self, info: Info, address: Address, size: int) -> None:
+        nick, request = info["nick"], info["id"]
+        if not self._is_cookie(info.get("cookie"), address):
+            if size >= protocol.REG_SIZE:
+                self._reply(address, size, encode("cookie", {
+                    "id": request, "server": self.registry.mailbox.server_id, "cookie": self._cookie(address, 0)}))
+            return
+        session = self.registry.by_nick.get(nick)
+        if session is not None and (session.address, session.request) == (address, request):
+            self._welcome(session)
+            return
+        claim = Claim(address, info.get("token"), request)
+        verdict = self.registry.claim(nick, address, claim.token)
+        holder = self.registry.holder(nick)
+        if verdict == ASK and holder is not None:
+            probe = self._probe(nick, holder, self.registry.by_nick.get(nick))
+            if probe is not None and probe.claim is None:
+                probe.claim = claim
+        elif verdict == GRANTED:
+            self._admit(nick, claim)
+        else:
+            self._refuse(nick, claim, verdict)
+
+    def _cookie(self, address: Address, age: int) -> bytes:
+        """A proof of address without state: HMAC over address and time (as in RFC 9147 §5.1, RFC 9000 §8.1.2)."""
+        text = f"{show_address(address)} {int(self.loop.now() / COOKIE_TIME) - age}"
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).digest()[:protocol.SESSION_BYTES]
+
+    def _is_cookie(self, cookie: Optional[bytes], address: Address) -> bool:
+        return cookie is not None and any(hmac.compare_digest(cookie, self._cookie(address, age)) for age in (0, 1))
+
+    def _admit(self, nick: str, claim: Claim) -> None:
+        id_ = self.loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
+        self._drop_mail(self.registry.by_nick.get(nick))
+        session = self.registry.admit(self.loop.now(), self.loop.wall(), id_, nick, claim.address, claim.token,
+                                      claim.request)
+        for gone in [mail.session for mail in self._mails.values() if mail.session.id not in self.registry.sessions] \
+                if len(self._mails) > len(self.registry.sessions) else ():
+            self._drop_mail(gone)
+        log.info("%s registered at %s", nick, show_address(claim.address))
+        self._watch_silence()
+        self._welcome(session)
+
+    def _welcome(self, session: Session) -> None:
+        self._outbox.append((encode("welcome", {
+            "id": session.request, "nick": session.nick, "boot": self.boot, "session": session.id,
+            "version": session.version}), session.address))
+
+    def _refuse(self, nick: str, claim: Claim, reason: str) -> None:
+        log.info("%s refused to %s: %s", nick, show_address(claim.address), reason)
+        self._outbox.append((encode("refused", {"id": claim.request, "nick": nick, "reason": reason}), claim.address))
+
+    def _on_dereg(self, info: Info, address: Address, size: int) -> None:
+        if self.registry.closed.get(info["session"]) == BYE:
+            self._reply(address, size, encode("bye", {"session": info["session"]}))
+            return
+        session = self._session(info, address, size)
+        if session is not None:
+            log.info("%s deregistered", session.nick)
+            self._drop_mail(session)
+            self.registry.deregister(session, self.loop.wall())
+            self._outbox.append((encode("bye", {"session": session.id}), address))
+
+    def _on_ping(self, info: Info, address: Address, size: int) -> None:
+        session = self._session(info, address, size)
+        if session is not None:
+            self._outbox.append((self._pong(info["id"], session), address))
+            self._note_version(session, info["version"])
+
+    def _note_version(self, session: Session, version: int) -> None:
+        """A client holds the table up to ``version``: from its first on, it can take mail."""
+        if not session.holds_table and version >= session.version:
+            session.holds_table = True
+            self._wake_mail(session)
+
+    def _on_sync(self, info: Info, address: Address, size: int) -> None:
+        session = self._session(info, address, size)
+        if session is None:
+            return
+        self._note_version(session, info["version"])
+        for count, page in enumerate(self.registry.table.pages(info["version"], PAGE_SIZE), 1):
+            self._send(session, self._table(page))
+            if count == SYNC_PAGES:
+                break
+
+    def _table(self, page: Page) -> bytes:
+        return encode("table", {"since": page.since, "version": page.version, "set": page.rows})
+
+    # probes
+
+    def _probe(self, nick: str, address: Address, session: Optional[Session],
+               size: Optional[int] = None) -> Optional[Probe]:
+        """Asks whether ``nick`` is at ``address``; gives the question, None if it may not be sent.
+
+        ``size``: bytes received from there, if that address is not proven.
+        """
+        probe = self._probing.get((nick, address))
+        if probe is None:
+            probe = Probe(new_id(self.loop), nick, address, session, self.loop.now())
+            if size is not None and len(self._probe_maps(probe)) > size:
+                return None
+            self._probes[probe.id] = self._probing[nick, address] = probe
+            self._ask(probe, size is not None)
+        return probe
+
+    def _probe_maps(self, probe: Probe) -> bytes:
+        maps = encode("probe", {"id": probe.id, "to": probe.nick})
+        return FOR_PREFIX + probe.session.id + maps if probe.session is not None else maps
+
+    def _ask(self, probe: Probe, once: bool = False) -> None:
+        """Repeats the question until it is answered or its time is over; to an unproven address, once."""
+        if probe.id not in self._probes:
+            return
+        now = self.loop.now()
+        if now >= probe.deadline and self.loop.calm:
+            self._close_probe(probe)
+            self._not_there(probe)
+            return
+        if now < probe.deadline:
+            self._outbox.append((self._probe_maps(probe), probe.address))
+        wait = PROBE_TIMEOUT if once else jittered(self.loop, PROBE_INTERVAL)
+        self.loop.call_at(min(now + wait, max(probe.deadline, now + 0.001)), functools.partial(self._ask, probe))
+
+    def _close_probe(self, probe: Probe) -> None:
+        del self._probes[probe.id]
+        del self._probing[probe.nick, probe.address]
+
+    def _is_held_by(self, probe: Probe) -> bool:
+        """Whether the probed address is still where the registry believes the nick to be."""
+        return (probe.session is not None and self.registry.sessions.get(probe.session.id) is probe.session
+                and probe.session.address == probe.address)
+
+    def _not_there(self, probe: Probe) -> None:
+        session = probe.session
+        if session is not None and self._is_held_by(probe) and session.id in self.registry.live:
+            log.info("%s does not answer: offline", probe.nick)
+            self.registry.went_offline(session, self.loop.wall())
+            self._send(session, self._pong(0, session))
+        if probe.claim is not None:
+            self.registry.ghosts.pop(probe.nick, None)
+            if self.registry.claim(probe.nick, probe.claim.address, probe.claim.token) == GRANTED:
+                self._admit(probe.nick, probe.claim)
+
+    def _on_alive(self, info: Info, address: Address, size: int) -> None:
+        probe = self._probes.get(info["id"])
+        if probe is None or (info["nick"], address) != (probe.nick, probe.address):
+            self._on_late_alive(info, address)
+            return
+        session = probe.session
+        if session is not None and info.get("session") != session.id:
+            return
+        self._close_probe(probe)
+        if session is not None and self.registry.sessions.get(session.id) is session:
+            if session.address != address:
+                log.info("%s moved to %s", session.nick, show_address(address))
+                self.registry.moved(session, address, self.loop.wall())
+            if self.registry.heard(session, self.loop.now()):
+                self._wake_mail(session)
+            self._alive[session.nick] = self.loop.now()
+        if probe.claim is not None:
+            self._refuse(probe.nick, probe.claim, TAKEN)
+        for save, number in probe.saves.values():
+            self._send_exists(save, number)
+
+    def _on_late_alive(self, info: Info, address: Address) -> None:
+        session = self.registry.sessions.get(info.get("session", b""))
+        if session is not None and session.address == address and self.registry.heard(session, self.loop.now()):
+            self._wake_mail(session)
+
+    def _watch_silence(self) -> None:
+        first = next(iter(self.registry.live.values()), None)
+        if first is not None and not self._silence_alarm.is_set:
+            self._silence_alarm.set(first.heard + SILENCE)
+
+    def _probe_silent(self) -> None:
+        for session in self.registry.silent(self.loop.now()):
+            self._probe(session.nick, session.address, session)
+            self.registry.live.move_to_end(session.id)
+        self._watch_silence()
+
+    # keeping
+
+    def _on_save(self, info: Info, address: Address, size: int) -> None:
+        session = self._session(info, address, size)
+        if session is None:
+            return
+        key = (session.nick, info["stream"])
+        save = self._saves.get(key)
+        if save is None:
+            first = self.registry.mailbox.stream_next(*key)
+            save = self._saves[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
+            self._forget_saves()
+        elif save.to != info["to"]:
+            return
+        self._saves.move_to_end(key)
+        save.session, save.relay = session, info["relay"]
+        save.stream.on_data(info["n"], list(zip(info["text"], info["at"])), info.get("more", ()), info["base"])
+        save.stream.advance(info["base"])
+        self._dirty[key] = save
+
+    def _forget_saves(self) -> None:
+        while len(self._saves) > MAX_SAVE_STREAMS:
+            key = next(iter(self._saves))
+            del self._saves[key]
+
+    def _keep(self, save: SaveStream) -> None:
+        """Does with the messages of a stream what the registry says; what it keeps waits for the commit."""
+        verdict = self.registry.judge(save.to, save.relay)
+        if verdict == PROBE:
+            self._doubt(save)
+        elif verdict == UNKNOWN:
+            self._refuse_rest(save, save.stream.next, UNKNOWN)
+        else:
+            for run in save.stream.take():
+                if run.items and not self._keep_run(save, run):
+                    break
+
+    def _doubt(self, save: SaveStream) -> None:
+        """Messages for somebody who is believed to be online: asks there, or tells that the answer has come."""
+        first, last = save.stream.next, save.stream.reached - 1
+        save.stream.give_back(first)
+        recipient = self.registry.by_nick[save.to]
+        if last < first:
+            return
+        if self.loop.now() - self._alive.get(save.to, -NEVER) < PROBE_TIMEOUT:
+            self._send_exists(save, first)
+            return
+        probe = self._probe(save.to, recipient.address, recipient)
+        if probe is not None:
+            probe.saves[save.stream.stream] = (save, first)
+
+    def _send_exists(self, save: SaveStream, number: int) -> None:
+        entry = self.registry.table.get(save.to)
+        if entry is not None:
+            self._send(save.session, encode("exists", {"stream": save.stream.stream, "n": number,
+                                                       "version": entry.version, "entry": entry.row()}))
+
+    def _keep_run(self, save: SaveStream, run: Run) -> bool:
+        """Keeps a run as far as the mailbox has room; False if the rest was refused."""
+        wall = self.loop.wall()
+        pieces = [Piece(n, self._time(at, wall), text, n in run.more)
+                  for n, (text, at) in enumerate(run.items, run.first)]
+        fitting = self.registry.fitting(save.to, pieces)
+        if fitting:
+            known = self.registry.mailbox.known[save.to]
+            self.registry.mailbox.keep(known, save.session.nick, save.stream.stream, pieces[:fitting])
+            save.kept += sum(not piece.more for piece in pieces[:fitting])
+        if fitting == len(pieces):
+            return True
+        first = run.first + fitting
+        if self.registry.table.is_online(save.to):
+            save.stream.give_back(first)        # its mail is on the way: there will be room
+        else:
+            self._refuse_rest(save, first, "full")
+        return False
+
+    @staticmethod
+    def _time(at: float, wall: float) -> float:
+        """When a message was sent, as its sender says, if that can be."""
+        return at if math.isfinite(at) and 0 <= at <= wall + DAY else wall
+
+    def _refuse_rest(self, save: SaveStream, first: int, reason: str) -> None:
+        last = save.stream.reached - 1
+        save.stream.give_back(first)
+        if last >= first:
+            save.nacks.append({"stream": save.stream.stream, "first": first, "last": last, "reason": reason})
+
+    # settling
+
+    def settle(self) -> None:
+        """Ends a turn: commit, then everything that is to be sent."""
+        dirty, self._dirty = self._dirty, {}
+        for save in dirty.values():
+            self._keep(save)
+        committed = self._commit()
+        for save in dirty.values():
+            self._answer_save(save, committed)
+        for id_ in list(self._to_mail):
+            session = self.registry.sessions.get(id_)
+            if session is not None:
+                self.send_mail(session)
+        self._to_mail.clear()
+        self._plan_broadcast()
+        outbox, self._outbox = self._outbox, []
+        for datagram, address in outbox:
+            self._send_now(datagram, address)
+
+    def _commit(self) -> bool:
+        mailbox = self.registry.mailbox
+        if not mailbox.pending:
+            return True
+        committed = mailbox.commit(self.loop.wall())
+        if committed == self._disk_failed:
+            self._disk_failed = not committed
+            log.log(logging.WARNING if committed else logging.ERROR,
+                    "the store can be written again" if committed else "the store cannot be written: no mail is kept")
+        return committed
+
+    def _answer_save(self, save: SaveStream, committed: bool) -> None:
+        stream = save.stream
+        if save.kept and not committed:
+            self._refuse_rest(save, stream.next, "disk")
+        elif committed:
+            stream.written(save.kept)
+            recipient = self.registry.by_nick.get(save.to)
+            if save.kept and recipient is not None:
+                self._to_mail.add(recipient.id)
+        save.kept = 0
+        nacks, save.nacks = save.nacks, []
+        self._send(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
+
+    # mail
+
+    def _wake_mail(self, session: Session) -> None:
+        mail = self._mails.get(session.id)
+        if mail is not None:
+            mail.stream.resume()
+        self._to_mail.add(session.id)
+
+    def _drop_mail(self, session: Optional[Session]) -> None:
+        mail = self._mails.pop(session.id, None) if session is not None else None
+        if mail is not None:
+            mail.alarm.cancel()
+            del self._mail_by_stream[mail.stream.stream]
+
+    def send_mail(self, session: Session) -> None:
+        """Sends what is due of a client's mail, and loads more of it."""
+        if session.id not in self.registry.live or not session.holds_table:
+            return
+        mail = self._mails.get(session.id)
+        if mail is None:
+            if not session.known.waiting:
+                return
+            mail = self._mails[session.id] = MailStream(self, session, new_id(self.loop))
+            self._mail_by_stream[mail.stream.stream] = mail
+        if mail.stream.held < MAIL_AHEAD // 2 and mail.loaded < session.known.last:
+            self._load_mail(mail)
+        stream = mail.stream
+        for packet in stream.poll(self.loop.now()):
+            self._send(session, encode("mail", {"to": session.nick, "stream": stream.stream, "n": packet.first,
+                                                "base": stream.base, "items": packet.items}))
+        mail.alarm.set(stream.due())
+
+    def _load_mail(self, mail: MailStream) -> None:
+        rows = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, MAIL_AHEAD)
+        number = mail.stream.end
+        items = [[row.sender, row.stream, row.n, row.at, row.text, bool(row.more)] for row in rows]
+        sizes = [len(row.text.encode()) + len(row.sender.encode()) + MAIL_OVERHEAD for row in rows]
+        mail.stream.queue(items, sizes, [number + index for index, row in enumerate(rows) if row.more])
+        if rows:
+            mail.loaded = rows[-1].seq
+
+    def _on_ack(self, info: Info, address: Address, size: int) -> None:
+        mail = self._mail_by_stream.get(info["stream"])
+        if mail is None or mail.session.address != address:
+            return
+        session = mail.session
+        if self.registry.heard(session, self.loop.now()):
+            self._wake_mail(session)
+        if mail.stream.on_ack(self.loop.now(), info["next"], info["have"], info["room"]):
+            self.registry.mail_acked(session, mail.stream.base)
+        self._to_mail.add(session.id)
+
+    # the table
+
+    def _plan_broadcast(self) -> None:
+        if self._telling:
+            self._broadcast_alarm.set(self.loop.now())
+        elif self.registry.table.version > self._told and not self._broadcast_alarm.is_set:
+            due = self._broadcast_end + max(BROADCAST_GAP, BROADCAST_SHARE * self._broadcast_cost)
+            if due <= self.loop.now():
+                self._broadcast()
+            else:
+                self._broadcast_alarm.set(due)
+
+    def _broadcast(self) -> None:
+        """Tells every client what changed, a slice of them in each turn."""
+        if not self._telling:
+            self._pages = [self._table(page) for page in self.registry.table.pages(self._told, PAGE_SIZE)]
+            self._told = self.registry.table.version
+            self._telling.extend(self.registry.live.values())
+            self._broadcast_cost = 0.0
+        began = self.loop.clock()
+        for _ in range(min(BROADCAST_SLICE, len(self._telling))):
+            session = self._telling.popleft()
+            if session.id in self.registry.live:
+                for page in self._pages:
+                    self._send(session, page)
+        self._broadcast_cost += self.loop.clock() - began
+        self._broadcast_end = self.loop.now()
+        self._plan_broadcast()
+
+    # housekeeping
+
+    def _keep_house(self) -> None:
+        for known in self.registry.lapse(self.loop.wall(), self.nick_lapse):
+            log.warning("%s has lapsed, with %d messages", known.nick, known.messages)
+        for session in self.registry.live.values():
+            session.known.seen = self.loop.wall()
+        self.registry.mailbox.prune_streams()
+        now = self.loop.now()
+        self._alive = {nick: at for nick, at in self._alive.items() if now - at < PROBE_TIMEOUT}
+        self.loop.call_at(now + HOUSEKEEPING, self._keep_house)
+
+
+# --- the client -----------------------------------------------------------------------------------------------
+
+REQUEST_INTERVAL = protocol.SERVER_INTERVAL     # s between attempts of a request to the server
+REQUEST_ATTEMPTS = protocol.SERVER_ATTEMPTS
+PING_INTERVAL = 15.0      # s between pings
+LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
+SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
+HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
+OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
+STREAMS_PER_SENDER = 8    # remembered, of each peer
+BUFFER_LIMIT = 64 * 2 ** 20     # bytes, of all streams together, at the worst size of a text
+QUEUE_LIMIT = 4096        # messages queued to send; then stdin is not read
+QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
+LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
+END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
+LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
+STREAM_COOKIES = 3        # cookies taken for one attempt to register
+LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
+PROMPT = b">>> "
+ERASE_LINE = b"\r\x1b[K"
+
+# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
+
+REFUSALS = {
+    "unknown": "[Unknown client {}.]",
+    "full": "[Mailbox of {} is full, message not saved.]",
+    "disk": "[The server cannot save messages now, message for {} not saved.]",
+}
+
+HELP = """\
+send NICK MESSAGE   send MESSAGE (the rest of the line) to NICK
+dereg NICK          go offline (NICK: your own)
+reg NICK            come online again
+who                 show everybody who is known
+help                show this
+quit                go offline and end
+"""
+
+
+def clean(text: str) -> str:
+    """``text`` with every control character as its escape: fit for one line of a terminal."""
+    if text.isprintable():
+        return text
+    return CONTROL.sub(lambda match: ("\\x%02x" if match.group() < "\u0100" else "\\u%04x") % ord(match.group()), text)
+
+
+@functools.lru_cache(maxsize=1024)
+def show_time(second: int) -> str:
+    """A wall-clock time in local time, for people."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+    except (OverflowError, ValueError, OSError):
+        return "at an unknown time"
+
+
+class LongLine(str):
+    """A line that was cut off because it is too long; ``size`` are the bytes that it had."""
+
+    size = 0
+
+
+class Incoming:
+    """One stream of a peer, or of one's mail, that comes in; and whether it waits for news of the mail."""
+
+    def __init__(self, nick: str, stream: ReceiveStream, address: Address) -> None:
+        self.nick = nick
+        self.stream = stream
+        self.address = address      # where acks go
+        self.held_since = NEVER     # when numbers were found missing
+        self.held_base = 0          # below which they are
+        self.mail: Optional[int] = None     # the mail that must be shown before they are given up
+
+
+class Request:
+    """Something that the server is asked until it answers: five times, 500 ms apart."""
+
+    def __init__(self, loop: Any, ask: Callable[[], None], unanswered: Callable[[], None]) -> None:
+        self._loop = loop
+        self._ask = ask
+        self._unanswered = unanswered
+        self._interval = REQUEST_INTERVAL
+        self._attempts = 0
+        self._alarm = Alarm(loop, self._again)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether an answer is awaited."""
+        return self._alarm.is_set
+
+    def start(self) -> None:
+        """Asks for the first time."""
+        self._attempts = 0
+        self._again()
+
+    def hurry(self, interval: float) -> None:
+        """Asks more often, from the next start on."""
+        self._interval = interval
+
+    def stop(self) -> None:
+        """The answer is here, or nobody wants it any more."""
+        self._alarm.cancel()
+
+    def _again(self) -> None:
+        if self._attempts < REQUEST_ATTEMPTS:
+            self._attempts += 1
+            self._alarm.set(self._loop.now() + jittered(self._loop, self._interval))
+            self._ask()
+        elif self._loop.calm:
+            self._unanswered()
+        else:
+            self._alarm.set(self._loop.now())
+
+
+class Client:
+    """One user: commands come in by ``feed``, datagrams by ``receive``, lines go to the output.
+
+    ``settle`` ends each turn. ``hungry`` tells whether commands may be read, ``exit_code`` is None until the end.
+    """
+
+    def __init__(self, loop: Any, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
+                 secret: Optional[bytes] = None, ack_timeout: float = protocol.ACK_TIMEOUT, stay: bool = False,
+                 mtu: int = protocol.MAX_DATAGRAM, errors: Optional[Output] = None,
+                 interactive: bool = False) -> None:
+        self.loop = loop
+        self.output = output
+        self.errors = errors if errors is not None else Output(len)
+        self.nick = nick
+        self.server = server
+        self.exit_code: Optional[int] = None
+        self.decoder = Decoder()
+        self.state = JOINING
+        self.table = Table()
+        self._send_now = send
+        self._secret = secret
+        self._ack_timeout = ack_timeout
+        self._stay = stay
+        self._mtu = mtu
+        self._interactive = interactive
+        self._prompt_shown = False
+        # what the server gave
+        self._session: Optional[bytes] = None
+        self._boot = 0
+        self._server_id: Optional[bytes] = None
+        self._cookie: Optional[bytes] = None
+        self._cookies_left = 0
+        self._reg_id = 0
+        self._fresh: Optional[Table] = None     # the table of a new boot, until it is whole
+        self._target = 0                        # the version that the table must reach
+        self._pages = 0                         # that came since the last sync
+        self._visible = False                   # online in one's own table
+        self._greeted = False                   # "[You have messages]" was shown for this coming online
+        self._lost = False                      # the server does not answer, and that was said
+        self._heard = False                     # the server has spoken in this turn
+        self._was_visible = False               # commands are carried out since then
+        self._pings: "OrderedDict[int, float]" = OrderedDict()      # id -> when it was sent
+        self._request = Request(loop, self._send_reg, self._reg_unanswered)
+        self._dereg = Request(loop, self._send_dereg, self._dereg_unanswered)
+        self._ping = Request(loop, self._send_ping, self._ping_unanswered)
+        self._ping_alarm = Alarm(loop, self._ping.start)
+        self._sync_alarm = Alarm(loop, self._send_sync)
+        self._swap_alarm = Alarm(loop, self._swap_table)
+        self._hold_alarm = Alarm(loop, self._ask_about_holds)
+        self._last_asked = -NEVER
+        # what comes in
+        self._streams: Dict[str, "OrderedDict[int, Incoming]"] = {}
+        self._mail: Optional[Incoming] = None
+        self._readable: Dict[Incoming, None] = {}
+        self._dirty: Dict[Incoming, None] = {}  # to be acked in this turn
+        self._holding: Dict[Incoming, None] = {}
+        self._table_news = False
+        self._accepting = True                  # messages; no more once the program is about to leave
+        # what goes out
+        self._conversations: Dict[str, Conversation] = {}
+        self._by_stream: Dict[int, Conversation] = {}
+        self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
+        self._alarms: Dict[str, Alarm] = {}
+        self._polled: Set[str] = set()                  # to be polled in this turn
+        # commands
+        self._buffer = b""
+        self._skipped = 0                       # bytes of a line that is too long
+        self._lines: Deque[str] = deque()
+        self._input_ended = False
+        self._quit = ""                         # "dereg" or "quit", once that command waits for its turn
+        self._ending = ""                       # "end", "quit", "signal", "reader"
+        self._deadline = NEVER
+        self._failed = False                    # some message was neither delivered nor kept
+        self._undelivered = 0
+        self._result = 0
+        self._queued = self._queued_size = self._stuck = self._stuck_size = 0   # numbers and bytes
+        self._commands: Dict[str, Callable[[str, List[str]], None]] = {
+            "dereg": self._do_dereg, "reg": self._do_reg, "who": self._do_who, "help": self._do_help,
+            "quit": self._do_quit}
+        self._from_server: Dict[str, Callable[[Info], None]] = {
+            "table": self._on_table, "ack": self._on_saved, "nack": self._on_refusal, "exists": self._on_exists,
+            "mail": self._on_mail, "refused": self._on_refused, "bye": self._on_bye}
+
+    # lines
+
+    def say(self, line: str, times: int = 1) -> None:
+        """Shows a line (that often)."""
+        self.output.write((line + "\n").encode() * times)
+
+    def _hand_back(self, nick: str, text: str) -> None:
+        """Names a message that was not delivered, as the line that would send it again."""
+        self._undelivered += 1
+        self.errors.write(f"send {nick} {text}\n".encode())
+
+    # registering
+
+    def start(self) -> None:
+        """Registers."""
+        self._register()
+
+    def _register(self) -> None:
+        self._reg_id = new_id(self.loop)
+        self._cookie = None
+        self._request.start()
+
+    def _send_reg(self) -> None:
+        self._cookies_left = STREAM_COOKIES
+        self._emit_reg()
+
+    def _emit_reg(self) -> None:
+        info: Info = {"id": self._reg_id, "nick": self.nick}
+        if self._cookie is None or self._server_id is None:
+            self._send_now(padded("reg", info, protocol.REG_SIZE), self.server)
+            return
+        info["cookie"] = self._cookie
+        if self._secret is not None:
+            info["token"] = token_for(self._secret, self._server_id, self.nick)
+        self._send_now(padded("reg", info, protocol.REG_SIZE), self.server)
+
+    def _on_cookie(self, info: Info) -> None:
+        if info["id"] == self._reg_id and self._request.is_running and self._cookies_left:
+            self._cookies_left -= 1
+            self._server_id, self._cookie = info["server"], info["cookie"]
+            self._emit_reg()
+
+    def _on_welcome(self, info: Info) -> None:
+        if info["id"] != self._reg_id or not self._request.is_running or info["nick"] != self.nick:
+            return
+        self._request.stop()
+        self._server_heard()
+        self._session = info["session"]
+        for conversation in self._conversations.values():
+            conversation.session = info["session"]
+        self._mail = None
+        self._visible = self._greeted = False
+        self.state = ACTIVE
+        self.say("[Welcome, You are registered.]")
+        if info["boot"] != self._boot:
+            self._boot = info["boot"]
+            self._fresh = Table()
+            self._swap_alarm.set(self.loop.now() + OLD_TABLE_TIME)
+        self._target = max(info["version"], self._newest().version if self._fresh is None else 0)
+        self._send_sync()
+        self._plan_ping()
+
+    def _reg_unanswered(self) -> None:
+        """Five attempts without an answer end a program that starts, or that was told to come online."""
+        first = self.state == JOINING
+        self._server_silent(always=first)
+        if first:
+            self._give_up(1)
+        else:
+            self._register()
+
+    def _on_refused(self, info: Info) -> None:
+        own = info.get("session") == self._session if "session" in info else (
+            info.get("id") == self._reg_id and self._request.is_running)
+        if not own or self.state in (AWAY, ENDED):
+            return
+        self._request.stop()
+        reason = info["reason"]
+        if reason == "full":
+            self.say("[The server is full.]")
+        elif reason == "owned":
+            self.say(f"[Nickname {self.nick} belongs to someone else.]")
+        else:
+            self.say(f"[Nickname {self.nick} is taken.]")
+        self._give_up(1)
+
+    # the server's life
+
+    def _server_heard(self) -> None:
+        self._heard = True
+        if self._lost:
+            self._lost = False
+            self._plan_ping()
+
+    def _server_silent(self, always: bool = False) -> None:
+        """Announces an outage, once; ``always``: again, because the program ends over it."""
+        if not self._lost or always:
+            self.say("[Server not responding]")
+        if not self._lost:
+            self._lost = True
+            if self._session is not None:
+                self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
+
+    def _plan_ping(self) -> None:
+        self._ping.stop()
+        self._ping_alarm.set(self.loop.now() + jittered(self.loop, PING_INTERVAL))
+
+    def _send_ping(self) -> None:
+        if self.state != ACTIVE or self._session is None:
+            self._ping.stop()
+            return
+        id_ = new_id(self.loop)
+        self._pings[id_] = self.loop.now()
+        while len(self._pings) > 4 * REQUEST_ATTEMPTS:
+            self._pings.popitem(last=False)
+        self._ask_server("ping", {"id": id_, "session": self._session, "version": self._newest().version})
+
+    def _ask_server(self, tag: str, info: Info) -> None:
+        self._send_now(padded(tag, info, protocol.SESSION_SIZE), self.server)
+
+    def _ping_unanswered(self) -> None:
+        self._server_silent()
+        self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
+
+    def _ping_now(self) -> None:
+        if not self._ping.is_running:
+            self._ping.start()
+
+    def _on_pong(self, info: Info) -> None:
+        if self.state not in (ACTIVE, LEAVING):
+            return
+        sent = self._pings.pop(info["id"], None)
+        if sent is None:
+            if not self._ping.is_running and self.state == ACTIVE and self.loop.now() - self._last_asked > 1.0:
+                self._last_asked = self.loop.now()
+                self._ping_alarm.set(self.loop.now() + self.loop.random.uniform(0, 1))
+            elif self.state == LEAVING and self._dereg.is_running:
+                self._leave_check()
+            return
+        self._server_heard()
+        if info["boot"] != self._boot:
+            self._server_restarted()
+            return
+        self._plan_ping()
+        self._learn_of_mail(sent, info["mail"])
+        if info["version"] > self._newest().version:
+            self._target = max(self._target, info["version"])
+            self._want_sync()
+
+    def _leave_check(self) -> None:
+        """Somebody says that the server has restarted: a ping will tell whether there is anything left to leave."""
+        if self.loop.now() - self._last_asked > REQUEST_INTERVAL / 2 and self._session is not None:
+            self._last_asked = self.loop.now()
+            id_ = new_id(self.loop)
+            self._pings[id_] = self.loop.now()
+            self._ask_server("ping", {"id": id_, "session": self._session, "version": self._newest().version})
+
+    def _server_restarted(self) -> None:
+        """The server does not know this session: registers again, or has nothing to leave."""
+        self._ping.stop()
+        self._ping_alarm.cancel()
+        self._sync_alarm.cancel()
+        if self.state == LEAVING:
+            self._went_away()
+        elif not self._request.is_running:
+            log.info("the server has restarted: registering again")
+            self._register()
+
+    # the table
+
+    def _newest(self) -> Table:
+        return self._fresh if self._fresh is not None else self.table
+
+    def _send_sync(self) -> None:
+        if self.state != ACTIVE or self._session is None:
+            return
+        self._pages = 0
+        self._sync_alarm.set(self.loop.now() + jittered(self.loop, SYNC_INTERVAL))
+        self._ask_server("sync", {"session": self._session, "version": self._newest().version})
+
+    def _want_sync(self) -> None:
+        if not self._sync_alarm.is_set:
+            self._send_sync()
+
+    def _on_table(self, info: Info) -> None:
+        if self.state != ACTIVE:
+            return
+        table = self._newest()
+        changed = table.apply(Page(info["since"], info["version"], info["set"]))
+        if changed is None:
+            self._target = max(self._target, info["version"])
+            self._want_sync()
+            return
+        self._pages += 1
+        if table is self.table:
+            self._note_changes(changed)
+        if table.version >= self._target:
+            self._sync_alarm.cancel()
+            if self._fresh is not None:
+                self._swap_table()
+            elif not self._visible:
+                self._look_at_oneself()
+        elif self._pages >= SYNC_PAGES:
+            self._send_sync()
+
+    def _swap_table(self) -> None:
+        """Puts the table of the new boot in force, and drops what it does not name."""
+        self._swap_alarm.cancel()
+        if self._fresh is None:
+            return
+        old, self.table, self._fresh = self.table, self._fresh, None
+        self._note_changes([nick for nick in {**old.entries, **self.table.entries}
+                            if (old.get(nick) or ())[:4] != (self.table.get(nick) or ())[:4]])
+        self._look_at_oneself()
+        self._ping_now()    # tells the server that the table is here: mail may come
+
+    def _note_changes(self, nicks: Sequence[str]) -> None:
+        if not nicks:
+            return
+        self._table_news = True
+        for nick in nicks:
+            conversation = self._conversations.get(nick)
+            if conversation is not None:
+                conversation.locate(self.loop.now(), self._place(nick))
+                self._polled.add(nick)
+        if self.nick in nicks:
+            self._look_at_oneself()
+
+    def _look_at_oneself(self) -> None:
+        visible = self.table.is_online(self.nick) and self._fresh is None
+        if self._visible and not visible:
+            self._greeted = False
+            self._ping_now()
+        elif not visible and self._fresh is None:
+            self._ping_now()
+        self._visible = visible
+        self._was_visible = self._was_visible or visible
+
+    def _place(self, nick: str) -> Optional[Place]:
+        entry = self.table.get(nick)
+        if entry is None:
+            return None
+        reachable = (":" in entry.host) == (":" in self.server[0])
+        return Place(entry.state == ONLINE, (entry.host, entry.port) if reachable else None)
+
+    # datagrams
+
+    def receive(self, datagram: bytes, address: Address) -> None:
+        """Takes a datagram from the network."""
+        if self.state == ENDED:
+            return
+        messages = self.decoder.decode(datagram)
+        if address != self.server:
+            for tag, info in messages:
+                self._receive_from_peer(tag, info, address)
+            return
+        trusted = False
+        for tag, info in messages:
+            if tag == "for":
+                trusted = info["session"] == self._session
+                if trusted:
+                    self._server_heard()
+            elif tag == "cookie":
+                self._on_cookie(info)
+            elif tag == "welcome":
+                self._on_welcome(info)
+            elif tag == "pong":
+                self._on_pong(info)
+            elif tag == "probe":
+                self._on_probe(info, trusted)
+            elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
+                self._from_server[tag](info)
+
+    def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
+        if self.state not in (ACTIVE, LEAVING):
+            return
+        if tag == "chat":
+            self._on_chat(info, address)
+            return
+        conversation = self._by_stream.get(info["stream"]) if tag in ("ack", "nack") else None
+        if conversation is None or not conversation.goes_to(address):
+            return
+        if tag == "ack":
+            conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.DIRECT)
+        else:
+            conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.DIRECT)
+        self._polled.add(conversation.peer)
+
+    def _on_probe(self, info: Info, trusted: bool) -> None:
+        if info["to"] == self.nick and self.state == ACTIVE and self._session is not None:
+            answer: Info = {"id": info["id"], "nick": self.nick}
+            if trusted:
+                answer["session"] = self._session
+            self._send_now(encode("alive", answer), self.server)
+
+    def _on_saved(self, info: Info) -> None:
+        conversation = self._by_stream.get(info["stream"])
+        if conversation is not None:
+            conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.SAVE)
+            self._polled.add(conversation.peer)
+
+    def _on_refusal(self, info: Info) -> None:
+        conversation = self._by_stream.get(info["stream"])
+        if conversation is not None:
+            conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.SAVE)
+            self._polled.add(conversation.peer)
+
+    def _on_exists(self, info: Info) -> None:
+        conversation = self._by_stream.get(info["stream"])
+        nick, host, port, _ = info["entry"]
+        if conversation is not None and conversation.peer == nick:
+            reachable = (":" in host) == (":" in self.server[0])
+            conversation.on_exists(self.loop.now(), info["n"], (host, port) if reachable else None)
+            self._polled.add(nick)
+
+    # what comes in
+
+    def _on_chat(self, info: Info, address: Address) -> None:
+        sender = info["from"]
+        if info["to"] != self.nick:
+            self._send_now(encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
+                                           "last": info["n"] + len(info["text"]) - 1}), address)
+            return
+        entry = self.table.get(sender)
+        if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
+            self._want_sync()
+            return
+        incoming = self._incoming(sender, info["stream"], address, 1)
+        incoming.address = address
+        self._dirty[incoming] = None
+        if not self._accepting:
+            return
+        incoming.stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
+        if incoming.stream.ready_to_take:
+            self._readable[incoming] = None
+        if incoming.stream.missing:
+            self._hold(incoming)
+
+    def _incoming(self, nick: str, stream: int, address: Address, first: int) -> Incoming:
+        streams = self._streams.setdefault(nick, OrderedDict())
+        incoming = streams.get(stream)
+        if incoming is None:
+            incoming = streams[stream] = Incoming(nick, ReceiveStream(stream, first), address)
+            if len(streams) > STREAMS_PER_SENDER:
+                _, old = streams.popitem(last=False)
+                self._holding.pop(old, None)
+        else:
+            streams.move_to_end(stream)
+        return incoming
+
+    def _on_mail(self, info: Info) -> None:
+        if info["to"] != self.nick or self._fresh is not None or not self._accepting:
+            return
+        if self._mail is None or self._mail.stream.stream != info["stream"]:
+            self._mail = Incoming("", ReceiveStream(info["stream"]), self.server)
+        stream = self._mail.stream
+        stream.on_data(info["n"], info["items"], [n for n, item in enumerate(info["items"], info["n"]) if item[5]],
+                       info["base"])
+        stream.advance(info["base"])
+        self._dirty[self._mail] = None
+
+    # messages that are missing
+
+    def _hold(self, incoming: Incoming) -> None:
+        """Numbers are missing that the sender does not hold any more: they may be in the mail."""
+        if incoming not in self._holding:
+            incoming.held_since, incoming.held_base, incoming.mail = self.loop.now(), incoming.stream.base, None
+            self._holding[incoming] = None
+            self._ask_about_holds()
+
+    def _ask_about_holds(self) -> None:
+        now = self.loop.now()
+        for incoming in list(self._holding):
+            if incoming.mail is None and now >= incoming.held_since + HOLD_TIME and self.loop.calm:
+                self._release(incoming)
+        if any(incoming.mail is None for incoming in self._holding):
+            self._send_ping()
+            self._hold_alarm.set(now + jittered(self.loop, REQUEST_INTERVAL))
+
+    def _learn_of_mail(self, asked: float, mail: int) -> None:
+        for incoming in self._holding:
+            if incoming.mail is None and asked >= incoming.held_since:
+                incoming.mail = mail
+
+    def _check_holds(self) -> None:
+        reached = self._mail.stream.taken if self._mail is not None else 1
+        for incoming in list(self._holding):
+            if incoming.mail is not None and reached > incoming.mail:
+                self._release(incoming)
+
+    def _release(self, incoming: Incoming) -> None:
+        """Goes on behind the missing numbers; asks again if more have become missing since."""
+        self._holding.pop(incoming, None)
+        incoming.stream.advance(incoming.held_base)
+        self._readable[incoming] = None
+        self._dirty[incoming] = None
+        if incoming.stream.missing:
+            self._hold(incoming)
+
+    # showing
+
+    def _show(self) -> None:
+        """Hands to the output what is ready, as long as it has room: chat, and mail once that is through."""
+        while self._readable and self.output.pending < OUTPUT_LIMIT:
+            incoming = next(iter(self._readable))
+            self._show_chat(incoming)
+            if not incoming.stream.ready_to_take:
+                del self._readable[incoming]
+        if not self._readable and self._mail is not None and self.output.pending < OUTPUT_LIMIT:
+            self._show_mail(self._mail)
+        if self._holding:
+            self._check_holds()
+
+    def _show_chat(self, incoming: Incoming) -> None:
+        written = functools.partial(self._written, incoming)
+        for run in incoming.stream.take(protocol.MAX_ITEMS):
+            self.output.write(self._lines_of(incoming.nick, run), written)
+
+    @staticmethod
+    def _lines_of(nick: str, run: Run) -> bytes:
+        if not run.items:
+            return b""
+        texts = ["".join(run.items)] if run.more else run.items
+        if not "".join(texts).isprintable():
+            texts = [clean(text) for text in texts]
+        start = nick + ": "
+        return (start + ("\n" + start).join(texts) + "\n").encode()
+
+    def _written(self, incoming: Incoming, lines: int) -> None:
+        before = incoming.stream.next
+        incoming.stream.written(lines)
+        if incoming.stream.next != before:
+            self._dirty[incoming] = None
+
+    def _show_mail(self, mail: Incoming) -> None:
+        for run in mail.stream.take(protocol.MAX_ITEMS):
+            if run.more:
+                self._show_letter(mail, run.items, run.numbers)
+            elif run.items:
+                for item in run.items:
+                    self._show_letter(mail, [item], 1)
+            else:
+                self.output.write(b"", functools.partial(self._written, mail))
+
+    def _show_letter(self, mail: Incoming, items: List[Any], numbers: int) -> None:
+        """Shows one text of the mail, unless it was shown on another way."""
+        sender, stream, number, at = items[0][:4]
+        incoming = self._incoming(sender, stream, self.server, number)
+        if incoming.stream.show(number, numbers):
+            if not self._greeted and not self._visible:
+                self.say("[You have messages]")
+            self._greeted = True
+            text = clean("".join(item[4] for item in items))
+            second = int(at) if math.isfinite(at) else 0
+            self.output.write(f"{sender}: <{show_time(second)}> {text}\n".encode(),
+                              functools.partial(self._written, mail))
+        else:
+            self.output.write(b"", lambda _: self._written(mail, 1))
+        if incoming.stream.ready_to_take:
+            self._readable[incoming] = None
+            self._show_chat(incoming)
+            if not incoming.stream.ready_to_take:
+                del self._readable[incoming]
+
+    # commands
+
+    @property
+    def hungry(self) -> bool:
+        """Whether stdin is to be read."""
+        return (not self._lines and not self._input_ended and not self._ending and not self._quit
+                and self._may_command() and self._has_room() and not self._queue_is_full())
+
+    def _has_room(self) -> bool:
+        return self.output.pending < OUTPUT_LIMIT and self.errors.pending < OUTPUT_LIMIT
+
+    def _may_command(self) -> bool:
+        """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
+        return self.state == AWAY or self.state == ACTIVE and self._was_visible
+
+    def feed(self, data: bytes) -> None:
+        """Takes what was read from stdin; b"" at its end."""
+        self._prompt_shown = False
+        if not data:
+            self._input_ended = True
+            if self._buffer or self._skipped:
+                self._take_lines(self._buffer)
+            return
+        head, newline, tail = data.rpartition(b"\n")
+        if newline:
+            self._take_lines(self._buffer + head)
+            self._buffer = tail
+            self._skipped = 0
+        else:
+            self._buffer += data
+        if len(self._buffer) > LINE_LIMIT:
+            self._skipped += len(self._buffer) - LINE_LIMIT
+            self._buffer = self._buffer[:LINE_LIMIT]
+
+    def _take_lines(self, data: bytes) -> None:
+        if self._skipped:
+            first, newline, data = data.partition(b"\n")
+            line = LongLine(first[:LINE_LIMIT].decode("utf-8", "replace"))
+            line.size = len(first) + self._skipped
+            self._lines.append(line)
+            if not newline:
+                return
+        self._lines.extend(data.decode("utf-8", "replace").split("\n"))
+
+    def _queue_is_full(self, stuck: bool = False) -> bool:
+        """Whether nothing more may be queued; ``stuck``: for somebody whose messages are stuck."""
+        if stuck:
+            return self._stuck >= QUEUE_LIMIT or self._stuck_size >= QUEUE_SIZE
+        return self._queued >= QUEUE_LIMIT or self._queued_size >= QUEUE_SIZE
+
+    def _carry_out(self) -> None:
+        """Carries out the commands that wait, in order, as far as that is possible now."""
+        while self._lines and not self._quit and not self._ending and self._may_command():
+            if not self._has_room():
+                return
+            line = self._lines[0]
+            if line.startswith("send ") and self.state == ACTIVE:
+                if not self._do_send():
+                    return
+                continue
+            self._lines.popleft()
+            words = line.split()
+            if words:
+                self._do(words[0], line, words[1:])
+
+    def _do(self, name: str, line: str, words: List[str]) -> None:
+        if name == "send" and self.state == ACTIVE:
+            self.say("[Usage: send NICK MESSAGE]")
+        elif name != "send" and name not in self._commands:
+            self.say(f"[Unknown command {clean(name)}, try help.]")
+        elif self.state == AWAY and name not in ("reg", "help", "quit"):
+            self.say(f"[You are offline. Use: reg {self.nick}]")
+        else:
+            self._commands[name](name, words)
+
+    def _wants(self, name: str, words: List[str], usage: str = "") -> bool:
+        """Whether a command has the words that its usage asks for; says so if not."""
+        if len(words) == len(usage.split()):
+            return True
+        self.say(f"[Usage: {name} {usage}]" if usage else f"[Usage: {name}]")
+        return False
+
+    def _do_dereg(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words, "NICK"):
+            if unicodedata.normalize("NFC", words[0]) != self.nick:
+                self.say("[You can only deregister yourself.]")
+            else:
+                self._quit = name
+
+    def _do_reg(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words, "NICK"):
+            if unicodedata.normalize("NFC", words[0]) != self.nick:
+                self.say(f"[You can only register as {self.nick}.]")
+            elif self.state == AWAY:
+                self.state = JOINING
+                self._was_visible = False
+                self._accepting = True
+                self._register()
+            else:
+                self.say("[You are registered already.]")
+
+    def _do_who(self, name: str, words: List[str]) -> None:
+        if not self._wants(name, words):
+            return
+        entries = sorted(self.table.entries.values())
+        addresses = [show_address((entry.host, entry.port)) for entry in entries]
+        wide = max((len(entry.nick) for entry in entries), default=0)
+        far = max(map(len, addresses), default=0)
+        for entry, address in zip(entries, addresses):
+            self.say(f"{entry.nick:{wide}}  {address:{far}}  {entry.state}")
+
+    def _do_help(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words):
+            self.output.write(HELP.encode())
+
+    def _do_quit(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words):
+            self._quit = name
+
+    def _do_send(self) -> bool:
+        """Queues the next line and those behind it that go to the same nick; False if it has to wait."""
+        nick, blank, _ = self._lines[0][5:].partition(" ")
+        if not blank or not nick:
+            self._lines.popleft()
+            self.say("[Usage: send NICK MESSAGE]")
+            return True
+        prefix = f"send {nick} "
+        nick = unicodedata.normalize("NFC", nick)
+        known = self.table.get(nick) is not None
+        conversation = self._conversation(nick) if known else None
+        stuck = conversation is not None and bool(conversation.held) and self._is_stuck(conversation)
+        if self._queue_is_full() and not stuck:
+            return False
+        texts = self._take_texts(prefix)
+        if conversation is None:
+            self._failed = True
+            self.say(f"[Unknown client {clean(nick)}.]", len(texts))
+        elif stuck and self._queue_is_full(stuck):
+            for text in texts:
+                self._hand_back(nick, text)
+        elif texts:
+            held, size = conversation.held, conversation.size
+            conversation.send(self.loop.now(), texts, self.loop.wall())
+            self._sending[nick] = conversation
+            self._polled.add(nick)
+            if stuck:
+                self._stuck += conversation.held - held
+                self._stuck_size += conversation.size - size
+            else:
+                self._queued += conversation.held - held
+                self._queued_size += conversation.size - size
+        return True
+
+    def _take_texts(self, prefix: str) -> List[str]:
+        """The texts of the next lines with that prefix, as many as may be queued; says which are too long."""
+        texts: List[str] = []
+        room, start = QUEUE_SIZE // 4, len(prefix)
+        while self._lines and len(texts) < QUEUE_LIMIT and room > 0 and self._lines[0].startswith(prefix):
+            line = self._lines.popleft()
+            text = line[start:]
+            size = line.size - len(prefix.encode()) if isinstance(line, LongLine) else len(text.encode())
+            if size > protocol.MAX_TEXT:
+                self._failed = True
+                self.say(f"[Message too long: {size} bytes, at most {protocol.MAX_TEXT}.]")
+                continue
+            texts.append(text)
+            room -= size
+        return texts
+
+    def _conversation(self, nick: str) -> Conversation:
+        conversation = self._conversations.get(nick)
+        if conversation is None:
+            conversation = Conversation(self.nick, nick, new_id(self.loop), self._mtu, self._ack_timeout)
+            conversation.locate(self.loop.now(), self._place(nick))
+            if self._session is not None:
+                conversation.session = self._session
+            self._conversations[nick] = conversation
+            self._by_stream[conversation.stream.stream] = conversation
+            self._alarms[nick] = Alarm(self.loop, functools.partial(self._polled.add, nick))
+        return conversation
+
+    # settling
+
+    def settle(self) -> None:
+        """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
+        if self.exit_code is not None:
+            return
+        self._count_queue()
+        self._carry_out()
+        self._pass_on_signs_of_life()
+        self._send_messages()
+        if self._table_news and self.output.pending < OUTPUT_LIMIT:
+            self._table_news = False
+            self.say("[Client table updated.]")
+        self._show()
+        self._prompt()
+        self.output.flush()
+        self._ack()
+        self._proceed()
+        if self.output.pending:
+            self._prompt()
+            self.output.flush()
+        if self.output.broken and self._ending != "reader":
+            self._reader_is_gone()
+        self.errors.flush()
+        if self.state == ENDED and (not self.output.pending + self.errors.pending
+                                    or self.loop.now() >= self._deadline):
+            self.exit_code = self._result
+
+    def _count_queue(self) -> None:
+        """Counts what is queued to send: what waits for a silent server does not keep the rest waiting."""
+        self._queued = self._queued_size = self._stuck = self._stuck_size = 0
+        for conversation in self._sending.values():
+            if self._is_stuck(conversation):
+                self._stuck += conversation.held
+                self._stuck_size += conversation.size
+            else:
+                self._queued += conversation.held
+                self._queued_size += conversation.size
+
+    def _is_stuck(self, conversation: Conversation) -> bool:
+        return conversation.stuck or self._lost and conversation.route != protocol.DIRECT
+
+    def _pass_on_signs_of_life(self) -> None:
+        if self._heard:
+            self._heard = False
+            for nick, conversation in self._sending.items():
+                if conversation.route != protocol.DIRECT:
+                    conversation.server_heard(self.loop.now())
+                    self._polled.add(nick)
+
+    def _ack(self) -> None:
+        """Answers every stream that brought something, or of which something was written."""
+        dirty, self._dirty = self._dirty, {}
+        if self.state not in (ACTIVE, LEAVING):
+            return
+        for incoming in dirty:
+            self._send_now(encode("ack", incoming.stream.ack(self._has_memory())), incoming.address)
+
+    def _has_memory(self) -> bool:
+        buffered = sum(incoming.stream.buffered for incoming in self._readable)
+        return buffered * protocol.MAX_PIECE < BUFFER_LIMIT
+
+    def _send_messages(self) -> None:
+        """Polls the conversations to which something happened or whose time has come."""
+        polled, self._polled = self._polled, set()
+        if self.state not in (ACTIVE, LEAVING):
+            return
+        for nick in polled:
+            conversation = self._conversations[nick]
+            for datagram, address in conversation.poll(self.loop.now(), self.loop.calm):
+                self._send_now(datagram, address if address is not None else self.server)
+            self._alarms[nick].set(conversation.due())
+            events, conversation.events = conversation.events, []
+            for event in events:
+                self._tell(nick, event)
+            if not conversation.held:
+                self._sending.pop(nick, None)
+
+    def _tell(self, nick: str, event: protocol.Event) -> None:
+        if event.kind == protocol.SILENT:
+            self._server_silent()
+            return
+        if event.kind == protocol.REFUSED:
+            self._failed = True
+        self.say({
+            protocol.RECEIVED: f"[Message received by {nick}.]",
+            protocol.SAVED: "[Messages received by the server and saved]",
+            protocol.NO_ACK: f"[No ACK from {nick}, message sent to server.]",
+            protocol.OFFLINE: f"[{nick} is offline, message sent to server.]",
+            protocol.EXISTS: f"[Client {nick} exists!!]",
+            protocol.REFUSED: REFUSALS.get(event.reason, REFUSALS["disk"]).format(nick),
+        }[event.kind], event.messages)
+
+    def _prompt(self) -> None:
+        """On a terminal: lines go above the prompt."""
+        if not self._interactive:
+            return
+        if self.output.pending and self._prompt_shown:
+            self.output.put_first(ERASE_LINE)
+            self._prompt_shown = False
+        if not self._prompt_shown and self._may_command() and not self._quit and not self._ending:
+            self.output.write(PROMPT)
+            self._prompt_shown = True
+
+    # leaving
+
+    def _are_sends_settled(self) -> bool:
+        """Whether every send has its closing line, or is stuck."""
+        return all(map(self._is_stuck, self._sending.values()))
+
+    def _proceed(self) -> None:
+        """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
+        if self._quit == "quit" and not self._ending:
+            self._end("quit")
+        if self._input_ended and not (self._lines or self._stay or self._quit or self._ending) and self._may_command():
+            self._end("end")
+        if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
+            return
+        over = self.loop.now() >= self._deadline
+        if not over and not self._are_sends_settled():
+            return
+        if self.state == ACTIVE:
+            self._accepting = False
+            if over or self.output.broken or not (self.output.pending or self._readable):
+                self._leave()
+        elif self._ending:
+            self._conclude()
+        else:
+            self._quit = ""
+
+    def _end(self, why: str, limit: float = NEVER) -> None:
+        """Begins the orderly end, which takes at most about ``limit`` seconds."""
+        self._ending = why
+        self._lines.clear()
+        if limit < NEVER:
+            self._deadline = self.loop.now() + limit
+            self.loop.call_at(self._deadline, lambda: None)
+            self.loop.call_at(self._deadline + LAST_TIME - END_TIME, self._end_now)
+
+    def _end_now(self) -> None:
+        if self.state != ENDED:
+            self._conclude()
+        self.exit_code = self._result
+
+    def interrupt(self) -> None:
+        """Ctrl-C or SIGTERM: an orderly end; the second time, at once."""
+        if self._ending == "signal":
+            self._end_now()
+        elif self.state == JOINING or not self._was_visible:
+            self._conclude()
+        else:
+            self._end("signal", END_TIME)
+
+    def reader_gone(self) -> None:
+        """Nobody reads stdout any more."""
+        self.output.give_up()
+
+    def _reader_is_gone(self) -> None:
+        self._failed = True
+        if self.state != ENDED:
+            self._end("reader", END_TIME)
+
+    def _leave(self) -> None:
+        self._stop_asking()
+        self.state = LEAVING
+        if self._ending in ("signal", "reader"):
+            self._dereg.hurry(LAST_REQUEST_INTERVAL)
+        self._dereg.start()
+
+    def _stop_asking(self) -> None:
+        for alarm in (self._ping_alarm, self._sync_alarm, self._swap_alarm, self._hold_alarm):
+            alarm.cancel()
+        for request in (self._request, self._ping):
+            request.stop()
+        self._holding.clear()
+
+    def _send_dereg(self) -> None:
+        if self._session is not None:
+            self._ask_server("dereg", {"session": self._session})
+
+    def _dereg_unanswered(self) -> None:
+        asked = self._quit in ("dereg", "quit")
+        self._server_silent(always=asked)
+        self._give_up(int(asked))
+
+    def _on_bye(self, info: Info) -> None:
+        if self.state == LEAVING and info["session"] == self._session:
+            self._went_away()
+
+    def _went_away(self) -> None:
+        self._stop_asking()
+        self._dereg.stop()
+        self._lost = False
+        self._session, self._mail = None, None
+        self._visible = False
+        self.state = AWAY
+        self._quit = ""
+        self.say("[You are Offline. Bye.]")
+
+    def _give_up(self, code: int) -> None:
+        """Ends the program over something: says so."""
+        self._report()
+        self.say("[Exiting]")
+        self._stop(code)
+
+    def _conclude(self) -> None:
+        """Ends the program as asked."""
+        self._report()
+        self._stop(0)
+
+    def _stop(self, code: int) -> None:
+        self._stop_asking()
+        self._dereg.stop()
+        for alarm in self._alarms.values():
+            alarm.cancel()
+        self.state = ENDED
+        self._result = code or int(self._failed or self._undelivered > 0)
+
+    def _report(self) -> None:
+        """Names every message that was not delivered: on stderr, as the line that would send it again."""
+        for nick, conversation in self._sending.items():
+            for text in conversation.texts():
+                self._hand_back(nick, text)
+        if self._undelivered:
+            self.say(f"[{self._undelivered} message{'s' * (self._undelivered > 1)} not delivered.]")
+
+
+# --- identity -------------------------------------------------------------------------------------------------
+
+SECRET_BYTES = 32
+
+
+def state_home() -> str:
+    """The user's directory for state (XDG_STATE_HOME, or ~/.local/state), with ours in it."""
+    return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "udpchat")
+
+
+def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
+    """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
+    return hmac.new(secret, server_id + nick.encode(), hashlib.sha256).digest()
+
+
+def load_secret(path: str) -> bytes:
+    """The secret in the file ``path``, which is made (0600, whole or not at all) if there is none. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            secret = bytes.fromhex(file.read(1024).decode("ascii", "replace").strip())
+        if len(secret) != SECRET_BYTES:
+            raise ValueError
+        return secret
+    except ValueError:
+        raise OSError(errno.EINVAL, "is not a udpchat identity") from None
+    except FileNotFoundError:
+        pass
+    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+    draft = f"{path}.{os.getpid()}"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(secrets.token_hex(SECRET_BYTES) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)        # fails if another process was faster: then its secret is ours
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(draft)
+    return load_secret(path)
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+STDIN, STDOUT, STDERR = 0, 1, 2
+
+
+class Usage(Exception):
+    """The arguments are wrong; the text says how, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises Usage."""
+        raise Usage(message)
+
+
+def number(low: int, high: int, what: str) -> Callable[[str], int]:
+    """An argument type: an integer in [low, high]."""
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
+        return int(text)
+    return parse
+
+
+def nick_argument(text: str) -> str:
+    """An argument type: a nick."""
+    nick = unicodedata.normalize("NFC", text)
+    if not protocol.is_nick(nick):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a nick: 1 to {protocol.MAX_NICK} letters, digits, _ . -")
+    return nick
+
+
+def build_parser() -> Parser:
+    """The command line of the program."""
+    parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
+                    epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client.")
+    parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
+    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)
+    common = Parser(add_help=False)
+    common.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"),
+                        help="what is logged to stderr (default: %(default)s)")
+    port = number(0, 65535, "a port")
+
+    server = modes.add_parser("server", parents=[common], help="keep the list of clients and the mail of those offline")
+    server.add_argument("port", nargs="?", type=port, default=DEFAULT_PORT, metavar="PORT",
+                        help="default: %(default)s; 0: any")
+    server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
+    server.add_argument("--store", metavar="PATH", help="SQLite file (default: in the user's state directory);"
+                        " :memory: keeps nothing")
+    server.add_argument("--max-clients", type=number(1, 10 ** 6, "a number"), default=MAX_CLIENTS, metavar="N",
+                        help="default: %(default)s")
+    server.add_argument("--mailbox-limit", type=number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT, metavar="N",
+                        help="messages that wait for one recipient (default: %(default)s)")
+    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "days"), default=int(NICK_LAPSE), metavar="DAYS",
+                        help="offline after which a nick is free again (default: %(default)s; 0: never)")
+    server.add_argument("--forget", type=nick_argument, metavar="NICK",
+                        help="free a nick, with its mail, and end; while no server has the store open")
+
+    client = modes.add_parser("client", parents=[common], help="chat")
+    client.add_argument("nick", nargs="?", metavar="NICK", help="default: the login name")
+    client.add_argument("server_host", nargs="?", default="127.0.0.1", metavar="SERVER-HOST",
+                        help="default: %(default)s")
+    client.add_argument("server_port", nargs="?", type=number(1, 65535, "a port"), default=DEFAULT_PORT,
+                        metavar="SERVER-PORT", help="default: %(default)s")
+    client.add_argument("client_port", nargs="?", type=port, default=0, metavar="CLIENT-PORT",
+                        help="default: %(default)s, any")
+    client.add_argument("--ack-timeout", type=number(1, 60000, "milliseconds"), metavar="MS",
+                        default=int(protocol.ACK_TIMEOUT * 1000),
+                        help="after which a message goes to the server (default: %(default)s)")
+    client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
+    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "bytes"), default=protocol.MAX_DATAGRAM,
+                        metavar="N", help="largest datagram to send (default: %(default)s)")
+    client.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
+                        " (default: in the user's state directory)")
+    client.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line as options; raises Usage."""
+    words = list(arguments)
+    if words and words[0] in ("-s", "-c"):
+        words[0] = {"-s": "server", "-c": "client"}[words[0]]
+        least = {"server": 2, "client": 5}[words[0]]
+        if len([word for word in words if not word.startswith("--")]) < least:
+            raise Usage("usage: -s PORT, or -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT")
+    return build_parser().parse_args(words)
+
+
+def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.AddressFamily, Address]:
+    """The first address of ``host``; raises Usage if it has none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
+        family, _, _, _, address = found[0]
+        return family, (str(address[0]), int(address[1]))
+    except (OSError, UnicodeError, IndexError):
+        raise Usage(f"cannot resolve {clean(host)}") from None
+
+
+def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
+    """A UDP socket bound to ``address``. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    try:
+        os.write(STDERR, f"udpchat: {text}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass
+
+
+def run_server(options: argparse.Namespace) -> int:
+    """Runs a server until a signal; gives the exit code."""
+    family, address = resolve(options.host, options.port, passive=True)
+    path = options.store or os.path.join(state_home(), f"server-{options.port}.db")
+    sock = None
+    try:
+        if not options.store:
+            os.makedirs(state_home(), mode=0o700, exist_ok=True)
+        if options.forget is None:
+            sock = bind(family, address)
+        mailbox = Mailbox(path, secrets.token_bytes(protocol.SESSION_BYTES))
+    except OSError as error:
+        complain(f"cannot listen at {show_address(address)}: {error.strerror}")
+        return EXIT_FAILED
+    except StoreError as error:
+        complain(str(error))
+        return EXIT_FAILED
+    loop = Loop()
+    registry = Registry(mailbox, loop.wall(), options.max_clients, options.mailbox_limit)
+    if sock is None:
+        return forget(registry, options.forget, loop.wall())
+    port = Port(sock, loop)
+    server = Server(loop, port.send, registry, options.nick_lapse)
+    port.receive, loop.settle = server.receive, server.settle
+    for number_ in (signal.SIGINT, signal.SIGTERM):
+        loop.on_signal(number_, loop.stop)
+    server.start()
+    complain_if_broken(f"[Server listening on {show_address(normal(sock.getsockname()))}]\n")
+    loop.run()
+    server.stop()
+    return 0
+
+
+def complain_if_broken(line: str) -> None:
+    """Writes a line to stdout, whatever that is."""
+    try:
+        os.write(STDOUT, line.encode())
+    except OSError as error:
+        complain(f"cannot write to stdout: {error.strerror}")
+
+
+def forget(registry: Registry, nick: str, wall: float) -> int:
+    """Frees a nick in a store that no server has open; gives the exit code."""
+    known = registry.forget(nick) and registry.mailbox.commit(wall)
+    registry.mailbox.close()
+    if not known:
+        complain(f"{nick} is not known")
+        return EXIT_FAILED
+    return 0
+
+
+def secret_of(options: argparse.Namespace) -> Optional[bytes]:
+    """The user's secret, None for an anonymous client."""
+    if options.anonymous:
+        return None
+    path = options.identity or os.path.join(state_home(), "identity")
+    try:
+        return load_secret(path)
+    except OSError as error:
+        if options.identity:
+            raise Usage(f"the identity {path}: {error.strerror}") from None
+        log.warning("no identity (%s: %s): anonymous, the nick is nobody's", path, error.strerror)
+        return None
+
+
+def login_name() -> str:
+    """The name of the user; raises Usage if that is no nick."""
+    try:
+        return nick_argument(getpass.getuser())
+    except (argparse.ArgumentTypeError, KeyError, OSError, ImportError):
+        raise Usage("your login name is not a nick: give one") from None
+
+
+def run_client(options: argparse.Namespace) -> int:
+    """Runs a client; gives the exit code."""
+    try:
+        nick = nick_argument(options.nick) if options.nick is not None else login_name()
+    except argparse.ArgumentTypeError as error:
+        raise Usage(str(error)) from None
+    family, server = resolve(options.server_host, options.server_port)
+    secret = secret_of(options)
+    loop = Loop()
+    try:
+        sock = bind(family, ("::" if family == socket.AF_INET6 else "0.0.0.0", options.client_port))
+    except OSError as error:
+        complain(f"cannot use port {options.client_port}: {error.strerror}")
+        return EXIT_FAILED
+    port, reader, writer, errors = Port(sock, loop), Reader(STDIN), Writer(STDOUT), Writer(STDERR)
+    client = Client(loop, port.send, Output(writer.put), nick, normal(server), secret, options.ack_timeout / 1000,
+                    options.stay, options.mtu, Output(errors.put), reader.is_terminal and writer.is_terminal)
+    port.receive = client.receive
+    loop.on_signal(signal.SIGINT, client.interrupt)
+    loop.on_signal(signal.SIGTERM, client.interrupt)
+    Console(loop, client, reader, writer, errors).start()
+    client.start()
+    loop.run()
+    return client.exit_code or 0
+
+
+class Console:
+    """Connects a client to the standard streams: each is watched only while something is wanted of it."""
+
+    def __init__(self, loop: Loop, client: Client, reader: Reader, writer: Writer, errors: Writer) -> None:
+        self._loop = loop
+        self._client = client
+        self._reader = reader
+        self._writer = writer
+        self._wanted: Dict[int, bool] = {}
+        self._outputs = ((writer, client.output), (errors, client.errors))
+
+    def start(self) -> None:
+        """From now on, every turn of the loop ends here."""
+        self._loop.settle = self._settle
+        if self._writer.is_pipe and sys.platform == "linux":    # no event but the error when the last reader is gone
+            self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
+
+    def _settle(self) -> None:
+        self._client.settle()
+        if self._client.exit_code is not None:
+            self._loop.stop()
+            return
+        self._watch(self._reader.fd, selectors.EVENT_READ, self._client.hungry, self._on_readable)
+        for writer, output in self._outputs:
+            self._watch(writer.fd, selectors.EVENT_WRITE, output.pending > 0, self._on_writable)
+
+    def _watch(self, fd: int, event: int, wanted: bool, callback: Callable[[], None]) -> None:
+        if wanted != self._wanted.get(fd, False):
+            self._wanted[fd] = wanted
+            self._loop.watch(fd, event, callback if wanted else None)
+
+    def _on_readable(self) -> None:
+        data = self._reader.read()
+        if data is not None:
+            self._client.feed(data)
+
+    def _on_writable(self) -> None:
+        """Nothing to do here: the turn ends with a write."""
+
+    def _on_reader_gone(self) -> None:
+        self._loop.watch(self._writer.fd, selectors.EVENT_READ, None)
+        self._client.reader_gone()
+
+
+def set_up_log(level: str) -> None:
+    """Diagnostics go to stderr."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False
+
+
+def keep_standard_descriptors() -> None:
+    """Keeps sockets and files from taking the place of a standard stream that is closed."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDONLY)
+        if fd > STDERR:
+            os.close(fd)
+            return
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The program; gives the exit code."""
+    keep_standard_descriptors()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        complain("usage: udpchat server|client ... (see --help)")
+        return EXIT_USAGE
+    try:
+        options = parse(words)
+        set_up_log(options.log_level)
+        return run_server(options) if options.mode == "server" else run_client(options)
+    except Usage as error:
+        complain(str(error))
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
