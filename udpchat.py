@@ -1237,6 +1237,7 @@ class Client:
         self._sync_alarm = Alarm(loop, self._send_sync)
         self._swap_alarm = Alarm(loop, self._swap_table)
         self._hold_alarm = Alarm(loop, self._ask_about_holds)
+        self._next_turn = Alarm(loop, lambda: None)
         self._last_asked = -NEVER
         # what comes in
         self._streams: Dict[str, "OrderedDict[int, Incoming]"] = {}
@@ -1913,7 +1914,7 @@ class Client:
                 conversation.session = self._session
             self._conversations[nick] = conversation
             self._by_stream[conversation.stream.stream] = conversation
-            self._alarms[nick] = Alarm(self.loop, functools.partial(self._polled.add, nick))
+            self._alarms[nick] = Alarm(self.loop, lambda: self._polled.add(nick))
         return conversation
 
     # settling
@@ -1922,7 +1923,6 @@ class Client:
         """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
         if self.exit_code is not None:
             return
-        self._count_queue()
         self._carry_out()
         self._pass_on_signs_of_life()
         self._send_messages()
@@ -1940,9 +1940,21 @@ class Client:
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
         self.errors.flush()
+        self._count_queue()
+        if self._has_more_to_do():
+            self._next_turn.set(self.loop.now())
         if self.state == ENDED and (not self.output.pending + self.errors.pending
                                     or self.loop.now() >= self._deadline):
             self.exit_code = self._result
+
+    def _has_more_to_do(self) -> bool:
+        """Whether this turn's limits left something undone that nothing else will bring back to mind."""
+        if self.output.pending >= OUTPUT_LIMIT:
+            return False    # the output will become writable
+        if self._readable or self._mail is not None and self._mail.stream.ready_to_take:
+            return True
+        return bool(self._lines and not self._quit and not self._ending and self._may_command()
+                    and not self._queue_is_full() and not self.errors.pending)
 
     def _count_queue(self) -> None:
         """Counts what is queued to send: what waits for a silent server does not keep the rest waiting."""
