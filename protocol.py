@@ -1194,3 +1194,216 @@ class Conversation:
         self.events.append(event)
         self.stuck = False
         self._moved = now
+
+
+# --- what comes in --------------------------------------------------------------------------------------------
+
+HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
+STREAMS_PER_SENDER = 8    # remembered, of each peer; the longest silent goes first
+INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every number as the longest
+
+
+class Delivery(NamedTuple):
+    """Texts to show, in order, and whom to tell how many of them are written.
+
+    ``at``: when they were sent, for mail; None for chat. Without texts, ``written`` is to be told (0) once all that
+    was delivered before is written.
+    """
+
+    sender: str
+    texts: List[str]
+    at: Optional[float]
+    written: Callable[[int], None]
+
+
+class Incoming:
+    """One stream of a peer, or of the own mail, and whether it waits for news of the mail."""
+
+    def __init__(self, stream: ReceiveStream, address: Optional[Address]) -> None:
+        self.stream = stream
+        self.address = address      # where acks go; None: to the server
+        self.sender = ""
+        self.counted = 0            # numbers that the inbox has counted
+        self.held_since = NEVER     # when numbers were found missing
+        self.held_base = 0          # below which they are
+        self.mail: Optional[int] = None     # the mail that must be shown before they are given up
+
+
+class Inbox:
+    """All that comes in for one client, and the order in which it is shown.
+
+    Chat comes in streams of its senders, mail in one stream of the server, and each letter of it carries the stream
+    and the number that its sender gave it: so a message that comes on two routes is shown once. A chat stream
+    that would skip numbers holds (``is_asking``) until the server has said how much mail there is (``answer``) and
+    that mail is shown, or has not answered for ``HOLD_TIME``.
+    """
+
+    def __init__(self) -> None:
+        self.buffered = 0           # numbers of all streams that wait here
+        self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender, longest silent first
+        self._mail: Optional[Incoming] = None
+        self._readable: Dict[Incoming, None] = {}
+        self._unacked: Dict[Incoming, None] = {}
+        self._holding: Dict[Incoming, None] = {}
+
+    # what arrives
+
+    def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> None:
+        """Takes a ``chat`` whose sender is proved. Without ``accept`` it is only acked as far as it is known."""
+        incoming = self._incoming(info["from"], info["stream"], 1)
+        incoming.address = address
+        self._unacked[incoming] = None
+        if accept:
+            incoming.stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
+            self._arrived(incoming)
+            if incoming.stream.missing:
+                self._hold(now, incoming)
+
+    def on_mail(self, info: Info) -> None:
+        """Takes a ``mail`` of the server."""
+        if self._mail is None or self._mail.stream.stream != info["stream"]:
+            self.forget_mail()
+            self._mail = Incoming(ReceiveStream(info["stream"]), None)
+        items = info["items"]
+        stream = self._mail.stream
+        stream.on_data(info["n"], items, [n for n, item in enumerate(items, info["n"]) if item[5]], info["base"])
+        stream.advance(info["base"])
+        self._unacked[self._mail] = None
+        self._arrived(self._mail)
+
+    def forget_mail(self) -> None:
+        """A new session begins, and with it another stream of mail."""
+        if self._mail is not None:
+            self._forget(self._mail)
+            self._mail = None
+
+    def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
+        streams = self._streams.setdefault(sender, {})
+        incoming = streams.pop(stream, None)
+        if incoming is None:
+            incoming = Incoming(ReceiveStream(stream, first), None)
+            incoming.sender = sender
+            if len(streams) >= STREAMS_PER_SENDER:
+                self._forget(streams.pop(next(iter(streams))))
+        streams[stream] = incoming
+        return incoming
+
+    def _forget(self, incoming: Incoming) -> None:
+        for among in (self._readable, self._unacked, self._holding):
+            among.pop(incoming, None)
+        self.buffered -= incoming.counted
+
+    def _arrived(self, incoming: Incoming) -> None:
+        self._count(incoming)
+        if self.buffered * MAX_PIECE > INBOX_LIMIT:
+            incoming.stream.drop_early()
+            self._count(incoming)
+        if incoming.stream.ready_to_take and incoming is not self._mail:
+            self._readable[incoming] = None
+
+    def _count(self, incoming: Incoming) -> None:
+        self.buffered += incoming.stream.buffered - incoming.counted
+        incoming.counted = incoming.stream.buffered
+
+    def acks(self) -> List[Tuple[Info, Optional[Address]]]:
+        """The ``ack`` of every stream that brought something or of which something was written; None: the server."""
+        unacked, self._unacked = self._unacked, {}
+        more = self.buffered * MAX_PIECE < INBOX_LIMIT
+        return [(incoming.stream.ack(more), incoming.address) for incoming in unacked]
+
+    # messages that are missing
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a stream waits for the server to say how much mail there is."""
+        return any(incoming.mail is None for incoming in self._holding)
+
+    def _hold(self, now: float, incoming: Incoming) -> None:
+        if incoming not in self._holding:
+            incoming.held_since, incoming.held_base, incoming.mail = now, incoming.stream.base, None
+            self._holding[incoming] = None
+
+    def answer(self, asked: float, mail: int) -> None:
+        """Takes the server's answer to a question of the time ``asked``: the number of the last mail there is."""
+        for incoming in self._holding:
+            if incoming.mail is None and asked >= incoming.held_since:
+                incoming.mail = mail
+
+    def expire(self, now: float) -> None:
+        """Goes on with the streams whose question was not answered for ``HOLD_TIME``."""
+        for incoming in list(self._holding):
+            if incoming.mail is None and now >= incoming.held_since + HOLD_TIME:
+                self._release(now, incoming)
+
+    def _release(self, now: float, incoming: Incoming) -> None:
+        """Goes on behind the missing numbers; asks again if more have become missing since."""
+        del self._holding[incoming]
+        incoming.stream.advance(incoming.held_base)
+        self._unacked[incoming] = None
+        self._arrived(incoming)
+        if incoming.stream.missing:
+            self._hold(now, incoming)
+
+    def stop_asking(self) -> None:
+        """Nobody will answer: the client leaves."""
+        self._holding.clear()
+
+    # what is shown
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether chat is ready to be shown."""
+        return bool(self._readable)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether anything is ready to be shown."""
+        return bool(self._readable) or self._mail is not None and self._mail.stream.ready_to_take
+
+    def take(self, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
+        """Hands out what is ready as long as ``has_room()``: chat first, and mail once that is through."""
+        while self._readable and has_room():
+            yield from self._take_chat(next(iter(self._readable)))
+        if self._mail is not None and not self._readable and has_room():
+            yield from self._take_mail(self._mail)
+        reached = self._mail.stream.taken if self._mail is not None else 1
+        for incoming in list(self._holding):
+            if incoming.mail is not None and reached > incoming.mail:
+                self._release(now, incoming)
+
+    def _take_chat(self, incoming: Incoming) -> Iterator[Delivery]:
+        written = functools.partial(self._written, incoming)
+        for run in incoming.stream.take(MAX_ITEMS):
+            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, None, written)
+        self._count(incoming)
+        if not incoming.stream.ready_to_take:
+            self._readable.pop(incoming, None)
+
+    def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
+        written = functools.partial(self._written, mail)
+        for run in mail.stream.take(MAX_ITEMS):
+            if run.more:
+                yield from self._take_letter(mail, run.items)
+            elif run.items:
+                for item in run.items:
+                    yield from self._take_letter(mail, [item])
+            else:
+                yield Delivery("", [], None, written)
+        self._count(mail)
+
+    def _take_letter(self, mail: Incoming, pieces_: List[Any]) -> Iterator[Delivery]:
+        """One text of the mail, unless it was shown on another way."""
+        sender, stream, number, at = pieces_[0][:4]
+        incoming = self._incoming(sender, stream, number)
+        if incoming.stream.show(number, len(pieces_)):
+            yield Delivery(sender, ["".join(piece[4] for piece in pieces_)], at, functools.partial(self._written, mail))
+        else:
+            yield Delivery("", [], None, lambda _: self._written(mail, 1))
+        if incoming.stream.ready_to_take:
+            yield from self._take_chat(incoming)
+
+    def _written(self, incoming: Incoming, texts: int) -> None:
+        before = incoming.stream.next
+        incoming.stream.written(texts)
+        if incoming.stream.next != before:
+            self._unacked[incoming] = None

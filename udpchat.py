@@ -47,7 +47,7 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Set, Tuple
 
 import protocol
-from protocol import Address, Conversation, Decoder, Info, Place, ReceiveStream, Run, SendStream, encode, padded
+from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError, Table)
 
@@ -1079,10 +1079,7 @@ REQUEST_ATTEMPTS = protocol.SERVER_ATTEMPTS
 PING_INTERVAL = 15.0      # s between pings
 LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
-HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
-STREAMS_PER_SENDER = 8    # remembered, of each peer
-BUFFER_LIMIT = 64 * 2 ** 20     # bytes, of all streams together, at the worst size of a text
 QUEUE_LIMIT = 4096        # messages queued to send; then stdin is not read
 QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
 LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
@@ -1134,18 +1131,6 @@ class LongLine(str):
     """A line that was cut off because it is too long; ``size`` are the bytes that it had."""
 
     size = 0
-
-
-class Incoming:
-    """One stream of a peer, or of one's mail, that comes in; and whether it waits for news of the mail."""
-
-    def __init__(self, nick: str, stream: ReceiveStream, address: Address) -> None:
-        self.nick = nick
-        self.stream = stream
-        self.address = address      # where acks go
-        self.held_since = NEVER     # when numbers were found missing
-        self.held_base = 0          # below which they are
-        self.mail: Optional[int] = None     # the mail that must be shown before they are given up
 
 
 class Request:
@@ -1236,15 +1221,11 @@ class Client:
         self._ping_alarm = Alarm(loop, self._ping.start)
         self._sync_alarm = Alarm(loop, self._send_sync)
         self._swap_alarm = Alarm(loop, self._swap_table)
-        self._hold_alarm = Alarm(loop, self._ask_about_holds)
+        self._hold_alarm = Alarm(loop, self._look_after_holds)
         self._next_turn = Alarm(loop, lambda: None)
         self._last_asked = -NEVER
         # what comes in
-        self._streams: Dict[str, "OrderedDict[int, Incoming]"] = {}
-        self._mail: Optional[Incoming] = None
-        self._readable: Dict[Incoming, None] = {}
-        self._dirty: Dict[Incoming, None] = {}  # to be acked in this turn
-        self._holding: Dict[Incoming, None] = {}
+        self._inbox = Inbox()
         self._table_news = False
         self._accepting = True                  # messages; no more once the program is about to leave
         # what goes out
@@ -1322,7 +1303,7 @@ class Client:
         self._session = info["session"]
         for conversation in self._conversations.values():
             conversation.session = info["session"]
-        self._mail = None
+        self._inbox.forget_mail()
         self._visible = self._greeted = False
         self.state = ACTIVE
         self.say("[Welcome, You are registered.]")
@@ -1416,7 +1397,7 @@ class Client:
             self._server_restarted()
             return
         self._plan_ping()
-        self._learn_of_mail(sent, info["mail"])
+        self._inbox.answer(sent, info["mail"])
         if info["version"] > self._newest().version:
             self._target = max(self._target, info["version"])
             self._want_sync()
@@ -1599,142 +1580,45 @@ class Client:
         if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
             self._want_sync()
             return
-        incoming = self._incoming(sender, info["stream"], address, 1)
-        incoming.address = address
-        self._dirty[incoming] = None
-        if not self._accepting:
-            return
-        incoming.stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
-        if incoming.stream.ready_to_take:
-            self._readable[incoming] = None
-        if incoming.stream.missing:
-            self._hold(incoming)
-
-    def _incoming(self, nick: str, stream: int, address: Address, first: int) -> Incoming:
-        streams = self._streams.setdefault(nick, OrderedDict())
-        incoming = streams.get(stream)
-        if incoming is None:
-            incoming = streams[stream] = Incoming(nick, ReceiveStream(stream, first), address)
-            if len(streams) > STREAMS_PER_SENDER:
-                _, old = streams.popitem(last=False)
-                self._holding.pop(old, None)
-        else:
-            streams.move_to_end(stream)
-        return incoming
+        self._inbox.on_chat(self.loop.now(), info, address, self._accepting)
+        self._ask_about_mail()
 
     def _on_mail(self, info: Info) -> None:
-        if info["to"] != self.nick or self._fresh is not None or not self._accepting:
-            return
-        if self._mail is None or self._mail.stream.stream != info["stream"]:
-            self._mail = Incoming("", ReceiveStream(info["stream"]), self.server)
-        stream = self._mail.stream
-        stream.on_data(info["n"], info["items"], [n for n, item in enumerate(info["items"], info["n"]) if item[5]],
-                       info["base"])
-        stream.advance(info["base"])
-        self._dirty[self._mail] = None
+        if info["to"] == self.nick and self._fresh is None and self._accepting:
+            self._inbox.on_mail(info)
 
-    # messages that are missing
-
-    def _hold(self, incoming: Incoming) -> None:
-        """Numbers are missing that the sender does not hold any more: they may be in the mail."""
-        if incoming not in self._holding:
-            incoming.held_since, incoming.held_base, incoming.mail = self.loop.now(), incoming.stream.base, None
-            self._holding[incoming] = None
-            self._ask_about_holds()
-
-    def _ask_about_holds(self) -> None:
-        now = self.loop.now()
-        for incoming in list(self._holding):
-            if incoming.mail is None and now >= incoming.held_since + HOLD_TIME and self.loop.calm:
-                self._release(incoming)
-        if any(incoming.mail is None for incoming in self._holding):
+    def _ask_about_mail(self) -> None:
+        """Asks, as long as a stream waits for it, how much mail there is: what is missing there may be in it."""
+        if self._inbox.is_asking and not self._hold_alarm.is_set and self.state == ACTIVE:
+            self._hold_alarm.set(self.loop.now() + jittered(self.loop, REQUEST_INTERVAL))
             self._send_ping()
-            self._hold_alarm.set(now + jittered(self.loop, REQUEST_INTERVAL))
 
-    def _learn_of_mail(self, asked: float, mail: int) -> None:
-        for incoming in self._holding:
-            if incoming.mail is None and asked >= incoming.held_since:
-                incoming.mail = mail
-
-    def _check_holds(self) -> None:
-        reached = self._mail.stream.taken if self._mail is not None else 1
-        for incoming in list(self._holding):
-            if incoming.mail is not None and reached > incoming.mail:
-                self._release(incoming)
-
-    def _release(self, incoming: Incoming) -> None:
-        """Goes on behind the missing numbers; asks again if more have become missing since."""
-        self._holding.pop(incoming, None)
-        incoming.stream.advance(incoming.held_base)
-        self._readable[incoming] = None
-        self._dirty[incoming] = None
-        if incoming.stream.missing:
-            self._hold(incoming)
+    def _look_after_holds(self) -> None:
+        if self.loop.calm:
+            self._inbox.expire(self.loop.now())
+        self._ask_about_mail()
 
     # showing
 
     def _show(self) -> None:
-        """Hands to the output what is ready, as long as it has room: chat, and mail once that is through."""
-        while self._readable and self.output.pending < OUTPUT_LIMIT:
-            incoming = next(iter(self._readable))
-            self._show_chat(incoming)
-            if not incoming.stream.ready_to_take:
-                del self._readable[incoming]
-        if not self._readable and self._mail is not None and self.output.pending < OUTPUT_LIMIT:
-            self._show_mail(self._mail)
-        if self._holding:
-            self._check_holds()
+        """Hands to the output what is ready, as long as it has room."""
+        for sender, texts, at, written in self._inbox.take(self.loop.now(), self._has_output_room):
+            if not texts:
+                self.output.write(b"", written)
+                continue
+            start = f"{sender}: "
+            if at is not None:
+                if not self._greeted and not self._visible:
+                    self.say("[You have messages]")
+                self._greeted = True
+                start += f"<{show_time(int(at) if math.isfinite(at) else 0)}> "
+            if not "".join(texts).isprintable():
+                texts = [clean(text) for text in texts]
+            self.output.write((start + ("\n" + start).join(texts) + "\n").encode(), written)
+        self._ask_about_mail()
 
-    def _show_chat(self, incoming: Incoming) -> None:
-        written = functools.partial(self._written, incoming)
-        for run in incoming.stream.take(protocol.MAX_ITEMS):
-            self.output.write(self._lines_of(incoming.nick, run), written)
-
-    @staticmethod
-    def _lines_of(nick: str, run: Run) -> bytes:
-        if not run.items:
-            return b""
-        texts = ["".join(run.items)] if run.more else run.items
-        if not "".join(texts).isprintable():
-            texts = [clean(text) for text in texts]
-        start = nick + ": "
-        return (start + ("\n" + start).join(texts) + "\n").encode()
-
-    def _written(self, incoming: Incoming, lines: int) -> None:
-        before = incoming.stream.next
-        incoming.stream.written(lines)
-        if incoming.stream.next != before:
-            self._dirty[incoming] = None
-
-    def _show_mail(self, mail: Incoming) -> None:
-        for run in mail.stream.take(protocol.MAX_ITEMS):
-            if run.more:
-                self._show_letter(mail, run.items, run.numbers)
-            elif run.items:
-                for item in run.items:
-                    self._show_letter(mail, [item], 1)
-            else:
-                self.output.write(b"", functools.partial(self._written, mail))
-
-    def _show_letter(self, mail: Incoming, items: List[Any], numbers: int) -> None:
-        """Shows one text of the mail, unless it was shown on another way."""
-        sender, stream, number, at = items[0][:4]
-        incoming = self._incoming(sender, stream, self.server, number)
-        if incoming.stream.show(number, numbers):
-            if not self._greeted and not self._visible:
-                self.say("[You have messages]")
-            self._greeted = True
-            text = clean("".join(item[4] for item in items))
-            second = int(at) if math.isfinite(at) else 0
-            self.output.write(f"{sender}: <{show_time(second)}> {text}\n".encode(),
-                              functools.partial(self._written, mail))
-        else:
-            self.output.write(b"", lambda _: self._written(mail, 1))
-        if incoming.stream.ready_to_take:
-            self._readable[incoming] = None
-            self._show_chat(incoming)
-            if not incoming.stream.ready_to_take:
-                del self._readable[incoming]
+    def _has_output_room(self) -> bool:
+        return self.output.pending < OUTPUT_LIMIT
 
     # commands
 
@@ -1745,7 +1629,7 @@ class Client:
                 and self._may_command() and self._has_room() and not self._queue_is_full())
 
     def _has_room(self) -> bool:
-        return self.output.pending < OUTPUT_LIMIT and self.errors.pending < OUTPUT_LIMIT
+        return self._has_output_room() and self.errors.pending < OUTPUT_LIMIT
 
     def _may_command(self) -> bool:
         """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
@@ -1926,7 +1810,7 @@ class Client:
         self._carry_out()
         self._pass_on_signs_of_life()
         self._send_messages()
-        if self._table_news and self.output.pending < OUTPUT_LIMIT:
+        if self._table_news and self._has_output_room():
             self._table_news = False
             self.say("[Client table updated.]")
         self._show()
@@ -1951,7 +1835,7 @@ class Client:
         """Whether this turn's limits left something undone that nothing else will bring back to mind."""
         if self.output.pending >= OUTPUT_LIMIT:
             return False    # the output will become writable
-        if self._readable or self._mail is not None and self._mail.stream.ready_to_take:
+        if self._inbox.is_ready:
             return True
         return bool(self._lines and not self._quit and not self._ending and self._may_command()
                     and not self._queue_is_full() and not self.errors.pending)
@@ -1980,15 +1864,10 @@ class Client:
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
-        dirty, self._dirty = self._dirty, {}
-        if self.state not in (ACTIVE, LEAVING):
-            return
-        for incoming in dirty:
-            self._send_now(encode("ack", incoming.stream.ack(self._has_memory())), incoming.address)
-
-    def _has_memory(self) -> bool:
-        buffered = sum(incoming.stream.buffered for incoming in self._readable)
-        return buffered * protocol.MAX_PIECE < BUFFER_LIMIT
+        acks = self._inbox.acks()
+        if self.state in (ACTIVE, LEAVING):
+            for info, address in acks:
+                self._send_now(encode("ack", info), address if address is not None else self.server)
 
     def _send_messages(self) -> None:
         """Polls the conversations to which something happened or whose time has come."""
@@ -2051,7 +1930,7 @@ class Client:
             return
         if self.state == ACTIVE:
             self._accepting = False
-            if over or self.output.broken or not (self.output.pending or self._readable):
+            if over or self.output.broken or not (self.output.pending or self._inbox.has_chat):
                 self._leave()
         elif self._ending:
             self._conclude()
@@ -2102,7 +1981,7 @@ class Client:
             alarm.cancel()
         for request in (self._request, self._ping):
             request.stop()
-        self._holding.clear()
+        self._inbox.stop_asking()
 
     def _send_dereg(self) -> None:
         if self._session is not None:
@@ -2121,7 +2000,8 @@ class Client:
         self._stop_asking()
         self._dereg.stop()
         self._lost = False
-        self._session, self._mail = None, None
+        self._session = None
+        self._inbox.forget_mail()
         self._visible = False
         self.state = AWAY
         self._quit = ""
