@@ -104,7 +104,7 @@ def is_host(host: str) -> bool:
         ipaddress.ip_address(host)
     except ValueError:
         return False
-    return len(host) <= 64
+    return len(host) <= 64 and host.isascii() and host.isprintable()
 
 
 def fits_piece(text: str) -> bool:
@@ -217,8 +217,11 @@ def encode(tag: str, info: Info) -> bytes:
 
 def padded(tag: str, info: Info, size: int) -> bytes:
     """One map as at least ``size`` bytes, by an extra field ``pad``."""
+    plain = encode(tag, info)
+    if len(plain) >= size:
+        return plain
     missing = size - len(encode(tag, dict(info, pad=b"")))
-    return encode(tag, dict(info, pad=bytes(missing))) if missing > 0 else encode(tag, info)
+    return encode(tag, dict(info, pad=bytes(max(0, missing))))
 
 
 class Decoder:
@@ -239,15 +242,16 @@ class Decoder:
         """The valid messages of a datagram, in order. Never raises, whatever the bytes are."""
         messages: List[Message] = []
         unpacker = self._unpacker
-        start = unpacker.tell()
+        start = end = unpacker.tell()
         try:
             unpacker.feed(datagram)
             for value in unpacker:
+                end = unpacker.tell()   # behind a whole map; at the end, tell() is behind the part of one, too
                 if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
                     messages.append((value["tag"], value["info"]))
                 else:
                     self.dropped += 1
-            whole = unpacker.tell() - start == len(datagram)
+            whole = end - start == len(datagram)
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
             whole = False
         if not whole:
@@ -297,6 +301,10 @@ class Ranges:
     def __contains__(self, number: int) -> bool:
         index = bisect_right(self.spans, (number, MAX_NUMBER)) - 1
         return index >= 0 and self.spans[index][0] <= number < self.spans[index][1]
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether any number of [start, end) is in the set."""
+        return any(span[0] < end and start < span[1] for span in self.spans)
 
     def add(self, start: int, end: int) -> None:
         """Adds [start, end)."""
@@ -531,6 +539,7 @@ class SendStream:
 
     def _forget_have(self) -> None:
         for packet in self._sent:
+            packet.tries += packet.state == HELD    # its round trip was measured when it arrived
             packet.state = LOST
         self._lost = len(self._sent)
         self.in_flight = 0
@@ -538,6 +547,7 @@ class SendStream:
     def _doubt_have(self) -> None:
         for packet in self._sent:
             if packet.state == HELD:
+                packet.tries += 1       # its round trip was measured when it arrived
                 packet.state = SENT
                 self.in_flight += 1
 
@@ -569,7 +579,17 @@ class SendStream:
         if closed:
             self._asked = 0
             self.ask = NEVER
+        if self._sent and self._sent[-1].end > self.edge and self._sent[-1].state == SENT:
+            self._withdraw_question()
         return closed
+
+    def _withdraw_question(self) -> None:
+        """The receiver has answered that it has no room: what it was asked with was not sent, as it were."""
+        packet = self._sent.pop()
+        packet.state = UNSENT
+        self._unsent.appendleft(packet)
+        self.in_flight -= 1
+        self.timer = NEVER
 
     def close(self, end: int) -> int:
         """Gives up what is held below ``end`` (its receiver refused it); returns how many numbers."""
@@ -591,10 +611,9 @@ class SendStream:
                 packets += self._settle(packet, now)
             if queue and queue[0].first < number:
                 packet = queue[0]
-                cut = len(packet.items[:number - packet.first])
-                kept = packet.size * (len(packet.items) - cut) // len(packet.items)
-                self.size -= packet.size - kept
-                packet.first, packet.items, packet.size = number, packet.items[cut:], kept
+                # its size stays: what is left may be as large, and more is packed behind it
+                packet.items = packet.items[number - packet.first:]
+                packet.first = number
                 break
         if self.continued and number > self.base:
             self.continued = {held for held in self.continued if held >= number}
@@ -724,17 +743,28 @@ class ReceiveStream:
         """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
         self.base = max(self.base, base)
         end = first + len(items)
-        if (end <= self.reached or end > max(self.next, self.base) + MAX_EARLY
-                or self.buffered + len(items) > MAX_EARLY + MAX_ITEMS):
+        if end <= self.reached or end > max(self.next, self.base) + MAX_EARLY:
             return
+        if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
+            if first > self.reached:
+                return
+            self.drop_early()       # what fills the gap is worth more than what came behind it
+            if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
+                return
         if first == self.reached and not self._early and not self.shown.spans:
             self._append(items, frozenset(more) if more else NONE)
             return
-        known = len(self._early[first][0]) if first in self._early else 0
-        if known < len(items):
-            self._early[first] = (items, frozenset(more))
-            self._early_items += len(items) - known
+        if self._keep(first, items, frozenset(more)) and (first <= self.reached or self.shown.spans):
             self._merge()
+
+    def _keep(self, first: int, items: List[Any], more: FrozenSet[int]) -> bool:
+        """Puts items among the early ones, unless as many from ``first`` on are there already."""
+        known = len(self._early[first][0]) if first in self._early else 0
+        if known >= len(items):
+            return False
+        self._early[first] = (items, more)
+        self._early_items += len(items) - known
+        return True
 
     def _append(self, items: List[Any], more: FrozenSet[int]) -> None:
         """Puts items that follow what was reached at the end of what can be handed out."""
@@ -758,32 +788,33 @@ class ReceiveStream:
 
     def _merge(self) -> None:
         """Moves what has become consecutive from the early ones to the ready ones."""
-        while True:
+        moved = True
+        while moved:
+            moved = False
             shown = self.shown.end_of(self.ready)
             if shown > self.ready:
                 self._skip(shown)
-                continue
-            reached = self.reached
-            found = [first for first, (items, _) in self._early.items()
-                     if first <= reached < first + len(items)]
-            if not found:
-                break
-            first = found[0]
-            items, more = self._early.pop(first)
-            self._early_items -= len(items)
-            items = items[reached - first:]
-            fresh = next((i for i in range(len(items)) if reached + i in self.shown), len(items)) \
-                if self.shown.spans else len(items)
-            if fresh < len(items):
-                self._early[reached + fresh] = (items[fresh:], more)
-                self._early_items += len(items) - fresh
-            if not fresh:
-                self._skip(self.shown.end_of(reached))      # another route has shown the text whole
-                continue
+            for first in sorted(self._early):
+                if first > self.reached:
+                    break
+                items, more = self._early.pop(first)
+                self._early_items -= len(items)
+                if first + len(items) > self.reached:
+                    moved = True
+                    self._take_in(items[self.reached - first:], more)
+        self.shown.drop_below(self.next)     # not ``ready``: ``give_back`` may return
+
+    def _take_in(self, items: List[Any], more: FrozenSet[int]) -> None:
+        """Appends items that follow what was reached, as far as no other route has shown them."""
+        reached, fresh = self.reached, len(items)
+        if self.shown.spans:
+            fresh = next((i for i in range(len(items)) if reached + i in self.shown), len(items))
+        if fresh:
             self._append(items[:fresh], more)
-        self.shown.drop_below(self.ready)
-        for first in [first for first, (items, _) in self._early.items() if first + len(items) <= self.reached]:
-            self._early_items -= len(self._early.pop(first)[0])
+        else:
+            self._skip(self.shown.end_of(reached))      # the text was shown whole: its pieces here do not matter
+        if fresh < len(items):
+            self._keep(reached + fresh, items[fresh:], more)
 
     def advance(self, to: int) -> None:
         """Gives up waiting for the numbers below ``to``: the sender does not hold them any more."""
@@ -792,15 +823,18 @@ class ReceiveStream:
             self._merge()
 
     def show(self, first: int, count: int) -> bool:
-        """Asks, for another route, whether the text of ``count`` numbers from ``first`` is still to be shown.
+        """Asks, for another route, whether the whole texts of ``count`` numbers from ``first`` are all to be shown.
 
-        If so, it is that route's from now on, and this stream skips those numbers. Whoever asks must have taken
-        what is ready here before, and must take again behind it, so that the skip is not written before the text.
+        If so, they are that route's from now on, and this stream skips those numbers. Whoever asks must have taken
+        what is ready here before, and must take again behind it, so that the skip is not written before the texts.
         """
-        if first < self.ready or first in self.shown:
+        if first < self.ready or self.shown.touches(first, first + count):
             return False
-        self.shown.add(first, first + count)
-        self._merge()
+        if first == self.ready and not (self._pieces or self._early or self.shown.spans):
+            self._skip(first + count)
+        else:
+            self.shown.add(first, first + count)
+            self._merge()
         return True
 
     def take(self, numbers: int = MAX_EARLY) -> Iterator[Run]:
@@ -1170,6 +1204,8 @@ class Conversation:
             if address is not None:
                 self._addresses.append(address)
             self.stream.reroute(self._capacity(route), self._held_sizes)
+        elif self._announced_silent:
+            self.stream.resume()        # the silence is forgotten, so the server is asked at once
         self._silent_since = NEVER
         self._announced_silent = self.stuck = False
         self._moved = now
@@ -1206,13 +1242,13 @@ INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every 
 class Delivery(NamedTuple):
     """Texts to show, in order, and whom to tell how many of them are written.
 
-    ``at``: when they were sent, for mail; None for chat. Without texts, ``written`` is to be told (0) once all that
-    was delivered before is written.
+    ``times``: when each was sent, for mail; empty for chat. Without texts, ``written`` is to be told (0) once all
+    that was delivered before is written.
     """
 
     sender: str
     texts: List[str]
-    at: Optional[float]
+    times: List[float]
     written: Callable[[int], None]
 
 
@@ -1374,31 +1410,34 @@ class Inbox:
     def _take_chat(self, incoming: Incoming) -> Iterator[Delivery]:
         written = functools.partial(self._written, incoming)
         for run in incoming.stream.take(MAX_ITEMS):
-            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, None, written)
+            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written)
         self._count(incoming)
         if not incoming.stream.ready_to_take:
             self._readable.pop(incoming, None)
 
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
-        written = functools.partial(self._written, mail)
         for run in mail.stream.take(MAX_ITEMS):
             if run.more:
-                yield from self._take_letter(mail, run.items)
+                yield from self._take_letters(mail, run.items, ["".join(item[4] for item in run.items)])
             elif run.items:
-                for item in run.items:
-                    yield from self._take_letter(mail, [item])
+                for letters in _of_one_stream(run.items):
+                    yield from self._take_letters(mail, letters, [item[4] for item in letters])
             else:
-                yield Delivery("", [], None, written)
+                yield Delivery("", [], [], functools.partial(self._written, mail))
         self._count(mail)
 
-    def _take_letter(self, mail: Incoming, pieces_: List[Any]) -> Iterator[Delivery]:
-        """One text of the mail, unless it was shown on another way."""
-        sender, stream, number, at = pieces_[0][:4]
+    def _take_letters(self, mail: Incoming, items: List[Any], texts: List[str]) -> Iterator[Delivery]:
+        """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
+        sender, stream, number = items[0][:3]
         incoming = self._incoming(sender, stream, number)
-        if incoming.stream.show(number, len(pieces_)):
-            yield Delivery(sender, ["".join(piece[4] for piece in pieces_)], at, functools.partial(self._written, mail))
+        if incoming.stream.show(number, len(items)):
+            times = [item[3] for item in items[:len(texts)]]
+            yield Delivery(sender, texts, times, functools.partial(self._written, mail))
+        elif len(texts) == 1:
+            yield Delivery("", [], [], lambda _: self._written(mail, 1))
         else:
-            yield Delivery("", [], None, lambda _: self._written(mail, 1))
+            for item, text in zip(items, texts):
+                yield from self._take_letters(mail, [item], [text])
         if incoming.stream.ready_to_take:
             yield from self._take_chat(incoming)
 
@@ -1407,3 +1446,15 @@ class Inbox:
         incoming.stream.written(texts)
         if incoming.stream.next != before:
             self._unacked[incoming] = None
+
+
+def _of_one_stream(items: List[Any]) -> Iterator[List[Any]]:
+    """Items of mail in groups that belong to one stream and have consecutive numbers in it."""
+    start = 0
+    for index in range(1, len(items) + 1):
+        if index < len(items):
+            item, before = items[index], items[index - 1]
+            if item[2] == before[2] + 1 and item[1] == before[1] and item[0] == before[0]:
+                continue
+        yield items[start:index]
+        start = index

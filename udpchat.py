@@ -1119,10 +1119,10 @@ def clean(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def show_time(second: int) -> str:
+def show_time(at: float) -> str:
     """A wall-clock time in local time, for people."""
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     except (OverflowError, ValueError, OSError):
         return "at an unknown time"
 
@@ -1602,20 +1602,26 @@ class Client:
 
     def _show(self) -> None:
         """Hands to the output what is ready, as long as it has room."""
-        for sender, texts, at, written in self._inbox.take(self.loop.now(), self._has_output_room):
+        for sender, texts, times, written in self._inbox.take(self.loop.now(), self._has_output_room):
             if not texts:
                 self.output.write(b"", written)
                 continue
-            start = f"{sender}: "
-            if at is not None:
-                if not self._greeted and not self._visible:
-                    self.say("[You have messages]")
-                self._greeted = True
-                start += f"<{show_time(int(at) if math.isfinite(at) else 0)}> "
             if not "".join(texts).isprintable():
                 texts = [clean(text) for text in texts]
-            self.output.write((start + ("\n" + start).join(texts) + "\n").encode(), written)
+            if times:
+                self._greet()
+                lines = [f"{sender}: <{show_time(at)}> {text}\n" for text, at in zip(texts, times)]
+                self.output.write("".join(lines).encode(), written)
+            else:
+                start = sender + ": "
+                self.output.write((start + ("\n" + start).join(texts) + "\n").encode(), written)
         self._ask_about_mail()
+
+    def _greet(self) -> None:
+        """Announces the mail that comes first after coming online."""
+        if not self._greeted and not self._visible:
+            self.say("[You have messages]")
+        self._greeted = True
 
     def _has_output_room(self) -> bool:
         return self.output.pending < OUTPUT_LIMIT
