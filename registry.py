@@ -29,6 +29,7 @@ keeps a hash of that token. Without a token it is nobody's, and its mail goes to
 from __future__ import annotations
 
 import hashlib
+import heapq
 import hmac
 import os
 import sqlite3
@@ -465,6 +466,7 @@ class Mailbox:
 # --- the registry ---------------------------------------------------------------------------------------------
 
 MAX_CLIENTS = 10_000      # clients with a session
+IDLE_NICKS = 1000         # looked up at once, when there is no room for another nick
 MAX_CLOSED = 10_000       # closed sessions that are remembered, to answer a repeated request
 SILENCE = 45.0            # s without a sign of life after which a client is probed
 
@@ -496,10 +498,12 @@ class Registry:
     """What the server decides on who is who; see the opening of this module."""
 
     def __init__(self, mailbox: Mailbox, wall: float, max_clients: int = MAX_CLIENTS,
-                 mailbox_limit: int = MAILBOX_LIMIT) -> None:
+                 mailbox_limit: int = MAILBOX_LIMIT, max_known: int = MAX_KNOWN) -> None:
         self.mailbox = mailbox
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
+        self.max_known = max_known
+        self._idle: List[str] = []      # nicks to forget next if there are too many, the last one first
         self.table = Table()
         self.sessions: Dict[bytes, Session] = {}
         self.by_nick: Dict[str, Session] = {}
@@ -526,7 +530,7 @@ class Registry:
             return ASK
         if nick not in self.by_nick and len(self.sessions) >= self.max_clients and self._idle_session() is None:
             return FULL
-        if known is None and len(self.mailbox.known) >= MAX_KNOWN and self._idle_nick() is None:
+        if known is None and len(self.mailbox.known) >= self.max_known and self._idle_nick() is None:
             return FULL
         return GRANTED
 
@@ -543,11 +547,21 @@ class Registry:
             return None
         return next(session for session in self.sessions.values() if session.id not in self.live)
 
-    def _idle_nick(self) -> Optional[Known]:
+    def _idle_nick(self) -> Optional[str]:
         """The nick that was offline for longest and has no mail."""
-        idle = [known for known in self.mailbox.known.values()
-                if not known.waiting and known.nick not in self.by_nick]
-        return min(idle, key=lambda known: known.seen, default=None)
+        if not self._idle:
+            known = heapq.nsmallest(IDLE_NICKS, filter(self._is_idle, self.mailbox.known.values()),
+                                    key=lambda known: known.seen)
+            self._idle = [idle.nick for idle in reversed(known)]
+        while self._idle:
+            nick = self._idle[-1]
+            if nick in self.mailbox.known and self._is_idle(self.mailbox.known[nick]):
+                return nick
+            self._idle.pop()
+        return None
+
+    def _is_idle(self, known: Known) -> bool:
+        return not known.waiting and known.nick not in self.by_nick
 
     def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: Optional[bytes],
               request: int) -> Session:
@@ -574,10 +588,10 @@ class Registry:
         owner = hashlib.sha256(token).digest() if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
-            if len(self.mailbox.known) >= MAX_KNOWN:
+            if len(self.mailbox.known) >= self.max_known:
                 idle = self._idle_nick()
                 if idle is not None:
-                    self.forget(idle.nick)
+                    self.forget(idle)
             return self.mailbox.add(nick, *address, owner, wall)
         known.host, known.port = address
         known.owner, known.seen = owner, wall

@@ -48,7 +48,7 @@ from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequenc
 
 import protocol
 from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
-from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, NICK_LAPSE, ONLINE, PROBE, REPLACED,
+from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError, Table)
 
 VERSION = "1.0.0"
@@ -565,7 +565,7 @@ class Server:
     """
 
     def __init__(self, loop: Any, send: Callable[[bytes, Address], None], registry: Registry,
-                 nick_lapse: float = NICK_LAPSE) -> None:
+                 nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES) -> None:
         self.loop = loop
         self.registry = registry
         self.decoder = Decoder()
@@ -591,6 +591,7 @@ class Server:
         self._silence_alarm = Alarm(loop, self._probe_silent)
         self._stranger_second = 0
         self._stranger_replies = 0
+        self._most_replies = stranger_replies
         self._disk_failed = False
         self._handlers: Dict[str, Callable[[Info, Address, int], None]] = {
             "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
@@ -626,7 +627,7 @@ class Server:
         if second != self._stranger_second:
             self._stranger_second, self._stranger_replies = second, 0
         self._stranger_replies += 1
-        if len(data) <= size and self._stranger_replies <= STRANGER_REPLIES:
+        if len(data) <= size and self._stranger_replies <= self._most_replies:
             self._outbox.append((data, address))
 
     def _send_notices(self) -> None:
@@ -1507,7 +1508,7 @@ class Client:
         messages = self.decoder.decode(datagram)
         if address != self.server:
             for tag, info in messages:
-                self._receive_from_peer(tag, info, address)
+                self._receive_from_peer(tag, info, address, len(datagram))
             return
         trusted = False
         for tag, info in messages:
@@ -1526,11 +1527,11 @@ class Client:
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
 
-    def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
+    def _receive_from_peer(self, tag: str, info: Info, address: Address, size: int) -> None:
         if self.state not in (ACTIVE, LEAVING):
             return
         if tag == "chat":
-            self._on_chat(info, address)
+            self._on_chat(info, address, size)
             return
         conversation = self._by_stream.get(info["stream"]) if tag in ("ack", "nack") else None
         if conversation is None or not conversation.goes_to(address):
@@ -1570,11 +1571,13 @@ class Client:
 
     # what comes in
 
-    def _on_chat(self, info: Info, address: Address) -> None:
+    def _on_chat(self, info: Info, address: Address, size: int) -> None:
         sender = info["from"]
         if info["to"] != self.nick:
-            self._send_now(encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
-                                           "last": info["n"] + len(info["text"]) - 1}), address)
+            nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
+                                   "last": info["n"] + len(info["text"]) - 1})
+            if len(nack) <= size:
+                self._send_now(nack, address)
             return
         entry = self.table.get(sender)
         if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
@@ -1914,7 +1917,7 @@ class Client:
             self.output.put_first(ERASE_LINE)
             self._prompt_shown = False
         if not self._prompt_shown and self._may_command() and not self._quit and not self._ending:
-            self.output.write(PROMPT)
+            self.output.write(PROMPT if self.output.pending else ERASE_LINE + PROMPT)
             self._prompt_shown = True
 
     # leaving
@@ -2140,6 +2143,10 @@ def build_parser() -> Parser:
                         help="default: %(default)s")
     server.add_argument("--mailbox-limit", type=number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT, metavar="N",
                         help="messages that wait for one recipient (default: %(default)s)")
+    server.add_argument("--max-nicks", type=number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
+                        help="known nicks; the longest offline without mail goes first (default: %(default)s)")
+    server.add_argument("--stranger-replies", type=number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
+                        metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
     server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "days"), default=int(NICK_LAPSE), metavar="DAYS",
                         help="offline after which a nick is free again (default: %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
@@ -2225,11 +2232,11 @@ def run_server(options: argparse.Namespace) -> int:
         complain(str(error))
         return EXIT_FAILED
     loop = Loop()
-    registry = Registry(mailbox, loop.wall(), options.max_clients, options.mailbox_limit)
+    registry = Registry(mailbox, loop.wall(), options.max_clients, options.mailbox_limit, options.max_nicks)
     if sock is None:
         return forget(registry, options.forget, loop.wall())
     port = Port(sock, loop)
-    server = Server(loop, port.send, registry, options.nick_lapse)
+    server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
     port.receive, loop.settle = server.receive, server.settle
     for number_ in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(number_, loop.stop)
