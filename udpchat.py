@@ -945,7 +945,7 @@ class Server:
         committed = self._commit()
         for save in dirty.values():
             self._answer_save(save, committed)
-        for id_ in list(self._to_mail):
+        for id_ in sorted(self._to_mail):       # sorted: the same run sends the same datagrams
             session = self.registry.sessions.get(id_)
             if session is not None:
                 self.send_mail(session)
@@ -1883,7 +1883,7 @@ class Client:
         polled, self._polled = self._polled, set()
         if self.state not in (ACTIVE, LEAVING):
             return
-        for nick in polled:
+        for nick in sorted(polled):             # sorted: the same run sends the same datagrams
             conversation = self._conversations[nick]
             for datagram, address in conversation.poll(self.loop.now(), self.loop.calm):
                 self._send_now(datagram, address if address is not None else self.server)
