@@ -1,0 +1,1329 @@
+"""A whole chat in one thread: real servers and clients on a virtual clock, network, disk and terminal.
+
+Everything comes from one seed, so a run that fails can be replayed to the letter:
+
+    python -m tests.simulate --seed 123 --trace     one run, told line by line
+    python -m tests.simulate --seeds 1000 --jobs 4  many runs, and a summary
+
+How it works
+------------
+``World`` is a scheduler of events in virtual time. A ``Node`` is a process: it owns a ``SimLoop`` (what the program
+gets instead of ``udpchat.Loop``), an inbox, and does turns as ``udpchat.Loop`` does: datagrams, timers, settle.
+``ServerNode`` runs a ``Server`` on a ``Disk`` that outlives it; ``Life`` runs a ``Client`` with a standard input that
+somebody types into and a ``Screen`` that may be slow, stalled or gone. ``Network`` loses, delays, repeats and garbles.
+
+``Ledger`` knows every text that was typed and where it was seen, and checks what must always hold: each text is
+unique, so the account is exact. ``Storm`` is one random run: users who chat, and faults, of kinds and at rates that
+the seed picks; then everything heals, everybody comes back, and the account is closed.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import logging
+import multiprocessing
+import random
+import re
+import sqlite3
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter, deque
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from unittest import mock
+
+import msgpack
+
+import protocol
+from protocol import Address, Inbox, Incoming, encode
+from registry import Mailbox, Registry
+from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, JOINING, LOST_TIME, NEVER, Client, Output, Server,
+                     Timer, TimerHeap, clean)
+
+START = 1000.0            # s; where the virtual clock begins
+EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
+TURN = 0.0001             # s of virtual time that one turn takes
+INBOX = 2000              # datagrams that the socket of a node holds
+MAX_TURNS = 3000          # turns of one node in one virtual second; more is a busy loop
+MAX_TIMERS = 600          # in one heap
+MAX_PENDING = 2 ** 21     # bytes that wait for one stdout
+MAX_RATE = 6000           # datagrams of one node in one virtual second
+IDLE_TIME = 30.0          # s without traffic at the end of a run, in which ...
+IDLE_RATE = 12            # ... a client may send so many datagrams, and the server so many for each client
+PIPE_SLOT = 512           # bytes that a pipe must have free to count as writable
+SERVER: Address = ("10.0.0.1", 4119)
+
+CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
+CLOSINGS = ("received", "saved", "refused", "unknown", "too long", "not delivered")
+
+
+class Violation(Exception):
+    """Something that must always hold does not."""
+
+
+class Crash(BaseException):
+    """The process ends here and now: nothing in the program may catch this."""
+
+
+# --- the account ----------------------------------------------------------------------------------------------
+
+class Message:
+    """One ``send`` that somebody typed."""
+
+    __slots__ = ("life", "to", "serial", "text", "end", "away", "closing", "seen_by")
+
+    def __init__(self, life: "Life", to: str, serial: int, text: str, end: int, away: bool) -> None:
+        self.life = life
+        self.to = to
+        self.serial = serial
+        self.text = text
+        self.end = end                  # bytes of stdin until its line is complete
+        self.away = away                # typed behind a ``dereg``: the program only says that it is offline
+        self.closing = ""
+        self.seen_by: List["Life"] = []
+
+    def __repr__(self) -> str:
+        return f"{self.text.split(' ')[0]} ({self.life.name} to {self.to})"
+
+
+class Ledger:
+    """Every text that was typed, what became of it, and where it was seen."""
+
+    def __init__(self) -> None:
+        self.messages: Dict[str, Message] = {}      # by the first word of its text, which is unique
+
+    def typed(self, life: "Life", to: str, text: str, end: int, away: bool) -> None:
+        """Somebody typed ``send to text``."""
+        message = Message(life, to, len(self.messages), text, end, away)
+        self.messages[text.split(" ")[0]] = message
+        life.typed.append(message)
+        if not away:
+            life.open.setdefault(to, deque()).append(message)
+
+    # what clients say
+
+    def closed(self, life: "Life", to: str, kind: str, count: int) -> None:
+        """``life`` closes its next ``count`` sends to ``to``."""
+        for _ in range(count):
+            waiting = life.open.get(to)
+            if not waiting:
+                raise Violation(f"{life.name} says {kind} for {to}, but nothing is open")
+            self.close(waiting.popleft(), kind)
+
+    def close(self, message: Message, kind: str) -> None:
+        """One send got its closing line."""
+        if message.closing:
+            raise Violation(f"{message!r} is closed as {message.closing} and as {kind}")
+        if message.life.fed < message.end:
+            raise Violation(f"{message!r} is closed as {kind} before it was read")
+        message.closing = kind
+        if kind == "received" and not message.seen_by:
+            raise Violation(f"{message!r} counts as received, but was not shown")
+
+    def too_long(self, life: "Life") -> None:
+        """``life`` says that its next text that is too long is too long."""
+        for waiting in life.open.values():
+            for message in waiting:
+                if len(message.text.encode()) > protocol.MAX_TEXT:
+                    waiting.remove(message)
+                    self.close(message, "too long")
+                    return
+        raise Violation(f"{life.name} says that a message is too long, but none is")
+
+    def handed_back(self, life: "Life", line: str) -> None:
+        """A ``send`` line on stderr: that message was not delivered."""
+        command, to, text = line.split(" ", 2)
+        message = self.messages.get(text.split(" ")[0])
+        if command != "send" or message is None or message.life is not life or message.to != to \
+                or message.text != text:
+            raise Violation(f"{life.name} hands back what was never typed: {line[:80]}")
+        life.open[to].remove(message)
+        self.close(message, "not delivered")
+
+    # what screens show
+
+    def shown(self, life: "Life", sender: str, text: str) -> None:
+        """A line with a message was written to the stdout of ``life``."""
+        message = self.messages.get(text.split(" ")[0])
+        if message is None or clean(message.text) != text or message.life.nick != sender or message.to != life.nick:
+            raise Violation(f"{life.name} shows what was never sent: {sender}: {text[:80]}")
+        if message.away or message.closing in ("unknown", "too long"):
+            raise Violation(f"{life.name} shows {message!r}, which was not to be sent")
+        if life in message.seen_by:
+            raise Violation(f"{life.name} shows {message!r} twice")
+        message.seen_by.append(life)
+        last = life.last_shown.get(message.life)
+        if last is not None and last.serial > message.serial and message.life.nick not in life.released:
+            raise Violation(f"{life.name} shows {message!r} after {last!r}")
+        life.last_shown[message.life] = message
+
+    # the end
+
+    def check_life(self, life: "Life") -> None:
+        """What must hold when a life has ended orderly."""
+        for message in life.typed:
+            if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
+                raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
+        failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
+        unanswered = life.lines[-2:] == ["[Server not responding]", "[Exiting]"] and not life.was_told_to_leave
+        exited = life.lines[-1:] == ["[Exiting]"] and not unanswered
+        if (life.exit_code == 0) != (not failed and not exited and not life.screen.gone) and not (
+                unanswered and not life.was_registered):
+            raise Violation(f"{life.name} ended with {life.exit_code}; failed: {failed[:3]}, exiting: {exited}")
+        if life.screen.gone:
+            return
+        said, closings = Counter(life.lines), Counter((m.to, m.closing) for m in life.typed if m.closing)
+        for to in {m.to: None for m in life.typed}:
+            for kind, line in (("received", f"[Message received by {to}.]"), ("unknown", f"[Unknown client {to}.]")):
+                count = closings[to, kind] + (closings[to, "refused"] if kind == "unknown" else 0)
+                if not closings[to, kind] <= said[line] <= count:
+                    raise Violation(f"{life.name} shows {line} {said[line]} times, not {closings[to, kind]}")
+        saved = sum(count for (_, kind), count in closings.items() if kind == "saved")
+        if said["[Messages received by the server and saved]"] != saved:
+            raise Violation(f"{life.name} shows 'saved' {said['[Messages received by the server and saved]']} times,"
+                            f" not {saved}")
+        lost = sum(count for (_, kind), count in closings.items() if kind == "not delivered")
+        if lost and said[f"[{lost} message{'s' * (lost > 1)} not delivered.]"] != 1:
+            raise Violation(f"{life.name} does not say that {lost} messages were not delivered")
+
+    def check_saved(self) -> None:
+        """What was saved was shown by somebody by the end."""
+        for message in self.messages.values():
+            if message.closing == "saved" and not message.seen_by:
+                raise Violation(f"{message!r} was saved, but never shown")
+
+
+# --- a process ------------------------------------------------------------------------------------------------
+
+class SimLoop:
+    """What the program gets instead of ``udpchat.Loop``."""
+
+    def __init__(self, world: "World", seed: int) -> None:
+        self.random = random.Random(seed)
+        self.calm = True
+        self.timers = TimerHeap()
+        self.local = world.now
+        self._world = world
+
+    def now(self) -> float:
+        """Seconds that this process was able to run, as of this turn."""
+        return self.local
+
+    def clock(self) -> float:
+        """The same: inside a turn, no time passes."""
+        return self.local
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return EPOCH + self._world.now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Calls ``callback`` in the turn in which ``now()`` has reached ``when``."""
+        return self.timers.call_at(when, callback)
+
+
+class Node:
+    """A process: an address, an inbox, and turns."""
+
+    def __init__(self, world: "World", name: str, host: str, address: Address) -> None:
+        self.world = world
+        self.name = name
+        self.host = host                    # what partitions know it by: it outlives the process
+        self.address = address
+        self.alive = True
+        self.loop = SimLoop(world, world.random.getrandbits(64))
+        self.inbox: Deque[Tuple[bytes, Address]] = deque()
+        self.stopped_until = 0.0
+        self.fuse = -1                      # steps until this process crashes; below 0: it does not
+        self.sent = 0                       # datagrams
+        self._turn_at = NEVER
+        self._ended = world.now             # when the last turn did
+        self._timeout = NEVER               # s that the program would then wait
+        self._lost = 0.0                    # s in which it did not run
+        self._second = self._turns = self._sent_before = 0
+        world.at[address] = self
+
+    def step(self) -> None:
+        """A place where a process can crash: before and after a commit, a write, a datagram."""
+        if self.fuse >= 0:
+            self.fuse -= 1
+            if self.fuse < 0:
+                raise Crash
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """What the program calls to send."""
+        self.step()
+        self.sent += 1
+        if len(datagram) > protocol.MAX_DATAGRAM:
+            raise Violation(f"{self.name} sends {len(datagram)} bytes")
+        self.world.network.send(self, datagram, address)
+
+    def move(self, address: Address) -> None:
+        """From now on this process is seen at another address (its NAT has forgotten it)."""
+        if self.world.at.get(self.address) is self:
+            del self.world.at[self.address]
+        self.world.trace("%s moves to %s:%d", self.name, *address)
+        self.address = address
+        self.world.at[address] = self
+
+    def stop_for(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after that time."""
+        self.world.trace("%s is stopped for %.2f s", self.name, seconds)
+        self.stopped_until = max(self.stopped_until, self.world.now + seconds)
+        self.wake(self.stopped_until)
+
+    def crash(self) -> None:
+        """kill -9."""
+        if self.alive:
+            self.world.trace("%s is killed", self.name)
+            self.world.crashes += 1
+            self.die()
+
+    def die(self) -> None:
+        """The process is no more."""
+        self.alive = False
+        if self.world.at.get(self.address) is self:
+            del self.world.at[self.address]
+        self.inbox.clear()
+
+    # turns
+
+    def wake(self, when: float) -> None:
+        """Makes sure that a turn begins at ``when`` at the latest."""
+        when = max(when, self.stopped_until, self._ended + TURN, self.world.now)
+        if when < self._turn_at:
+            self._turn_at = when
+            self.world.call_at(when, self._maybe_turn)
+
+    def arrive(self, datagram: bytes, source: Address) -> None:
+        """A datagram reaches the socket."""
+        if len(self.inbox) < INBOX:
+            self.inbox.append((datagram, source))
+            self.wake(self.world.now)
+
+    def _maybe_turn(self) -> None:
+        if not self.alive or self.world.now < self._turn_at:
+            return
+        self._turn_at = NEVER
+        if self.world.now < self.stopped_until:
+            self.wake(self.stopped_until)
+            return
+        try:
+            self._turn()
+        except Crash:
+            self.crash()
+
+    def _turn(self) -> None:
+        now, loop = self.world.now, self.loop
+        self._check_rate(int(now))
+        waited = now - self._ended
+        if waited > self._timeout + LOST_TIME:
+            self._lost += waited - self._timeout
+        loop.local = now - self._lost
+        loop.calm = True
+        self.read()
+        for _ in range(min(len(self.inbox), DATAGRAMS_PER_TURN)):
+            datagram, source = self.inbox.popleft()
+            self.receive(datagram, source)
+        loop.calm = not self.inbox
+        loop.timers.run(loop.local)
+        self.settle()
+        self._ended = now
+        if not self.alive:
+            return
+        due = loop.timers.next_time()
+        self._timeout = max(0.0, due - loop.local)
+        if self.inbox:
+            self.wake(now)
+        elif due < NEVER:
+            self.wake(due + self._lost)
+        if len(loop.timers) > MAX_TIMERS:
+            raise Violation(f"{self.name} has {len(loop.timers)} timers")
+
+    def _check_rate(self, second: int) -> None:
+        if second != self._second:
+            self._second, self._turns, self._sent_before = second, 0, self.sent
+        self._turns += 1
+        if self._turns > MAX_TURNS:
+            raise Violation(f"{self.name} turns {self._turns} times within a second")
+        if self.sent - self._sent_before > MAX_RATE:
+            raise Violation(f"{self.name} sends {self.sent - self._sent_before} datagrams within a second")
+
+    # what a kind of node does
+
+    def read(self) -> None:
+        """Reads what there is besides datagrams."""
+
+    def receive(self, datagram: bytes, source: Address) -> None:
+        """Hands a datagram to the program."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Ends the turn."""
+        raise NotImplementedError
+
+
+# --- the server -----------------------------------------------------------------------------------------------
+
+class Disk:
+    """A SQLite connection that outlives the process; what was not committed when that crashed is gone."""
+
+    def __init__(self) -> None:
+        self.database = sqlite3.connect(":memory:", isolation_level=None)
+        self.failing = False
+        self.step: Callable[[], None] = lambda: None
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """As that of a connection; a commit may fail, or the process crash before or after it."""
+        if statement != "COMMIT":
+            return self.database.execute(statement, parameters)
+        self.step()
+        if self.failing:
+            raise sqlite3.OperationalError("disk I/O error")
+        cursor = self.database.execute(statement)
+        self.step()
+        return cursor
+
+    def executemany(self, statement: str, parameters: Any) -> sqlite3.Cursor:
+        """As that of a connection."""
+        return self.database.executemany(statement, parameters)
+
+    def close(self) -> None:
+        """The file stays."""
+
+    def open(self, server_id: bytes) -> Mailbox:
+        """The store on this disk, as a process that starts finds it."""
+        if self.database.in_transaction:
+            self.database.execute("ROLLBACK")
+        with mock.patch("sqlite3.connect", return_value=self):
+            return Mailbox(":memory:", server_id)
+
+
+class ServerNode(Node):
+    """A process that runs a server, on the disk of the world."""
+
+    def __init__(self, world: "World") -> None:
+        world.boots += 1
+        super().__init__(world, f"server#{world.boots}", "server", SERVER)
+        disk = world.disk
+        disk.step, disk.failing = self.step, False
+        mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
+        self.server = Server(self.loop, self.send, Registry(mailbox, self.loop.wall(), mailbox_limit=world.mailbox))
+        world.trace("%s starts", self.name)
+        self.server.start()
+        self.wake(world.now)
+
+    def receive(self, datagram: bytes, source: Address) -> None:
+        """Hands a datagram to the server."""
+        self.server.receive(datagram, source)
+
+    def settle(self) -> None:
+        """Ends the turn; a slow disk makes it long."""
+        self.server.settle()
+
+
+# --- the client -----------------------------------------------------------------------------------------------
+
+class Screen:
+    """The reader of a client's stdout: fast, slow (bytes a second), stalled, or gone."""
+
+    def __init__(self, life: "Life") -> None:
+        self.rate = NEVER
+        self.gone = False
+        self.is_pipe = False    # so that its writer hears at once that it is gone, not with the next write
+        self.size = 4096        # bytes that the pipe holds while the reader is slow
+        self.filled = 0.0
+        self._since = 0.0
+        self._rest = b""
+        self._life = life
+
+    def set_rate(self, rate: float) -> None:
+        """Reads at ``rate`` bytes a second from now on."""
+        self._drain()
+        self.rate = rate
+        self._life.wake(self._life.world.now)
+
+    def _drain(self) -> None:
+        now = self._life.world.now
+        self.filled = max(0.0, self.filled - self.rate * (now - self._since)) if self.rate < NEVER else 0.0
+        self._since = now
+
+    @property
+    def writable_at(self) -> float:
+        """When a write would take something; NEVER if the reader does not read."""
+        self._drain()
+        if self.gone or self.filled + PIPE_SLOT <= self.size:
+            return self._since
+        return self._since + max(TURN, (self.filled + PIPE_SLOT - self.size) / self.rate) if self.rate else NEVER
+
+    def put(self, data: bytes) -> int:
+        """Takes as much as there is room for."""
+        self._life.step()
+        if self.gone:
+            raise BrokenPipeError(32, "Broken pipe")
+        taken = len(data)
+        if self.rate < NEVER:
+            self._drain()
+            taken = min(taken, int(self.size - self.filled)) if self.filled + PIPE_SLOT <= self.size else 0
+            self.filled += taken
+        *lines, self._rest = (self._rest + data[:taken]).split(b"\n")
+        for line in lines:
+            self._life.on_line(line.decode())
+        if taken:
+            self._life.step()
+        return taken
+
+
+class SimClient(Client):
+    """A client that tells the ledger what it says, at the moment in which it says it."""
+
+    life: "Life"
+
+    def _tell(self, nick: str, event: protocol.Event) -> None:
+        if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED):
+            self.life.ledger.closed(self.life, nick, event.kind, event.messages)
+        super()._tell(nick, event)
+
+    def say(self, line: str, times: int = 1) -> None:
+        """Shows a line (that often)."""
+        if line.startswith("[Unknown client ") and self.life.hears_unknown(line[16:-2]):
+            self.life.ledger.closed(self.life, line[16:-2], "unknown", times)
+        elif line.startswith("[Message too long"):
+            self.life.ledger.too_long(self.life)
+        super().say(line, times)
+
+
+class SimInbox(Inbox):
+    """An inbox that tells when it goes on without what is missing, because the server did not answer in time."""
+
+    life: "Life"
+
+    def _release(self, now: float, incoming: Incoming) -> None:
+        if incoming.mail is None:
+            self.life.note_release(incoming.sender)
+        super()._release(now, incoming)
+
+
+class Life(Node):
+    """A process that runs a client, with a standard input that somebody types into."""
+
+    def __init__(self, world: "World", nick: str, address: Address, secret: Optional[bytes], stay: bool = False,
+                 name: str = "") -> None:
+        self.nick: str = nick
+        before = [life for life in world.lives if life.nick == nick]
+        super().__init__(world, name or f"{nick}#{len(before) + 1}", nick, address)
+        self.ledger = world.ledger
+        self.lines: List[str] = []          # on stdout, complete
+        self.complaints: List[str] = []     # on stderr
+        self.exit_code: Optional[int] = None
+        self.typed: List[Message] = []
+        self.open: Dict[str, Deque[Message]] = {}
+        self.fed = 0                        # bytes of stdin that the program has read
+        self.quit_at = 2 ** 62              # what was typed behind this is for nobody
+        self.is_away = False                # a ``dereg`` was typed, and no ``reg`` since
+        self.last_shown: Dict[Life, Message] = {}
+        self.released: Set[str] = set()     # whose messages may be out of order: the server did not answer
+        self.screen = Screen(self)
+        self._written_at = 0                # bytes ever typed
+        self._stdin = bytearray()
+        self._eof = self._eof_read = False
+        self._signals = 0
+        self._errors = b""
+        self._offline = True                # by what it said
+        self._telling = False
+        world.trace("%s starts at %s:%d", self.name, *address)
+        world.lives.append(self)
+        self.client = SimClient(self.loop, self.send, Output(self.screen.put), nick, SERVER, secret, stay=stay,
+                                errors=Output(self._put_error))
+        self.client.life = self
+        self.client._inbox = inbox = SimInbox()
+        inbox.life = self
+        self.client.start()
+        self.wake(world.now)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # the user
+
+    def type(self, line: str) -> None:
+        """Types a line; a ``send`` goes on the account."""
+        self.world.trace("%s < %s", self.name, line[:100])
+        data = line.encode() + b"\n"
+        self._stdin += data
+        self._written_at += len(data)
+        words = line.split(" ", 2)
+        if words[0] == "send" and len(words) == 3:
+            self.ledger.typed(self, words[1], words[2], self._written_at, self.is_away)
+        elif words == ["dereg", self.nick]:
+            self.is_away = True
+        elif words == ["reg", self.nick]:
+            self.is_away = False
+        elif words == ["quit"]:
+            self.quit_at = min(self.quit_at, self._written_at)
+        self.wake(self.world.now)
+
+    def end_input(self) -> None:
+        """Ctrl-D."""
+        self.world.trace("%s < (end)", self.name)
+        self._eof = True
+        self.wake(self.world.now)
+
+    def interrupt(self) -> None:
+        """SIGTERM or Ctrl-C."""
+        self.world.trace("%s gets a signal", self.name)
+        self._signals += 1
+        self.wake(self.world.now)
+
+    @property
+    def has_typed_ahead(self) -> bool:
+        """Whether something typed was not read yet."""
+        return bool(self._stdin)
+
+    @property
+    def was_told_to_leave(self) -> bool:
+        """Whether the command ``dereg`` or ``quit`` was the last thing that it was asked."""
+        return self.is_away or self.quit_at <= self.fed
+
+    @property
+    def was_registered(self) -> bool:
+        """Whether it was welcome, and did not go offline since."""
+        return not self._offline
+
+    def hears_unknown(self, nick: str) -> bool:
+        """Whether a line about an unknown client is told at the time of the command (not by the server)."""
+        return not self._telling and nick in self.open
+
+    # the program
+
+    def read(self) -> None:
+        """What happened to the standard streams: signals, the end of the reader, and stdin if it is wanted."""
+        client = self.client
+        if self.screen.gone and self.screen.is_pipe and not client.output.broken:
+            client.reader_gone()
+        for _ in range(self._signals):
+            self._signals -= 1
+            client.interrupt()
+        if client.hungry and self._stdin:
+            size = min(len(self._stdin), self.world.random.choice((7, 200, 65536, 65536)))
+            data = bytes(self._stdin[:size])
+            del self._stdin[:size]
+            self.fed += size
+            client.feed(data)
+        elif client.hungry and self._eof and not self._eof_read:
+            self._eof_read = True
+            client.feed(b"")
+
+    def receive(self, datagram: bytes, source: Address) -> None:
+        """Hands a datagram to the client."""
+        self.client.receive(datagram, source)
+
+    def settle(self) -> None:
+        """Ends the turn, as ``udpchat.Console`` does."""
+        client = self.client
+        client.settle()
+        if client.output.pending > MAX_PENDING:
+            raise Violation(f"{self.name} has {client.output.pending} bytes for stdout")
+        if client.exit_code is not None:
+            self._exit(client.exit_code)
+            return
+        if client.hungry and (self._stdin or self._eof and not self._eof_read):
+            self.world.call_at(self.world.now, functools.partial(self.wake, self.world.now))
+        if client.output.pending:
+            writable = self.screen.writable_at
+            if writable < NEVER:
+                self.world.call_at(max(writable, self.world.now + TURN), functools.partial(self.wake, writable))
+
+    def _exit(self, code: int) -> None:
+        self.world.trace("%s exits with %d", self.name, code)
+        self.exit_code = code
+        self.die()
+        self.ledger.check_life(self)
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """What the client calls to send: while it is not registered, only ``reg``."""
+        if self.client.state in (AWAY, ENDED, JOINING):
+            tags = [value["tag"] for value in unpack(datagram)]
+            if self.client.state != JOINING or tags != ["reg"]:
+                raise Violation(f"{self.name} is {self.client.state} and sends {tags}")
+        super().send(datagram, address)
+
+    def on_line(self, line: str) -> None:
+        """A line was written to stdout."""
+        self.world.trace("%s > %s", self.name, line[:100])
+        self.lines.append(line)
+        if line == "[You are Offline. Bye.]":
+            self._offline = True
+        elif line.startswith("[Welcome"):
+            self._offline = False
+        elif "is taken.]" in line or "belongs to someone else.]" in line:
+            self.world.refusals.append((self.name, line))
+        found = CHAT_LINE.fullmatch(line)
+        if found is not None:
+            if self._offline:
+                raise Violation(f"{self.name} is offline and shows {line[:80]}")
+            self.ledger.shown(self, found.group(1), found.group(3))
+
+    def _put_error(self, data: bytes) -> int:
+        *lines, self._errors = (self._errors + data).split(b"\n")
+        for line in lines:
+            self.world.trace("%s ! %s", self.name, line.decode()[:100])
+            self.complaints.append(line.decode())
+            self.ledger.handed_back(self, line.decode())
+        return len(data)
+
+    def note_release(self, sender: str) -> None:
+        """The messages of ``sender`` may be shown out of order from here on."""
+        self.world.trace("%s goes on without the missing messages of %s", self.name, sender)
+        self.released.add(sender)
+        if self.world.healthy_since < self.world.now - 20:
+            raise Violation(f"{self.name} could not ask the server, though nothing is broken")
+
+
+# --- the network ----------------------------------------------------------------------------------------------
+
+class Weather(NamedTuple):
+    """How bad the network is."""
+
+    loss: float = 0.0           # part of the datagrams that never arrive
+    repeat: float = 0.0         # part that arrives twice
+    garble: float = 0.0         # part that arrives cut off, or with a tail
+    delay: float = 0.001        # s
+    jitter: float = 0.0         # s more, at most, for each datagram
+    late: float = 0.0           # part that comes much later ...
+    lateness: float = 0.0       # ... by up to so many seconds
+
+
+class Network:
+    """Carries datagrams from node to node, as well as the weather and the partitions allow."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.weather = Weather()
+        self.blocked: Counter[Tuple[str, str]] = Counter()      # (from, to): hosts
+        self.filter: Optional[Callable[[str, str, List[Any]], bool]] = None     # False: this datagram is lost
+        self.datagrams = 0
+        self.digest = 0
+        self.captured: Deque[Tuple[bytes, str]] = deque(maxlen=50)      # what peers said lately, and to whom
+        self.balance: Counter[Address] = Counter()      # bytes that strangers sent, less what they got
+
+    def send(self, node: Node, datagram: bytes, address: Address) -> None:
+        """Sends from where ``node`` is seen now."""
+        world, weather, chance = self.world, self.weather, self.world.random.random
+        self.datagrams += 1
+        self.digest = zlib.crc32(datagram, self.digest)
+        if node.address == SERVER and address in self.balance:
+            self.balance[address] -= len(datagram)
+            if self.balance[address] < 0:
+                raise Violation(f"the server sends more to {address} than it got from there")
+        if weather.loss and chance() < weather.loss or world.tracing and not self._passes(node, datagram, address) \
+                or not world.tracing and self.filter is not None and not self._passes(node, datagram, address):
+            world.trace("%s -x %s:%d %s", node.name, *address, Shown(datagram))
+            return
+        world.trace("%s -> %s:%d %s", node.name, *address, Shown(datagram))
+        for _ in range(2 if weather.repeat and chance() < weather.repeat else 1):
+            delay = weather.delay + weather.jitter * chance()
+            if weather.late and chance() < weather.late:
+                delay += weather.lateness * chance()
+            data = datagram
+            if weather.garble and chance() < weather.garble:
+                data = self._garbled(datagram)
+            world.call_at(world.now + delay, functools.partial(self._arrive, node.host, node.address, data, address))
+        if address != SERVER and node.address != SERVER:
+            self.captured.append((datagram, node.host))
+
+    def _passes(self, node: Node, datagram: bytes, address: Address) -> bool:
+        if self.filter is None:
+            return True
+        target = self.world.at.get(address)
+        return self.filter(node.host, target.host if target is not None else "", unpack(datagram))
+
+    def _garbled(self, datagram: bytes) -> bytes:
+        if self.world.random.random() < 0.5:
+            return datagram[:self.world.random.randrange(len(datagram))]
+        return datagram + self.world.random.getrandbits(64).to_bytes(8, "big")
+
+    def _arrive(self, host: str, source: Address, datagram: bytes, address: Address) -> None:
+        node = self.world.at.get(address)
+        if node is None:
+            self.world.trace("nobody is at %s:%d: %s", *address, Shown(datagram))
+        elif self.blocked and self.blocked[host, node.host]:
+            self.world.trace("no way from %s to %s: %s", host, node.host, Shown(datagram))
+        else:
+            node.arrive(datagram, source)
+
+    def forge(self, source: Address, datagram: bytes, node: Node) -> None:
+        """A stranger sends something to a node."""
+        self.world.trace("stranger -> %s %s", node.name, Shown(datagram))
+        if node.address == SERVER:
+            self.balance[source] += len(datagram)
+        self._arrive("stranger", source, datagram, node.address)
+
+    def block(self, source: str, target: str, seconds: float = NEVER) -> None:
+        """Nothing goes from one host to the other for so long."""
+        self.world.trace("no way from %s to %s for %.1f s", source, target, seconds)
+        self.blocked[source, target] += 1
+        if seconds < NEVER:
+            self.world.call_at(self.world.now + seconds, functools.partial(self.unblock, source, target))
+
+    def unblock(self, source: str, target: str) -> None:
+        """Undoes one ``block``."""
+        if self.blocked[source, target] <= 1:
+            del self.blocked[source, target]
+        else:
+            self.blocked[source, target] -= 1
+
+
+def unpack(datagram: bytes) -> List[Any]:
+    """The maps of a datagram, as far as they can be read."""
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(datagram)
+    try:
+        return [value for value in unpacker if isinstance(value, dict) and "tag" in value]
+    except Exception:       # whatever a garbled one holds
+        return []
+
+
+class Shown:
+    """A datagram, described when a trace is printed."""
+
+    def __init__(self, datagram: bytes) -> None:
+        self._datagram = datagram
+
+    def __str__(self) -> str:
+        return " + ".join(f"{value['tag']}({self._fields(value['info'])})" for value in unpack(self._datagram)
+                          if isinstance(value.get("info"), dict)) or f"{len(self._datagram)} bytes of nothing"
+
+    @staticmethod
+    def _fields(info: Dict[str, Any]) -> str:
+        return " ".join(f"{key}={Shown._short(value)}" for key, value in info.items() if key != "pad")
+
+    @staticmethod
+    def _short(value: Any) -> str:
+        if isinstance(value, bytes):
+            return value.hex()[:6]
+        if isinstance(value, int) and value > 10 ** 9:
+            return f"..{value % 10000:04}"
+        if isinstance(value, list):
+            return "[" + ",".join(Shown._short(element) for element in value[:4]) + (",.." * (len(value) > 4)) + "]"
+        return str(value)[:24]
+
+
+# --- the world ------------------------------------------------------------------------------------------------
+
+class World:
+    """Virtual time, and everything that happens in it."""
+
+    def __init__(self, seed: int, tracing: bool = False, mailbox: int = 100_000) -> None:
+        self.random = random.Random(seed)
+        self.now = START
+        self.tracing = tracing
+        self.mailbox = mailbox              # messages that the server keeps for one recipient
+        self.at: Dict[Address, Node] = {}
+        self.lives: List[Life] = []
+        self.ledger = Ledger()
+        self.network = Network(self)
+        self.disk = Disk()
+        self.boots = self.crashes = 0
+        self.healthy_since = NEVER          # nothing is broken any more from here on
+        self.refusals: List[Tuple[str, str]] = []
+        self.server: Optional[ServerNode] = None
+        self._events: List[Tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._ports = 5000
+
+    def trace(self, text: str, *values: object) -> None:
+        """Tells what happens, if somebody wants to know."""
+        if self.tracing:
+            print(f"{self.now - START:9.4f}  {text % values}")
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` at ``when``."""
+        self._count += 1
+        heapq.heappush(self._events, (when, self._count, callback))
+
+    def run(self, seconds: float) -> None:
+        """Lets so much time pass."""
+        end = self.now + seconds
+        events = self._events
+        while events and events[0][0] <= end:
+            when, _, callback = heapq.heappop(events)
+            self.now = max(self.now, when)
+            callback()
+        self.now = end
+
+    def run_until(self, condition: Callable[[], bool], limit: float = 120.0) -> None:
+        """Lets time pass until ``condition`` holds; fails if that takes longer than ``limit`` seconds."""
+        end = self.now + limit
+        while not condition():
+            if not self._events or self._events[0][0] > end:
+                raise Violation(f"it did not happen within {limit} s")
+            when, _, callback = heapq.heappop(self._events)
+            self.now = max(self.now, when)
+            callback()
+
+    def start_server(self) -> ServerNode:
+        """Starts a server on the disk of this world."""
+        assert self.server is None or not self.server.alive
+        self.server = ServerNode(self)
+        return self.server
+
+    def new_address(self, host: str = "10.0.1.1") -> Address:
+        """An address where nobody was yet."""
+        self._ports += 1
+        return host, self._ports
+
+    def client(self, nick: str, address: Optional[Address] = None, stay: bool = False,
+               secret: Optional[bytes] = None, name: str = "") -> Life:
+        """Starts a client; its secret is the nick's own unless another one is given."""
+        own = zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
+        return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name)
+
+    def running(self) -> Iterator[Life]:
+        """The clients that run, in the order of their start."""
+        return (life for life in self.lives if life.alive)
+
+    def life_of(self, nick: str) -> Optional[Life]:
+        """The client that runs with ``nick``."""
+        return next((life for life in self.running() if life.nick == nick), None)
+
+
+# --- a storm --------------------------------------------------------------------------------------------------
+
+NICKS = ("alice", "bob", "carol", "dave", "zoë")
+STREAM_LIVES = 6          # lives of a nick in one run: a recipient remembers 8 streams of a sender
+HEAL_TIME = 130.0         # s from the last fault to the closing of the account
+
+
+class Storm:
+    """One random run: users and faults for a while, then quiet, then the account."""
+
+    def __init__(self, seed: int, tracing: bool = False) -> None:
+        self.random = random.Random(f"storm {seed}")
+        pick = self.random
+        self.world = World(seed, tracing, mailbox=pick.choice((100_000, 100_000, 100_000, 12)))
+        self.nicks = NICKS[:pick.choice((2, 2, 3, 3, 4, 5))]
+        self.length = pick.uniform(10, 60)
+        self.lives: Counter[str] = Counter()
+        self.ports: Dict[str, List[Address]] = {nick: [] for nick in self.nicks}
+        self._serial = 0
+        self._faults: Dict[str, Callable[[], None]] = {
+            "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
+            "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
+            "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes}
+        self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0}
+        self._habits: Dict[str, Callable[[Life], None]] = {
+            "burst": self._burst, "dereg": self._dereg, "quit": self._quit, "chatter": self._chatter}
+
+    # what happens
+
+    def plan(self) -> None:
+        """Decides when which fault happens and when who does what."""
+        pick, world = self.random, self.world
+        world.start_server()
+        self._change_weather()
+        for kind, fault in self._faults.items():
+            if pick.random() < 0.45:
+                self._repeat(fault, pick.uniform(2, 25) + self._rare.get(kind, 0.0))
+        for nick in self.nicks:
+            self._start(nick)
+            talk = pick.choice((0.2, 1.0, 3.0))
+            self._repeat(functools.partial(self._act, nick, self._say_something), talk)
+            for kind, habit in self._habits.items():
+                if pick.random() < 0.35:
+                    self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
+
+    def _repeat(self, action: Callable[[], None], interval: float) -> None:
+        """Plans an action at random times of the storm, on average every ``interval`` seconds."""
+        when = self.random.expovariate(1 / interval)
+        while when < self.length:
+            self.world.call_at(START + when, action)
+            when += self.random.expovariate(1 / interval)
+
+    def _start(self, nick: str) -> None:
+        """Starts a client for somebody who has none, at a new address, or where one was before."""
+        if self.world.life_of(nick) is not None:
+            return
+        pick, address = self.random, None
+        old = self.ports[nick] if pick.random() < 0.8 else self.ports[pick.choice(self.nicks)]
+        if old and pick.random() < 0.4:
+            address = pick.choice(old)
+            if address in self.world.at:
+                address = None
+        life = self.world.client(nick, address)
+        self.lives[nick] += 1
+        self.ports[nick].append(life.address)
+
+    def _start_later(self, nick: str) -> None:
+        if self.lives[nick] < STREAM_LIVES:
+            wait = self.random.choice((0.0, 0.3, 2.0, 10.0)) * self.random.uniform(0.5, 1.5)
+            self.world.call_at(self.world.now + wait, functools.partial(self._start, nick))
+
+    # users
+
+    def _act(self, nick: str, habit: Callable[[Life], None]) -> None:
+        life = self.world.life_of(nick)
+        if life is None:
+            self._start_later(nick)
+        elif not life.is_away or self.random.random() < 0.3:
+            habit(life)
+
+    def _text(self) -> str:
+        """A text that nobody has sent before."""
+        pick = self.random
+        self._serial += 1
+        dice = pick.random()
+        text = f"m{self._serial}"
+        if dice < 0.03:
+            text += " " + "xä€"[pick.randrange(3)] * int(pick.choice((700, 800, 2500, 9000)) * pick.uniform(0.5, 1))
+        elif dice < 0.035:
+            text += " " + "y" * pick.choice((60_000, 65_536, 70_000))
+        elif dice < 0.08:
+            text += pick.choice(("  two blanks ", " \x1b[31m\x07", " \u202egnp", " tab\there", " <not> [a line.]"))
+        elif dice < 0.3:
+            text += " " + "z" * pick.randrange(200)
+        return text
+
+    def _recipient(self, life: Life) -> str:
+        dice = self.random.random()
+        if dice < 0.03:
+            return "nobody"
+        return life.nick if dice < 0.06 else self.random.choice(self.nicks)
+
+    def _say_something(self, life: Life) -> None:
+        life.type(f"send {self._recipient(life)} {self._text()}")
+
+    def _burst(self, life: Life) -> None:
+        to = self._recipient(life)
+        for _ in range(self.random.choice((5, 20, 20, 150))):
+            life.type(f"send {to} {self._text()}")
+            if self.random.random() < 0.1:
+                to = self._recipient(life)
+
+    def _chatter(self, life: Life) -> None:
+        life.type(self.random.choice(("who", "help", "", "nonsense", "send", "dereg nobody", "reg nobody")))
+
+    def _dereg(self, life: Life) -> None:
+        if not life.is_away:
+            life.type(f"dereg {life.nick}")
+            self.world.call_at(self.world.now + self.random.choice((0.0, 1.0, 8.0)), functools.partial(self._reg, life))
+
+    def _reg(self, life: Life) -> None:
+        if life.alive and life.is_away:
+            life.type(f"reg {life.nick}")
+
+    def _quit(self, life: Life) -> None:
+        if self.random.random() < 0.5:
+            life.type("quit")
+        else:
+            life.end_input()
+
+    # faults
+
+    def _crash_server(self) -> None:
+        """At once, or at one of the next steps: between a commit and the datagrams that tell of it, for example."""
+        server = self.world.server
+        assert server is not None
+        if not server.alive:
+            return
+        if self.random.random() < 0.3:
+            server.crash()
+        else:
+            server.fuse = self.random.choice((0, 1, 2, 5, 20))
+        wait = self.random.choice((0.0, 0.5, 2.0, 8.0, 20.0)) * self.random.uniform(0.5, 1.5)
+        self._restart_when_dead(wait)
+
+    def _restart_when_dead(self, wait: float) -> None:
+        world = self.world
+        if world.server is not None and world.server.alive:
+            world.call_at(world.now + 0.2, functools.partial(self._restart_when_dead, wait))
+        else:
+            world.call_at(world.now + wait, self._restart_server)
+
+    def _restart_server(self) -> None:
+        if self.world.server is None or not self.world.server.alive:
+            self.world.start_server()
+
+    def _some_client(self) -> Optional[Life]:
+        running = list(self.world.running())
+        return self.random.choice(running) if running else None
+
+    def _kill_client(self) -> None:
+        life = self._some_client()
+        if life is None:
+            return
+        if self.random.random() < 0.4:
+            life.crash()
+        else:
+            life.fuse = self.random.choice((0, 1, 2, 5, 20))
+        self._start_later(life.nick)
+
+    def _stop_node(self) -> None:
+        node: Optional[Node] = self.world.server if self.random.random() < 0.4 else self._some_client()
+        if node is not None and node.alive:
+            node.stop_for(self.random.choice((0.05, 0.3, 1.0, 6.0, 20.0)) * self.random.uniform(0.5, 1.5))
+
+    def _cut(self) -> None:
+        pick = self.random
+        hosts = [*self.nicks, "server"]
+        one = pick.choice(hosts)
+        others = [host for host in hosts if host != one] if pick.random() < 0.4 else [pick.choice(hosts)]
+        ways = pick.choice(("to", "from", "both", "both"))
+        seconds = pick.choice((0.5, 3.0, 10.0, 50.0)) * pick.uniform(0.5, 1.5)
+        for other in others:
+            if ways != "from":
+                self.world.network.block(one, other, seconds)
+            if ways != "to":
+                self.world.network.block(other, one, seconds)
+
+    def _move(self) -> None:
+        life = self._some_client()
+        if life is not None:
+            life.move(self.world.new_address("10.0.2.1"))
+            self.ports[life.nick].append(life.address)
+
+    def _stall(self) -> None:
+        life = self._some_client()
+        if life is None:
+            return
+        life.screen.set_rate(self.random.choice((0.0, 0.0, 200.0, 3000.0)))
+        seconds = self.random.choice((0.3, 3.0, 10.0, 45.0))
+        self.world.call_at(self.world.now + seconds, functools.partial(life.screen.set_rate, NEVER))
+
+    def _break_disk(self) -> None:
+        disk = self.world.disk
+        disk.failing = True
+        self.world.trace("the disk fails")
+        self.world.call_at(self.world.now + self.random.choice((0.1, 2.0)), functools.partial(self._mend_disk, disk))
+
+    def _mend_disk(self, disk: Disk) -> None:
+        disk.failing = False
+        self.world.trace("the disk works")
+
+    def _change_weather(self) -> None:
+        pick = self.random
+        delay = pick.choice((0.0002, 0.001, 0.01, 0.06, 0.3))
+        self.world.network.weather = Weather(
+            loss=pick.choice((0, 0, 0, 0.02, 0.1, 0.3, 0.5)), repeat=pick.choice((0, 0, 0.02, 0.3)),
+            garble=pick.choice((0, 0, 0, 0.05)), delay=delay, jitter=delay * pick.choice((0, 0.5, 2)),
+            late=pick.choice((0, 0, 0.02, 0.1)), lateness=pick.choice((0.2, 1.0, 6.0)))
+        self.world.trace("%s", self.world.network.weather)
+
+    def _signal(self) -> None:
+        life = self._some_client()
+        if life is not None:
+            life.interrupt()
+
+    def _reader_goes(self) -> None:
+        life = self._some_client()
+        if life is not None:
+            life.screen.gone = True
+            life.screen.is_pipe = self.random.random() < 0.5
+            life.wake(self.world.now)
+
+    def _stranger(self) -> None:
+        """Somebody who can send from an address of his own, and guess nicks but no random number."""
+        pick, world = self.random, self.world
+        nodes: List[Node] = list(world.running())
+        if world.server is not None and world.server.alive:
+            nodes.append(world.server)
+        source = ("10.66.6.6", pick.randrange(1, 65536))
+        for _ in range(pick.choice((1, 10))):
+            if nodes:
+                world.network.forge(source, self._forgery(), pick.choice(nodes))
+        captured = [(data, host) for data, host in world.network.captured if host not in ("server", "stranger")]
+        if captured and nodes:
+            world.network.forge(source, pick.choice(captured)[0], pick.choice(nodes))
+
+    def _forgery(self) -> bytes:
+        pick = self.random
+        sender, to, number = pick.choice(self.nicks), pick.choice(self.nicks), pick.getrandbits(63)
+        session = pick.getrandbits(128).to_bytes(16, "big")
+        return pick.choice((
+            lambda: pick.getrandbits(800).to_bytes(100, "big"),
+            lambda: encode("chat", {"from": sender, "to": to, "stream": number, "n": 1, "base": 1, "text": ["forged"]}),
+            lambda: encode("ack", {"stream": number, "next": 1000, "have": [], "room": 0}),
+            lambda: encode("mail", {"to": to, "stream": number, "n": 1, "base": 1,
+                                    "items": [[sender, number, 1, 0.0, "forged", False]]}),
+            lambda: encode("pong", {"id": number, "boot": number, "version": 99, "mail": 99}),
+            lambda: encode("refused", {"nick": to, "reason": "replaced", "session": session}),
+            lambda: protocol.padded("ping", {"id": number, "session": session, "version": 0}, 184),
+            lambda: protocol.padded("reg", {"id": number, "nick": sender}, 128),
+            lambda: encode("dereg", {"session": session}),
+            lambda: encode("probe", {"id": number, "to": to}),
+        ))()
+
+    # the end
+
+    def heal(self) -> None:
+        """No fault any more: everything works, everybody runs and is online, and has time."""
+        world = self.world
+        world.trace("--- everything heals")
+        world.network.weather = Weather()
+        world.network.blocked.clear()
+        world.disk.failing = False
+        world.healthy_since = world.now
+        for node in (*world.running(), *([world.server] if world.server is not None else [])):
+            node.stopped_until, node.fuse = 0.0, -1
+            node.wake(world.now)
+        for life in world.running():
+            life.screen.set_rate(NEVER)
+        end = world.now + HEAL_TIME - IDLE_TIME
+        while world.now < end:
+            self._bring_back()
+            world.run(2.0)
+
+    def _bring_back(self) -> None:
+        world = self.world
+        world.network.blocked.clear()
+        if world.server is None or not world.server.alive:
+            world.start_server()
+        for nick in self.nicks:
+            life = world.life_of(nick)
+            if life is None:
+                self._start(nick)
+            elif life.is_away and life.client.state == AWAY and not life.has_typed_ahead:
+                self._reg(life)
+
+    def check_quiet(self) -> None:
+        """Nothing is open, everybody has the table and all mail, and nobody talks more than an idle node does."""
+        world = self.world
+        assert world.server is not None
+        sent = {node: node.sent for node in (world.server, *world.running())}
+        world.run(IDLE_TIME)
+        for node, before in sent.items():
+            most = IDLE_RATE * (len(self.nicks) if node is world.server else 1)
+            if node.sent - before > most:
+                raise Violation(f"{node.name} sent {node.sent - before} datagrams in {IDLE_TIME} idle seconds")
+        self._check_server(world.server.server)
+        table = [entry[:4] for entry in sorted(world.server.server.registry.table.entries.values())]
+        for nick in self.nicks:
+            life = world.life_of(nick)
+            if life is None:
+                raise Violation(f"{nick} does not run")
+            self._check_client(life, table)
+        if world.refusals:
+            raise Violation("{} was told: {}".format(*world.refusals[0]))
+
+    def _check_server(self, server: Server) -> None:
+        for known in server.registry.mailbox.known.values():
+            if known.waiting or known.messages or known.size:
+                raise Violation(f"{known.nick} has {known.waiting} numbers, {known.messages} messages, {known.size}"
+                                " bytes of mail left")
+        left = self.world.disk.database.execute("SELECT count(*) FROM mail").fetchone()[0]
+        if left:
+            raise Violation(f"{left} rows of mail are left on the disk")
+        if server._probes or server._probing or server._dirty or server._telling:
+            raise Violation("the server is busy, though nothing happens")
+
+    @staticmethod
+    def _check_client(life: Life, table: List[Tuple[str, str, int, str]]) -> None:
+        client = life.client
+        if client.state != ACTIVE:
+            raise Violation(f"{life.name} is {client.state}")
+        mine = [entry[:4] for entry in sorted(client.table.entries.values())]
+        if mine != table:
+            raise Violation(f"{life.name} has the table {mine}, the server {table}")
+        if not client.table.is_online(life.nick):
+            raise Violation(f"{life.name} is not online: {table}")
+        still = [message for message in life.typed if not message.closing and not message.away]
+        if still or life.has_typed_ahead:
+            raise Violation(f"{life.name} has open messages: {still[:3]}, stdin {life.has_typed_ahead}")
+        if client._sending or client._inbox.is_ready or client._inbox.is_asking or client.output.pending:
+            raise Violation(f"{life.name} is busy, though nothing happens")
+
+    def leave(self) -> None:
+        """Everybody leaves."""
+        for life in list(self.world.running()):
+            life.end_input()
+        self.world.run(5.0)
+        for life in self.world.running():
+            raise Violation(f"{life.name} does not end")
+        self.world.ledger.check_saved()
+
+    def run(self) -> None:
+        """The whole run. Raises Violation, or whatever the program raises."""
+        self.plan()
+        self.world.run(self.length)
+        self.heal()
+        self.check_quiet()
+        self.leave()
+
+
+# --- many seeds -----------------------------------------------------------------------------------------------
+
+class Result(NamedTuple):
+    """How one seed went; ``failure`` is empty where all is well."""
+
+    seed: int
+    failure: str
+    messages: int
+    datagrams: int
+    crashes: int
+    digest: int
+
+
+def run_seed(seed: int, tracing: bool = False) -> Result:
+    """One run, whatever becomes of it."""
+    level = logging.getLogger("udpchat").level
+    logging.getLogger("udpchat").setLevel(logging.INFO if tracing else logging.CRITICAL)
+    storm = Storm(seed, tracing)
+    failure = ""
+    try:
+        storm.run()
+    except Violation as violation:
+        failure = f"{violation} (at {storm.world.now - START:.4f} s)"
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error} (at {storm.world.now - START:.4f} s)\n{traceback.format_exc()}"
+    finally:
+        logging.getLogger("udpchat").setLevel(level)
+        storm.world.disk.database.close()
+    world = storm.world
+    return Result(seed, failure, len(world.ledger.messages), world.network.datagrams, world.crashes,
+                  world.network.digest)
+
+
+def replay(seed: int) -> str:
+    """The command that replays a seed, told line by line."""
+    return f"python -m tests.simulate --seed {seed} --trace"
+
+
+def run_seeds(seeds: Sequence[int], jobs: int = 1) -> Iterator[Result]:
+    """Many runs, in parallel where ``jobs`` says so."""
+    if jobs == 1:
+        yield from map(run_seed, seeds)
+        return
+    with multiprocessing.Pool(jobs) as pool:
+        yield from pool.imap(run_seed, seeds, chunksize=5)
+
+
+def main() -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulate", description="A chat in a simulated world.")
+    parser.add_argument("--seed", type=int, metavar="N", help="run one seed")
+    parser.add_argument("--trace", action="store_true", help="tell what happens in it")
+    parser.add_argument("--seeds", type=int, default=100, metavar="N", help="run many (default: %(default)s)")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="the first of them (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    options = parser.parse_args()
+    if options.trace:
+        logging.basicConfig(format="           (%(message)s)", stream=sys.stdout)
+    began = time.perf_counter()
+    totals: Counter[str] = Counter()
+    seeds = [options.seed] if options.seed is not None else range(options.start, options.start + options.seeds)
+    results = [run_seed(options.seed, options.trace)] if options.seed is not None else run_seeds(seeds, options.jobs)
+    for result in results:
+        totals.update(messages=result.messages, datagrams=result.datagrams, crashes=result.crashes,
+                      failures=bool(result.failure))
+        if result.failure:
+            print(f"seed {result.seed}: {result.failure}\n    {replay(result.seed)}", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{len(seeds)} seeds, {totals['messages']} messages, {totals['datagrams']} datagrams, {totals['crashes']}"
+          f" crashes, {totals['failures']} failures; {len(seeds) / seconds:.1f} seeds a second")
+    return int(totals["failures"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
