@@ -44,7 +44,7 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import protocol
 from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
@@ -494,8 +494,11 @@ STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at 
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
 NOTICE_SLICE = 10         # datagrams in each: 500 a second
 MAIL_AHEAD = 1024         # numbers of one client's mail in memory
+MAIL_TOTAL = 65536        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
+MAIL_STEP = 64            # numbers: these
 MAIL_OVERHEAD = 40        # bytes of one item of mail on the wire beside its text and its sender
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
+MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48 MiB of text at most
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 JITTER = 0.25             # part by which every repeated request varies, up and down
 
@@ -543,6 +546,7 @@ class SaveStream:
         self.stream = stream
         self.relay = False
         self.kept = 0       # texts that wait for the commit
+        self.counted = 0    # numbers that the server has counted as waiting here
         self.nacks: List[Info] = []
 
 
@@ -556,6 +560,7 @@ class MailStream:
         self.stream = SendStream(id_, capacity)
         self.alarm = Alarm(server.loop, functools.partial(server.send_mail, session))
         self.loaded = session.offset    # the number in the mailbox of the last that is in the stream
+        self.counted = 0                # numbers that the server has counted as in memory
 
 
 class Server:
@@ -578,10 +583,12 @@ class Server:
         self._probing: Dict[Tuple[str, Address], Probe] = {}
         self._alive: Dict[str, float] = {}                      # when somebody last answered a probe for saves
         self._saves: "OrderedDict[Tuple[str, int], SaveStream]" = OrderedDict()
+        self._saved_early = 0                                   # numbers that wait in them
         self._dirty: Dict[Tuple[str, int], SaveStream] = {}     # to be kept and acked in this turn
         self._mails: Dict[bytes, MailStream] = {}
         self._mail_by_stream: Dict[int, MailStream] = {}
-        self._to_mail: Set[bytes] = set()
+        self._mail_held = 0                                     # numbers of mail in memory
+        self._to_mail: Dict[bytes, None] = {}
         self._told = registry.table.version                     # version of the last broadcast
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0
@@ -863,6 +870,8 @@ class Server:
         elif save.to != info["to"]:
             return
         self._saves.move_to_end(key)
+        if self._saved_early > MAX_SAVED_EARLY:
+            save.stream.give_back(save.stream.next)     # the sender still holds them
         save.session, save.relay = session, info["relay"]
         save.stream.on_data(info["n"], list(zip(info["text"], info["at"])), info.get("more", ()), info["base"])
         save.stream.advance(info["base"])
@@ -870,8 +879,13 @@ class Server:
 
     def _forget_saves(self) -> None:
         while len(self._saves) > MAX_SAVE_STREAMS:
-            key = next(iter(self._saves))
-            del self._saves[key]
+            _, old = self._saves.popitem(last=False)
+            self._saved_early -= old.counted
+
+    def _count(self, save: SaveStream) -> None:
+        if self._saves.get((save.session.nick, save.stream.stream)) is save:
+            self._saved_early += save.stream.buffered - save.counted
+            save.counted = save.stream.buffered
 
     def _keep(self, save: SaveStream) -> None:
         """Does with the messages of a stream what the registry says; what it keeps waits for the commit."""
@@ -974,8 +988,9 @@ class Server:
             stream.written(save.kept)
             recipient = self.registry.by_nick.get(save.to)
             if save.kept and recipient is not None:
-                self._to_mail.add(recipient.id)
+                self._to_mail[recipient.id] = None
         save.kept = 0
+        self._count(save)
         nacks, save.nacks = save.nacks, []
         self._send(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
 
@@ -985,12 +1000,13 @@ class Server:
         mail = self._mails.get(session.id)
         if mail is not None:
             mail.stream.resume()
-        self._to_mail.add(session.id)
+        self._to_mail[session.id] = None
 
     def _drop_mail(self, session: Optional[Session]) -> None:
         mail = self._mails.pop(session.id, None) if session is not None else None
         if mail is not None:
             mail.alarm.cancel()
+            self._mail_held -= mail.counted
             del self._mail_by_stream[mail.stream.stream]
 
     def send_mail(self, session: Session) -> None:
@@ -1003,16 +1019,19 @@ class Server:
                 return
             mail = self._mails[session.id] = MailStream(self, session, new_id(self.loop))
             self._mail_by_stream[mail.stream.stream] = mail
-        if mail.stream.held < MAIL_AHEAD // 2 and mail.loaded < session.known.last:
-            self._load_mail(mail)
         stream = mail.stream
+        step = MAIL_AHEAD if self._mail_held < MAIL_TOTAL else MAIL_STEP
+        if stream.held < step // 2 and mail.loaded < session.known.last:
+            self._load_mail(mail, step)
+        self._mail_held += stream.held - mail.counted
+        mail.counted = stream.held
         for packet in stream.poll(self.loop.now()):
             self._send(session, encode("mail", {"to": session.nick, "stream": stream.stream, "n": packet.first,
                                                 "base": stream.base, "items": packet.items}))
         mail.alarm.set(stream.due())
 
-    def _load_mail(self, mail: MailStream) -> None:
-        rows = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, MAIL_AHEAD)
+    def _load_mail(self, mail: MailStream, step: int) -> None:
+        rows = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
         number = mail.stream.end
         items = [[row.sender, row.stream, row.n, row.at, row.text, bool(row.more)] for row in rows]
         sizes = [len(row.text.encode()) + len(row.sender.encode()) + MAIL_OVERHEAD for row in rows]
@@ -1029,7 +1048,7 @@ class Server:
             self._wake_mail(session)
         if mail.stream.on_ack(self.loop.now(), info["next"], info["have"], info["room"]):
             self.registry.mail_acked(session, mail.stream.base)
-        self._to_mail.add(session.id)
+        self._to_mail[session.id] = None
 
     # the table
 
@@ -1234,7 +1253,7 @@ class Client:
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
         self._alarms: Dict[str, Alarm] = {}
-        self._polled: Set[str] = set()                  # to be polled in this turn
+        self._polled: Dict[str, None] = {}              # to be polled in this turn
         # commands
         self._buffer = b""
         self._skipped = 0                       # bytes of a line that is too long
@@ -1312,9 +1331,12 @@ class Client:
             self._boot = info["boot"]
             self._fresh = Table()
             self._swap_alarm.set(self.loop.now() + OLD_TABLE_TIME)
-        self._target = max(info["version"], self._newest().version if self._fresh is None else 0)
-        self._send_sync()
+        self._target = info["version"]
         self._plan_ping()
+        if self._fresh is None and self.table.version >= self._target:
+            self._look_at_oneself()
+        else:
+            self._send_sync()
 
     def _reg_unanswered(self) -> None:
         """Five attempts without an answer end a program that starts, or that was told to come online."""
@@ -1326,8 +1348,10 @@ class Client:
             self._register()
 
     def _on_refused(self, info: Info) -> None:
-        own = info.get("session") == self._session if "session" in info else (
-            info.get("id") == self._reg_id and self._request.is_running)
+        if "session" in info:
+            own = info["session"] == self._session and not self._request.is_running
+        else:
+            own = info.get("id") == self._reg_id and self._request.is_running
         if not own or self.state in (AWAY, ENDED):
             return
         self._request.stop()
@@ -1478,7 +1502,7 @@ class Client:
             conversation = self._conversations.get(nick)
             if conversation is not None:
                 conversation.locate(self.loop.now(), self._place(nick))
-                self._polled.add(nick)
+                self._poll_soon(nick)
         if self.nick in nicks:
             self._look_at_oneself()
 
@@ -1540,7 +1564,7 @@ class Client:
             conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.DIRECT)
         else:
             conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.DIRECT)
-        self._polled.add(conversation.peer)
+        self._poll_soon(conversation.peer)
 
     def _on_probe(self, info: Info, trusted: bool) -> None:
         if info["to"] == self.nick and self.state == ACTIVE and self._session is not None:
@@ -1553,13 +1577,13 @@ class Client:
         conversation = self._by_stream.get(info["stream"])
         if conversation is not None:
             conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.SAVE)
-            self._polled.add(conversation.peer)
+            self._poll_soon(conversation.peer)
 
     def _on_refusal(self, info: Info) -> None:
         conversation = self._by_stream.get(info["stream"])
         if conversation is not None:
             conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.SAVE)
-            self._polled.add(conversation.peer)
+            self._poll_soon(conversation.peer)
 
     def _on_exists(self, info: Info) -> None:
         conversation = self._by_stream.get(info["stream"])
@@ -1567,7 +1591,7 @@ class Client:
         if conversation is not None and conversation.peer == nick:
             reachable = (":" in host) == (":" in self.server[0])
             conversation.on_exists(self.loop.now(), info["n"], (host, port) if reachable else None)
-            self._polled.add(nick)
+            self._poll_soon(nick)
 
     # what comes in
 
@@ -1697,10 +1721,10 @@ class Client:
     def _do(self, name: str, line: str, words: List[str]) -> None:
         if name == "send" and self.state == ACTIVE:
             self.say("[Usage: send NICK MESSAGE]")
-        elif name != "send" and name not in self._commands:
-            self.say(f"[Unknown command {clean(name)}, try help.]")
         elif self.state == AWAY and name not in ("reg", "help", "quit"):
             self.say(f"[You are offline. Use: reg {self.nick}]")
+        elif name not in self._commands:
+            self.say(f"[Unknown command {clean(name)}, try help.]")
         else:
             self._commands[name](name, words)
 
@@ -1773,7 +1797,7 @@ class Client:
             held, size = conversation.held, conversation.size
             conversation.send(self.loop.now(), texts, self.loop.wall())
             self._sending[nick] = conversation
-            self._polled.add(nick)
+            self._poll_soon(nick)
             if stuck:
                 self._stuck += conversation.held - held
                 self._stuck_size += conversation.size - size
@@ -1807,8 +1831,11 @@ class Client:
                 conversation.session = self._session
             self._conversations[nick] = conversation
             self._by_stream[conversation.stream.stream] = conversation
-            self._alarms[nick] = Alarm(self.loop, lambda: self._polled.add(nick))
+            self._alarms[nick] = Alarm(self.loop, functools.partial(self._poll_soon, nick))
         return conversation
+
+    def _poll_soon(self, nick: str) -> None:
+        self._polled[nick] = None
 
     # settling
 
@@ -1869,7 +1896,7 @@ class Client:
             for nick, conversation in self._sending.items():
                 if conversation.route != protocol.DIRECT:
                     conversation.server_heard(self.loop.now())
-                    self._polled.add(nick)
+                    self._poll_soon(nick)
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -1880,7 +1907,7 @@ class Client:
 
     def _send_messages(self) -> None:
         """Polls the conversations to which something happened or whose time has come."""
-        polled, self._polled = self._polled, set()
+        polled, self._polled = self._polled, {}
         if self.state not in (ACTIVE, LEAVING):
             return
         for nick in sorted(polled):             # sorted: the same run sends the same datagrams
@@ -1958,6 +1985,9 @@ class Client:
     def _end_now(self) -> None:
         if self.state != ENDED:
             self._conclude()
+        self._prompt()
+        self.output.flush()
+        self.errors.flush()
         self.exit_code = self._result
 
     def interrupt(self) -> None:
@@ -2209,7 +2239,7 @@ def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
 def complain(text: str) -> None:
     """One line on stderr."""
     try:
-        os.write(STDERR, f"udpchat: {text}\n".encode("utf-8", "replace"))
+        os.write(STDERR, f"udpchat: {clean(text)}\n".encode("utf-8", "replace"))
     except OSError:
         pass
 
