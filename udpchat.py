@@ -959,7 +959,7 @@ class Server:
         committed = self._commit()
         for save in dirty.values():
             self._answer_save(save, committed)
-        for id_ in sorted(self._to_mail):       # sorted: the same run sends the same datagrams
+        for id_ in list(self._to_mail):
             session = self.registry.sessions.get(id_)
             if session is not None:
                 self.send_mail(session)
@@ -1888,7 +1888,7 @@ class Client:
                 self._queued_size += conversation.size
 
     def _is_stuck(self, conversation: Conversation) -> bool:
-        return conversation.stuck or self._lost and conversation.route != protocol.DIRECT
+        return conversation.stuck or self.state == AWAY or self._lost and conversation.route != protocol.DIRECT
 
     def _pass_on_signs_of_life(self) -> None:
         if self._heard:

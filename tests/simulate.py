@@ -124,12 +124,11 @@ class Ledger:
 
     def too_long(self, life: "Life") -> None:
         """``life`` says that its next text that is too long is too long."""
-        for waiting in life.open.values():
-            for message in waiting:
-                if len(message.text.encode()) > protocol.MAX_TEXT:
-                    waiting.remove(message)
-                    self.close(message, "too long")
-                    return
+        for message in life.typed:
+            if not (message.away or message.closing) and len(message.text.encode()) > protocol.MAX_TEXT:
+                life.open[message.to].remove(message)
+                self.close(message, "too long")
+                return
         raise Violation(f"{life.name} says that a message is too long, but none is")
 
     def handed_back(self, life: "Life", line: str) -> None:
@@ -167,10 +166,9 @@ class Ledger:
             if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
                 raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
-        unanswered = life.lines[-2:] == ["[Server not responding]", "[Exiting]"] and not life.was_told_to_leave
-        exited = life.lines[-1:] == ["[Exiting]"] and not unanswered
-        if (life.exit_code == 0) != (not failed and not exited and not life.screen.gone) and not (
-                unanswered and not life.was_registered):
+        exited = life.lines[-1:] == ["[Exiting]"]
+        unanswered = exited and life.lines[-2] == "[Server not responding]"     # 1 only if a command asked for it
+        if not unanswered and (life.exit_code == 0) != (not failed and not exited and not life.screen.gone):
             raise Violation(f"{life.name} ended with {life.exit_code}; failed: {failed[:3]}, exiting: {exited}")
         if life.screen.gone:
             return
@@ -581,16 +579,6 @@ class Life(Node):
     def has_typed_ahead(self) -> bool:
         """Whether something typed was not read yet."""
         return bool(self._stdin)
-
-    @property
-    def was_told_to_leave(self) -> bool:
-        """Whether the command ``dereg`` or ``quit`` was the last thing that it was asked."""
-        return self.is_away or self.quit_at <= self.fed
-
-    @property
-    def was_registered(self) -> bool:
-        """Whether it was welcome, and did not go offline since."""
-        return not self._offline
 
     def hears_unknown(self, nick: str) -> bool:
         """Whether a line about an unknown client is told at the time of the command (not by the server)."""
