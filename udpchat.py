@@ -755,6 +755,9 @@ class Server:
         if session is None:
             return
         self._note_version(session, info["version"])
+        version = self.registry.table.version
+        if info["version"] >= version:
+            self._send(session, self._table(Page(version, version, [])))    # nothing is missing: that is an answer
         for count, page in enumerate(self.registry.table.pages(info["version"], PAGE_SIZE), 1):
             self._send(session, self._table(page))
             if count == SYNC_PAGES:
