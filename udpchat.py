@@ -1910,10 +1910,10 @@ class Client:
 
     def _send_messages(self) -> None:
         """Polls the conversations to which something happened or whose time has come."""
-        polled, self._polled = self._polled, {}
         if self.state not in (ACTIVE, LEAVING):
             return
-        for nick in sorted(polled):             # sorted: the same run sends the same datagrams
+        polled, self._polled = self._polled, {}
+        for nick in polled:
             conversation = self._conversations[nick]
             for datagram, address in conversation.poll(self.loop.now(), self.loop.calm):
                 self._send_now(datagram, address if address is not None else self.server)
