@@ -1,0 +1,480 @@
+"""Real processes for the tests: servers and clients over loopback, what they print, and how they end.
+
+A ``Chat`` is the world of one test: it has a state directory of its own, starts processes, and ends those (and no
+others) when the test is over. Whenever a test waits for one process, the output of all is read and the input of
+all is written, so that no pipe of the test itself holds anybody up. Nothing waits longer than ``DEADLINE``, and no
+port is fixed: servers take any and say which.
+"""
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import random
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Callable, Dict, List, Optional, Pattern, Sequence, Set, Tuple, Type, Union
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, str(ROOT / "udpchat.py")]
+DEADLINE = 20.0           # s; for whatever should come: a slow machine may take long, but never so long
+READ_SIZE = 65536         # bytes
+PIPE = subprocess.PIPE
+
+WELCOME = "[Welcome, You are registered.]"
+UPDATED = "[Client table updated.]"
+SAVED = "[Messages received by the server and saved]"
+OFFLINE = "[You are Offline. Bye.]"
+NOT_RESPONDING = "[Server not responding]"
+EXITING = "[Exiting]"
+MAIL_NOTICE = "[You have messages]"
+WHO = re.compile(r"(\S+) +(\S+:\d+) +(online|offline)")
+
+
+def received(nick: str) -> str:
+    """The receipt for a message to ``nick``."""
+    return f"[Message received by {nick}.]"
+
+
+def no_ack(nick: str) -> str:
+    """What is said when ``nick`` does not answer."""
+    return f"[No ACK from {nick}, message sent to server.]"
+
+
+def is_offline(nick: str) -> str:
+    """What is said when ``nick`` is known to be away."""
+    return f"[{nick} is offline, message sent to server.]"
+
+
+def sends(nick: str, texts: Sequence[str]) -> str:
+    """The commands that send ``texts`` to ``nick``."""
+    return "".join(f"send {nick} {text}\n" for text in texts)
+
+
+class Stream:
+    """What has come from one descriptor; ``paused``: nobody reads it for the time being."""
+
+    def __init__(self, fd: Optional[int]) -> None:
+        self.fd = fd
+        self.data = bytearray()
+        self.paused = False
+
+    def read(self) -> None:
+        """Reads once; a terminal whose other side is closed has ended, too."""
+        if self.fd is None:
+            return
+        try:
+            data = os.read(self.fd, READ_SIZE)
+        except OSError:
+            data = b""
+        self.data += data
+        if not data:
+            self.close()
+
+    def close(self) -> None:
+        """Reads no more."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class Process:
+    """One process of a test. ``see`` moves on in its output; ``lines`` is all of it."""
+
+    def __init__(self, chat: "Chat", popen: "subprocess.Popen[bytes]", stdin: Optional[int], stdout: Optional[int],
+                 stderr: Optional[int]) -> None:
+        self.chat = chat
+        self.popen = popen
+        self.out = Stream(stdout)
+        self.err = Stream(stderr)
+        self._stdin = stdin
+        self._to_write = bytearray()
+        self._end_of_input = False
+        self._seen = 0              # bytes of the output that the test has looked at
+        self._stopped = False
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self.popen.pid
+
+    # input
+
+    def feed(self, text: Union[str, bytes]) -> None:
+        """Writes to its stdin, as it takes it."""
+        assert self._stdin is not None, "no pipe leads there"
+        self._to_write += text.encode() if isinstance(text, str) else text
+        self.write_some()
+
+    def end_input(self) -> None:
+        """Closes its stdin once all is written."""
+        self._end_of_input = True
+        self.write_some()
+
+    @property
+    def waits_to_write(self) -> Optional[int]:
+        """The descriptor for which something waits to be written."""
+        return self._stdin if self._to_write else None
+
+    def write_some(self) -> None:
+        """Writes what goes without waiting."""
+        if self._stdin is None:
+            return
+        try:
+            while self._to_write:
+                del self._to_write[:os.write(self._stdin, self._to_write)]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._end_of_input = True
+        if self._end_of_input:
+            os.close(self._stdin)
+            self._stdin = None
+
+    # output
+
+    @property
+    def lines(self) -> List[str]:
+        """The whole lines of its stdout so far."""
+        return self.out.data.decode().split("\n")[:-1]
+
+    @property
+    def events(self) -> List[str]:
+        """The lines without those that say that the table has changed: how often is a matter of chance."""
+        return [line for line in self.lines if line != UPDATED]
+
+    @property
+    def errors(self) -> List[str]:
+        """The whole lines of its stderr so far."""
+        return self.err.data.decode().split("\n")[:-1]
+
+    def next_line(self) -> str:
+        """The next line of its output that was not seen yet."""
+        self.chat.until(lambda: b"\n" in self.out.data[self._seen:], f"a line of {self}")
+        end = self.out.data.index(b"\n", self._seen)
+        line = self.out.data[self._seen:end].decode()
+        self._seen = end + 1
+        return line
+
+    def see(self, *lines: str) -> None:
+        """Waits for these lines, in this order; others may come between."""
+        for wanted in lines:
+            while self.next_line() != wanted:
+                pass
+
+    def see_match(self, pattern: Union[str, Pattern[str]]) -> "re.Match[str]":
+        """Waits for a line that is ``pattern`` from its beginning to its end."""
+        while True:
+            found = re.fullmatch(pattern, self.next_line())
+            if found is not None:
+                return found
+
+    def roster(self) -> Dict[str, Tuple[str, str]]:
+        """What the client's ``who`` says: nick -> (address, state). It must be online."""
+        self.feed("who\nend-of-who\n")
+        found: Dict[str, Tuple[str, str]] = {}
+        while True:
+            line = self.next_line()
+            if line == "[Unknown command end-of-who, try help.]":
+                return found
+            match = WHO.fullmatch(line)
+            if match is not None:
+                found[match.group(1)] = (match.group(2), match.group(3))
+
+    def wait_for(self, nick: str, state: str = "online") -> None:
+        """Waits until its table has ``nick`` in that state."""
+        self.chat.until(lambda: self.roster().get(nick, ("", ""))[1] == state, f"{nick} to be {state} for {self}")
+
+    def sync(self) -> None:
+        """Waits until it has carried out all commands so far (of a client that can: not while one waits)."""
+        self.feed("end-of-lines\n")
+        self.see("[Unknown command end-of-lines, try help.]")
+
+    # the end
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, if it runs still."""
+        self._stopped = number == signal.SIGSTOP or self._stopped and number != signal.SIGCONT
+        self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL, and waits for that."""
+        self.popen.kill()
+        self.popen.wait(DEADLINE)
+
+    def wait(self) -> int:
+        """Waits for its end, and for all of its output; gives the exit code."""
+        self.chat.until(self._has_ended, f"the end of {self}")
+        return self.popen.returncode
+
+    def _has_ended(self) -> bool:
+        open_ends = any(stream.fd is not None and not stream.paused for stream in (self.out, self.err))
+        return not open_ends and self.popen.poll() is not None
+
+    def finish(self) -> int:
+        """Ends its input and waits for its end; gives the exit code."""
+        self.end_input()
+        return self.wait()
+
+    def discard(self) -> None:
+        """Ends it for good, and gives back its descriptors."""
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        self._to_write.clear()
+        self.end_input()
+        self.out.close()
+        self.err.close()
+
+    def memory(self) -> int:
+        """Bytes of memory that it holds (Linux only)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found.group(1)) * 1024
+
+    def __str__(self) -> str:
+        arguments = self.popen.args
+        assert isinstance(arguments, list)
+        return " ".join(map(str, arguments[2:]))
+
+
+class Chat:
+    """The world of one test: a directory, a server (started when one is needed), clients, proxies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = directory / "state"
+        self.store = directory / "store.db"
+        self.environment = dict(os.environ, XDG_STATE_HOME=str(self.state), HOME=str(directory),
+                                PYTHONDONTWRITEBYTECODE="1")
+        self.processes: List[Process] = []
+        self.proxies: List[Proxy] = []
+        self._server: Optional[Process] = None
+        self._port = 0
+
+    def __enter__(self) -> "Chat":
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        for proxy in self.proxies:
+            proxy.close()
+        for process in self.processes:
+            process.discard()
+        if kind is None:
+            for process in self.processes:
+                assert b"Traceback" not in process.err.data, process.err.data.decode()
+
+    # starting
+
+    def run(self, *arguments: Union[str, bytes], stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE,
+            environment: Optional[Dict[str, str]] = None, command: Sequence[str] = PROGRAM,
+            terminal: Optional[int] = None) -> Process:
+        """Starts the program. ``terminal``: a descriptor of the one that is to be its own."""
+        def take_terminal() -> None:
+            os.setsid()
+            if terminal is not None:
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        popen = subprocess.Popen([*command, *arguments], stdin=stdin, stdout=stdout, stderr=stderr, bufsize=0,
+                                 env=dict(self.environment, **(environment or {})), cwd=self.directory,
+                                 preexec_fn=take_terminal if terminal is not None else None)
+        ends: List[Optional[int]] = []
+        for end in (popen.stdin, popen.stdout, popen.stderr):
+            ends.append(os.dup(end.fileno()) if end is not None else None)
+            if end is not None:
+                end.close()
+        if ends[0] is not None:
+            os.set_blocking(ends[0], False)     # our end is a description of its own: theirs still blocks
+        process = Process(self, popen, *ends)
+        self.processes.append(process)
+        return process
+
+    def run_on_terminal(self, *arguments: str) -> Process:
+        """Starts the program with a pseudo-terminal as stdin and stdout; stderr is a pipe."""
+        master, slave = pty.openpty()
+        try:
+            process = self.run(*arguments, stdin=slave, stdout=slave, terminal=slave)
+        finally:
+            os.close(slave)
+        os.set_blocking(master, False)
+        process.out.fd = master
+        process._stdin = os.dup(master)
+        return process
+
+    def complete(self, *arguments: Union[str, bytes], environment: Optional[Dict[str, str]] = None,
+                 command: Sequence[str] = PROGRAM) -> Process:
+        """Runs the program with nothing to read until it ends."""
+        process = self.run(*arguments, stdin=subprocess.DEVNULL, environment=environment, command=command)
+        process.wait()
+        return process
+
+    def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: Optional[str] = None) -> Process:
+        """Starts the server of this world (a new one after the old one has ended); it is ready."""
+        server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options)
+        self._port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
+        self._server = server
+        return server
+
+    @property
+    def port(self) -> int:
+        """The server's port; starts one if there is none."""
+        if self._server is None:
+            self.server()
+        return self._port
+
+    def restart(self, *options: str) -> Process:
+        """Starts the server again, on its old port."""
+        return self.server(*options, port=self._port)
+
+    def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: Optional[int] = None, stdin: int = PIPE,
+              stdout: int = PIPE) -> Process:
+        """Starts a client."""
+        return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout)
+
+    def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: Optional[int] = None,
+               stdin: int = PIPE) -> Process:
+        """Starts a client; it is registered."""
+        client = self.start(nick, *options, host=host, port=port, stdin=stdin)
+        client.see(WELCOME)
+        return client
+
+    def clients(self, *nicks: str) -> List[Process]:
+        """Starts clients, each of which knows those before it."""
+        return [self.client(nick) for nick in nicks]
+
+    def absent(self, nick: str) -> None:
+        """Makes ``nick`` known and offline."""
+        client = self.client(nick)
+        client.finish()
+
+    def proxy(self) -> "Proxy":
+        """Starts a proxy in front of the server."""
+        proxy = Proxy(self.port)
+        self.proxies.append(proxy)
+        return proxy
+
+    # waiting
+
+    def pump(self, seconds: float) -> None:
+        """Reads and writes what can be read and written, waiting at most so long for anything."""
+        reading: Dict[int, Stream] = {}
+        writing: Dict[int, Process] = {}
+        for process in self.processes:
+            for stream in (process.out, process.err):
+                if stream.fd is not None and not stream.paused:
+                    reading[stream.fd] = stream
+            fd = process.waits_to_write
+            if fd is not None:
+                writing[fd] = process
+        readable, writable, _ = select.select(list(reading), list(writing), [], seconds)
+        for fd in readable:
+            reading[fd].read()
+        for fd in writable:
+            writing[fd].write_some()
+
+    def until(self, condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
+        """Waits until ``condition`` holds; fails, with all output, if that takes too long."""
+        end = time.monotonic() + deadline
+        while not condition():
+            if time.monotonic() >= end:
+                raise AssertionError(f"waited in vain for {what}\n{self.report()}")
+            self.pump(0.02)
+
+    def rest(self, seconds: float) -> None:
+        """Lets time pass, for what must not happen in it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.pump(max(0.0, end - time.monotonic()))
+
+    def report(self) -> str:
+        """What every process has printed, for a person."""
+        parts = []
+        for process in self.processes:
+            parts.append(f"--- {process}: exit {process.popen.poll()}")
+            for stream in (process.out, process.err):
+                parts.append(bytes(stream.data[-2000:]).decode("utf-8", "replace"))
+        return "\n".join(parts)
+
+
+class Proxy:
+    """Stands between clients and the server: loses, doubles or swallows datagrams as it is told.
+
+    To the server every client is another socket of the proxy's, which lets nobody in but the server: so to each
+    other, clients are as behind a router that does not forward.
+    """
+
+    def __init__(self, port: int, seed: int = 1) -> None:
+        self.loss = 0.0             # part of the datagrams that is lost
+        self.doubled = 0.0          # part of them that comes twice
+        self.swallows = False       # nothing comes through
+        self.largest = 0            # bytes of the largest datagram that a client sent
+        self._random = random.Random(seed)
+        self._server = ("127.0.0.1", port)
+        self._front = self._socket()
+        self._backs: Dict[Tuple[str, int], socket.socket] = {}
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Where clients find it."""
+        return int(self._front.getsockname()[1])
+
+    @staticmethod
+    def _socket() -> socket.socket:
+        found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        found.bind(("127.0.0.1", 0))
+        found.setblocking(False)
+        return found
+
+    def _run(self) -> None:
+        while True:
+            clients = {back: address for address, back in self._backs.items()}
+            ready = select.select([self._front, self._wake, *clients], [], [])[0]
+            if self._wake in ready:
+                return
+            for sock in ready:
+                try:
+                    datagram, source = sock.recvfrom(READ_SIZE)
+                except OSError:     # an answer to a datagram for somebody who is gone
+                    continue
+                if sock is self._front:
+                    self.largest = max(self.largest, len(datagram))
+                    back = self._backs.setdefault(source, self._backs.get(source) or self._socket())
+                    self._pass_on(back, datagram, self._server)
+                elif source == self._server:
+                    self._pass_on(self._front, datagram, clients[sock])
+
+    def _pass_on(self, sock: socket.socket, datagram: bytes, address: Tuple[str, int]) -> None:
+        if self.swallows or self._random.random() < self.loss:
+            return
+        for _ in range(1 + (self._random.random() < self.doubled)):
+            try:
+                sock.sendto(datagram, address)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Ends it."""
+        self._waker.send(b"x")
+        self._thread.join()
+        for sock in (self._front, self._wake, self._waker, *self._backs.values()):
+            sock.close()
+
+
+def shown_once(lines: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether ``wanted`` are among ``lines``, each once and in that order."""
+    names: Set[str] = set(wanted)
+    return [line for line in lines if line in names] == list(wanted)
