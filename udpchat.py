@@ -1157,7 +1157,7 @@ class LongLine(str):
 
 
 class Sends(str):
-    """Lines that all send to the same nick, as one: a read of a pipe is mostly that. The string is what they begin with."""
+    """Lines that all send to one nick, as one: a read of a pipe mostly is that. The string is what they begin with."""
 
     texts: List[str]
 
@@ -1746,7 +1746,7 @@ class Client:
         if name == "send" and self.state == ACTIVE:
             self.say("[Usage: send NICK MESSAGE]")
         elif self.state == AWAY and name not in ("reg", "help", "quit"):
-            self.say(f"[You are offline. Use: reg {self.nick}]")
+            self.say(f"[You are offline. Use: reg {self.nick}]", len(line.texts) if isinstance(line, Sends) else 1)
         elif name not in self._commands:
             self.say(f"[Unknown command {clean(name)}, try help.]")
         else:
@@ -2005,7 +2005,8 @@ class Client:
     def _end(self, why: str, limit: float = NEVER) -> None:
         """Begins the orderly end, which takes at most about ``limit`` seconds."""
         self._ending = why
-        self._lines.clear()
+        if why == "quit":
+            self._lines.clear()     # what stands behind ``quit`` is for nobody; else, it was meant to be done
         if limit < NEVER:
             self._deadline = self.loop.now() + limit
             self.loop.call_at(self._deadline, lambda: None)
@@ -2099,8 +2100,19 @@ class Client:
         for nick, conversation in self._sending.items():
             for text in conversation.texts():
                 self._hand_back(nick, text)
+        self._hand_back_lines()
         if self._undelivered:
             self.say(f"[{self._undelivered} message{'s' * (self._undelivered > 1)} not delivered.]")
+
+    def _hand_back_lines(self) -> None:
+        """Names the messages of the lines that were read, but not carried out any more."""
+        while self._lines:
+            nick, blank, _ = self._lines[0][5:].partition(" ")
+            if self._lines[0].startswith("send ") and nick and blank:
+                for text in self._take_texts(f"send {nick} ", QUEUE_LIMIT):
+                    self._hand_back(nick, text)
+            else:
+                self._lines.popleft()
 
 
 # --- identity -------------------------------------------------------------------------------------------------
