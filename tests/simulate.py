@@ -138,7 +138,8 @@ class Ledger:
         if command != "send" or message is None or message.life is not life or message.to != to \
                 or message.text != text:
             raise Violation(f"{life.name} hands back what was never typed: {line[:80]}")
-        life.open[to].remove(message)
+        if not message.away:
+            life.open[to].remove(message)
         self.close(message, "not delivered")
 
     # what screens show
