@@ -2218,7 +2218,7 @@ def build_parser() -> Parser:
                         help="known nicks; the longest offline without mail goes first (default: %(default)s)")
     server.add_argument("--stranger-replies", type=number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
                         metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
-    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "days"), default=int(NICK_LAPSE), metavar="DAYS",
+    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "a number of days"), default=int(NICK_LAPSE), metavar="DAYS",
                         help="offline after which a nick is free again (default: %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
                         help="free a nick, with its mail, and end; while no server has the store open")
@@ -2231,11 +2231,11 @@ def build_parser() -> Parser:
                         metavar="SERVER-PORT", help="default: %(default)s")
     client.add_argument("client_port", nargs="?", type=port, default=0, metavar="CLIENT-PORT",
                         help="default: %(default)s, any")
-    client.add_argument("--ack-timeout", type=number(1, 60000, "milliseconds"), metavar="MS",
+    client.add_argument("--ack-timeout", type=number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(protocol.ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
     client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
-    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "bytes"), default=protocol.MAX_DATAGRAM,
+    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), default=protocol.MAX_DATAGRAM,
                         metavar="N", help="largest datagram to send (default: %(default)s)")
     client.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
@@ -2248,9 +2248,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     words = list(arguments)
     if words and words[0] in ("-s", "-c"):
         words[0] = {"-s": "server", "-c": "client"}[words[0]]
-        least = {"server": 2, "client": 5}[words[0]]
-        if len([word for word in words if not word.startswith("--")]) < least:
-            raise Usage("usage: -s PORT, or -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT")
     return build_parser().parse_args(words)
 
 
@@ -2288,24 +2285,16 @@ def complain(text: str) -> None:
 def run_server(options: argparse.Namespace) -> int:
     """Runs a server until a signal; gives the exit code."""
     family, address = resolve(options.host, options.port, passive=True)
-    path = options.store or os.path.join(state_home(), f"server-{options.port}.db")
-    sock = None
     try:
-        if not options.store:
-            os.makedirs(state_home(), mode=0o700, exist_ok=True)
-        if options.forget is None:
-            sock = bind(family, address)
-        mailbox = Mailbox(path, secrets.token_bytes(protocol.SESSION_BYTES))
+        sock = bind(family, address)
     except OSError as error:
         complain(f"cannot listen at {show_address(address)}: {error.strerror}")
         return EXIT_FAILED
-    except StoreError as error:
-        complain(str(error))
+    mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
+    if mailbox is None:
         return EXIT_FAILED
     loop = Loop()
     registry = Registry(mailbox, loop.wall(), options.max_clients, options.mailbox_limit, options.max_nicks)
-    if sock is None:
-        return forget(registry, options.forget, loop.wall())
     port = Port(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
     port.receive, loop.settle = server.receive, server.settle
@@ -2326,13 +2315,40 @@ def complain_if_broken(line: str) -> None:
         complain(f"cannot write to stdout: {error.strerror}")
 
 
-def forget(registry: Registry, nick: str, wall: float) -> int:
+def default_store(port: int) -> str:
+    """Where the store of the server at ``port`` is."""
+    return os.path.join(state_home(), f"server-{port}.db")
+
+
+def open_store(path: str) -> Optional[Mailbox]:
+    """The store at ``path``, in a directory that is made if it is ours; None if that was not possible, and says so."""
+    try:
+        if os.path.dirname(path) == state_home():
+            os.makedirs(state_home(), mode=0o700, exist_ok=True)
+        return Mailbox(path, secrets.token_bytes(protocol.SESSION_BYTES))
+    except OSError as error:
+        complain(f"cannot make {state_home()}: {error.strerror}")
+    except StoreError as error:
+        complain(str(error))
+    return None
+
+
+def forget(options: argparse.Namespace) -> int:
     """Frees a nick in a store that no server has open; gives the exit code."""
-    known = registry.forget(nick) and registry.mailbox.commit(wall)
-    registry.mailbox.close()
-    if not known:
-        complain(f"{nick} is not known")
+    path = options.store or default_store(options.port)
+    if not os.path.exists(path):
+        complain(f"there is no store {path}")
         return EXIT_FAILED
+    mailbox = open_store(path)
+    if mailbox is None:
+        return EXIT_FAILED
+    known = mailbox.known.get(options.forget)
+    done = known is not None and Registry(mailbox, time.time()).forget(options.forget) and mailbox.commit(time.time())
+    mailbox.close()
+    if not done or known is None:
+        complain(f"{options.forget} is not known" if known is None else f"the store {path} cannot be written")
+        return EXIT_FAILED
+    log.warning("%s is forgotten, with %d messages", known.nick, known.messages)
     return 0
 
 
@@ -2453,7 +2469,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         options = parse(words)
         set_up_log(options.log_level)
-        return run_server(options) if options.mode == "server" else run_client(options)
+        if options.mode == "client":
+            return run_client(options)
+        return run_server(options) if options.forget is None else forget(options)
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
