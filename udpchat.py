@@ -2218,7 +2218,8 @@ def build_parser() -> Parser:
                         help="known nicks; the longest offline without mail goes first (default: %(default)s)")
     server.add_argument("--stranger-replies", type=number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
                         metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
-    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "a number of days"), default=int(NICK_LAPSE), metavar="DAYS",
+    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "a number of days"), metavar="DAYS",
+                        default=int(NICK_LAPSE),
                         help="offline after which a nick is free again (default: %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
                         help="free a nick, with its mail, and end; while no server has the store open")
@@ -2235,8 +2236,8 @@ def build_parser() -> Parser:
                         default=int(protocol.ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
     client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
-    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), default=protocol.MAX_DATAGRAM,
-                        metavar="N", help="largest datagram to send (default: %(default)s)")
+    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
+                        default=protocol.MAX_DATAGRAM, help="largest datagram to send (default: %(default)s)")
     client.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
     client.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
