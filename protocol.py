@@ -336,6 +336,15 @@ class Ranges:
                 return end
         return number
 
+    def covers(self, start: int, end: int) -> bool:
+        """Whether every number of [start, end) is in the set."""
+        return any(span[0] <= start and end <= span[1] for span in self.spans)
+
+    def remove(self, start: int, end: int) -> None:
+        """Takes [start, end) out."""
+        parts = (part for low, high in self.spans for part in ((low, min(high, start)), (max(low, end), high)))
+        self.spans = [part for part in parts if part[0] < part[1]][-self.most:]
+
     def drop_below(self, number: int) -> None:
         """Forgets the ranges that lie wholly below ``number``."""
         if self.spans and self.spans[0][1] <= number:
@@ -698,7 +707,7 @@ class SendStream:
 # --- receiving ------------------------------------------------------------------------------------------------
 
 MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that wait here: 3 MiB of text
-MAX_SHOWN_RANGES = 64     # ranges of numbers that came by another route, remembered for one stream
+MAX_SHOWN_RANGES = 64     # ranges of numbers that came by another route, or on none yet, remembered for one stream
 
 NONE: FrozenSet[int] = frozenset()
 
@@ -729,6 +738,7 @@ class ReceiveStream:
         self.edge = first           # the number after the highest that the sender was ever allowed
         self.base = 1               # the highest base heard
         self.shown = Ranges(MAX_SHOWN_RANGES)
+        self.given_up = Ranges(MAX_SHOWN_RANGES)    # passed without being shown: another route may still bring them
         self._runs: Deque[Run] = deque()
         self._waiting = 0           # items in _runs
         self._pieces: List[Any] = []        # of the text that begins at ``ready``
@@ -831,6 +841,9 @@ class ReceiveStream:
     def advance(self, to: int) -> None:
         """Gives up waiting for the numbers below ``to``: the sender does not hold them any more."""
         if to > self.reached:
+            self.given_up.add(self.ready, to)
+            for start, end in self.shown.spans:
+                self.given_up.remove(start, end)
             self._skip(to)
             self._merge()
 
@@ -840,6 +853,9 @@ class ReceiveStream:
         If so, they are that route's from now on, and this stream skips those numbers. Whoever asks must have taken
         what is ready here before, and must take again behind it, so that the skip is not written before the texts.
         """
+        if first < self.ready and self.given_up.covers(first, first + count):
+            self.given_up.remove(first, first + count)      # late, and out of order, but not lost
+            return True
         if first < self.ready or self.shown.touches(first, first + count):
             return False
         if first == self.ready and not (self._pieces or self._early or self.shown.spans):
@@ -896,6 +912,7 @@ class ReceiveStream:
                 break
         self._handed = kept
         self.taken = self.ready = position
+        self.given_up.remove(position, MAX_NUMBER)
         self._runs.clear()
         self._pieces = []
         self._waiting = 0

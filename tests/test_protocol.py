@@ -770,6 +770,8 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: List[Any]) -> None:
     stream, handed, granted = ReceiveStream(1), 1, 1
     beginnings: List[int] = []      # of the texts handed out and not written
     brought: Set[int] = set()
+    seen: Set[int] = set()          # handed out here
+    elsewhere: Set[int] = set()     # shown by another route
     for step, *arguments in steps:
         if step in ("data", "next"):
             first, count, more, base = arguments
@@ -782,6 +784,9 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: List[Any]) -> None:
             for run in stream.take(arguments[0]):
                 assert run.first == handed, "each number once, and in order"
                 assert run.items in ([], labels(run.first, run.numbers))
+                fresh = range(run.first, run.first + len(run.items))
+                assert elsewhere.isdisjoint(fresh), "not again what another route has shown"
+                seen.update(fresh)
                 texts = join_pieces(run.first, run.items, run.more)
                 ends = accumulate((text.count("<") for text in texts), initial=run.first)
                 beginnings.extend(list(ends)[:len(texts)])
@@ -798,11 +803,14 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: List[Any]) -> None:
             assert not stream.missing
         elif step == "show":
             if stream.show(*arguments):
-                assert arguments[0] >= handed
-                brought.update(range(arguments[0], sum(arguments)))
+                fresh = range(arguments[0], sum(arguments))
+                assert elsewhere.isdisjoint(fresh) and seen.isdisjoint(fresh), "what was passed may come, once"
+                elsewhere.update(fresh)
+                brought.update(fresh)
         elif step == "give back" and beginnings:
             handed = beginnings[min(arguments[0], len(beginnings) - 1)]
             beginnings = [first for first in beginnings if first < handed]
+            seen = {number for number in seen if number < handed}
             stream.give_back(handed)
             assert stream.taken == stream.ready == handed
         elif step == "drop early":
