@@ -512,6 +512,7 @@ class Registry:
         self._at: Dict[Address, str] = {}                            # who is online there
         self.ghosts: Dict[str, Address] = {}                         # online when the store was last closed
         for known in mailbox.known.values():
+        self.spent: "OrderedDict[int, None]" = OrderedDict()         # the requests that had made those
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
                 self.ghosts[known.nick] = (known.host, known.port)
@@ -659,8 +660,10 @@ class Registry:
         del self.sessions[session.id]
         del self.by_nick[session.nick]
         self.closed[session.id] = how
-        if len(self.closed) > MAX_CLOSED:
-            self.closed.popitem(last=False)
+        self.spent[session.request] = None
+        for remembered in (self.closed, self.spent):
+            if len(remembered) > MAX_CLOSED:
+                remembered.popitem(last=False)
 
     def silent(self, now: float) -> List[Session]:
         """Those of whom nothing was heard for ``SILENCE`` seconds, longest first."""

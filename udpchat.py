@@ -686,6 +686,8 @@ class Server:
         if session is not None and (session.address, session.request) == (address, request):
             self._welcome(session)
             return
+        if request in self.registry.spent:
+            return      # a copy that was long on its way: whoever sent it has gone on since
         claim = Claim(address, info.get("token"), request)
         verdict = self.registry.claim(nick, address, claim.token)
         holder = self.registry.holder(nick)
