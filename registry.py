@@ -128,12 +128,15 @@ class Table:
         return low
 
     def pages(self, since: int, size: int) -> Iterator[Page]:
-        """What changed after version ``since``, in pages of about ``size`` bytes on the wire; none if nothing did."""
+        """What changed after version ``since``, in pages of about ``size`` bytes on the wire; none if nothing did.
+
+        Even a snapshot tells who is gone: part of an earlier answer to the same question may have arrived.
+        """
         start, used, last = since, 0, since
         rows: List[Row] = []
         for index in range(self._after(since), len(self._log)):
             entry = self._log[index]
-            if not self._is_current(entry) or (entry.state == GONE and not since):
+            if not self._is_current(entry):
                 continue
             cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
             if rows and used + cost > size:
@@ -509,10 +512,10 @@ class Registry:
         self.by_nick: Dict[str, Session] = {}
         self.live: "OrderedDict[bytes, Session]" = OrderedDict()     # not called offline; longest silent first
         self.closed: "OrderedDict[bytes, str]" = OrderedDict()       # session -> how it ended
+        self.spent: "OrderedDict[int, None]" = OrderedDict()         # the requests that had made those
         self._at: Dict[Address, str] = {}                            # who is online there
         self.ghosts: Dict[str, Address] = {}                         # online when the store was last closed
         for known in mailbox.known.values():
-        self.spent: "OrderedDict[int, None]" = OrderedDict()         # the requests that had made those
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
                 self.ghosts[known.nick] = (known.host, known.port)
