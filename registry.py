@@ -245,11 +245,11 @@ class Kept(NamedTuple):
     more: int
 
 
-def check_file(path: str) -> bool:
-    """Whether ``path`` holds a store already; raises StoreError if it holds anything else. Does not touch it."""
+def check_file(path: str) -> None:
+    """Raises StoreError if ``path`` holds anything but a store, or nothing. Does not touch it."""
     try:
         if not os.path.exists(path) or os.path.getsize(path) == 0:
-            return False
+            return
         with open(path, "rb") as file:
             header = file.read(100)
     except OSError as error:
@@ -258,7 +258,6 @@ def check_file(path: str) -> bool:
         raise StoreError(f"{path} is not a udpchat store")
     if int.from_bytes(header[60:64], "big") != FORMAT:
         raise StoreError(f"{path} is a udpchat store of another version")
-    return True
 
 
 class Mailbox:
@@ -269,10 +268,11 @@ class Mailbox:
 
     def __init__(self, path: str, server_id: bytes) -> None:
         """Opens or makes the store; ``server_id`` is a random id for a new one. Raises StoreError."""
-        exists = path != ":memory:" and check_file(path)
+        if path != ":memory:":
+            check_file(path)
         try:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
-            self._prepare(exists, server_id)
+            self._prepare(server_id)
             self._load()
         except (sqlite3.Error, OSError) as error:
             reason = "another server has it open" if "locked" in str(error) else error
@@ -285,20 +285,20 @@ class Mailbox:
         self._acked: Set[str] = set()                           # nicks whose mail below ``first`` goes
         self._forgotten: Dict[str, int] = {}                    # nick -> id of those to delete
 
-    def _prepare(self, exists: bool, server_id: bytes) -> None:
+    def _prepare(self, server_id: bytes) -> None:
         execute = self._db.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")
-        if not exists:
-            execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            execute(f"PRAGMA user_version = {FORMAT}")
-        execute("PRAGMA journal_mode = WAL")
-        execute("PRAGMA synchronous = FULL")
         execute("BEGIN IMMEDIATE")
         if not execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            # in one transaction, and before there is a WAL: a crash leaves nothing that ``check_file`` refuses
+            execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            execute(f"PRAGMA user_version = {FORMAT}")
             for statement in TABLES.split(";"):
                 execute(statement)
             execute("INSERT INTO meta VALUES ('server', ?)", (server_id,))
         execute("COMMIT")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = FULL")
 
     def _load(self) -> None:
         execute = self._db.execute
