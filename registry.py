@@ -283,7 +283,7 @@ class Mailbox:
         self._streams: Dict[Tuple[str, int], int] = {}          # progress to write
         self._changed: Set[str] = set()                         # nicks to write
         self._acked: Set[str] = set()                           # nicks whose mail below ``first`` goes
-        self._forgotten: Dict[str, int] = {}                    # nick -> id of those to delete
+        self._forgotten: Dict[int, str] = {}                    # id -> nick of those to delete
 
     def _prepare(self, server_id: bytes) -> None:
         execute = self._db.execute
@@ -330,7 +330,7 @@ class Mailbox:
     def forget(self, known: Known) -> None:
         """Drops a nick with its owner, its mail and its streams."""
         del self.known[known.nick]
-        self._forgotten[known.nick] = known.id
+        self._forgotten[known.id] = known.nick
         self._changed.discard(known.nick)
         self._acked.discard(known.nick)
         self._before.pop(known.nick, None)
@@ -416,7 +416,7 @@ class Mailbox:
     def _write(self, wall: float) -> List[Tuple[Known, int, int]]:
         """Executes all that is pending; gives whose mailbox got how many messages and bytes emptier by that."""
         run, many = self._db.execute, self._db.executemany
-        for nick, id_ in self._forgotten.items():
+        for id_, nick in self._forgotten.items():
             run("DELETE FROM nicks WHERE id = ?", (id_,))
             run("DELETE FROM mail WHERE recipient = ?", (id_,))
             run("DELETE FROM streams WHERE sender = ?", (nick,))
@@ -457,7 +457,7 @@ class Mailbox:
         """Forgets the progress of the longest silent streams beyond ``MAX_STREAMS``."""
         try:
             self._db.execute("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC"
-                             " LIMIT 1 OFFSET ?)", (MAX_STREAMS,))
+                             " LIMIT 1 OFFSET ?)", (MAX_STREAMS - 1,))
         except sqlite3.Error:
             self.healthy = False
 
