@@ -603,14 +603,15 @@ class Registry:
         return known
 
     def _place(self, session: Session, address: Address, wall: float) -> None:
-        """Puts a session at an address: online there if no mail has to come first."""
+        """Puts a session at an address: online there if it was not called offline and no mail has to come first."""
         other = self._at.get(address)
         if other not in (None, session.nick):
             self.went_offline(self.by_nick[other], wall)
         session.address = address
         known = session.known
         known.host, known.port = address
-        self._set_state(session, ONLINE if known.first > session.greeting else OFFLINE)
+        ready = session.id in self.live and known.first > session.greeting
+        self._set_state(session, ONLINE if ready else OFFLINE)
 
     def _set_state(self, session: Session, state: str) -> None:
         nick, address, known = session.nick, session.address, session.known
@@ -618,6 +619,9 @@ class Registry:
         if entry is not None and self._at.get((entry.host, entry.port)) == nick:
             del self._at[entry.host, entry.port]
         if state == ONLINE:
+            other = self._at.get(address)
+            if other is not None:   # whoever spoke last is there
+                self.went_offline(self.by_nick[other], self.by_nick[other].known.seen)
             self._at[address] = nick
         self.table.set(nick, *address, state)
         known.online = state == ONLINE
@@ -627,6 +631,8 @@ class Registry:
 
     def heard(self, session: Session, now: float) -> bool:
         """Takes note of a sign of life; True if it was called offline and comes back with this."""
+        if session.id not in self.sessions:
+            return False    # closed: it speaks for nobody any more
         session.heard = now
         if session.id in self.live:
             self.live.move_to_end(session.id)
@@ -709,8 +715,9 @@ class Registry:
 
     def mail_acked(self, session: Session, number: int) -> None:
         """The client has shown its mail below ``number``; once the greeting is through, it goes online."""
-        self.mailbox.acked(session.known, number + session.offset)
-        self.announce(session)
+        if session.id in self.sessions:
+            self.mailbox.acked(session.known, number + session.offset)
+            self.announce(session)
 
     # coming and going of nicks
 
