@@ -506,7 +506,7 @@ class Registry:
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
         self.max_known = max_known
-        self._idle: List[str] = []      # nicks to forget next if there are too many, the last one first
+        self._idle: List[Tuple[str, float]] = []    # nicks to forget next and their ``seen``, the last one first
         self.table = Table()
         self.sessions: Dict[bytes, Session] = {}
         self.by_nick: Dict[str, Session] = {}
@@ -540,10 +540,7 @@ class Registry:
 
     def holder(self, nick: str) -> Optional[Address]:
         """Where somebody may be running with ``nick``, None if nobody is."""
-        session = self.by_nick.get(nick)
-        if session is not None and session.id in self.live:
-            return session.address
-        return self.ghosts.get(nick)
+        return self.by_nick[nick].address if self._is_live(nick) else self.ghosts.get(nick)
 
     def _idle_session(self) -> Optional[Session]:
         """The oldest session of somebody who is offline, if there is one."""
@@ -553,19 +550,23 @@ class Registry:
 
     def _idle_nick(self) -> Optional[str]:
         """The nick that was offline for longest and has no mail."""
-        if not self._idle:
-            known = heapq.nsmallest(IDLE_NICKS, filter(self._is_idle, self.mailbox.known.values()),
-                                    key=lambda known: known.seen)
-            self._idle = [idle.nick for idle in reversed(known)]
-        while self._idle:
-            nick = self._idle[-1]
-            if nick in self.mailbox.known and self._is_idle(self.mailbox.known[nick]):
-                return nick
-            self._idle.pop()
-        return None
+        while True:
+            last_try = not self._idle
+            if last_try:
+                idle = heapq.nsmallest(IDLE_NICKS, filter(self._is_idle, self.mailbox.known.values()),
+                                       key=lambda known: known.seen)
+                self._idle = [(known.nick, known.seen) for known in reversed(idle)]
+            while self._idle:
+                nick, seen = self._idle[-1]
+                known = self.mailbox.known.get(nick)
+                if known is not None and known.seen == seen and self._is_idle(known):
+                    return nick
+                self._idle.pop()    # it was here meanwhile
+            if last_try:
+                return None
 
     def _is_idle(self, known: Known) -> bool:
-        return not known.waiting and known.nick not in self.by_nick
+        return not known.waiting and not self._is_live(known.nick)
 
     def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: Optional[bytes],
               request: int) -> Session:
@@ -595,7 +596,7 @@ class Registry:
             if len(self.mailbox.known) >= self.max_known:
                 idle = self._idle_nick()
                 if idle is not None:
-                    self.forget(idle)
+                    self._drop(idle, wall)
             return self.mailbox.add(nick, *address, owner, wall)
         known.host, known.port = address
         known.owner, known.seen = owner, wall
@@ -736,5 +737,18 @@ class Registry:
         if not days:
             return []
         idle = [known for known in self.mailbox.known.values()
-                if known.nick not in self.by_nick and known.seen < wall - days * DAY]
-        return [known for known in idle if self.forget(known.nick)]
+                if known.seen < wall - days * DAY and not self._is_live(known.nick)]
+        for known in idle:
+            self._drop(known.nick, wall)
+        return idle
+
+    def _drop(self, nick: str, wall: float) -> None:
+        """Forgets a nick that is offline; its client may have died without leaving."""
+        session = self.by_nick.get(nick)
+        if session is not None:
+            self._close(session, wall, EVICTED)
+        self.forget(nick)
+
+    def _is_live(self, nick: str) -> bool:
+        session = self.by_nick.get(nick)
+        return session is not None and session.id in self.live
