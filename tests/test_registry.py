@@ -1,0 +1,1564 @@
+"""The table, the mailbox and the registry, on arguments alone; the one thing touched is a file in a temporary folder.
+
+What needs chance takes it from a seed (``Random``) or from hypothesis. No test looks at a clock.
+"""
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, cast
+
+import msgpack
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+import registry
+from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
+                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Kept, Known, Mailbox, Page, Piece, Registry,
+                      Session, StoreError, Table)
+
+settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
+settings.load_profile("arguments")
+
+WALL = 1_700_000_000.0
+SERVER = b"s" * 16
+A, B, C, D = ("192.0.2.1", 5000), ("192.0.2.2", 5000), ("2001:db8::3", 5000), ("192.0.2.4", 5000)
+SENDER, STREAM = "alice", 2 ** 62 + 1
+EVERYTHING = 10 ** 6
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+def filled(size: int) -> Table:
+    table = Table()
+    for number in range(size):
+        table.set(f"nick-{number}", f"192.0.2.{number % 250}", 1024 + number, ONLINE if number % 2 else OFFLINE)
+    return table
+
+
+def contents(table: Table) -> Dict[str, Tuple[str, int, str]]:
+    return {nick: entry[1:4] for nick, entry in table.entries.items()}
+
+
+def mirrored(pages: List[Page], mirror: Optional[Table] = None) -> Table:
+    mirror = Table() if mirror is None else mirror
+    for page in pages:
+        assert mirror.apply(page) is not None
+    return mirror
+
+
+def test_no_two_entries_share_a_version_and_each_has_that_of_its_last_change() -> None:
+    random, table, last = Random(1), Table(), {}
+    for _ in range(500):
+        nick, before = random.choice("abcdefgh"), table.version
+        if table.set(nick, "192.0.2.1", random.randrange(3), random.choice([ONLINE, OFFLINE, GONE])):
+            assert table.version == before + 1
+            last[nick] = table.version
+        else:
+            assert table.version == before
+    assert all(entry.version == last[nick] for nick, entry in table.entries.items())
+    assert len({entry.version for entry in table.entries.values()}) == len(table) > 1
+
+
+@pytest.mark.parametrize("change", [("bob", "192.0.2.9", 5000, ONLINE), ("bob", "192.0.2.1", 5001, ONLINE),
+                                    ("bob", "192.0.2.1", 5000, OFFLINE), ("bob", "192.0.2.1", 5000, GONE),
+                                    ("eve", "192.0.2.1", 5000, ONLINE)])
+def test_every_difference_is_a_change_and_its_repetition_is_none(change: Tuple[str, str, int, str]) -> None:
+    table = Table()
+    table.set("bob", "192.0.2.1", 5000, ONLINE)
+    assert table.set(*change)
+    assert table.version == 2
+    assert not table.set(*change)
+    assert table.version == 2
+
+
+def test_a_nick_that_is_not_there_cannot_go() -> None:
+    table = Table()
+    assert not table.set("bob", "192.0.2.1", 5000, GONE)
+    assert (table.version, len(table)) == (0, 0)
+
+
+def test_a_nick_that_has_gone_is_unknown_until_it_is_set_again() -> None:
+    table = Table()
+    table.set("bob", *A, ONLINE)
+    assert table.is_online("bob")
+    table.set("bob", *A, GONE)
+    assert table.get("bob") is None and not table.is_online("bob") and len(table) == 0
+    table.set("bob", *A, OFFLINE)
+    entry = table.get("bob")
+    assert entry is not None and entry.row() == ["bob", *A, OFFLINE] and entry.version == 3
+    assert not table.is_online("bob")
+
+
+def test_pages_join_without_a_gap_and_name_every_entry_once_in_the_order_of_change() -> None:
+    table = filled(300)
+    table.set("nick-7", "192.0.2.7", 1, OFFLINE)
+    pages = list(table.pages(0, 1000))
+    assert [page.since for page in pages] == [0] + [page.version for page in pages[:-1]]
+    assert pages[-1].version == table.version
+    nicks = [row[0] for page in pages for row in page.rows]
+    assert nicks == [f"nick-{number}" for number in range(300) if number != 7] + ["nick-7"]
+    for page in pages:
+        versions = [table.entries[str(row[0])].version for row in page.rows]
+        assert page.since < min(versions) and max(versions) <= page.version
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=32), st.sampled_from([A[0], C[0]]), st.integers(0, 65535)),
+                max_size=60), st.integers(200, 1100))
+def test_a_page_on_the_wire_is_no_longer_than_asked_for(entries: List[Tuple[str, str, int]], size: int) -> None:
+    table = Table()
+    for nick, host, port in entries:
+        table.set(nick, host, port, OFFLINE)
+    for page in table.pages(0, size):
+        assert len(msgpack.packb(page.rows)) <= size
+
+
+def test_an_entry_that_is_longer_than_a_page_has_one_for_itself() -> None:
+    pages = list(filled(3).pages(0, 1))
+    assert [len(page.rows) for page in pages] == [1, 1, 1]
+
+
+def test_pages_are_filled() -> None:
+    pages = list(filled(1000).pages(0, 1000))
+    assert all(len(msgpack.packb(page.rows)) > 700 for page in pages[:-1])
+
+
+def test_a_delta_names_only_what_changed() -> None:
+    table = filled(100)
+    since = table.version
+    table.set("nick-5", "192.0.2.5", 1, ONLINE)
+    table.set("nick-6", "192.0.2.6", 1, GONE)
+    assert list(table.pages(since, 1000)) == [Page(since, since + 2, [["nick-5", "192.0.2.5", 1, ONLINE],
+                                                                      ["nick-6", "192.0.2.6", 1, GONE]])]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 1000])
+def test_who_has_everything_or_more_gets_no_page(ahead: int) -> None:
+    table = filled(3)
+    assert not list(table.pages(table.version + ahead, 1000))
+
+
+def test_a_mirror_tells_what_a_page_changed() -> None:
+    mirror = mirrored([Page(0, 2, [["bob", *A, ONLINE], ["eve", *B, OFFLINE]])])
+    assert mirror.apply(Page(2, 5, [["bob", *A, ONLINE], ["eve", *B, GONE], ["dan", *C, ONLINE],
+                                    ["zoe", *C, GONE]])) == ["eve", "dan"]
+    assert contents(mirror) == {"bob": (*A, ONLINE), "dan": (*C, ONLINE)}
+    assert mirror.version == 5
+
+
+def test_a_page_after_a_gap_is_not_taken() -> None:
+    mirror = mirrored([Page(0, 2, [["bob", *A, ONLINE]])])
+    assert mirror.apply(Page(3, 4, [["bob", *A, GONE]])) is None
+    assert (mirror.version, contents(mirror)) == (2, {"bob": (*A, ONLINE)})
+
+
+def test_a_page_that_is_not_newer_changes_nothing() -> None:
+    mirror = mirrored([Page(0, 3, [["bob", *A, ONLINE]])])
+    assert mirror.apply(Page(0, 3, [["bob", *A, OFFLINE]])) == []
+    assert mirror.apply(Page(0, 2, [["bob", *A, GONE]])) == []
+    assert (mirror.version, contents(mirror)) == (3, {"bob": (*A, ONLINE)})
+
+
+def test_a_page_that_overlaps_what_is_there_is_taken_whole() -> None:
+    mirror = mirrored([Page(0, 3, [["bob", *A, ONLINE]])])
+    assert mirror.apply(Page(1, 5, [["bob", *A, OFFLINE], ["eve", *B, ONLINE]])) == ["bob", "eve"]
+    assert contents(mirror) == {"bob": (*A, OFFLINE), "eve": (*B, ONLINE)}
+
+
+def test_a_snapshot_asked_for_twice_does_not_bring_back_who_went_meanwhile() -> None:
+    table = filled(6)
+    first = next(table.pages(0, 60))                # the rest of this answer was lost
+    mirror = mirrored([first])
+    gone = next(iter(mirror.entries))
+    table.set(gone, "192.0.2.0", 1024, GONE)
+    mirrored(list(table.pages(0, 60)), mirror)      # the answer to the same question, repeated
+    assert contents(mirror) == contents(table)
+
+
+class Mirroring(RuleBasedStateMachine):
+    """A table, one mirror, and a network between them that loses, repeats and reorders whatever it likes."""
+
+    SIZE = 60   # two or three entries in a page
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mirror = Table(), Table()
+        self.questions, self.wire, self.told = [0], [], 0       # type: List[int], List[Page], int
+
+    @rule(nick=st.sampled_from("abcde"), port=st.integers(1, 2), state=st.sampled_from([ONLINE, OFFLINE, GONE]))
+    def change(self, nick: str, port: int, state: str) -> None:
+        self.table.set(nick, "192.0.2.1", port, state)
+
+    @rule()
+    def broadcast(self) -> None:
+        self.wire.extend(self.table.pages(self.told, self.SIZE))
+        self.told = self.table.version
+
+    @rule()
+    def ask(self) -> None:
+        self.questions.append(self.mirror.version)
+
+    @rule(which=st.integers(0, 30))
+    def answer(self, which: int) -> None:
+        self.wire.extend(islice(self.table.pages(self.questions[which % len(self.questions)], self.SIZE), 2))
+
+    @precondition(lambda self: self.wire)
+    @rule(which=st.integers(0, 30), again=st.booleans())
+    def deliver(self, which: int, again: bool) -> None:
+        page, before = self.wire[which % len(self.wire)], self.mirror.version
+        if not again:
+            self.wire.remove(page)
+        changed = self.mirror.apply(page)
+        assert (changed is None) == (page.since > before)
+        assert self.mirror.version == (before if changed is None else max(before, page.version))
+
+    @rule()
+    def catch_up(self) -> None:
+        for _ in range(10):
+            mirrored(list(islice(self.table.pages(self.mirror.version, self.SIZE), 2)), self.mirror)
+        assert contents(self.mirror) == contents(self.table)
+
+    @invariant()
+    def the_mirror_is_right_in_all_it_claims_to_hold(self) -> None:
+        for nick, entry in self.table.entries.items():
+            if entry.version <= self.mirror.version:
+                assert contents(self.mirror).get(nick) == entry[1:4]
+        changed = [row[0] for page in self.table.pages(self.mirror.version, EVERYTHING) for row in page.rows]
+        assert all(nick in self.table.entries or nick in changed for nick in self.mirror.entries)
+
+
+def test_a_mirror_equals_the_table_whatever_the_network_does_to_the_pages() -> None:
+    run_state_machine_as_test(Mirroring, settings=settings(max_examples=100, stateful_step_count=30))
+
+
+def test_the_log_of_changes_stays_short_and_still_serves_every_version() -> None:
+    random, table = Random(2), Table()
+    copies: List[Table] = []
+    for step in range(3000):
+        table.set(random.choice("abcdefgh"), "192.0.2.1", random.randrange(3), random.choice([ONLINE, OFFLINE, GONE]))
+        assert len(table._log) <= 2 * 8 + 65
+        if step % 100 == 0:
+            copies.append(mirrored(list(table.pages(0, 60))))
+    for copy in copies:
+        assert contents(mirrored(list(table.pages(copy.version, 60)), copy)) == contents(table)
+
+
+def test_of_those_who_went_only_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_TOMBSTONES", 3)
+    table = filled(6)
+    since = table.version
+    for nick in list(table.entries)[:5]:
+        table.set(nick, "192.0.2.1", 1, GONE)
+    assert [row[0] for page in table.pages(since, 1000) for row in page.rows] == ["nick-2", "nick-3", "nick-4"]
+
+
+# --- the store ------------------------------------------------------------------------------------------------
+
+class Faulty:
+    """A connection whose statements fail where they begin with one of ``fails``."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+        self.fails: Tuple[str, ...] = ()
+
+    def _check(self, statement: str) -> None:
+        if statement.startswith(self.fails):
+            raise sqlite3.OperationalError("disk I/O error")
+
+    def execute(self, statement: str, *rest: Any) -> sqlite3.Cursor:
+        self._check(statement)
+        return self.db.execute(statement, *rest)
+
+    def executemany(self, statement: str, *rest: Any) -> sqlite3.Cursor:
+        if rest[0]:
+            self._check(statement)
+        return self.db.executemany(statement, *rest)
+
+    def close(self) -> None:
+        self.db.close()
+
+
+def faulty(box: Mailbox) -> Faulty:
+    fault = Faulty(box._db)
+    box._db = cast(sqlite3.Connection, fault)
+    return fault
+
+
+def open_box(path: Path) -> Mailbox:
+    return Mailbox(str(path), SERVER)
+
+
+@pytest.fixture(name="path")
+def path_of_a_store(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture(name="box")
+def box_with_bob(path: Path) -> Iterator[Mailbox]:
+    box = open_box(path)
+    box.add("bob", *A, None, WALL)
+    assert box.commit(WALL)
+    yield box
+    box.close()
+
+
+def pieces_of(first: int, *texts: str) -> List[Piece]:
+    """A piece for every text; one that ends with "…" is continued by the next."""
+    return [Piece(n, WALL + n, text, text.endswith("…")) for n, text in enumerate(texts, first)]
+
+
+def keep(box: Mailbox, nick: str, *texts: str, sender: str = SENDER, stream: int = STREAM) -> None:
+    box.keep(box.known[nick], sender, stream, pieces_of(box.stream_next(sender, stream), *texts))
+
+
+def mail(box: Mailbox, nick: str = "bob") -> List[Tuple[int, str]]:
+    return [(kept.seq, kept.text) for kept in box.fetch(box.known[nick], 1, EVERYTHING)]
+
+
+def counts(known: Known) -> Tuple[int, int, int, int, int]:
+    return known.first, known.last, known.waiting, known.messages, known.size
+
+
+def test_mail_is_there_only_after_the_commit(box: Mailbox) -> None:
+    keep(box, "bob", "one", "two")
+    assert box.pending and mail(box) == []
+    assert box.commit(WALL)
+    assert not box.pending and mail(box) == [(1, "one"), (2, "two")]
+
+
+def test_what_was_kept_comes_back_in_every_field_and_character(box: Mailbox, path: Path) -> None:
+    texts = ["", "\0 and \N{GRINNING FACE}", "it goes on…", "' OR 1=1 --"]
+    box.keep(box.known["bob"], "älice", 2 ** 63 - 1, pieces_of(2 ** 40, *texts))
+    box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert box.fetch(box.known["bob"], 1, EVERYTHING) == [
+        Kept(index + 1, "älice", 2 ** 63 - 1, 2 ** 40 + index, WALL + 2 ** 40 + index, text, int(index == 2))
+        for index, text in enumerate(texts)]
+    box.close()
+
+
+def test_fetch_begins_where_it_is_told_and_ends_at_its_limit(box: Mailbox) -> None:
+    keep(box, "bob", "one", "two", "three", "four")
+    box.commit(WALL)
+    assert [kept.seq for kept in box.fetch(box.known["bob"], 2, 2)] == [2, 3]
+    assert [kept.seq for kept in box.fetch(box.known["bob"], 4, 2)] == [4]
+    assert box.fetch(box.known["bob"], 5, 2) == []
+
+
+def test_mail_is_counted_as_messages_as_bytes_and_as_numbers(box: Mailbox) -> None:
+    keep(box, "bob", "long, very…", "long", "ü")
+    assert counts(box.known["bob"]) == (1, 3, 3, 2, len("long, very…long".encode()) + 2)
+
+
+def test_acked_mail_is_deleted_and_no_longer_counted_after_the_commit(box: Mailbox) -> None:
+    keep(box, "bob", "one", "two", "three")
+    box.commit(WALL)
+    box.acked(box.known["bob"], 3)
+    assert box.known["bob"].waiting == 1 and box.pending
+    assert box.commit(WALL)
+    assert mail(box) == [(3, "three")]
+    assert counts(box.known["bob"]) == (3, 3, 1, 1, 5)
+
+
+@pytest.mark.parametrize("number", [-1, 0, 1, 2, 4, 1000])
+def test_an_ack_of_what_was_acked_or_never_kept_is_ignored(box: Mailbox, number: int) -> None:
+    keep(box, "bob", "one", "two")
+    box.commit(WALL)
+    box.acked(box.known["bob"], 2)
+    box.commit(WALL)
+    box.acked(box.known["bob"], number)
+    assert not box.pending
+    assert (counts(box.known["bob"]), mail(box)) == ((2, 2, 1, 1, 3), [(2, "two")])
+
+
+def test_mail_is_numbered_without_gaps_through_acks_and_restarts(box: Mailbox, path: Path) -> None:
+    for text in "abcd":
+        keep(box, "bob", text)
+        box.commit(WALL)
+        box.acked(box.known["bob"], box.known["bob"].last + 1)
+        box.commit(WALL)
+        box.close()
+        box = open_box(path)
+        assert box.known["bob"].waiting == 0
+    keep(box, "bob", "e")
+    box.commit(WALL)
+    assert mail(box) == [(5, "e")]
+    box.close()
+
+
+def test_how_far_each_stream_was_kept_survives_its_mail_and_a_restart(box: Mailbox, path: Path) -> None:
+    assert box.stream_next(SENDER, STREAM) == 1
+    keep(box, "bob", "one", "two")
+    keep(box, "bob", "one", stream=5)
+    assert box.stream_next(SENDER, STREAM) == 3
+    box.commit(WALL)
+    keep(box, "bob", "three")
+    box.commit(WALL)
+    box.acked(box.known["bob"], 5)
+    box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert mail(box) == []
+    assert [box.stream_next(*key) for key in ((SENDER, STREAM), (SENDER, 5), ("bob", STREAM))] == [4, 2, 1]
+    box.close()
+
+
+def test_all_that_is_known_of_a_nick_survives_a_restart(box: Mailbox, path: Path) -> None:
+    eve = box.add("eve", *B, b"o" * 32, WALL + 1.5)
+    box.commit(WALL)
+    eve.host, eve.port, eve.online, eve.seen = *C, True, WALL + 2.5
+    box.changed(eve)
+    box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert list(box.known) == ["bob", "eve"]
+    assert [(known.nick, known.host, known.port, known.online, known.owner, known.seen, known.first, known.last)
+            for known in box.known.values()] == [("bob", *A, False, None, WALL, 1, 0),
+                                                 ("eve", *C, True, b"o" * 32, WALL + 2.5, 1, 0)]
+    box.close()
+
+
+def test_a_store_keeps_the_id_it_was_made_with(box: Mailbox, path: Path) -> None:
+    box.close()
+    again = Mailbox(str(path), b"another id, now!")
+    assert again.server_id == SERVER
+    again.close()
+
+
+def test_what_was_not_committed_is_lost_when_the_store_is_closed(box: Mailbox, path: Path) -> None:
+    keep(box, "bob", "one")
+    box.add("eve", *B, None, WALL)
+    box.close()
+    box = open_box(path)
+    assert (list(box.known), mail(box), box.known["bob"].last, box.stream_next(SENDER, STREAM)) == (["bob"], [], 0, 1)
+    box.close()
+
+
+def test_a_commit_of_nothing_does_not_need_the_disk(box: Mailbox) -> None:
+    faulty(box).fails = ("",)
+    assert box.commit(WALL)
+
+
+@pytest.mark.parametrize("statement", ["BEGIN", "INSERT INTO mail", "INSERT INTO streams", "SELECT sum", "DELETE",
+                                       "INSERT INTO nicks", "COMMIT"])
+def test_a_failed_commit_undoes_the_mail_of_its_turn_and_nothing_else(box: Mailbox, path: Path, statement: str) -> None:
+    keep(box, "bob", "one", "two")
+    box.commit(WALL)
+    fault = faulty(box)
+    fault.fails = (statement,)
+    box.acked(box.known["bob"], 2)
+    box.add("eve", *B, None, WALL)
+    for text in "xy":
+        keep(box, "bob", "lost…", text)
+        keep(box, "eve", "lost", stream=5)
+    assert not box.commit(WALL) and not box.healthy
+    assert counts(box.known["bob"]) == (2, 2, 1, 2, 6)      # the ack is not on the disk: "one" still takes room
+    assert counts(box.known["eve"]) == (1, 0, 0, 0, 0)
+    assert (mail(box), mail(box, "eve")) == ([(1, "one"), (2, "two")], [])
+    assert [box.stream_next(SENDER, stream) for stream in (STREAM, 5)] == [3, 1]
+    assert box.pending
+    fault.fails = ()
+    keep(box, "bob", "three")
+    assert box.commit(WALL) and box.healthy
+    for _ in range(2):
+        assert (mail(box), mail(box, "eve")) == ([(2, "two"), (3, "three")], [])
+        assert counts(box.known["bob"]) == (2, 3, 2, 2, 8)
+        assert [box.stream_next(SENDER, stream) for stream in (STREAM, 5)] == [4, 1]
+        box.close()
+        box = open_box(path)
+    box.close()
+
+
+def test_a_disk_that_is_full_costs_only_the_mail_that_did_not_fit(box: Mailbox, path: Path) -> None:
+    keep(box, "bob", "small")
+    assert box.commit(WALL)
+    pages = box._db.execute("PRAGMA page_count").fetchone()[0]
+    box._db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    keep(box, "bob", *["x" * 700] * 40)
+    box.known["bob"].port = 77
+    box.changed(box.known["bob"])
+    box.acked(box.known["bob"], 2)
+    assert not box.commit(WALL)
+    assert (mail(box), counts(box.known["bob"])) == ([(1, "small")], (2, 1, 0, 1, 5))
+    assert box.commit(WALL), "the ack and the new port need no room"
+    assert (mail(box), counts(box.known["bob"])) == ([], (2, 1, 0, 0, 0))
+    keep(box, "bob", *["y" * 700] * 40)
+    assert not box.commit(WALL)
+    box._db.execute("PRAGMA max_page_count = 1000000")
+    keep(box, "bob", "fits")
+    assert box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert (mail(box), box.known["bob"].port, box.stream_next(SENDER, STREAM)) == ([(2, "fits")], 77, 3)
+    box.close()
+
+
+def test_a_store_that_cannot_be_read_says_so_and_raises_nothing(box: Mailbox) -> None:
+    keep(box, "bob", "one")
+    box.commit(WALL)
+    fault = faulty(box)
+    for use in (box.prune_streams, lambda: box.stream_next(SENDER, 6), lambda: box.fetch(box.known["bob"], 1, 9)):
+        fault.fails = ("SELECT", "DELETE")
+        assert use() in (None, 1, []) and not box.healthy
+    fault.fails = ("SELECT", "DELETE")
+    box.prune_streams()
+    assert not box.healthy
+
+
+class Shadow:
+    """What the model holds of one nick."""
+
+    def __init__(self) -> None:
+        self.first, self.last = 1, 0
+        self.kept: List[Kept] = []      # on the disk
+        self.turn: List[Kept] = []      # since the last commit
+
+    def copy(self) -> Shadow:
+        copy = Shadow()
+        copy.first, copy.last, copy.kept = self.first, self.last, list(self.kept)
+        return copy
+
+
+class Storing(RuleBasedStateMachine):
+    """A mailbox on a disk that fails now and then, in a server that dies now and then, beside a model of it."""
+
+    NICKS, SENDERS = st.sampled_from(["bob", "eve", "zoe"]), st.sampled_from(["alice", "bob"])
+    STREAMS = [("alice", 1), ("alice", 2), ("bob", 1), ("bob", 2)]
+    TEXTS = st.lists(st.text(max_size=5), min_size=1, max_size=4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.box = open_box(self.folder / "store.db")
+        self.fault = faulty(self.box)
+        self.known: Dict[str, Shadow] = {}
+        self.on_disk: Dict[str, Shadow] = {}
+        self.streams: Dict[Tuple[str, int], int] = {}
+        self.turn_streams: Dict[Tuple[str, int], int] = {}
+        self.forgotten: Set[str] = set()
+
+    def teardown(self) -> None:
+        self.box.close()
+        shutil.rmtree(self.folder)
+
+    @rule(nick=NICKS)
+    def add(self, nick: str) -> None:
+        if nick not in self.known:
+            self.box.add(nick, *A, None, WALL)
+            self.known[nick] = Shadow()
+
+    @rule(nick=NICKS, sender=SENDERS, stream=st.integers(1, 2), texts=TEXTS)
+    def keep(self, nick: str, sender: str, stream: int, texts: List[str]) -> None:
+        shadow = self.known.get(nick)
+        if shadow is None:
+            return
+        texts[-1] = texts[-1].rstrip("…")
+        pieces = pieces_of(self.next_of(sender, stream), *texts)
+        self.box.keep(self.box.known[nick], sender, stream, pieces)
+        for n, at, text, more in pieces:
+            shadow.last += 1
+            shadow.turn.append(Kept(shadow.last, sender, stream, n, at, text, int(more)))
+        self.turn_streams[sender, stream] = pieces[-1].n + 1
+
+    def next_of(self, sender: str, stream: int) -> int:
+        return self.turn_streams.get((sender, stream), self.streams.get((sender, stream), 1))
+
+    @rule(nick=NICKS, step=st.integers(-1, 5))
+    def ack(self, nick: str, step: int) -> None:
+        shadow = self.known.get(nick)
+        if shadow is not None:
+            number = min(shadow.first + step, shadow.last - len(shadow.turn) + 1)
+            self.box.acked(self.box.known[nick], number)
+            shadow.first = max(shadow.first, number)
+
+    @rule(nick=NICKS)
+    def forget(self, nick: str) -> None:
+        if nick in self.known:
+            self.box.forget(self.box.known[nick])
+            del self.known[nick]
+            self.forgotten.add(nick)
+
+    @rule(fails=st.sampled_from(["", "", "BEGIN", "INSERT", "DELETE", "COMMIT"]))
+    def commit(self, fails: str) -> None:
+        pending = self.box.pending
+        self.fault.fails = (fails,) if fails else ()
+        committed = self.box.commit(WALL)
+        self.fault.fails = ()
+        if not fails:
+            assert committed
+        elif fails in ("BEGIN", "COMMIT"):
+            assert committed != pending
+        for shadow in self.known.values():
+            if committed:
+                shadow.kept = [kept for kept in shadow.kept + shadow.turn if kept.seq >= shadow.first]
+            else:
+                shadow.last -= len(shadow.turn)
+            shadow.turn = []
+        if committed:
+            self.streams = {key: number for key, number in self.streams.items() if key[0] not in self.forgotten}
+            self.streams.update(self.turn_streams)
+            self.forgotten.clear()
+            self.on_disk = {nick: shadow.copy() for nick, shadow in self.known.items()}
+        self.turn_streams = {}
+
+    @rule()
+    def die(self) -> None:
+        self.box.close()
+        self.box = open_box(self.folder / "store.db")
+        self.fault = faulty(self.box)
+        self.known = {nick: shadow.copy() for nick, shadow in self.on_disk.items()}
+        self.turn_streams = {}
+        self.forgotten.clear()
+
+    @invariant()
+    def the_mailbox_is_what_the_model_says(self) -> None:
+        assert set(self.box.known) == set(self.known)
+        for nick, shadow in self.known.items():
+            known, all_ = self.box.known[nick], shadow.kept + shadow.turn
+            assert counts(known) == (shadow.first, shadow.last, shadow.last - shadow.first + 1,
+                                     sum(not kept.more for kept in all_), sum(len(kept.text.encode()) for kept in all_))
+            assert self.box.fetch(known, 1, EVERYTHING) == shadow.kept
+        for key in self.STREAMS:
+            if key[0] not in self.forgotten:
+                assert self.box.stream_next(*key) == self.next_of(*key)
+
+
+def test_a_mailbox_holds_and_counts_exactly_what_was_committed_through_failures_and_restarts() -> None:
+    run_state_machine_as_test(Storing, settings=settings(max_examples=120, stateful_step_count=30))
+
+
+# what is a store, and whose
+
+def sqlite_file(path: Path, *statements: str) -> bytes:
+    db = sqlite3.connect(path)
+    for statement in ("CREATE TABLE meta (key, value)", *statements):
+        db.execute(statement)
+    db.commit()
+    db.close()
+    return path.read_bytes()
+
+
+FOREIGN: Dict[str, Tuple[Callable[[Path], object], str]] = {
+    "a text": (lambda path: path.write_text("dear diary\n" * 100), "is not a udpchat store"),
+    "one byte": (lambda path: path.write_bytes(b"S"), "is not a udpchat store"),
+    "only the magic of SQLite": (lambda path: path.write_bytes(b"SQLite format 3\0"), "is not a udpchat store"),
+    "another program's database": (lambda path: sqlite_file(path), "is not a udpchat store"),
+    "a newer version": (lambda path: sqlite_file(path, f"PRAGMA application_id = {registry.APPLICATION_ID}",
+                                                 f"PRAGMA user_version = {registry.FORMAT + 1}"), "of another version"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_that_is_no_store_of_this_version_is_refused_and_left_alone(path: Path, what: str) -> None:
+    make, reason = FOREIGN[what]
+    make(path)
+    before, written = path.read_bytes(), path.stat().st_mtime_ns
+    with pytest.raises(StoreError, match=reason):
+        open_box(path)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, written)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_damaged_store_is_refused_with_a_reason(box: Mailbox, path: Path) -> None:
+    box.close()
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + b"\xff" * (len(data) - 100))
+    with pytest.raises(StoreError, match="cannot open the store"):
+        open_box(path)
+
+
+@pytest.mark.parametrize("name", [".", "missing/store.db"])
+def test_what_cannot_be_opened_is_an_error_with_a_reason(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StoreError, match="cannot open the store .*: ."):
+        open_box(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_file_is_taken_as_a_new_store(path: Path) -> None:
+    path.touch()
+    box = open_box(path)
+    assert (box.known, box.server_id) == ({}, SERVER)
+    box.close()
+    open_box(path).close()
+
+
+def test_a_store_can_be_open_only_once(box: Mailbox, path: Path) -> None:
+    with pytest.raises(StoreError, match="another server has it open"):
+        open_box(path)
+    keep(box, "bob", "one")
+    assert box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert mail(box) == [(1, "one")]
+    box.close()
+
+
+def test_another_process_cannot_open_a_store_that_is_in_use(box: Mailbox, path: Path) -> None:
+    script = "import sys, registry\nregistry.Mailbox(sys.argv[1], bytes(16)).close()"
+    command = [sys.executable, "-c", script, str(path)]
+    folder = Path(registry.__file__).parent
+    refused = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, check=False)
+    assert refused.returncode == 1 and b"another server has it open" in refused.stderr
+    box.close()
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+
+
+def test_a_store_in_memory_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    box = Mailbox(":memory:", SERVER)
+    box.add("bob", *A, None, WALL)
+    keep(box, "bob", "one")
+    assert box.commit(WALL) and mail(box) == [(1, "one")]
+    assert list(tmp_path.iterdir()) == []
+    box.close()
+
+
+# a crash at any moment
+
+def copied(path: Path, folder: Path) -> Path:
+    """What ``kill -9`` would leave of a store: its files as they are on the disk at this moment."""
+    folder.mkdir()
+    for file in path.parent.glob(path.name + "*"):
+        shutil.copy(file, folder)
+    return folder / path.name
+
+
+class Watched(sqlite3.Connection):
+    """A connection that tells when a statement is done."""
+
+    done: Callable[[], None]
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        cursor = super().execute(*args)
+        type(self).done()
+        return cursor
+
+
+def assert_usable(path: Path) -> None:
+    for opened in range(3):
+        box = open_box(path)
+        if not opened:
+            box.add("bob", *A, None, WALL)
+        keep(box, "bob", "more")
+        assert box.commit(WALL)
+        assert len(mail(box)) == opened + 1
+        box.close()
+
+
+def test_a_crash_between_any_steps_of_its_making_leaves_a_store_that_can_be_opened(
+        tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: List[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Watched, "done", lambda: copies.append(copied(path, tmp_path / str(len(copies)))), raising=False)
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
+        open_box(path).close()
+    assert len(copies) > 10
+    for copy in copies:
+        assert_usable(copy)
+
+
+def test_a_crash_while_its_making_is_written_leaves_a_store_that_can_be_opened(tmp_path: Path, path: Path) -> None:
+    open_box(path).close()
+    whole, journal = path.read_bytes(), tmp_path / "other.db-journal"
+    db = sqlite3.connect(tmp_path / "other.db", isolation_level=None)
+    db.execute("PRAGMA cache_size = 1")     # SQLite writes before the commit, and so the journal
+    for statement in ("BEGIN", *registry.TABLES.split(";")):
+        db.execute(statement)
+    before_the_commit = journal.read_bytes()
+    db.close()
+    assert before_the_commit
+    for size in range(4096, len(whole) + 1, 1024):
+        torn = tmp_path / str(size) / path.name
+        torn.parent.mkdir()
+        torn.write_bytes(whole[:size])
+        torn.with_name(path.name + "-journal").write_bytes(before_the_commit)
+        assert_usable(torn)
+
+
+def test_a_store_holds_every_commit_whenever_its_server_is_killed(box: Mailbox, tmp_path: Path, path: Path) -> None:
+    for number in range(1, 15):
+        keep(box, "bob", f"{number} goes on…", "and ends")
+        box.commit(WALL)
+        if number % 4 == 0:
+            box.acked(box.known["bob"], number)
+            box.commit(WALL)
+        held, before = mail(box), counts(box.known["bob"])
+        keep(box, "bob", "not committed")
+        survivor = open_box(copied(path, tmp_path / str(number)))
+        assert (mail(survivor), counts(survivor.known["bob"])) == (held, before)
+        assert survivor.stream_next(SENDER, STREAM) == 2 * number + 1
+        survivor.close()
+        faulty(box).fails = ("BEGIN",)
+        box.commit(WALL)
+        box._db = cast(Faulty, box._db).db
+
+
+def test_a_store_whose_log_is_torn_holds_every_commit_before_the_tear(box: Mailbox, tmp_path: Path, path: Path) -> None:
+    log = path.with_name(path.name + "-wal")
+    ends = []
+    for number in range(1, 11):
+        keep(box, "bob", f"{number} goes on…", "x" * 700)
+        box.commit(WALL)
+        ends.append(log.stat().st_size)
+    assert ends == sorted(set(ends)), "no commit may have been moved out of the log yet"
+    random = Random(3)
+    offsets = [end + step for end in ends for step in (-1, 0, 1)] + [random.randrange(ends[-1]) for _ in range(50)]
+    whole = log.read_bytes()
+    for index, offset in enumerate(offsets):
+        copy = copied(path, tmp_path / str(index))
+        garbage = random.randbytes(random.choice([0, 10, 5000])) if index % 2 else b""
+        copy.with_name(log.name).write_bytes(whole[:offset] + garbage)
+        survivor = open_box(copy)
+        committed = sum(end <= offset for end in ends)
+        if "bob" in survivor.known:
+            assert mail(survivor) == mail(box)[:2 * committed]
+            assert counts(survivor.known["bob"])[:4] == (1, 2 * committed, 2 * committed, committed)
+        else:
+            assert offset < ends[0]
+        assert survivor.stream_next(SENDER, STREAM) == 2 * committed + 1
+        survivor.add("new", *B, None, WALL)
+        keep(survivor, "new", "it goes on")
+        assert survivor.commit(WALL)
+        survivor.close()
+
+
+# forgetting
+
+def test_a_forgotten_nick_takes_its_owner_its_mail_and_its_streams_along(box: Mailbox, path: Path) -> None:
+    box.add("eve", *B, b"o" * 32, WALL)
+    for nick, sender in (("eve", "bob"), ("bob", "eve")):
+        keep(box, nick, "one", "two", sender=sender)
+    box.commit(WALL)
+    box.forget(box.known["eve"])
+    assert list(box.known) == ["bob"]
+    assert box.commit(WALL)
+    for _ in range(2):
+        assert (list(box.known), mail(box)) == (["bob"], [(1, "one"), (2, "two")])
+        assert (box.stream_next("eve", STREAM), box.stream_next("bob", STREAM)) == (1, 3)
+        box.close()
+        box = open_box(path)
+    eve = box.add("eve", *C, None, WALL)
+    box.commit(WALL)
+    assert (counts(eve), mail(box, "eve")) == ((1, 0, 0, 0, 0), [])
+    box.close()
+
+
+def test_mail_kept_in_the_turn_in_which_its_recipient_is_forgotten_goes_with_it(box: Mailbox, path: Path) -> None:
+    box.add("eve", *B, None, WALL)
+    keep(box, "eve", "lost")
+    keep(box, "bob", "kept", stream=5)
+    box.forget(box.known["eve"])
+    assert box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert (list(box.known), mail(box)) == (["bob"], [(1, "kept")])
+    assert box._db.execute("SELECT count(*) FROM mail").fetchone()[0] == 1
+    box.close()
+
+
+def test_a_nick_forgotten_twice_before_it_could_be_written_is_gone_for_good(box: Mailbox, path: Path) -> None:
+    keep(box, "bob", "one")
+    box.commit(WALL)
+    fault = faulty(box)
+    fault.fails = ("BEGIN",)
+    box.forget(box.known["bob"])
+    assert not box.commit(WALL)
+    box.add("bob", *B, None, WALL)
+    assert not box.commit(WALL)
+    box.forget(box.known["bob"])
+    fault.fails = ()
+    assert box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert box.known == {}
+    box.add("bob", *C, None, WALL)
+    assert box.commit(WALL) and mail(box) == []
+    box.close()
+
+
+def test_of_too_many_streams_those_longest_silent_are_pruned(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_STREAMS", 3)
+    for number in (1, 2, 3, 4, 5, 2):
+        keep(box, "bob", "text", stream=number)
+        box.commit(WALL := 1000.0 + box.known["bob"].last)
+    assert WALL == 1006.0
+    box.prune_streams()
+    assert [box.stream_next(SENDER, number) for number in range(1, 6)] == [1, 3, 1, 2, 2]
+    box.prune_streams()
+    assert [box.stream_next(SENDER, number) for number in range(1, 6)] == [1, 3, 1, 2, 2]
+
+
+def test_as_many_streams_as_allowed_are_left_alone(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_STREAMS", 3)
+    for number in (1, 2, 3):
+        keep(box, "bob", "text", stream=number)
+        box.commit(WALL + number)
+    box.prune_streams()
+    assert [box.stream_next(SENDER, number) for number in (1, 2, 3)] == [2, 2, 2]
+
+
+# --- the registry ---------------------------------------------------------------------------------------------
+
+IDS = count(1)
+
+
+def new_registry(max_clients: int = 10, mailbox_limit: int = 100, max_known: int = 100) -> Registry:
+    return Registry(Mailbox(":memory:", SERVER), WALL, max_clients, mailbox_limit, max_known)
+
+
+@pytest.fixture(name="reg")
+def empty_registry() -> Registry:
+    return new_registry()
+
+
+def admit(reg: Registry, nick: str, address: Address, token: Optional[bytes] = None, now: float = 0.0,
+          wall: float = WALL) -> Session:
+    number = next(IDS)
+    return reg.admit(now, wall, number.to_bytes(16, "big"), nick, address, token, number)
+
+
+def register(reg: Registry, nick: str, address: Address, token: Optional[bytes] = None, now: float = 0.0,
+             wall: float = WALL) -> Session:
+    assert reg.claim(nick, address, token) == GRANTED
+    return admit(reg, nick, address, token, now, wall)
+
+
+def save(reg: Registry, nick: str, *texts: str, stream: int = STREAM) -> None:
+    keep(reg.mailbox, nick, *texts, stream=stream)
+    assert reg.mailbox.commit(WALL)
+
+
+def state_of(reg: Registry, nick: str) -> Optional[Tuple[str, int, str]]:
+    entry = reg.table.get(nick)
+    return entry[1:4] if entry is not None else None
+
+
+def restarted(reg: Registry, wall: float = WALL) -> Registry:
+    assert reg.mailbox.commit(WALL)
+    return Registry(reg.mailbox, wall, reg.max_clients, reg.mailbox_limit, reg.max_known)
+
+
+# who gets a nick
+
+def test_a_new_nick_is_granted_and_online_where_it_registered(reg: Registry) -> None:
+    session = register(reg, "bob", A, now=7.0)
+    assert state_of(reg, "bob") == (*A, ONLINE)
+    assert (session.nick, session.address, session.heard, session.version) == ("bob", A, 7.0, reg.table.version)
+    assert reg.holder("bob") == A and reg.holder("eve") is None
+
+
+def test_a_nick_in_use_is_asked_for_at_its_holder_first(reg: Registry) -> None:
+    register(reg, "bob", A)
+    assert reg.claim("bob", B, None) == ASK
+    assert reg.claim("bob", A, None) == GRANTED
+    assert reg.claim("eve", B, None) == GRANTED
+
+
+def test_a_nick_whose_holder_went_offline_or_left_is_granted_elsewhere(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.went_offline(session, WALL)
+    assert reg.holder("bob") is None and reg.claim("bob", B, None) == GRANTED
+    reg.heard(session, 1.0)
+    assert reg.claim("bob", B, None) == ASK
+    reg.deregister(session, WALL)
+    assert reg.holder("bob") is None and reg.claim("bob", B, None) == GRANTED
+
+
+def test_a_nick_registered_with_a_token_is_refused_without_it(reg: Registry) -> None:
+    register(reg, "bob", A, b"token of bob")
+    for address in (A, B):
+        assert reg.claim("bob", address, None) == OWNED
+        assert reg.claim("bob", address, b"another one") == OWNED
+        assert reg.claim("bob", address, b"") == OWNED
+    assert reg.claim("bob", B, b"token of bob") == ASK
+    reg = restarted(reg)
+    assert reg.claim("bob", B, b"another one") == OWNED
+    assert reg.claim("bob", A, b"token of bob") == GRANTED
+
+
+def test_the_store_knows_only_the_hash_of_a_token(path: Path) -> None:
+    reg = Registry(open_box(path), WALL)
+    register(reg, "bob", A, b"token of bob")
+    assert reg.mailbox.known["bob"].owner == hashlib.sha256(b"token of bob").digest()
+    reg.mailbox.commit(WALL)
+    reg.mailbox.close()
+    assert b"token of bob" not in path.read_bytes()
+    assert hashlib.sha256(b"token of bob").digest() in path.read_bytes()
+
+
+def test_an_anonymous_nick_goes_with_its_mail_to_whoever_comes_and_is_owned_from_the_first_token_on(
+        reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one")
+    session = register(reg, "bob", B)
+    assert reg.mail_number(session) == 1
+    reg.deregister(session, WALL)
+    reg.deregister(register(reg, "bob", C, b"token"), WALL)
+    assert reg.claim("bob", A, None) == OWNED
+    assert reg.claim("bob", A, b"token") == GRANTED
+
+
+def test_after_a_restart_a_nick_that_was_online_may_still_be_held(path: Path) -> None:
+    reg = Registry(open_box(path), WALL)
+    register(reg, "bob", A)
+    reg.deregister(register(reg, "eve", B), WALL)
+    for _ in range(2):
+        reg.mailbox.commit(WALL)
+        reg.mailbox.close()
+        reg = Registry(open_box(path), WALL)
+        assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, OFFLINE), (*B, OFFLINE))
+        assert (reg.holder("bob"), reg.holder("eve")) == (A, None)
+        assert reg.claim("bob", B, None) == ASK
+        assert reg.claim("bob", A, None) == GRANTED
+        assert reg.claim("eve", A, None) == GRANTED
+    register(reg, "bob", A)
+    assert reg.ghosts == {} and reg.holder("bob") == A
+    reg.mailbox.close()
+
+
+def test_after_a_restart_no_two_entries_share_a_version(reg: Registry) -> None:
+    for nick, address in (("bob", A), ("eve", B), ("zoe", C)):
+        register(reg, nick, address)
+    table = restarted(reg).table
+    assert sorted(entry.version for entry in table.entries.values()) == [1, 2, 3]
+    assert table.version == 3
+
+
+def test_a_server_full_of_live_clients_admits_nobody_new() -> None:
+    reg = new_registry(max_clients=2)
+    register(reg, "bob", A)
+    register(reg, "eve", B)
+    assert reg.claim("zoe", C, None) == FULL
+    assert reg.claim("bob", A, None) == GRANTED, "who is there already takes no new place"
+    assert reg.claim("bob", C, None) == ASK
+
+
+def test_a_full_server_evicts_the_oldest_session_of_somebody_offline() -> None:
+    reg = new_registry(max_clients=3)
+    bob, eve, zoe = (register(reg, nick, address) for nick, address in (("bob", A), ("eve", B), ("zoe", C)))
+    reg.went_offline(zoe, WALL)
+    reg.went_offline(eve, WALL)
+    register(reg, "dan", D)
+    assert set(reg.by_nick) == {"bob", "zoe", "dan"}
+    assert dict(reg.closed) == {eve.id: EVICTED}
+    assert eve.id not in reg.sessions and state_of(reg, "eve") == (*B, OFFLINE)
+    assert {bob.id, zoe.id} < set(reg.sessions)
+
+
+def test_whoever_registers_again_replaces_the_own_session_and_evicts_nobody() -> None:
+    reg = new_registry(max_clients=2)
+    old = register(reg, "bob", A)
+    reg.went_offline(register(reg, "eve", B), WALL)
+    new = register(reg, "bob", A)
+    assert dict(reg.closed) == {old.id: REPLACED}
+    assert set(reg.by_nick) == {"bob", "eve"} and reg.by_nick["bob"] is new
+    assert set(reg.live) == {new.id} and state_of(reg, "bob") == (*A, ONLINE)
+
+
+def test_who_leaves_is_offline_and_remembered_as_having_left(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.deregister(session, WALL + 5)
+    assert dict(reg.closed) == {session.id: BYE}
+    assert (reg.sessions, reg.by_nick, dict(reg.live)) == ({}, {}, {})
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+    assert reg.mailbox.known["bob"].seen == WALL + 5 and not reg.mailbox.known["bob"].online
+
+
+def test_only_the_last_closed_sessions_and_their_requests_are_remembered(
+        reg: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_CLOSED", 3)
+    ended = [register(reg, "bob", A) for _ in range(6)]
+    assert list(reg.closed) == [session.id for session in ended[2:5]]
+    assert list(reg.spent) == [session.request for session in ended[2:5]]
+
+
+@pytest.mark.parametrize("signal", ["heard", "mail"])
+def test_a_session_that_was_closed_has_nothing_to_say_any_more(signal: str) -> None:
+    reg = new_registry(max_clients=1)
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one")
+    bob = register(reg, "bob", A)
+    reg.went_offline(bob, WALL)
+    register(reg, "eve", B)
+    assert reg.closed[bob.id] == EVICTED
+    assert reg.forget("bob")
+    version = reg.table.version
+    if signal == "heard":
+        assert not reg.heard(bob, 1.0)
+    else:
+        reg.mail_acked(bob, 2)
+    assert (list(reg.live), reg.table.version, state_of(reg, "bob")) == ([reg.by_nick["eve"].id], version, None)
+    assert reg.mailbox.commit(WALL)
+
+
+def test_a_server_that_knows_too_many_nicks_forgets_the_one_longest_offline_without_mail() -> None:
+    reg = new_registry(max_known=4)
+    for number, nick in enumerate(["mail", "old", "new", "live"]):
+        reg.deregister(register(reg, nick, A), WALL + number)
+    save(reg, "mail", "one")
+    live = register(reg, "live", A)
+    register(reg, "first", B)
+    assert set(reg.mailbox.known) == set(reg.table.entries) == {"mail", "new", "live", "first"}
+    register(reg, "second", C)
+    assert set(reg.mailbox.known) == {"mail", "live", "first", "second"}
+    assert reg.claim("third", D, None) == FULL
+    assert reg.claim("mail", D, None) == GRANTED
+    reg.deregister(live, WALL)
+    assert reg.claim("third", D, None) == GRANTED
+
+
+def test_a_nick_that_was_here_again_is_not_taken_for_the_longest_offline() -> None:
+    reg = new_registry(max_known=3)
+    for number, nick in enumerate(["x", "y", "z"]):
+        reg.deregister(register(reg, nick, A, wall=WALL + number), WALL + number)
+    assert reg.claim("new", B, None) == GRANTED
+    reg.deregister(register(reg, "x", A, wall=WALL + 9), WALL + 9)
+    register(reg, "new", B, wall=WALL + 9)
+    assert set(reg.mailbox.known) == {"x", "z", "new"}
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 1000])
+def test_a_server_is_full_of_nicks_only_when_all_are_online_or_have_mail(
+        monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    monkeypatch.setattr(registry, "IDLE_NICKS", ahead)
+    reg = new_registry(max_known=4)
+    for number, nick in enumerate(["w", "x", "y", "z"]):
+        reg.deregister(register(reg, nick, A, wall=WALL + number), WALL + number)
+    for nick, address in (("w", A), ("x", B)):
+        assert reg.claim("new", D, None) == GRANTED
+        register(reg, nick, address)
+    save(reg, "y", "one")
+    assert reg.claim("new", D, None) == GRANTED
+    save(reg, "z", "one")
+    assert reg.claim("new", D, None) == FULL
+
+
+def test_the_nick_of_a_client_that_died_without_leaving_makes_room_too() -> None:
+    reg = new_registry(max_known=2)
+    dead = register(reg, "dead", A)
+    reg.went_offline(dead, WALL)
+    register(reg, "live", B)
+    register(reg, "new", C)
+    assert set(reg.mailbox.known) == set(reg.by_nick) == {"live", "new"}
+    assert dict(reg.closed) == {dead.id: EVICTED}
+
+
+def test_whoever_registers_at_an_address_takes_it_from_who_was_there(reg: Registry) -> None:
+    bob = register(reg, "bob", A)
+    eve = register(reg, "eve", A)
+    assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, OFFLINE), (*A, ONLINE))
+    assert reg.holder("bob") is None and list(reg.live) == [eve.id]
+    assert reg.sessions[bob.id] is bob, "it may be elsewhere, and comes back from there"
+    reg.went_offline(eve, WALL)
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+
+
+def test_an_address_has_one_nick_even_if_the_one_before_is_heard_there_again(reg: Registry) -> None:
+    bob, eve = register(reg, "bob", A), register(reg, "eve", A)
+    reg.heard(bob, 1.0)
+    assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, ONLINE), (*A, OFFLINE))
+    reg.heard(eve, 2.0)
+    assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, OFFLINE), (*A, ONLINE))
+    assert list(reg.live) == [eve.id]
+
+
+def test_an_address_that_was_left_can_be_taken_without_harm_to_who_left_it(reg: Registry) -> None:
+    bob = register(reg, "bob", A)
+    reg.moved(bob, B, WALL)
+    register(reg, "eve", A)
+    assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*B, ONLINE), (*A, ONLINE))
+
+
+# mail first
+
+def test_who_has_mail_is_announced_only_when_all_that_waited_at_the_registration_is_acked(reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one", "two")
+    session = register(reg, "bob", B)
+    assert state_of(reg, "bob") == (*B, OFFLINE)
+    assert session.version == reg.table.version
+    save(reg, "bob", "three")
+    assert reg.mail_number(session) == 3
+    reg.mail_acked(session, 2)
+    assert state_of(reg, "bob") == (*B, OFFLINE)
+    reg.mail_acked(session, 3)
+    assert state_of(reg, "bob") == (*B, ONLINE), "what came meanwhile need not be acked"
+    assert reg.mailbox.commit(WALL) and mail(reg.mailbox) == [(3, "three")]
+
+
+def test_mail_is_numbered_from_one_in_every_session(reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one", "two", "three")
+    first = register(reg, "bob", A)
+    assert reg.mail_number(first) == 3
+    reg.mail_acked(first, 3)
+    assert reg.mailbox.commit(WALL)
+    second = register(reg, "bob", A)
+    assert (reg.mail_number(second), mail(reg.mailbox)) == (1, [(3, "three")])
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+    reg.mail_acked(second, 2)
+    assert state_of(reg, "bob") == (*A, ONLINE)
+    assert reg.mailbox.commit(WALL) and mail(reg.mailbox) == []
+
+
+def test_who_comes_back_from_being_offline_gets_the_mail_first(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    assert not reg.heard(session, 1.0)
+    reg.went_offline(session, WALL + 9)
+    assert state_of(reg, "bob") == (*A, OFFLINE) and reg.mailbox.known["bob"].seen == WALL + 9
+    save(reg, "bob", "one")
+    assert reg.heard(session, 2.0)
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+    assert not reg.heard(session, 3.0)
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+    reg.mail_acked(session, 2)
+    assert state_of(reg, "bob") == (*A, ONLINE)
+
+
+def test_who_comes_back_without_mail_is_online_at_once(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.went_offline(session, WALL)
+    assert reg.heard(session, 2.0)
+    assert state_of(reg, "bob") == (*A, ONLINE)
+    version = reg.table.version
+    reg.announce(session)
+    assert reg.table.version == version
+
+
+def test_an_ack_of_somebody_offline_announces_nobody(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.went_offline(session, WALL)
+    reg.announce(session)
+    save(reg, "bob", "one")
+    reg.mail_acked(session, 2)
+    assert state_of(reg, "bob") == (*A, OFFLINE)
+
+
+def test_who_moves_is_online_there(reg: Registry) -> None:
+    bob, eve = register(reg, "bob", A), register(reg, "eve", B)
+    reg.moved(bob, B, WALL)
+    assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*B, ONLINE), (*B, OFFLINE))
+    assert bob.address == B and reg.holder("bob") == B and eve.id not in reg.live
+    again = restarted(reg)
+    assert (state_of(again, "bob"), again.holder("bob")) == ((*B, OFFLINE), B)
+
+
+def test_who_moves_before_the_mail_is_acked_stays_offline_there(reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one")
+    session = register(reg, "bob", A)
+    reg.moved(session, B, WALL)
+    assert state_of(reg, "bob") == (*B, OFFLINE)
+    reg.mail_acked(session, 2)
+    assert state_of(reg, "bob") == (*B, ONLINE)
+
+
+def test_who_comes_back_from_another_address_gets_the_mail_first_too(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.went_offline(session, WALL)
+    save(reg, "bob", "one")
+    reg.moved(session, B, WALL)
+    assert state_of(reg, "bob") == (*B, OFFLINE)
+    assert reg.heard(session, 1.0)
+    assert state_of(reg, "bob") == (*B, OFFLINE)
+    reg.mail_acked(session, 2)
+    assert state_of(reg, "bob") == (*B, ONLINE)
+
+
+def test_the_silent_are_named_longest_first_and_only_after_the_whole_time(reg: Registry) -> None:
+    bob, eve, zoe = (register(reg, nick, address, now=now)
+                     for nick, address, now in (("bob", A, 0.0), ("eve", B, 1.0), ("zoe", C, 2.0)))
+    reg.heard(bob, 3.0)
+    assert reg.silent(1.0 + SILENCE - 0.01) == []
+    assert reg.silent(1.0 + SILENCE) == [eve]
+    assert reg.silent(3.0 + SILENCE) == [eve, zoe, bob]
+    reg.went_offline(eve, WALL)
+    assert reg.silent(3.0 + SILENCE) == [zoe, bob]
+    reg.heard(eve, 4.0)
+    assert reg.silent(4.0 + SILENCE) == [zoe, bob, eve]
+
+
+# what to do with messages
+
+def test_messages_are_kept_for_who_is_offline_probed_for_who_is_online_and_refused_for_a_stranger(
+        reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    assert [reg.judge("bob", relay) for relay in (False, True)] == [PROBE, KEEP]
+    reg.went_offline(session, WALL)
+    assert [reg.judge("bob", relay) for relay in (False, True)] == [KEEP, KEEP]
+    assert [reg.judge("eve", relay) for relay in (False, True)] == [UNKNOWN, UNKNOWN]
+
+
+def test_messages_are_kept_while_the_mail_of_who_came_back_is_on_its_way(reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A), WALL)
+    save(reg, "bob", "one")
+    session = register(reg, "bob", A)
+    assert reg.judge("bob", False) == KEEP
+    reg.mail_acked(session, 2)
+    assert reg.judge("bob", False) == PROBE
+
+
+def test_a_mailbox_takes_as_many_messages_as_its_limit_and_none_more() -> None:
+    reg = new_registry(mailbox_limit=4)
+    register(reg, "bob", A)
+    save(reg, "bob", "one")
+    five = pieces_of(1, *"abcde")
+    assert [reg.fitting("bob", five[:size]) for size in range(6)] == [0, 1, 2, 3, 3, 3]
+    save(reg, "bob", "a", "b", "c")
+    assert reg.fitting("bob", five) == 0
+    reg.mailbox.acked(reg.mailbox.known["bob"], 3)
+    assert reg.fitting("bob", five) == 0, "there is room only when the disk has it"
+    reg.mailbox.commit(WALL)
+    assert reg.fitting("bob", five) == 2
+
+
+def test_a_text_of_several_pieces_counts_as_one_message_and_fits_whole_or_not_at_all() -> None:
+    reg = new_registry(mailbox_limit=2)
+    register(reg, "bob", A)
+    assert reg.fitting("bob", pieces_of(1, "x…", "y…", "z", "a…", "b", "c")) == 5
+    save(reg, "bob", "x…", "y…", "z")
+    assert reg.fitting("bob", pieces_of(4, "a…", "b")) == 2
+    assert reg.fitting("bob", pieces_of(4, "a…", "b", "c")) == 2
+    save(reg, "bob", "a…", "b")
+    assert reg.fitting("bob", pieces_of(6, "c")) == 0
+
+
+@pytest.mark.parametrize("left, fitting", [(3 * MAX_PIECE_SIZE, 3), (3 * MAX_PIECE_SIZE - 1, 1), (MAX_PIECE_SIZE, 1),
+                                           (MAX_PIECE_SIZE - 1, 0), (0, 0)])
+def test_a_mailbox_takes_texts_up_to_its_last_byte(reg: Registry, left: int, fitting: int) -> None:
+    register(reg, "bob", A)
+    reg.mailbox.known["bob"].size = MAILBOX_SIZE - left
+    pieces = [Piece(1, WALL, "x" * MAX_PIECE_SIZE, False), Piece(2, WALL, "y" * MAX_PIECE_SIZE, True),
+              Piece(3, WALL, "ü" * (MAX_PIECE_SIZE // 2), False)]
+    assert reg.fitting("bob", pieces) == fitting
+
+
+@given(st.lists(st.lists(st.text("aü", max_size=20), min_size=1, max_size=3), max_size=8), st.integers(0, 8),
+       st.integers(0, 100))
+def test_what_fits_are_the_most_whole_texts_that_break_no_limit(texts: List[List[str]], limit: int, room: int) -> None:
+    reg = new_registry(mailbox_limit=limit)
+    register(reg, "bob", A)
+    reg.mailbox.known["bob"].size = MAILBOX_SIZE - room
+    numbers = count(1)
+    pieces = [Piece(next(numbers), WALL, part, index < len(text)) for text in texts
+              for index, part in enumerate(text, 1)]
+    best = max(size for size in range(len(texts) + 1) if size <= limit
+               and sum(len(part.encode()) for text in texts[:size] for part in text) <= room)
+    assert reg.fitting("bob", pieces) == sum(map(len, texts[:best]))
+
+
+# nicks that go
+
+def test_a_forgotten_nick_is_gone_from_table_and_store_and_free_for_anybody(reg: Registry) -> None:
+    reg.deregister(register(reg, "bob", A, b"token"), WALL)
+    save(reg, "bob", "one")
+    version = reg.table.version
+    assert reg.forget("bob")
+    assert [page.rows for page in reg.table.pages(version, 1000)] == [[["bob", *A, GONE]]]
+    assert reg.mailbox.known == {} and reg.judge("bob", True) == UNKNOWN
+    assert not reg.forget("bob")
+    session = register(reg, "bob", B)
+    assert (state_of(reg, "bob"), reg.mail_number(session)) == ((*B, ONLINE), 0)
+
+
+def test_a_nick_in_use_is_not_forgotten(reg: Registry) -> None:
+    register(reg, "bob", A)
+    assert not reg.forget("bob")
+    assert state_of(reg, "bob") == (*A, ONLINE)
+    assert not reg.forget("nobody")
+
+
+def test_a_ghost_can_be_forgotten(reg: Registry) -> None:
+    register(reg, "bob", A, b"token")
+    reg = restarted(reg)
+    assert reg.forget("bob")
+    assert reg.holder("bob") is None and reg.claim("bob", B, None) == GRANTED
+
+
+def test_a_nick_lapses_when_it_was_offline_for_more_than_the_days_given(reg: Registry) -> None:
+    for number, nick in enumerate(["bob", "eve", "zoe"]):
+        reg.deregister(register(reg, nick, A), WALL + number)
+    register(reg, "live", B)
+    save(reg, "bob", "one", "two")
+    assert reg.lapse(WALL + 1000 * DAY, 0) == []
+    assert reg.lapse(WALL + 90 * DAY, 90.0) == []
+    dropped = reg.lapse(WALL + 90 * DAY + 1.5, 90.0)
+    assert [(known.nick, known.messages) for known in dropped] == [("bob", 2), ("eve", 0)]
+    assert set(reg.mailbox.known) == set(reg.table.entries) == {"zoe", "live"}
+
+
+def test_a_nick_whose_client_died_without_leaving_lapses_too(reg: Registry) -> None:
+    session = register(reg, "bob", A)
+    reg.went_offline(session, WALL)
+    assert reg.lapse(WALL + 90 * DAY, 90.0) == []
+    assert reg.sessions == {session.id: session}
+    assert [known.nick for known in reg.lapse(WALL + 90 * DAY + 1, 90.0)] == ["bob"]
+    assert state_of(reg, "bob") is None and not reg.sessions and not reg.by_nick
+    assert reg.closed[session.id] == EVICTED
+    assert reg.mailbox.commit(WALL)
+
+
+def test_the_time_offline_of_who_was_online_in_a_crash_begins_with_the_restart(reg: Registry) -> None:
+    register(reg, "bob", A)
+    reg.deregister(register(reg, "eve", B), WALL)
+    reg = restarted(reg, WALL + 80 * DAY)
+    assert [known.nick for known in reg.lapse(WALL + 100 * DAY, 90.0)] == ["eve"]
+    assert [known.nick for known in reg.lapse(WALL + 171 * DAY, 90.0)] == ["bob"]
+
+
+class Deciding(RuleBasedStateMachine):
+    """A registry under everything its owner may do to it, in any order."""
+
+    NICKS, ADDRESSES, WHICH = st.sampled_from(["a", "b", "c", "d"]), st.sampled_from([A, B, C]), st.integers(0, 5)
+    LIMIT = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Mailbox(":memory:", SERVER)
+        self.reg = Registry(self.box, WALL, self.LIMIT, max_known=self.LIMIT)
+        self.now, self.wall = 0.0, WALL
+        self.greeting: Dict[bytes, int] = {}    # session -> number of the last mail that comes first
+        self.ended: List[Session] = []
+
+    def teardown(self) -> None:
+        self.box.close()
+
+    def session(self, which: int) -> Session:
+        sessions = list(self.reg.sessions.values())
+        return sessions[which % len(sessions)]
+
+    def hear(self, session: Session) -> None:
+        self.now += 1
+        if self.reg.heard(session, self.now):
+            self.greeting[session.id] = session.known.last
+
+    @rule(nick=NICKS, address=ADDRESSES)
+    def register(self, nick: str, address: Address) -> None:
+        before = dict(self.reg.sessions)
+        verdict = self.reg.claim(nick, address, None)
+        if verdict == ASK:                      # nobody answers there
+            holder = self.reg.by_nick.get(nick)
+            if holder is not None and holder.id in self.reg.live:
+                self.reg.went_offline(holder, self.wall)
+            self.reg.ghosts.pop(nick, None)
+            verdict = self.reg.claim(nick, address, None)
+        if verdict == FULL:
+            new = nick not in self.box.known
+            assert len(self.reg.live) == self.LIMIT or new and len(self.box.known) == self.LIMIT and all(
+                known.waiting or known.online for known in self.box.known.values())
+            return
+        assert verdict == GRANTED
+        session = admit(self.reg, nick, address, None, self.now, self.wall)
+        self.greeting[session.id] = session.known.last
+        self.ended.extend(old for id_, old in before.items() if id_ not in self.reg.sessions)
+        assert (session.address, self.reg.holder(nick)) == (address, address)
+
+    @precondition(lambda self: self.reg.sessions)
+    @rule(which=WHICH)
+    def speak(self, which: int) -> None:
+        self.hear(self.session(which))
+
+    @precondition(lambda self: self.ended)
+    @rule(which=WHICH, number=st.integers(0, 5))
+    def speak_after_the_end(self, which: int, number: int) -> None:
+        session = self.ended[which % len(self.ended)]
+        assert not self.reg.heard(session, self.now)
+        self.reg.mail_acked(session, number)
+
+    @precondition(lambda self: self.reg.live)
+    @rule(which=WHICH)
+    def die(self, which: int) -> None:
+        session = self.session(which)
+        if session.id in self.reg.live:
+            self.reg.went_offline(session, self.wall)
+
+    @precondition(lambda self: self.reg.sessions)
+    @rule(which=WHICH)
+    def leave(self, which: int) -> None:
+        session = self.session(which)
+        self.reg.deregister(session, self.wall)
+        self.ended.append(session)
+
+    @precondition(lambda self: self.reg.sessions)
+    @rule(which=WHICH, address=ADDRESSES)
+    def move(self, which: int, address: Address) -> None:
+        session = self.session(which)
+        self.reg.moved(session, address, self.wall)
+        self.hear(session)
+
+    @rule(nick=NICKS, relay=st.booleans())
+    def save(self, nick: str, relay: bool) -> None:
+        if self.reg.judge(nick, relay) == KEEP:
+            keep(self.box, nick, "text")
+            assert self.box.commit(self.wall)
+
+    @precondition(lambda self: self.reg.sessions)
+    @rule(which=WHICH, amount=st.integers(0, 3))
+    def ack(self, which: int, amount: int) -> None:
+        session = self.session(which)
+        self.hear(session)
+        number = session.known.first - session.offset + amount
+        self.reg.mail_acked(session, min(number, self.reg.mail_number(session) + 1))
+
+    @rule(days=st.integers(0, 60))
+    def lapse(self, days: int) -> None:
+        self.wall += days * DAY
+        before = dict(self.reg.sessions)
+        self.reg.lapse(self.wall, 90.0)
+        self.ended.extend(old for id_, old in before.items() if id_ not in self.reg.sessions)
+
+    @rule()
+    def restart(self) -> None:
+        assert self.box.commit(self.wall)
+        self.reg = Registry(self.box, self.wall, self.LIMIT, max_known=self.LIMIT)
+        self.greeting.clear()
+        self.ended.clear()
+
+    @invariant()
+    def sessions_and_their_indexes_agree(self) -> None:
+        reg = self.reg
+        assert {session.nick: session for session in reg.sessions.values()} == reg.by_nick
+        assert len(reg.by_nick) == len(reg.sessions) <= self.LIMIT
+        assert set(reg.live) <= set(reg.sessions) and not set(reg.closed) & set(reg.sessions)
+        heard = [session.heard for session in reg.live.values()]
+        assert heard == sorted(heard)
+        assert not set(reg.ghosts) & set(reg.by_nick)
+
+    @invariant()
+    def the_table_tells_of_everybody_known_and_of_nobody_twice(self) -> None:
+        reg, table = self.reg, self.reg.table
+        assert {nick: (known.host, known.port) for nick, known in self.box.known.items()} \
+            == {nick: (entry.host, entry.port) for nick, entry in table.entries.items()}
+        assert len({entry.version for entry in table.entries.values()}) == len(table)
+        online = [entry for entry in table.entries.values() if entry.state == ONLINE]
+        assert len({(entry.host, entry.port) for entry in online}) == len(online)
+        for nick, known in self.box.known.items():
+            assert known.online == (table.is_online(nick) or nick in reg.ghosts)
+
+    @invariant()
+    def exactly_those_who_live_and_have_had_their_mail_are_online(self) -> None:
+        for session in self.reg.sessions.values():
+            entry = self.reg.table.entries[session.nick]
+            assert (entry.host, entry.port) == session.address
+            assert (entry.state == ONLINE) == (session.id in self.reg.live
+                                               and session.known.first > self.greeting[session.id])
+        for nick in self.reg.table.entries:
+            assert nick in self.reg.by_nick or not self.reg.table.is_online(nick)
+
+    @invariant()
+    def the_store_can_always_be_written(self) -> None:
+        assert self.box.commit(self.wall)
+
+
+def test_sessions_table_and_store_agree_whatever_happens() -> None:
+    run_state_machine_as_test(Deciding, settings=settings(max_examples=100, stateful_step_count=30))
