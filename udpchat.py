@@ -48,8 +48,9 @@ from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequenc
 
 import protocol
 from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
-from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
-                      SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError, Table)
+from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
+                      REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError,
+                      Table)
 
 VERSION = "1.0.0"
 log = logging.getLogger("udpchat")
@@ -1264,7 +1265,7 @@ class Client:
         self._ping = Request(loop, self._send_ping, self._ping_unanswered)
         self._ping_alarm = Alarm(loop, self._ping.start)
         self._sync_alarm = Alarm(loop, self._send_sync)
-        self._swap_alarm = Alarm(loop, self._swap_table)
+        self._swap_alarm = Alarm(loop, self._distrust_table)
         self._hold_alarm = Alarm(loop, self._look_after_holds)
         self._next_turn = Alarm(loop, lambda: None)
         self._last_asked = -NEVER
@@ -1508,6 +1509,11 @@ class Client:
                 self._look_at_oneself()
         elif self._pages >= SYNC_PAGES:
             self._send_sync()
+
+    def _distrust_table(self) -> None:
+        """The table is too old to say who is online, and there is no other: messages go to the server."""
+        self._note_changes([nick for nick, host, port, state, _ in list(self.table.entries.values())
+                            if self.table.set(nick, host, port, OFFLINE)])
 
     def _swap_table(self) -> None:
         """Puts the table of the new boot in force, and drops what it does not name."""
