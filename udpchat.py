@@ -1481,7 +1481,7 @@ class Client:
             return
         self._pages = 0
         self._synced = self.loop.now()
-        self._sync_alarm.set(self._synced + jittered(self.loop, SYNC_INTERVAL))
+        self._sync_alarm.set(self._synced + jittered(self.loop, LOST_PING_INTERVAL if self._lost else SYNC_INTERVAL))
         self._ask_server("sync", {"session": self._session, "version": self._newest().version})
 
     def _want_sync(self) -> None:

@@ -154,6 +154,8 @@ class Ledger:
         if life in message.seen_by:
             raise Violation(f"{life.name} shows {message!r} twice")
         message.seen_by.append(life)
+        if message.closing == "refused":
+            return      # a late copy of it was kept: whether it is shown, and when, was not promised
         last = life.last_shown.get(message.life)
         if last is not None and last.serial > message.serial and message.life.nick not in life.released:
             raise Violation(f"{life.name} shows {message!r} after {last!r}")
@@ -169,7 +171,7 @@ class Ledger:
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
         exited = life.lines[-1:] == ["[Exiting]"]
         unanswered = exited and life.lines[-2] == "[Server not responding]"     # 1 only if a command asked for it
-        if not unanswered and (life.exit_code == 0) != (not failed and not exited and not life.screen.gone):
+        if not (unanswered or life.screen.gone) and (life.exit_code == 0) != (not failed and not exited):
             raise Violation(f"{life.name} ended with {life.exit_code}; failed: {failed[:3]}, exiting: {exited}")
         if life.screen.gone:
             return
@@ -549,6 +551,8 @@ class Life(Node):
 
     def type(self, line: str) -> None:
         """Types a line; a ``send`` goes on the account."""
+        if self._eof:
+            return
         self.world.trace("%s < %s", self.name, line[:100])
         data = line.encode() + b"\n"
         self._stdin += data
