@@ -1,0 +1,563 @@
+"""What must always hold, whatever the network, the peers and the server do: in the simulated world of ``simulate``.
+
+First stories that are told step by step, then many random ones.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any, Callable, List, Tuple
+
+import pytest
+
+import protocol
+from protocol import encode
+from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
+from udpchat import ACTIVE, AWAY, PING_INTERVAL, SYNC_INTERVAL
+
+SEEDS = 300
+CHUNK = 30
+
+
+def is_ready(life: Life) -> bool:
+    """Whether a client reads commands."""
+    return life.client.state == ACTIVE and life.client.table.is_online(life.nick)
+
+
+def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> Tuple[World, List[Life]]:
+    """A world with a server and clients that are all online and know each other."""
+    world = World(1, mailbox=mailbox)
+    world.start_server()
+    lives = [world.client(nick, stay=stay) for nick in nicks]
+    world.run_until(lambda: all(life.client.table.is_online(nick) for nick in nicks for life in lives), 5)
+    world.run(1)
+    return world, lives
+
+
+def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str, List[Any]], bool]:
+    """A filter for the network that loses every datagram with one of ``tags`` between these hosts."""
+    def passes(from_: str, to: str, maps: List[Any]) -> bool:
+        hit = from_ == (source or from_) and to == (target or to)
+        return not (hit and any(value["tag"] in tags for value in maps))
+    return passes
+
+
+def count(life: Life, line: str) -> int:
+    """How often a client has shown a line."""
+    return life.lines.count(line)
+
+
+def ends(life: Life, text: str) -> int:
+    """How many lines of a client end with ``text``."""
+    return sum(line.endswith(text) for line in life.lines)
+
+
+def tags_of(datagram: bytes) -> List[str]:
+    """What is in a datagram."""
+    return [tag for tag, _ in protocol.Decoder().decode(datagram)]
+
+
+# --- one message ----------------------------------------------------------------------------------------------
+
+def test_a_message_is_shown_and_receipted() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.type("send bob hello")
+    world.run(1)
+    assert count(bob, "alice: hello") == 1 and alice.lines[-1] == "[Message received by bob.]"
+
+
+def test_a_message_whose_receipt_was_lost_is_shown_once() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.filter = losing("ack", source="bob")
+    alice.type("send bob hello")
+    world.run(0.3)
+    assert count(bob, "alice: hello") == 1 and not count(alice, "[Message received by bob.]")
+    world.network.filter = None
+    world.run(5)
+    assert count(bob, "alice: hello") == 1 and count(alice, "[Message received by bob.]") == 1
+
+
+def test_a_message_whose_receipts_are_all_lost_is_shown_once_though_it_also_comes_by_mail() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.block("bob", "alice")
+    alice.type("send bob hello")
+    world.run(10)
+    assert ends(bob, "hello") == 1
+    assert alice.lines[-3:] == ["[No ACK from bob, message sent to server.]", "[Client bob exists!!]",
+                                "[Messages received by the server and saved]"]
+
+
+def test_a_recipient_behind_a_one_way_path_gets_its_messages_by_relay() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.block("alice", "bob")
+    alice.type("send bob first")
+    world.run(5)
+    assert ends(bob, "> first") == 1 and not count(bob, "[You have messages]")
+    sent = alice.sent
+    alice.type("send bob second")
+    world.run(0.4)
+    assert ends(bob, "> second") == 1, "for a minute it is not tried directly again"
+    assert alice.sent - sent <= 2
+    assert count(alice, "[Messages received by the server and saved]") == 2
+
+
+def test_mail_comes_before_the_client_is_announced() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    for number in range(3):
+        alice.type(f"send bob m{number}")
+    world.run(1)
+    world.network.filter = losing("ack", source="bob")
+    bob.type("reg bob")
+    world.run(2)
+    assert [line[-2:] for line in bob.lines[-3:]] == ["m0", "m1", "m2"] and "[You have messages]" in bob.lines
+    assert not alice.client.table.is_online("bob"), "its mail is not acked yet"
+    world.network.filter = None
+    world.run(5)
+    assert alice.client.table.is_online("bob") and count(bob, "[You have messages]") == 1
+
+
+def test_messages_kept_by_the_server_come_before_later_ones_that_come_straight() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.block("alice", "bob")
+    world.network.block("bob", "alice")
+    world.network.filter = losing("mail")
+    alice.type("send bob m1")
+    world.run(5)
+    assert count(alice, "[Messages received by the server and saved]") == 1
+    world.network.blocked.clear()
+    bob.move(world.new_address())
+    world.run(20)
+    alice.type("send bob m2")
+    world.run(2)
+    assert not ends(bob, "m1") and not ends(bob, "m2"), "it waits for what is missing"
+    world.network.filter = None
+    world.run(10)
+    assert [line.split(" ")[-1] for line in bob.lines if line.startswith("alice: ")] == ["m1", "m2"]
+
+
+def test_what_was_passed_over_for_want_of_an_answer_is_shown_when_the_mail_comes() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.type("send bob m0")
+    world.run(1)
+    world.network.block("alice", "bob")
+    world.network.filter = losing("mail")
+    alice.type("send bob m1")
+    world.run(5)
+    assert count(alice, "[Messages received by the server and saved]") == 1
+    world.network.blocked.clear()
+    bob_entry = alice.client.table.get("bob")
+    assert bob_entry is not None
+    world.run(70)
+    world.network.block("bob", "server")
+    alice.type("send bob m2")
+    world.run(8)
+    assert [line.split(" ")[-1] for line in bob.lines if line.startswith("alice: ")] == ["m0", "m2"]
+    world.network.blocked.clear()
+    world.network.filter = None
+    world.run(30)
+    assert [line.split(" ")[-1] for line in bob.lines if line.startswith("alice: ")] == ["m0", "m2", "m1"]
+
+
+def test_a_recipient_that_is_gone_is_found_out_and_its_mail_kept_for_its_next_life() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.crash()
+    alice.type("send bob hello")
+    world.run(3)
+    assert alice.lines[-3:] == ["[No ACK from bob, message sent to server.]", "[Client table updated.]",
+                                "[Messages received by the server and saved]"]
+    again = world.client("bob")
+    world.run(3)
+    assert ends(again, "> hello") == 1 and count(again, "[You have messages]") == 1
+
+
+def test_unknown_and_too_long_messages_are_refused_at_once_and_make_the_exit_code_1() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.type("send nobody hello")
+    alice.type("send bob " + "x" * (protocol.MAX_TEXT + 1))
+    alice.type("send bob " + "y" * protocol.MAX_TEXT)
+    alice.end_input()
+    world.run(5)
+    assert count(alice, "[Unknown client nobody.]") == 1
+    assert count(alice, f"[Message too long: {protocol.MAX_TEXT + 1} bytes, at most {protocol.MAX_TEXT}.]") == 1
+    assert count(alice, "[Message received by bob.]") == 1 and alice.exit_code == 1
+
+
+def test_a_full_mailbox_refuses_and_says_so() -> None:
+    world, (alice, bob) = start("alice", "bob", mailbox=3)
+    bob.type("dereg bob")
+    world.run(1)
+    for number in range(5):
+        alice.type(f"send bob m{number}")
+    world.run(2)
+    assert count(alice, "[Messages received by the server and saved]") == 3
+    assert count(alice, "[Mailbox of bob is full, message not saved.]") == 2
+    bob.type("reg bob")
+    world.run(3)
+    assert [line[-2:] for line in bob.lines if line.startswith("alice: ")] == ["m0", "m1", "m2"]
+
+
+def test_while_the_disk_fails_nothing_counts_as_saved() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    world.disk.failing = True
+    alice.type("send bob lost")
+    world.run(2)
+    assert alice.lines[-1] == "[The server cannot save messages now, message for bob not saved.]"
+    world.disk.failing = False
+    alice.type("send bob kept")
+    world.run(2)
+    bob.type("reg bob")
+    world.run(3)
+    assert ends(bob, "kept") == 1 and ends(bob, "lost") == 0
+
+
+# --- slow and gone readers ------------------------------------------------------------------------------------
+
+def test_a_stalled_reader_makes_the_sender_wait_then_relay_and_loses_nothing() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.screen.set_rate(0)
+    for number in range(400):
+        alice.type(f"send bob m{number} " + "x" * 500)
+    world.run(20)
+    received = count(alice, "[Message received by bob.]")
+    assert 0 < received < 400 and not count(alice, "[No ACK from bob, message sent to server.]"), "it waits"
+    world.run(40)
+    assert count(alice, "[No ACK from bob, message sent to server.]") == 400 - received
+    assert count(alice, "[Messages received by the server and saved]") == 400 - received
+    bob.screen.set_rate(float("inf"))
+    world.run(20)
+    shown = [line for line in bob.lines if line.startswith("alice: ")]
+    assert len(shown) == 400 and [line.split(" ")[-2] for line in shown] == [f"m{number}" for number in range(400)]
+
+
+def test_a_slow_reader_gets_everything_in_order_and_the_sender_goes_at_its_pace() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.screen.set_rate(5000)
+    for number in range(300):
+        alice.type(f"send bob m{number} " + "x" * 500)
+    alice.end_input()
+    world.run(20)
+    assert alice.exit_code is None
+    world.run(40)
+    assert alice.exit_code == 0 and count(alice, "[Message received by bob.]") == 300
+    assert sum(line.startswith("alice: ") for line in bob.lines) == 300
+
+
+def test_a_client_whose_reader_goes_away_leaves_and_ends_with_1() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.screen.gone = True
+    alice.type("send bob hello")
+    world.run(4)
+    assert bob.exit_code == 1 and count(alice, "[Messages received by the server and saved]") == 1
+    again = world.client("bob")
+    world.run(3)
+    assert ends(again, "> hello") == 1, "nobody has read it yet"
+
+
+# --- the server comes and goes --------------------------------------------------------------------------------
+
+def test_a_server_restarted_at_once_knows_nobody_online_and_everyone_comes_back_within_one_ping_interval() -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    assert world.server is not None
+    world.server.crash()
+    table = world.start_server().server.registry.table
+    assert [entry.state for entry in table.entries.values()] == ["offline"] * 3
+    world.run(PING_INTERVAL)
+    assert [entry.state for entry in table.entries.values()] == ["online"] * 3
+    for life in (alice, bob, carol):
+        assert [entry[:4] for entry in sorted(life.client.table.entries.values())] \
+            == [entry[:4] for entry in sorted(table.entries.values())]
+        assert count(life, "[Welcome, You are registered.]") == 2 and life.alive
+
+
+def test_clients_chat_while_the_server_is_away() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    world.server.crash()
+    world.run(60)
+    alice.type("send bob hello")
+    world.run(1)
+    assert count(bob, "alice: hello") == 1 and count(alice, "[Message received by bob.]") == 1
+    assert count(alice, "[Server not responding]") == 1, "once for each outage"
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_message_that_was_saved_survives_a_crash_at_any_step_and_is_shown_once(steps: int) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    assert world.server is not None
+    world.server.fuse = steps
+    alice.type("send bob hello")
+    world.run(4)
+    if world.server.alive:
+        world.server.crash()
+    world.start_server()
+    world.run(20)
+    bob.type("reg bob")
+    world.run(20)
+    assert ends(bob, "hello") == 1 and count(alice, "[Messages received by the server and saved]") == 1
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_mail_survives_crashes_of_its_recipient_and_of_the_server_while_it_is_delivered(steps: int) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    for number in range(50):
+        alice.type(f"send bob m{number}")
+    world.run(2)
+    bob.crash()
+    for _ in range(3):
+        again = world.client("bob")
+        again.fuse = 4 + steps
+        world.run(1)
+        assert world.server is not None
+        world.server.fuse = steps
+        world.run(5)
+        if not world.server.alive:
+            world.start_server()
+    if again.alive:
+        again.crash()
+    final = world.client("bob")
+    world.run(30)
+    seen = [line.split(" ")[-1] for life in world.lives for line in life.lines if line.startswith("alice: ")]
+    assert set(seen) == {f"m{number}" for number in range(50)} and final.client.table.is_online("bob")
+
+
+def test_a_table_that_does_not_come_makes_nobody_unknown() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    world.server.crash()
+    world.network.filter = losing("table")
+    world.start_server()
+    world.run(60)
+    alice.type("send bob hello")
+    world.run(5)
+    assert not count(alice, "[Unknown client bob.]")
+    world.network.filter = None
+    world.run(30)
+    assert ends(bob, "hello") == 1
+
+
+# --- who is who -----------------------------------------------------------------------------------------------
+
+def test_a_client_that_moved_is_found_again() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.move(world.new_address("10.0.2.1"))
+    alice.type("send bob hello")
+    world.run(PING_INTERVAL * 1.3 + 3)
+    assert ends(bob, "hello") == 1
+    entry = alice.client.table.get("bob")
+    assert entry is not None and (entry.host, entry.port) == bob.address and entry.state == "online"
+    alice.type("send bob again")
+    world.run(1)
+    assert count(bob, "alice: again") == 1
+
+
+def test_a_second_client_with_the_same_nick_is_refused_while_the_first_runs() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    other = world.client("alice")
+    world.run(3)
+    assert other.lines == ["[Nickname alice is taken.]", "[Exiting]"] and other.exit_code == 1
+    bob.type("send alice hello")
+    world.run(1)
+    assert count(alice, "bob: hello") == 1
+
+
+def test_a_nick_belongs_to_its_first_owner_also_while_nobody_runs_with_it() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.end_input()
+    world.run(2)
+    thief = world.client("alice", secret=bytes(32))
+    world.run(3)
+    assert thief.lines == ["[Nickname alice belongs to someone else.]", "[Exiting]"] and thief.exit_code == 1
+
+
+def test_a_late_copy_of_an_old_registration_does_not_throw_its_sender_out() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    copies: List[bytes] = []
+
+    def keep(source: str, target: str, maps: List[Any]) -> bool:
+        copies.extend(encode(value["tag"], value["info"]) for value in maps
+                      if value["tag"] == "reg" and "cookie" in value["info"])
+        return True
+    world.network.filter = keep
+    for line in ("dereg alice", "reg alice", "dereg alice", "reg alice"):
+        alice.type(line)
+        world.run(2)
+    assert len(copies) == 2 and world.server is not None
+    world.server.arrive(copies[0], alice.address)
+    world.run(PING_INTERVAL * 2)
+    assert alice.alive and count(alice, "[Welcome, You are registered.]") == 3
+
+
+def test_a_stranger_makes_nobody_show_anything_or_ask_without_end() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    lines, sent = len(bob.lines), bob.sent
+    for number in range(1000):
+        world.call_at(world.now + number * 0.01, lambda: bob.arrive(encode("chat", {
+            "from": "alice", "to": "bob", "stream": 7, "n": 1, "base": 1, "text": ["forged"]}), ("10.66.6.6", 666)))
+    world.run(10)
+    assert len(bob.lines) == lines
+    assert bob.sent - sent <= 10 / SYNC_INTERVAL + 5, "it asks for the table, but not each time"
+    sent = bob.sent
+    world.run(10)
+    assert bob.sent - sent <= 5
+
+
+def test_the_server_answers_strangers_with_no_more_than_it_got() -> None:
+    world, _ = start("alice")
+    assert world.server is not None
+    server, got, session = world.server, [0], bytes(16)
+    for datagram in (encode("ping", {"id": 1, "session": session, "version": 0}), encode("dereg", {"session": session}),
+                     encode("sync", {"session": session, "version": 0}), encode("reg", {"id": 1, "nick": "x"}),
+                     protocol.padded("reg", {"id": 1, "nick": "alice"}, protocol.REG_SIZE)):
+        world.network.forge(("10.66.6.6", 1), datagram, server)
+        got[0] += len(datagram)
+    world.run(5)
+    assert 0 <= world.network.balance["10.66.6.6", 1] <= got[0]
+
+
+# --- coming and leaving ---------------------------------------------------------------------------------------
+
+def test_a_script_that_is_piped_in_is_delivered_in_order_and_ends_with_0() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.weather = Weather(loss=0.2, repeat=0.1, delay=0.02, jitter=0.05)
+    for number in range(500):
+        alice.type(f"send bob m{number}")
+    alice.end_input()
+    world.run(60)
+    assert alice.exit_code == 0
+    shown = [line.split(" ")[-1] for line in bob.lines if line.startswith("alice: ")]
+    assert shown == [f"m{number}" for number in range(500)]
+
+
+def test_with_stay_a_client_goes_on_receiving_after_the_end_of_stdin() -> None:
+    world, (alice, bob) = start("alice", "bob", stay=True)
+    bob.end_input()
+    world.run(5)
+    alice.type("send bob hello")
+    world.run(1)
+    assert bob.alive and count(bob, "alice: hello") == 1
+    bob.interrupt()
+    world.run(1)
+    assert bob.exit_code == 0 and bob.lines[-1] == "[You are Offline. Bye.]"
+
+
+def test_dereg_with_a_silent_server_ends_with_exit_1_and_names_what_was_not_delivered() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(2)
+    assert world.server is not None
+    world.server.crash()
+    alice.type("send bob hello")
+    alice.type("dereg alice")
+    world.run(15)
+    assert alice.lines[-5:] == ["[bob is offline, message sent to server.]", "[Server not responding]",
+                                "[Server not responding]", "[1 message not delivered.]", "[Exiting]"]
+    assert alice.exit_code == 1 and alice.complaints == ["send bob hello"]
+
+
+def test_the_end_of_stdin_with_a_silent_server_ends_with_0_if_nothing_is_left() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    world.server.crash()
+    alice.type("send bob hello")
+    alice.end_input()
+    world.run(10)
+    assert alice.exit_code == 0 and count(alice, "[Message received by bob.]") == 1
+
+
+def test_a_signal_ends_a_client_within_two_seconds_and_names_everything_that_was_read() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(2)
+    assert world.server is not None
+    world.server.crash()
+    for line in ("send bob m1", "send bob m2", "dereg alice", "send bob m3"):
+        alice.type(line)
+    world.run(1)
+    alice.interrupt()
+    world.run(2.01)
+    assert alice.exit_code == 1 and "[3 messages not delivered.]" in alice.lines
+    assert alice.complaints == ["send bob m1", "send bob m2", "send bob m3"]
+
+
+def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_is_back() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    for life in (alice, bob):
+        world.network.block(life.nick, "bob" if life is alice else "alice")
+    world.network.filter = losing("save")
+    alice.type("send bob hello")
+    alice.type("dereg alice")
+    world.run(10)
+    assert alice.client.state == AWAY
+    world.network.filter = None
+    world.network.blocked.clear()
+    bob.type("send alice hi")
+    sent = alice.sent
+    world.run(60)
+    assert alice.sent == sent and not ends(bob, "hello") and not ends(alice, "hi")
+    alice.type("reg alice")
+    world.run(10)
+    assert ends(bob, "hello") == 1 and ends(alice, "hi") == 1
+
+
+def test_a_deregistered_client_with_unsent_messages_can_end() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    world.network.filter = losing("save")
+    alice.type("send bob hello")
+    alice.type("dereg alice")
+    world.run(10)
+    assert alice.client.state == AWAY
+    alice.end_input()
+    world.run(3)
+    assert alice.exit_code == 1 and alice.complaints == ["send bob hello"]
+
+
+def test_time_in_which_a_client_was_stopped_makes_nobody_seem_silent() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.type("send bob hello")
+    world.run(0.0015)
+    alice.stop_for(30)
+    world.run(40)
+    assert alice.lines[-1] == "[Message received by bob.]"
+    assert not count(alice, "[No ACK from bob, message sent to server.]")
+
+
+def test_a_client_that_was_stopped_for_long_comes_back_by_itself() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.stop_for(100)
+    world.run(70)
+    assert not alice.client.table.is_online("bob")
+    alice.type("send bob hello")
+    world.run(60)
+    assert ends(bob, "hello") == 1 and alice.client.table.is_online("bob")
+
+
+# --- random worlds --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_what_must_always_hold_holds_in_random_storms(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        result = run_seed(seed)
+        assert not result.failure, f"{result.failure}\nreplay: {replay(seed)}"
+
+
+def test_a_seed_gives_the_same_run_in_every_process() -> None:
+    code = "from tests.simulate import run_seed; print([run_seed(seed).digest for seed in (3, 4)])"
+    digests = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONHASHSEED": hashes}).stdout for hashes in ("1", "2")}
+    assert digests == {f"{[run_seed(seed).digest for seed in (3, 4)]}\n"}
+
+
+def test_the_server_of_the_simulation_is_where_clients_expect_it() -> None:
+    world, _ = start("alice")
+    assert world.server is not None and world.server.address == SERVER
