@@ -683,14 +683,17 @@ class Server:
                 self._reply(address, size, encode("cookie", {
                     "id": request, "server": self.registry.mailbox.server_id, "cookie": self._cookie(address, 0)}))
             return
+        self._consider(nick, Claim(address, info.get("token"), request))
+
+    def _consider(self, nick: str, claim: Claim) -> None:
+        """Registers somebody who has proved an address, or refuses that, or asks first whether the holder is there."""
         session = self.registry.by_nick.get(nick)
-        if session is not None and (session.address, session.request) == (address, request):
+        if session is not None and (session.address, session.request) == (claim.address, claim.request):
             self._welcome(session)
             return
-        if request in self.registry.spent:
+        if claim.request in self.registry.spent:
             return      # a copy that was long on its way: whoever sent it has gone on since
-        claim = Claim(address, info.get("token"), request)
-        verdict = self.registry.claim(nick, address, claim.token)
+        verdict = self.registry.claim(nick, claim.address, claim.token)
         holder = self.registry.holder(nick)
         if verdict == ASK and holder is not None:
             probe = self._probe(nick, holder, self.registry.by_nick.get(nick))
@@ -820,9 +823,9 @@ class Server:
             self.registry.went_offline(session, self.loop.wall())
             self._send(session, self._pong(0, session))
         if probe.claim is not None:
-            self.registry.ghosts.pop(probe.nick, None)
-            if self.registry.claim(probe.nick, probe.claim.address, probe.claim.token) == GRANTED:
-                self._admit(probe.nick, probe.claim)
+            if self.registry.ghosts.get(probe.nick) == probe.address:
+                del self.registry.ghosts[probe.nick]
+            self._consider(probe.nick, probe.claim)
 
     def _on_alive(self, info: Info, address: Address, size: int) -> None:
         probe = self._probes.get(info["id"])
