@@ -862,7 +862,9 @@ class Server:
         for session in self.registry.silent(self.loop.now()):
             self._probe(session.nick, session.address, session)
             self.registry.live.move_to_end(session.id)
-        self._watch_silence()
+        if self.registry.live:
+            first = next(iter(self.registry.live.values()))
+            self._silence_alarm.set(max(first.heard + SILENCE, self.loop.now() + PROBE_TIMEOUT))
 
     # keeping
 
