@@ -2079,7 +2079,15 @@ class Client:
             self._went_away()
 
     def _went_away(self) -> None:
+    def _tell_the_rest(self) -> None:
+        """Tells what has become of messages since the last turn that sent any."""
+        for nick, conversation in self._sending.items():
+            events, conversation.events = conversation.events, []
+            for event in events:
+                self._tell(nick, event)
+
         self._stop_asking()
+        self._tell_the_rest()
         self._dereg.stop()
         self._lost = False
         self._session = None
@@ -2111,6 +2119,7 @@ class Client:
     def _report(self) -> None:
         """Names every message that was not delivered: on stderr, as the line that would send it again."""
         for nick, conversation in self._sending.items():
+        self._tell_the_rest()
             for text in conversation.texts():
                 self._hand_back(nick, text)
         self._hand_back_lines()
