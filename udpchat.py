@@ -1383,8 +1383,11 @@ class Client:
         else:
             own = info.get("id") == self._reg_id and self._request.is_running
         if not own or self.state in (AWAY, ENDED):
+        if reason == "replaced":    # by somebody else, or by a late copy of a request of one's own: that will be seen
+            self._session_is_gone()
             return
         self._request.stop()
+            return
         reason = info["reason"]
         if reason == "full":
             self.say("[The server is full.]")
@@ -1449,7 +1452,7 @@ class Client:
             return
         self._server_heard()
         if info["boot"] != self._boot:
-            self._server_restarted()
+            self._session_is_gone()
             return
         self._plan_ping()
         self._inbox.answer(sent, info["mail"])
@@ -1465,15 +1468,15 @@ class Client:
             self._pings[id_] = self.loop.now()
             self._ask_server("ping", {"id": id_, "session": self._session, "version": self._newest().version})
 
-    def _server_restarted(self) -> None:
-        """The server does not know this session: registers again, or has nothing to leave."""
+    def _session_is_gone(self) -> None:
+        """The server does not know this session any more: registers again, or has nothing to leave."""
         self._ping.stop()
         self._ping_alarm.cancel()
         self._sync_alarm.cancel()
         if self.state == LEAVING:
             self._went_away()
         elif not self._request.is_running:
-            log.info("the server has restarted: registering again")
+            log.info("the server does not know this session any more: registering again")
             self._register()
 
     # the table
