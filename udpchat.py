@@ -1383,12 +1383,12 @@ class Client:
         else:
             own = info.get("id") == self._reg_id and self._request.is_running
         if not own or self.state in (AWAY, ENDED):
+            return
+        reason = info["reason"]
         if reason == "replaced":    # by somebody else, or by a late copy of a request of one's own: that will be seen
             self._session_is_gone()
             return
         self._request.stop()
-            return
-        reason = info["reason"]
         if reason == "full":
             self.say("[The server is full.]")
         elif reason == "owned":
@@ -2081,7 +2081,6 @@ class Client:
         if self.state == LEAVING and info["session"] == self._session:
             self._went_away()
 
-    def _went_away(self) -> None:
     def _tell_the_rest(self) -> None:
         """Tells what has become of messages since the last turn that sent any."""
         for nick, conversation in self._sending.items():
@@ -2089,8 +2088,9 @@ class Client:
             for event in events:
                 self._tell(nick, event)
 
-        self._stop_asking()
+    def _went_away(self) -> None:
         self._tell_the_rest()
+        self._stop_asking()
         self._dereg.stop()
         self._lost = False
         self._session = None
@@ -2121,8 +2121,8 @@ class Client:
 
     def _report(self) -> None:
         """Names every message that was not delivered: on stderr, as the line that would send it again."""
-        for nick, conversation in self._sending.items():
         self._tell_the_rest()
+        for nick, conversation in self._sending.items():
             for text in conversation.texts():
                 self._hand_back(nick, text)
         self._hand_back_lines()
