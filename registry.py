@@ -31,10 +31,11 @@ from __future__ import annotations
 import hashlib
 import heapq
 import hmac
+import json
 import os
 import sqlite3
 from collections import OrderedDict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 Address = Tuple[str, int]
 Row = List[object]
@@ -187,12 +188,13 @@ TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
     online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL);
-CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, sender TEXT NOT NULL, stream INTEGER NOT NULL,
-    n INTEGER NOT NULL, at REAL NOT NULL, text TEXT NOT NULL, more INTEGER NOT NULL, size INTEGER NOT NULL,
-    PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
+CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, numbers INTEGER NOT NULL, sender TEXT NOT NULL,
+    stream INTEGER NOT NULL, n INTEGER NOT NULL, texts TEXT NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
+    messages INTEGER NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
 CREATE TABLE streams (sender TEXT NOT NULL, stream INTEGER NOT NULL, next INTEGER NOT NULL, seen REAL NOT NULL,
     PRIMARY KEY (sender, stream)) WITHOUT ROWID;
 """
+INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class StoreError(Exception):
@@ -224,25 +226,47 @@ class Known:
         return self.last - self.first + 1
 
 
-class Piece(NamedTuple):
-    """One number of a stream as it is kept: ``more`` tells that the next number continues its text."""
+class Parcel(NamedTuple):
+    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
+
+    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
+    """
 
     n: int
-    at: float
-    text: str
-    more: bool
+    texts: List[str]
+    times: List[float]
+    more: Collection[int]
+
+    def part(self, start: int, end: int) -> "Parcel":
+        """The numbers at the positions [start, end) alone."""
+        return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
+                      [number for number in self.more if self.n + start <= number < self.n + end])
+
+    @property
+    def messages(self) -> int:
+        """How many texts end in it."""
+        return len(self.texts) - len(self.more)
+
+    @property
+    def size(self) -> int:
+        """Bytes of UTF-8 of the texts."""
+        joined = "".join(self.texts)
+        return len(joined) if joined.isascii() else len(joined.encode())
+
+    def row(self, recipient: int, seq: int, sender: str, stream: int) -> Tuple[object, ...]:
+        """The parcel as a row of the store."""
+        times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
+        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
+                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, self.size)
+
+    @classmethod
+    def of_row(cls, n: int, texts: str, times: str, more: str) -> "Parcel":
+        """The parcel of these columns of a row."""
+        whole, at = json.loads(texts), json.loads(times)
+        return cls(n, whole, at if len(at) == len(whole) else at * len(whole), json.loads(more) if more else ())
 
 
-class Kept(NamedTuple):
-    """One number of somebody's mail; ``more`` is 1 where the next one continues its text, else 0."""
-
-    seq: int
-    sender: str
-    stream: int
-    n: int
-    at: float
-    text: str
-    more: int
+Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
 
 
 def check_file(path: str) -> None:
@@ -310,7 +334,7 @@ class Mailbox:
             known = Known(id_, nick, host, port, bool(online), owner, seen, first, last)
             self.known[nick] = by_id[id_] = known
         self._next_id = max(by_id, default=0) + 1
-        for id_, messages, size in execute("SELECT recipient, sum(1 - more), sum(size) FROM mail GROUP BY recipient"):
+        for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
             by_id[id_].messages, by_id[id_].size = messages, size
 
     # who is known
@@ -350,32 +374,37 @@ class Mailbox:
             return 1
         return int(found[0]) if found else 1
 
-    def keep(self, known: Known, sender: str, stream: int, pieces: Sequence[Piece]) -> None:
+    def keep(self, known: Known, sender: str, stream: int, parcel: Parcel) -> None:
         """Puts whole texts into somebody's mailbox, from the next ``commit`` on."""
         if known.nick not in self._before:
             self._before[known.nick] = (known.last, known.messages, known.size)
-        seq, size, messages = known.last, 0, 0
-        for n, at, text, more in pieces:
-            seq += 1
-            length = len(text) if text.isascii() else len(text.encode())
-            size += length
-            messages += not more
-            self._rows.append((known.id, seq, sender, stream, n, at, text, more, length))
-        known.last = seq
-        known.messages += messages
-        known.size += size
-        self._streams[sender, stream] = pieces[-1].n + 1
+        row = parcel.row(known.id, known.last + 1, sender, stream)
+        self._rows.append(row)
+        known.last += len(parcel.texts)
+        known.messages += parcel.messages
+        known.size += int(str(row[-1]))
+        self._streams[sender, stream] = parcel.n + len(parcel.texts)
         self._changed.add(known.nick)
 
-    def fetch(self, known: Known, seq: int, limit: int) -> List[Kept]:
-        """The mail from number ``seq`` on, at most ``limit`` numbers, of what is committed."""
+    def fetch(self, known: Known, seq: int, limit: int) -> List[Letter]:
+        """The mail with the numbers ``seq``, ``seq`` + 1, ..., at most ``limit``, of what is committed."""
+        letters: List[Letter] = []
         try:
-            rows = self._db.execute("SELECT seq, sender, stream, n, at, text, more FROM mail"
-                                    " WHERE recipient = ? AND seq >= ? ORDER BY seq LIMIT ?", (known.id, seq, limit))
-            return [Kept._make(row) for row in rows]
+            rows = self._db.execute(
+                "SELECT seq, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
+                " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
+            for start, sender, stream, *columns in rows:
+                parcel = Parcel.of_row(*columns)
+                if start < seq:
+                    parcel = parcel.part(seq - start, len(parcel.texts))
+                more = parcel.more
+                letters += [[sender, stream, n, at, text, n in more]
+                            for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
+                if len(letters) >= limit:
+                    break
         except sqlite3.Error:
             self.healthy = False
-            return []
+        return letters[:limit]
 
     def acked(self, known: Known, first: int) -> None:
         """Takes note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
@@ -420,23 +449,34 @@ class Mailbox:
             run("DELETE FROM nicks WHERE id = ?", (id_,))
             run("DELETE FROM mail WHERE recipient = ?", (id_,))
             run("DELETE FROM streams WHERE sender = ?", (nick,))
-        many("INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+        many(INSERT_MAIL, self._rows)
         many("INSERT INTO streams VALUES (?, ?, ?, ?) ON CONFLICT (sender, stream) DO UPDATE SET next = excluded.next,"
              " seen = excluded.seen", [(*key, next_, wall) for key, next_ in self._streams.items()])
         freed = []
         for nick in self._acked:
-            known = self.known[nick]
-            below = (known.id, known.first)
-            messages, size = run("SELECT sum(1 - more), sum(size) FROM mail WHERE recipient = ? AND seq < ?",
-                                 below).fetchone()
-            run("DELETE FROM mail WHERE recipient = ? AND seq < ?", below)
-            freed.append((known, messages or 0, size or 0))
+            freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
         changed = [self.known[nick] for nick in self._changed]
         many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
              " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
              " first = excluded.first, last = excluded.last",
              [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
         return freed
+
+    def _delete_mail(self, known: Known) -> Tuple[int, int]:
+        """Deletes the mail below ``first``; gives how many messages and bytes that was."""
+        run = self._db.execute
+        whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
+        below = (known.id, known.first, known.first)
+        messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
+        run("DELETE FROM mail " + whole, below)
+        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, n, texts, times, more FROM mail"
+                                                 " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
+            parcel = Parcel.of_row(*columns)
+            rest = parcel.part(known.first - seq, len(parcel.texts))
+            run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
+            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream))
+            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
+        return int(messages), int(size)
 
     def _undo(self) -> None:
         try:
@@ -694,20 +734,20 @@ class Registry:
             return KEEP
         return PROBE
 
-    def fitting(self, to: str, pieces: Sequence[Piece]) -> int:
-        """How many of ``pieces`` (whole texts) still fit into the mailbox of ``to``: they end with a whole text."""
+    def fitting(self, to: str, parcel: Parcel) -> int:
+        """How many numbers of ``parcel`` (whole texts) still fit into the mailbox of ``to``: whole texts again."""
         known = self.mailbox.known[to]
         messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
-        if len(pieces) <= messages and len(pieces) * MAX_PIECE_SIZE <= size:
-            return len(pieces)
+        if len(parcel.texts) <= messages and len(parcel.texts) * MAX_PIECE_SIZE <= size:
+            return len(parcel.texts)
         fitting = 0
-        for index, piece in enumerate(pieces, 1):
-            size -= len(piece.text.encode())
+        for index, text in enumerate(parcel.texts):
+            size -= len(text.encode())
             if messages <= 0 or size < 0:
                 break
-            if not piece.more:
+            if parcel.n + index not in parcel.more:
                 messages -= 1
-                fitting = index
+                fitting = index + 1
         return fitting
 
     def mail_number(self, session: Session) -> int:

@@ -30,7 +30,6 @@ import hashlib
 import heapq
 import hmac
 import logging
-import math
 import os
 import random
 import re
@@ -49,7 +48,7 @@ from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequenc
 import protocol
 from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
-                      REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Piece, Registry, Session, StoreError,
+                      REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
 
 VERSION = "1.0.0"
@@ -314,16 +313,17 @@ class Reader:
     """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
 
     def __init__(self, fd: int) -> None:
+        self.fd = fd        # to be watched: a FIFO whose writers have left does not tell that to who opens it anew
         try:
-            self.fd = reopen(fd, os.O_RDONLY)
+            self._own = reopen(fd, os.O_RDONLY)
         except OSError:     # closed
-            self.fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.is_terminal = os.isatty(self.fd)
+            self.fd = self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.is_terminal = os.isatty(fd)
 
     def read(self) -> Optional[bytes]:
         """At most ``READ_SIZE`` bytes."""
         try:
-            return os.read(self.fd, READ_SIZE)
+            return os.read(self._own, READ_SIZE)
         except OSError as error:
             return None if error.errno in TRANSIENT else b""
 
@@ -609,7 +609,7 @@ class Server:
         """Tells the last known addresses that the server is there, and starts to look after the nicks."""
         self._notices: Deque[Address] = deque(
             (known.host, known.port) for known in self.registry.mailbox.known.values() if known.port)
-        self._send_notices()
+        self.loop.call_at(self.loop.now(), self._send_notices)     # in a turn: what waits is sent at its end
         self._keep_house()
 
     def stop(self) -> None:
@@ -932,15 +932,15 @@ class Server:
 
     def _keep_run(self, save: SaveStream, run: Run) -> bool:
         """Keeps a run as far as the mailbox has room; False if the rest was refused."""
-        wall = self.loop.wall()
-        pieces = [Piece(n, self._time(at, wall), text, n in run.more)
-                  for n, (text, at) in enumerate(run.items, run.first)]
-        fitting = self.registry.fitting(save.to, pieces)
+        texts, times = map(list, zip(*run.items))
+        parcel = Parcel(run.first, texts, self._sane(times), run.more)
+        fitting = self.registry.fitting(save.to, parcel)
         if fitting:
-            known = self.registry.mailbox.known[save.to]
-            self.registry.mailbox.keep(known, save.session.nick, save.stream.stream, pieces[:fitting])
-            save.kept += sum(not piece.more for piece in pieces[:fitting])
-        if fitting == len(pieces):
+            kept = parcel if fitting == run.numbers else parcel.part(0, fitting)
+            mailbox = self.registry.mailbox
+            mailbox.keep(mailbox.known[save.to], save.session.nick, save.stream.stream, kept)
+            save.kept += kept.messages
+        if fitting == run.numbers:
             return True
         first = run.first + fitting
         if self.registry.table.is_online(save.to):
@@ -949,10 +949,10 @@ class Server:
             self._refuse_rest(save, first, "full")
         return False
 
-    @staticmethod
-    def _time(at: float, wall: float) -> float:
-        """When a message was sent, as its sender says, if that can be."""
-        return at if math.isfinite(at) and 0 <= at <= wall + DAY else wall
+    def _sane(self, times: List[float]) -> List[float]:
+        """When messages were sent, as their sender says; now, where that cannot be."""
+        wall = self.loop.wall()
+        return [at if 0 <= at <= wall + DAY else wall for at in times]     # not true for NaN
 
     def _refuse_rest(self, save: SaveStream, first: int, reason: str) -> None:
         last = save.stream.reached - 1
@@ -1042,13 +1042,11 @@ class Server:
         mail.alarm.set(stream.due())
 
     def _load_mail(self, mail: MailStream, step: int) -> None:
-        rows = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
-        number = mail.stream.end
-        items = [[row.sender, row.stream, row.n, row.at, row.text, bool(row.more)] for row in rows]
-        sizes = [len(row.text.encode()) + len(row.sender.encode()) + MAIL_OVERHEAD for row in rows]
-        mail.stream.queue(items, sizes, [number + index for index, row in enumerate(rows) if row.more])
-        if rows:
-            mail.loaded = rows[-1].seq
+        letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
+        sizes = [len(letter[4].encode()) + len(letter[0].encode()) + MAIL_OVERHEAD for letter in letters]
+        continued = [number for number, letter in enumerate(letters, mail.stream.end) if letter[5]]
+        mail.stream.queue(letters, sizes, continued)
+        mail.loaded += len(letters)
 
     def _on_ack(self, info: Info, address: Address, size: int) -> None:
         mail = self._mail_by_stream.get(info["stream"])
@@ -2040,10 +2038,10 @@ class Client:
         """Ctrl-C or SIGTERM: an orderly end; the second time, at once."""
         if self._ending == "signal":
             self._end_now()
-        elif self.state == JOINING or not self._was_visible:
+            return
+        self._end("signal", END_TIME)       # also if only the output is awaited still
+        if self.state == JOINING:
             self._conclude()
-        else:
-            self._end("signal", END_TIME)
 
     def reader_gone(self) -> None:
         """Nobody reads stdout any more."""

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import registry
 from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
-                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Kept, Known, Mailbox, Page, Piece, Registry,
+                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Letter, Mailbox, Page, Parcel, Registry,
                       Session, StoreError, Table)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
@@ -311,17 +311,26 @@ def box_with_bob(path: Path) -> Iterator[Mailbox]:
     box.close()
 
 
-def pieces_of(first: int, *texts: str) -> List[Piece]:
-    """A piece for every text; one that ends with "…" is continued by the next."""
-    return [Piece(n, WALL + n, text, text.endswith("…")) for n, text in enumerate(texts, first)]
+def parcel_of(first: int, *texts: str) -> Parcel:
+    """A number for every text; one that ends with "…" is continued by the next."""
+    return Parcel(first, list(texts), [WALL + n for n in range(first, first + len(texts))],
+                  [n for n, text in enumerate(texts, first) if text.endswith("…")])
+
+
+def letters_of(sender: str, stream: int, parcel: Parcel) -> List[Letter]:
+    """A parcel as its recipient gets it."""
+    return [[sender, stream, n, at, text, n in parcel.more]
+            for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
 
 
 def keep(box: Mailbox, nick: str, *texts: str, sender: str = SENDER, stream: int = STREAM) -> None:
-    box.keep(box.known[nick], sender, stream, pieces_of(box.stream_next(sender, stream), *texts))
+    box.keep(box.known[nick], sender, stream, parcel_of(box.stream_next(sender, stream), *texts))
 
 
 def mail(box: Mailbox, nick: str = "bob") -> List[Tuple[int, str]]:
-    return [(kept.seq, kept.text) for kept in box.fetch(box.known[nick], 1, EVERYTHING)]
+    """The mail of ``nick`` on the disk, with its numbers."""
+    first = box._db.execute("SELECT min(seq) FROM mail WHERE recipient = ?", (box.known[nick].id,)).fetchone()[0] or 1
+    return [(seq, letter[4]) for seq, letter in enumerate(box.fetch(box.known[nick], first, EVERYTHING), first)]
 
 
 def counts(known: Known) -> Tuple[int, int, int, int, int]:
@@ -337,22 +346,35 @@ def test_mail_is_there_only_after_the_commit(box: Mailbox) -> None:
 
 def test_what_was_kept_comes_back_in_every_field_and_character(box: Mailbox, path: Path) -> None:
     texts = ["", "\0 and \N{GRINNING FACE}", "it goes on…", "' OR 1=1 --"]
-    box.keep(box.known["bob"], "älice", 2 ** 63 - 1, pieces_of(2 ** 40, *texts))
+    parcel = parcel_of(2 ** 40, *texts)
+    box.keep(box.known["bob"], "älice", 2 ** 63 - 1, parcel)
     box.commit(WALL)
     box.close()
     box = open_box(path)
-    assert box.fetch(box.known["bob"], 1, EVERYTHING) == [
-        Kept(index + 1, "älice", 2 ** 63 - 1, 2 ** 40 + index, WALL + 2 ** 40 + index, text, int(index == 2))
-        for index, text in enumerate(texts)]
+    assert box.fetch(box.known["bob"], 1, EVERYTHING) == letters_of("älice", 2 ** 63 - 1, parcel)
     box.close()
 
 
 def test_fetch_begins_where_it_is_told_and_ends_at_its_limit(box: Mailbox) -> None:
     keep(box, "bob", "one", "two", "three", "four")
     box.commit(WALL)
-    assert [kept.seq for kept in box.fetch(box.known["bob"], 2, 2)] == [2, 3]
-    assert [kept.seq for kept in box.fetch(box.known["bob"], 4, 2)] == [4]
-    assert box.fetch(box.known["bob"], 5, 2) == []
+    keep(box, "bob", "five", stream=7)
+    box.commit(WALL)
+    assert [letter[4] for letter in box.fetch(box.known["bob"], 2, 2)] == ["two", "three"]
+    assert [letter[4] for letter in box.fetch(box.known["bob"], 4, 2)] == ["four", "five"]
+    assert box.fetch(box.known["bob"], 6, 2) == []
+
+
+def test_a_text_that_was_acked_is_deleted_though_others_were_kept_with_it(box: Mailbox) -> None:
+    keep(box, "bob", "secret", "goes on…", "and ends", "last")
+    box.commit(WALL)
+    box.acked(box.known["bob"], 2)
+    box.commit(WALL)
+    assert mail(box) == [(2, "goes on…"), (3, "and ends"), (4, "last")]
+    assert [letter[2:] for letter in box.fetch(box.known["bob"], 2, 1)] == [[2, WALL + 2, "goes on…", True]]
+    box.acked(box.known["bob"], 4)
+    box.commit(WALL)
+    assert counts(box.known["bob"]) == (4, 4, 1, 1, 4)
 
 
 def test_mail_is_counted_as_messages_as_bytes_and_as_numbers(box: Mailbox) -> None:
@@ -449,7 +471,7 @@ def test_a_commit_of_nothing_does_not_need_the_disk(box: Mailbox) -> None:
     assert box.commit(WALL)
 
 
-@pytest.mark.parametrize("statement", ["BEGIN", "INSERT INTO mail", "INSERT INTO streams", "SELECT sum", "DELETE",
+@pytest.mark.parametrize("statement", ["BEGIN", "INSERT INTO mail", "INSERT INTO streams", "SELECT total", "DELETE",
                                        "INSERT INTO nicks", "COMMIT"])
 def test_a_failed_commit_undoes_the_mail_of_its_turn_and_nothing_else(box: Mailbox, path: Path, statement: str) -> None:
     keep(box, "bob", "one", "two")
@@ -520,8 +542,8 @@ class Shadow:
 
     def __init__(self) -> None:
         self.first, self.last = 1, 0
-        self.kept: List[Kept] = []      # on the disk
-        self.turn: List[Kept] = []      # since the last commit
+        self.kept: List[Tuple[int, Letter]] = []        # on the disk, with their numbers
+        self.turn: List[Tuple[int, Letter]] = []        # since the last commit
 
     def copy(self) -> Shadow:
         copy = Shadow()
@@ -563,12 +585,12 @@ class Storing(RuleBasedStateMachine):
         if shadow is None:
             return
         texts[-1] = texts[-1].rstrip("…")
-        pieces = pieces_of(self.next_of(sender, stream), *texts)
-        self.box.keep(self.box.known[nick], sender, stream, pieces)
-        for n, at, text, more in pieces:
+        parcel = parcel_of(self.next_of(sender, stream), *texts)
+        self.box.keep(self.box.known[nick], sender, stream, parcel)
+        for letter in letters_of(sender, stream, parcel):
             shadow.last += 1
-            shadow.turn.append(Kept(shadow.last, sender, stream, n, at, text, int(more)))
-        self.turn_streams[sender, stream] = pieces[-1].n + 1
+            shadow.turn.append((shadow.last, letter))
+        self.turn_streams[sender, stream] = parcel.n + len(texts)
 
     def next_of(self, sender: str, stream: int) -> int:
         return self.turn_streams.get((sender, stream), self.streams.get((sender, stream), 1))
@@ -600,7 +622,7 @@ class Storing(RuleBasedStateMachine):
             assert committed != pending
         for shadow in self.known.values():
             if committed:
-                shadow.kept = [kept for kept in shadow.kept + shadow.turn if kept.seq >= shadow.first]
+                shadow.kept = [kept for kept in shadow.kept + shadow.turn if kept[0] >= shadow.first]
             else:
                 shadow.last -= len(shadow.turn)
             shadow.turn = []
@@ -626,8 +648,10 @@ class Storing(RuleBasedStateMachine):
         for nick, shadow in self.known.items():
             known, all_ = self.box.known[nick], shadow.kept + shadow.turn
             assert counts(known) == (shadow.first, shadow.last, shadow.last - shadow.first + 1,
-                                     sum(not kept.more for kept in all_), sum(len(kept.text.encode()) for kept in all_))
-            assert self.box.fetch(known, 1, EVERYTHING) == shadow.kept
+                                     sum(not letter[5] for _, letter in all_),
+                                     sum(len(letter[4].encode()) for _, letter in all_))
+            assert self.box.fetch(known, known.first, EVERYTHING) == [
+                letter for seq, letter in shadow.kept if seq >= known.first]
         for key in self.STREAMS:
             if key[0] not in self.forgotten:
                 assert self.box.stream_next(*key) == self.next_of(*key)
@@ -1312,8 +1336,8 @@ def test_a_mailbox_takes_as_many_messages_as_its_limit_and_none_more() -> None:
     reg = new_registry(mailbox_limit=4)
     register(reg, "bob", A)
     save(reg, "bob", "one")
-    five = pieces_of(1, *"abcde")
-    assert [reg.fitting("bob", five[:size]) for size in range(6)] == [0, 1, 2, 3, 3, 3]
+    five = parcel_of(1, *"abcde")
+    assert [reg.fitting("bob", five.part(0, size)) for size in range(6)] == [0, 1, 2, 3, 3, 3]
     save(reg, "bob", "a", "b", "c")
     assert reg.fitting("bob", five) == 0
     reg.mailbox.acked(reg.mailbox.known["bob"], 3)
@@ -1325,12 +1349,12 @@ def test_a_mailbox_takes_as_many_messages_as_its_limit_and_none_more() -> None:
 def test_a_text_of_several_pieces_counts_as_one_message_and_fits_whole_or_not_at_all() -> None:
     reg = new_registry(mailbox_limit=2)
     register(reg, "bob", A)
-    assert reg.fitting("bob", pieces_of(1, "x…", "y…", "z", "a…", "b", "c")) == 5
+    assert reg.fitting("bob", parcel_of(1, "x…", "y…", "z", "a…", "b", "c")) == 5
     save(reg, "bob", "x…", "y…", "z")
-    assert reg.fitting("bob", pieces_of(4, "a…", "b")) == 2
-    assert reg.fitting("bob", pieces_of(4, "a…", "b", "c")) == 2
+    assert reg.fitting("bob", parcel_of(4, "a…", "b")) == 2
+    assert reg.fitting("bob", parcel_of(4, "a…", "b", "c")) == 2
     save(reg, "bob", "a…", "b")
-    assert reg.fitting("bob", pieces_of(6, "c")) == 0
+    assert reg.fitting("bob", parcel_of(6, "c")) == 0
 
 
 @pytest.mark.parametrize("left, fitting", [(3 * MAX_PIECE_SIZE, 3), (3 * MAX_PIECE_SIZE - 1, 1), (MAX_PIECE_SIZE, 1),
@@ -1338,9 +1362,8 @@ def test_a_text_of_several_pieces_counts_as_one_message_and_fits_whole_or_not_at
 def test_a_mailbox_takes_texts_up_to_its_last_byte(reg: Registry, left: int, fitting: int) -> None:
     register(reg, "bob", A)
     reg.mailbox.known["bob"].size = MAILBOX_SIZE - left
-    pieces = [Piece(1, WALL, "x" * MAX_PIECE_SIZE, False), Piece(2, WALL, "y" * MAX_PIECE_SIZE, True),
-              Piece(3, WALL, "ü" * (MAX_PIECE_SIZE // 2), False)]
-    assert reg.fitting("bob", pieces) == fitting
+    texts = ["x" * MAX_PIECE_SIZE, "y" * MAX_PIECE_SIZE, "ü" * (MAX_PIECE_SIZE // 2)]
+    assert reg.fitting("bob", Parcel(1, texts, [WALL] * 3, [2])) == fitting
 
 
 @given(st.lists(st.lists(st.text("aü", max_size=20), min_size=1, max_size=3), max_size=8), st.integers(0, 8),
@@ -1350,11 +1373,11 @@ def test_what_fits_are_the_most_whole_texts_that_break_no_limit(texts: List[List
     register(reg, "bob", A)
     reg.mailbox.known["bob"].size = MAILBOX_SIZE - room
     numbers = count(1)
-    pieces = [Piece(next(numbers), WALL, part, index < len(text)) for text in texts
-              for index, part in enumerate(text, 1)]
+    parts = [(next(numbers), part, index < len(text)) for text in texts for index, part in enumerate(text, 1)]
+    parcel = Parcel(1, [part for _, part, _ in parts], [WALL] * len(parts), [n for n, _, more in parts if more])
     best = max(size for size in range(len(texts) + 1) if size <= limit
                and sum(len(part.encode()) for text in texts[:size] for part in text) <= room)
-    assert reg.fitting("bob", pieces) == sum(map(len, texts[:best]))
+    assert reg.fitting("bob", parcel) == sum(map(len, texts[:best]))
 
 
 # nicks that go
