@@ -170,10 +170,10 @@ class Ledger:
                 raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
         exited = life.lines[-1:] == ["[Exiting]"]
-        unanswered = exited and life.lines[-2] == "[Server not responding]"     # 1 only if a command asked for it
+        unanswered = exited and "[Server not responding]" in life.lines     # 1 only if a command asked for it
         if not (unanswered or life.screen.gone) and (life.exit_code == 0) != (not failed and not exited):
             raise Violation(f"{life.name} ended with {life.exit_code}; failed: {failed[:3]}, exiting: {exited}")
-        if life.screen.gone:
+        if life.screen.gone or life.is_cut_off:
             return
         said, closings = Counter(life.lines), Counter((m.to, m.closing) for m in life.typed if m.closing)
         for to in {m.to: None for m in life.typed}:
@@ -531,6 +531,7 @@ class Life(Node):
         self._stdin = bytearray()
         self._eof = self._eof_read = False
         self._signals = 0
+        self.was_interrupted = False
         self._errors = b""
         self._offline = True                # by what it said
         self._telling = False
@@ -585,6 +586,11 @@ class Life(Node):
         """Whether something typed was not read yet."""
         return bool(self._stdin)
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it had to end, at its deadline after a signal, before its reader had read everything."""
+        return self.was_interrupted and self.client.output.pending > 0
+
     def hears_unknown(self, nick: str) -> bool:
         """Whether a line about an unknown client is told at the time of the command (not by the server)."""
         return not self._telling and nick in self.open
@@ -598,6 +604,7 @@ class Life(Node):
             client.reader_gone()
         for _ in range(self._signals):
             self._signals -= 1
+            self.was_interrupted = True
             client.interrupt()
         if client.hungry and self._stdin:
             size = min(len(self._stdin), self.world.random.choice((7, 200, 65536, 65536)))
