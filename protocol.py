@@ -625,11 +625,13 @@ class SendStream:
 
     def _drop_below(self, number: int, now: float) -> int:
         packets = 0
+        repeated = False
         for queue in (self._sent, self._unsent):
             while queue and queue[0].end <= number:
                 packet = queue.popleft()
                 self.size -= packet.size
-                packets += self._settle(packet, now)
+                repeated = repeated or packet.tries > 1
+                packets += self._settle(packet, now, not repeated)
             if queue and queue[0].first < number:
                 packet = queue[0]
                 # its size stays: what is left may be as large, and more is packed behind it
@@ -643,8 +645,8 @@ class SendStream:
             self.size = 0
         return packets
 
-    def _settle(self, packet: Packet, now: float) -> int:
-        """Takes note that a packet has arrived; 1 if that is news."""
+    def _settle(self, packet: Packet, now: float, measures: bool = True) -> int:
+        """Takes note that a packet has arrived; 1 if that is news. ``measures``: its ack waited for nothing else."""
         state = packet.state
         if state == SENT:
             self.in_flight -= 1
@@ -652,14 +654,14 @@ class SendStream:
             self._lost -= 1
         if state in (HELD, UNSENT):
             return 0
-        if packet.tries == 1:
+        if packet.tries == 1 and measures:
             self._measure(now - packet.sent)
         if packet.tries == 1 or now - packet.sent >= self.fastest:  # not the ack of an earlier try (RFC 8985 §6.2)
             self._acked_order = max(self._acked_order, packet.order)
         return 1
 
     def _measure(self, sample: float) -> None:
-        """RFC 6298 §2; never called for a packet that was sent twice (Karn)."""
+        """RFC 6298 §2; never called for a packet that was sent twice, nor for one acked together with such (Karn)."""
         if sample == NEVER or sample < 0:
             return
         self.fastest = min(self.fastest, sample)
