@@ -255,8 +255,7 @@ class Chat:
         self.directory = directory
         self.state = directory / "state"
         self.store = directory / "store.db"
-        self.environment = dict(os.environ, XDG_STATE_HOME=str(self.state), HOME=str(directory),
-                                PYTHONDONTWRITEBYTECODE="1")
+        self.environment = dict(os.environ, XDG_STATE_HOME=str(self.state), HOME=str(directory))
         self.processes: List[Process] = []
         self.proxies: List[Proxy] = []
         self._server: Optional[Process] = None
