@@ -1,0 +1,1245 @@
+"""Measures the program: real processes over loopback, each figure beside a yardstick taken in the same run.
+
+    python tests/bench.py [NAME ...]        (or python -m tests.bench)
+
+It is no part of the tests: it prints one table (figure, yardstick, ratio, target, whether that is met), always exits
+with 0, and takes less than four minutes. On a busy machine only the ratios say much: so figure and yardstick
+are measured in turn, and processor time is counted instead of the clock's where that is possible.
+
+- piped      ``cat lines | client alice > receipts``, ``client bob > out``, every line checked, from the moment when
+             both sides are ready to the end of alice. The yardstick is the plain loop: two Python processes, one
+             msgpack map with one text per datagram, a credit every 64 of them.
+- latency    a line into alice's stdin until its receipt is on her stdout, all processes on one core. The yardstick,
+             in turn with it: a bare blocking loop, pipe -> UDP -> process that decodes and echoes -> pipe.
+- keep       lines piped to somebody who is offline, kept in a store on disk. The yardstick: SQLite alone, with the
+             same rows and settings, and 4096 of them in a transaction.
+- deliver    the same lines when that somebody is back, from the welcome to the last one. The yardstick: the plain loop.
+- memory     the peak of each process while lines are piped through. The yardstick: Python with the same modules.
+- start      from the call to the end of ``--help``, and to the first welcome of a client.
+- crowd      many clients register at once; until all hold the whole table.
+- idle       10,000 clients are registered and do nothing but ping: the server's processor time and memory.
+- table      bytes and processor time of the server for each change of the table and each client that is told. What
+             the change itself costs (measured with one client), and the pings meanwhile, are taken off.
+- timers     one client sends to 1,000 recipients that have stopped answering, another pair chats: the longest turn of
+             the loop (from the selector's return to its next call) of server and client, the latency of the pair.
+- loss       one stream, then two, through a simulated link on a virtual clock: 10 Mbit/s, 20 ms and 2 % random loss
+             each way, a queue of 64 KiB.
+
+Many clients are a ``Swarm``: one process with a socket for each, that registers, fetches the table, pings and answers
+probes like a client, but of the table remembers only up to which version it holds it (three members keep all of it,
+to check). Pages that many members get are decoded once.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import os
+import random
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import msgpack
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import protocol                                                         # noqa: E402
+import udpchat                                                          # noqa: E402
+from protocol import Conversation, Decoder, Info, Place, ReceiveStream, encode, padded      # noqa: E402
+from registry import ONLINE, Page, Table                                # noqa: E402
+from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
+
+HOST = "127.0.0.1"
+PATIENCE = 60.0           # s; nothing is waited for longer, but a crowd
+NEVER = float("inf")
+
+
+class Row(NamedTuple):
+    """One line of the result."""
+
+    name: str
+    figure: str
+    yardstick: str
+    ratio: str
+    target: str
+    met: bool
+
+
+# --- processes ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def world() -> Iterator[Chat]:
+    """A directory with processes of its own; both are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="udpchat-bench-") as name, Chat(Path(name)) as chat:
+        # like an installed program: what is imported was compiled before
+        chat.environment.update(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(chat.directory / "compiled"))
+        yield chat
+
+
+def role(name: str, *arguments: str) -> List[str]:
+    """The command that runs this file as one of the processes in ``ROLES``."""
+    return [sys.executable, str(Path(__file__).resolve()), name, *arguments]
+
+
+def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess.DEVNULL,
+                command: Optional[Sequence[str]] = None) -> Process:
+    """Starts the program with its output in a file."""
+    with path.open("wb") as file:
+        if command is not None:
+            return chat.run(*arguments, stdin=stdin, stdout=file.fileno(), command=command)
+        return chat.run(*arguments, stdin=stdin, stdout=file.fileno())
+
+
+def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Optional[Sequence[str]] = None,
+                  ) -> Tuple[Process, int]:
+    """Starts the program with its output in a file; gives it, and the descriptor that leads to its stdin."""
+    read_end, write_end = os.pipe()
+    try:
+        return run_to_file(chat, path, *arguments, stdin=read_end, command=command), write_end
+    finally:
+        os.close(read_end)
+
+
+def as_client(chat: Chat, nick: str, *options: str, port: int = 0) -> List[str]:
+    """The arguments of a client of this world; ``port``: of a server that was not started in the usual way."""
+    return ["client", nick, HOST, str(port or chat.port), "0", *options]
+
+
+def wait_for(chat: Chat, path: Path, text: str) -> None:
+    """Waits until a file contains ``text``."""
+    chat.until(lambda: text.encode() in path.read_bytes(), f"{text!r} in {path.name}", PATIENCE)
+
+
+def pour(descriptor: int, *files: Path) -> "subprocess.Popen[bytes]":
+    """``cat`` of some files into a pipe, whose only end it holds."""
+    try:
+        return subprocess.Popen(["cat", *map(str, files)], stdin=subprocess.DEVNULL, stdout=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def wait_for_end(process: Process, seconds: float = PATIENCE) -> None:
+    """Waits for the end of a process; it must be a good one."""
+    code = process.popen.wait(seconds)
+    assert code == 0, f"{process} ended with {code}"
+
+
+def processor_time(process: Process) -> float:
+    """Seconds of processor time that a process has used (Linux only)."""
+    return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def memory(process: Process, what: str = "VmHWM") -> float:
+    """MB that a process holds at its peak, or now (VmRSS); 0 for one that has ended (Linux only)."""
+    try:
+        found = re.search(what + r":\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found.group(1)) * 1024 / 1e6 if found is not None else 0.0
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """The value below which ``part`` of the values lie."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * part))]
+
+
+# --- the plain loop -------------------------------------------------------------------------------------------
+
+CREDIT = 64               # datagrams that the plain loop has on their way: so that none is lost
+TEXT_SIZE = 50            # bytes of a line
+PLAIN_LINES = 100_000     # through the plain loop; its rate does not depend on it
+
+
+def plain_send(arguments: List[str]) -> None:
+    """The sender of the plain loop: a line, a map, a datagram."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect((HOST, int(arguments[0])))
+    print("ready", flush=True)
+    pack = msgpack.Packer().pack
+    for count, line in enumerate(sys.stdin.buffer, 1):
+        sock.send(pack({"tag": "chat", "info": {"from": "alice", "to": "bob", "text": line[:-1].decode()}}))
+        if count % CREDIT == 0:
+            sock.recv(CREDIT)
+    sock.send(pack({"tag": "end", "info": {}}))
+    sock.recv(CREDIT)
+
+
+def plain_receive(arguments: List[str]) -> None:
+    """The receiver of the plain loop: a datagram, a map, a line in a file."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((HOST, 0))
+    print(sock.getsockname()[1], flush=True)
+    count = 0
+    with open(arguments[0], "wb") as out:
+        while True:
+            datagram, address = sock.recvfrom(2048)
+            message = msgpack.unpackb(datagram)
+            if message["tag"] == "end":
+                break
+            out.write(f"{message['info']['from']}: {message['info']['text']}\n".encode())
+            count += 1
+            if count % CREDIT == 0:
+                sock.sendto(b"go on", address)
+    sock.sendto(b"all written", address)
+
+
+def texts(count: int) -> List[str]:
+    """So many different texts of ``TEXT_SIZE`` bytes."""
+    filler = "the quick brown fox jumps over the lazy dog, twice"
+    return [f"{number:08d} {filler}"[:TEXT_SIZE] for number in range(count)]
+
+
+def write_lines(path: Path, lines: Sequence[str], start: str = "") -> Path:
+    """Writes a file of lines, each with ``start`` before it."""
+    path.write_text("".join(f"{start}{line}\n" for line in lines))
+    return path
+
+
+def plain_loop() -> float:
+    """Lines a second through the plain loop."""
+    lines = texts(PLAIN_LINES)
+    with world() as chat:
+        out = chat.directory / "out"
+        receiver = chat.run(command=role("--plain-receive", str(out)))
+        sender, pipe = run_with_pipe(chat, chat.directory / "ready",
+                                     command=role("--plain-send", receiver.next_line()))
+        wait_for(chat, chat.directory / "ready", "ready")
+        began = time.monotonic()
+        pour(pipe, write_lines(chat.directory / "lines", lines)).wait(PATIENCE)
+        wait_for_end(sender)
+        seconds = time.monotonic() - began
+        wait_for_end(receiver)
+        assert out.read_text() == "".join(f"alice: {line}\n" for line in lines), "the plain loop has lost something"
+    return PLAIN_LINES / seconds
+
+
+# --- piped, keep, deliver, memory -----------------------------------------------------------------------------
+
+PIPED_LINES = 400_000
+PIPED_ROUNDS = 3          # of figure and yardstick in turn; the median ratio counts
+KEPT_LINES = 200_000
+MEMORY_LINES = 2_000_000
+MEMORY_FILES = 10         # that all of them are read from: one, so often
+SAMPLE = 0.02             # s between looks at the memory of a process
+
+
+def check_shown(path: Path, wanted: Sequence[str], start: str = "alice: ") -> None:
+    """Every wanted line is there, once, in order, byte for byte; all others are ours."""
+    lines = path.read_text().splitlines()
+    shown = [line for line in lines if not line.startswith("[")]
+    assert shown == [start + text for text in wanted], f"{len(shown)} lines are shown, {len(wanted)} expected"
+
+
+def check_receipts(path: Path, receipt: str, count: int) -> None:
+    """There is a receipt for each of so many lines."""
+    found = path.read_text().splitlines().count(receipt)
+    assert found == count, f"{found} receipts for {count} lines"
+
+
+def through_chat(lines: Sequence[str]) -> float:
+    """Lines a second from alice's stdin to bob's stdout."""
+    with world() as chat:
+        out, receipts = chat.directory / "out", chat.directory / "receipts"
+        source = write_lines(chat.directory / "lines", lines, "send bob ")
+        run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
+        wait_for(chat, out, UPDATED)
+        alice, pipe = run_with_pipe(chat, receipts, *as_client(chat, "alice"))
+        wait_for(chat, receipts, UPDATED)
+        began = time.monotonic()
+        cat = pour(pipe, source)
+        wait_for_end(alice)
+        seconds = time.monotonic() - began
+        cat.wait(PATIENCE)
+        check_shown(out, lines)
+        check_receipts(receipts, received("bob"), len(lines))
+    return len(lines) / seconds
+
+
+def measure_piped(names: Set[str]) -> Iterator[Row]:
+    """The throughput of a pipe."""
+    lines = texts(PIPED_LINES)
+    pairs = [(through_chat(lines), plain_loop()) for _ in range(PIPED_ROUNDS)]
+    ratio = statistics.median(chat / plain for chat, plain in pairs)
+    figure, yardstick = (statistics.median(rates) for rates in zip(*pairs))
+    yield Row("piped", f"{figure:,.0f} lines/s", f"{yardstick:,.0f} lines/s: the plain loop", f"{ratio:.1f}",
+              ">= 4 times (7 if it can be)", ratio >= 4)
+
+
+def bare_store(lines: Sequence[str]) -> float:
+    """Rows a second into a table like that of the mail, by SQLite alone."""
+    with tempfile.TemporaryDirectory(prefix="udpchat-bench-") as name:
+        database = sqlite3.connect(os.path.join(name, "bare.db"), isolation_level=None)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("CREATE TABLE mail (recipient INTEGER, seq INTEGER, sender TEXT, stream INTEGER, n INTEGER,"
+                         " at REAL, text TEXT, more INTEGER, size INTEGER, PRIMARY KEY (recipient, seq)) WITHOUT ROWID")
+        began = time.monotonic()
+        for start in range(0, len(lines), 4096):
+            database.execute("BEGIN")
+            database.executemany("INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [
+                (1, n, "alice", 2 ** 62, n, 1.5, text, 0, TEXT_SIZE)
+                for n, text in enumerate(lines[start:start + 4096], start)])
+            database.execute("COMMIT")
+        seconds = time.monotonic() - began
+        database.close()
+    return len(lines) / seconds
+
+
+def keep_lines(chat: Chat, lines: Sequence[str]) -> float:
+    """Lines a second from alice's stdin into the mailbox of bob."""
+    receipts = chat.directory / "receipts"
+    source = write_lines(chat.directory / "lines", lines, "send bob ")
+    alice, pipe = run_with_pipe(chat, receipts, *as_client(chat, "alice"))
+    wait_for(chat, receipts, UPDATED)
+    began = time.monotonic()
+    cat = pour(pipe, source)
+    wait_for_end(alice)
+    seconds = time.monotonic() - began
+    cat.wait(PATIENCE)
+    check_receipts(receipts, SAVED, len(lines))
+    return len(lines) / seconds
+
+
+def deliver_lines(chat: Chat, lines: Sequence[str]) -> float:
+    """Lines a second out of the mailbox of bob, who comes back."""
+    out = chat.directory / "out"
+    run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
+    while WELCOME.encode() not in out.read_bytes()[:1000]:
+        time.sleep(0.001)
+    began = time.monotonic()
+    size = len(lines) * len(f"alice: <{udpchat.show_time(0.0)}> {lines[0]}\n")
+    while out.stat().st_size < size and time.monotonic() < began + PATIENCE:
+        time.sleep(0.001)
+    seconds = time.monotonic() - began
+    chat.until(lambda: out.read_bytes().count(b"\nalice: ") >= len(lines), "all mail")
+    plain = re.sub(r"(?m)^alice: <[^>]*> ", "alice: ", out.read_text())
+    out.write_text(plain)
+    check_shown(out, lines)
+    return len(lines) / seconds
+
+
+def measure_mail(names: Set[str]) -> Iterator[Row]:
+    """How fast messages are kept and delivered."""
+    lines = texts(KEPT_LINES)
+    options = ("--mailbox-limit", str(KEPT_LINES + 1))
+    with world() as chat:
+        server = chat.server(*options)
+        chat.absent("bob")
+        kept, bare = keep_lines(chat, lines), bare_store(lines)
+        yield Row("keep", f"{kept:,.0f} lines/s", f"{bare:,.0f} rows/s: SQLite alone", f"{kept / bare:.2f}",
+                  ">= 200,000/s", kept >= 200_000)
+        server.signal(signal.SIGTERM)
+        server.wait()
+        server = chat.server(*options)
+        before = memory(server)
+        delivered, plain = deliver_lines(chat, lines), plain_loop()
+        grown = memory(server) - before
+        yield Row("deliver", f"{delivered:,.0f} lines/s", f"{plain:,.0f} lines/s: the plain loop",
+                  f"{delivered / plain:.1f}", ">= 200,000/s", delivered >= 200_000)
+        yield Row("deliver", f"server + {grown:.1f} MB", f"{before:.1f} MB before", f"{1 + grown / before:.2f}",
+                  "flat: + 8 MB at most", grown <= 8)
+
+
+def measure_memory(names: Set[str]) -> Iterator[Row]:
+    """The peak of each process while lines are piped through."""
+    lines = texts(MEMORY_LINES // MEMORY_FILES)
+    modules = "import argparse, hmac, logging, msgpack, random, selectors, socket, sqlite3, subprocess, sys"
+    with world() as chat:
+        bare = chat.run("-c", modules + "; print(1, flush=True); sys.stdin.read()", command=[sys.executable])
+        bare.next_line()
+        least = memory(bare)
+        receipts, out = chat.directory / "receipts", chat.directory / "out"
+        source = write_lines(chat.directory / "lines", lines, "send bob ")
+        server = chat.server()
+        bob = run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
+        wait_for(chat, out, UPDATED)
+        alice, pipe = run_with_pipe(chat, receipts, *as_client(chat, "alice"))
+        wait_for(chat, receipts, UPDATED)
+        cat = pour(pipe, *[source] * MEMORY_FILES)
+        peak = 0.0
+        end = time.monotonic() + PATIENCE
+        while alice.popen.poll() is None and time.monotonic() < end:
+            peak = max(peak, memory(alice))
+            time.sleep(SAMPLE)
+        cat.kill()
+        cat.wait()
+        count = out.read_bytes().count(b"\nalice: ")
+        peaks = [peak, memory(bob), memory(server)]
+        yield Row("memory", "alice {:.1f}, bob {:.1f}, server {:.1f} MB".format(*peaks),
+                  f"{least:.1f} MB: Python and its modules", f"{max(peaks) / least:.2f}",
+                  f"<= 40 MB each ({count:,} lines)", max(peaks) <= 40 and count == MEMORY_LINES)
+
+
+# --- latency --------------------------------------------------------------------------------------------------
+
+ROUNDS = 2_000
+
+
+def bare_echo(arguments: List[str]) -> None:
+    """Decodes every datagram, and sends what was in it back."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((HOST, 0))
+    print(sock.getsockname()[1], flush=True)
+    while True:
+        datagram, address = sock.recvfrom(2048)
+        sock.sendto(msgpack.packb(msgpack.unpackb(datagram)), address)
+
+
+def bare_loop(arguments: List[str]) -> None:
+    """Sends every line, and writes what comes back for it."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect((HOST, int(arguments[0])))
+    while True:
+        line = os.read(0, 4096)
+        if not line:
+            return
+        sock.send(msgpack.packb({"tag": "chat", "info": {"text": line.decode()}}))
+        answer = msgpack.unpackb(sock.recv(2048))
+        os.write(1, answer["info"]["text"].encode())
+
+
+def one_round(process: Process, line: str, answer: str) -> float:
+    """Seconds from a line until the line that answers it."""
+    fd = process.out.fd
+    assert fd is not None
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    wanted, seen = answer.encode(), b""
+    began = time.monotonic()
+    process.feed(line)
+    while wanted not in seen:
+        assert poll.poll(5000), f"{process} does not answer"
+        data = os.read(fd, 65536)
+        assert data, f"{process} has ended"
+        seen += data
+    return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """On one core, with all processes that are started meanwhile, where that is possible."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def measure_latency(names: Set[str]) -> Iterator[Row]:
+    """What one message takes."""
+    with world() as chat, one_core():
+        out, line = chat.directory / "out", texts(1)[0]
+        run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
+        wait_for(chat, out, UPDATED)
+        alice = chat.client("alice")
+        alice.see(UPDATED)
+        echo = chat.run(command=role("--echo"))
+        bare = chat.run(command=role("--bare", echo.next_line()))
+        chats, bares = [], []
+        for _ in range(ROUNDS):
+            chats.append(one_round(alice, f"send bob {line}\n", received("bob")) * 1e6)
+            bares.append(one_round(bare, f"{line}\n", line) * 1e6)
+    bare_half, bare_most = percentile(bares, 0.5), percentile(bares, 0.99)
+    for part, limit in ((0.5, 2.5), (0.99, 6.0)):
+        figure = percentile(chats, part)
+        yield Row("latency", f"p{part * 100:.0f} {figure:,.0f} us",
+                  f"p50 {bare_half:,.0f} us: the bare loop (its p99: {bare_most:,.0f})",
+                  f"{figure / bare_half:.1f}", f"<= {limit} times its p50", figure <= limit * bare_half)
+
+
+# --- start ----------------------------------------------------------------------------------------------------
+
+STARTS = 15
+
+
+def round_trip(chat: Chat) -> float:
+    """Seconds of a round trip to a process that echoes, the median."""
+    echo = chat.run(command=role("--echo"))
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with sock:
+        sock.settimeout(5)
+        sock.connect((HOST, int(echo.next_line())))
+        trips = []
+        for _ in range(200):
+            began = time.monotonic()
+            sock.send(encode("bye", {}))
+            sock.recv(2048)
+            trips.append(time.monotonic() - began)
+    echo.kill()
+    return statistics.median(trips)
+
+
+def ended(chat: Chat, *arguments: str, command: Sequence[str]) -> float:
+    """Seconds from the start of a process to its end."""
+    began = time.monotonic()
+    popen = subprocess.Popen([*command, *arguments], env=chat.environment, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL)
+    popen.wait(PATIENCE)
+    return time.monotonic() - began
+
+
+def welcomed(chat: Chat) -> float:
+    """Seconds from the start of a client to its welcome."""
+    began = time.monotonic()
+    client = chat.start("alice", stdin=subprocess.DEVNULL)
+    assert client.out.fd is not None
+    seen = b""
+    while WELCOME.encode() not in seen:
+        data = os.read(client.out.fd, 4096)
+        assert data, "no welcome"
+        seen += data
+    seconds = time.monotonic() - began
+    client.wait()
+    return seconds
+
+
+def measure_start(names: Set[str]) -> Iterator[Row]:
+    """How long the program takes to be there."""
+    with world() as chat:
+        program = [sys.executable, str(ROOT / "udpchat.py")]
+        modules = [sys.executable, "-c", "import msgpack, argparse, selectors, socket"]
+        chat.absent("alice")        # what is imported is compiled from now on
+        trip = round_trip(chat)
+        times = [(ended(chat, command=modules), ended(chat, "--help", command=program), welcomed(chat))
+                 for _ in range(STARTS)]
+    bare, shown, welcome = (statistics.median(column) for column in zip(*times))
+    yard = f"{bare * 1e3:.0f} ms: the imports"
+    yield Row("start", f"--help {shown * 1e3:.0f} ms", yard, f"{shown / bare:.2f}", "<= 1.5 times",
+              shown <= 1.5 * bare)
+    limit = 1.5 * bare + 3 * trip
+    yield Row("start", f"welcome {welcome * 1e3:.0f} ms", f"{yard}; {trip * 1e6:.0f} us: a round trip",
+              f"{welcome / bare:.2f}", f"<= {limit * 1e3:.0f} ms: 1.5 times + 3 round trips", welcome <= limit)
+
+
+# --- the swarm ------------------------------------------------------------------------------------------------
+
+REQUEST = 0.5             # s between attempts of a request, and ...
+ATTEMPTS = 5              # ... how many: as a client does
+SYNC = 0.2                # s between questions for what is missing of the table
+PING = 15.0               # s between pings
+LOST_PING = 2.0           # s between pings to a server that is silent
+READS = 64                # datagrams of one member in one turn
+MIRRORS = 3               # members that keep the whole table
+CHECK = 0.02              # s between looks at a condition
+SWARM_BUFFER = 4 * 2 ** 20      # bytes asked from the kernel for each socket, as a client does
+
+SESSION_END = len(udpchat.FOR_PREFIX) + protocol.SESSION_BYTES
+TABLE_START = encode("table", {"since": 0, "version": 0, "set": []}).split(b"since")[0]
+
+
+@functools.lru_cache(maxsize=8192)
+def read_page(data: bytes) -> Optional[Page]:
+    """A ``table`` map as a page, None if it is not valid; one that many members get is decoded once."""
+    decoder = Decoder()
+    for _, info in decoder.decode(data):
+        return Page(info["since"], info["version"], info["set"])
+    return None
+
+
+class Member:
+    """One client of a swarm."""
+
+    __slots__ = ("nick", "sock", "request", "attempts", "server_id", "cookie", "session", "leaving", "version",
+                 "target", "pages", "synced", "ping", "due", "queued", "mirror", "mail")
+
+    def __init__(self, nick: str) -> None:
+        self.nick = nick
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.setblocking(False)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SWARM_BUFFER)
+        self.sock.bind((HOST, 0))
+        self.request = 0
+        self.attempts = 0
+        self.cookie: Optional[bytes] = None
+        self.session: Optional[bytes] = None
+        self.leaving = False
+        self.version = 0            # up to which the table is held
+        self.target = 0             # up to which it should be
+        self.pages = 0              # since the last sync ...
+        self.synced = -NEVER        # ... and when that was
+        self.ping = 0               # id of the last one
+        self.due = NEVER            # when to ask the server for something
+        self.queued = NEVER         # when to look at that
+        self.mirror: Optional[Table] = None
+        self.mail: Optional[ReceiveStream] = None
+
+
+class Swarm:
+    """Many clients in one process. ``until`` runs them."""
+
+    def __init__(self, port: int, count: int) -> None:
+        self.server = (HOST, port)
+        self.refused = 0
+        self.unanswered = 0         # requests that five attempts did not get an answer to
+        self.shown = 0              # letters
+        self.table_bytes = 0        # of all datagrams with a page
+        self._random = random.Random(1)
+        self._now = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._timers: List[Tuple[float, int, Member]] = []
+        self._serial = 0
+        self._decoder = Decoder()
+        self._handlers: Dict[str, Callable[[Member, Info], None]] = {
+            "cookie": self._on_cookie, "welcome": self._on_welcome, "refused": self._on_refused,
+            "pong": self._on_pong, "probe": self._on_probe, "mail": self._on_mail, "bye": self._on_bye,
+            "table": lambda member, info: self._on_page(member, Page(info["since"], info["version"], info["set"]))}
+        self.members = [Member(f"m{number:05d}") for number in range(count)]
+        for member in self.members:
+            self._selector.register(member.sock, selectors.EVENT_READ, member)
+        for member in self.members[:MIRRORS]:
+            member.mirror = Table()
+
+    def __enter__(self) -> "Swarm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for member in self.members:
+            member.sock.close()
+
+    # running
+
+    def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Runs until ``condition()`` or so many seconds are over; gives whether it holds."""
+        self._now = time.monotonic()
+        end, check = self._now + seconds, self._now
+        while True:
+            if self._now >= check:
+                if condition():
+                    return True
+                check = self._now + CHECK
+            if self._now >= end:
+                return False
+            self._turn(min(check, end))
+
+    def _turn(self, until: float) -> None:
+        first = self._timers[0][0] if self._timers else NEVER
+        for key, _ in self._selector.select(max(0.0, min(until, first) - time.monotonic())):
+            self._read(key.data)
+        self._now = time.monotonic()
+        while self._timers and self._timers[0][0] <= self._now:
+            when, _, member = heapq.heappop(self._timers)
+            if when != member.queued:
+                continue
+            member.queued = NEVER
+            if member.due > self._now:
+                self._set(member, member.due)
+            else:
+                self._ask(member)
+
+    def _set(self, member: Member, when: float) -> None:
+        member.due = when
+        if when < member.queued:
+            member.queued = when
+            self._serial += 1
+            heapq.heappush(self._timers, (when, self._serial, member))
+
+    def _in(self, seconds: float) -> float:
+        return self._now + seconds * self._random.uniform(0.75, 1.25)
+
+    def _send(self, member: Member, data: bytes) -> None:
+        try:
+            member.sock.sendto(data, self.server)
+        except OSError:
+            pass        # lost, and so repeated
+
+    def _read(self, member: Member) -> None:
+        receive = member.sock.recv
+        for _ in range(READS):
+            try:
+                datagram = receive(2048)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue
+            if datagram.startswith(TABLE_START, SESSION_END):
+                self.table_bytes += len(datagram)
+                if datagram[SESSION_END - protocol.SESSION_BYTES:SESSION_END] == member.session:
+                    page = read_page(datagram[SESSION_END:])
+                    if page is not None:
+                        self._on_page(member, page)
+                continue
+            trusted = False
+            for tag, info in self._decoder.decode(datagram):
+                if tag == "for":
+                    trusted = info["session"] == member.session
+                elif tag in self._handlers and (trusted or tag not in ("table", "mail")):
+                    self._handlers[tag](member, info)
+
+    # what members do
+
+    def join(self, members: Sequence[Member]) -> None:
+        """They register, all at once."""
+        self._now = time.monotonic()
+        for member in members:
+            member.leaving = False
+            self._register(member)
+
+    def leave(self, member: Member) -> None:
+        """It deregisters."""
+        self._now = time.monotonic()
+        member.leaving = True
+        self._ask(member)
+
+    def stop_answering(self) -> None:
+        """All are silent from now on; their sockets stay open."""
+        for member in self.members:
+            self._selector.unregister(member.sock)
+            member.due = member.queued = NEVER
+        self._timers.clear()
+
+    def _register(self, member: Member) -> None:
+        member.request = self._random.getrandbits(63)
+        member.cookie = member.session = None
+        member.attempts = 0
+        self._ask(member)
+
+    def _ask(self, member: Member) -> None:
+        """Asks for whatever the member needs next."""
+        session = member.session
+        if session is None:
+            if member.attempts >= ATTEMPTS:
+                self.unanswered += 1
+                self._register(member)
+                return
+            member.attempts += 1
+            self._send_reg(member)
+            self._set(member, self._in(REQUEST))
+        elif member.leaving:
+            self._send(member, padded("dereg", {"session": session}, protocol.SESSION_SIZE))
+            self._set(member, self._in(REQUEST))
+        elif member.version < member.target:
+            member.pages, member.synced = 0, self._now
+            self._send(member, padded("sync", {"session": session, "version": member.version}, protocol.SESSION_SIZE))
+            self._set(member, self._in(SYNC))
+        else:
+            member.attempts += 1
+            self.unanswered += member.attempts == ATTEMPTS + 1
+            member.ping = self._random.getrandbits(63)
+            self._send(member, padded("ping", {"id": member.ping, "session": session, "version": member.version},
+                                      protocol.SESSION_SIZE))
+            self._set(member, self._in(REQUEST if member.attempts <= ATTEMPTS else LOST_PING))
+
+    def _send_reg(self, member: Member) -> None:
+        info: Info = {"id": member.request, "nick": member.nick}
+        if member.cookie is not None:
+            info["cookie"] = member.cookie
+        self._send(member, padded("reg", info, protocol.REG_SIZE))
+
+    def _on_cookie(self, member: Member, info: Info) -> None:
+        if info["id"] == member.request and member.session is None:
+            member.cookie = info["cookie"]
+            self._send_reg(member)
+
+    def _on_welcome(self, member: Member, info: Info) -> None:
+        if info["id"] == member.request and member.session is None:
+            member.session, member.target, member.attempts = info["session"], info["version"], 0
+            self._ask(member)
+
+    def _on_refused(self, member: Member, info: Info) -> None:
+        self.refused += 1
+
+    def _on_bye(self, member: Member, info: Info) -> None:
+        if info["session"] == member.session:
+            member.session = None
+            member.due = NEVER
+            self._set(member, NEVER)
+
+    def _on_page(self, member: Member, page: Page) -> None:
+        if member.leaving:
+            return
+        if page.since > member.version:
+            member.target = max(member.target, page.version)
+            self._set(member, min(member.due, max(self._now, member.synced + SYNC)))
+        elif page.version > member.version:
+            was_behind = member.version < member.target
+            member.version = page.version
+            member.pages += 1
+            if member.mirror is not None:
+                member.mirror.apply(page)
+            if member.version < member.target:
+                if member.pages >= udpchat.SYNC_PAGES:
+                    self._ask(member)
+            elif was_behind:
+                member.attempts = 0
+                self._ask(member)       # a ping: the server learns that the table is here
+
+    def _on_pong(self, member: Member, info: Info) -> None:
+        if info["id"] != member.ping or member.session is None or member.leaving:
+            return
+        member.attempts = 0
+        self._set(member, self._in(PING))
+        if info["version"] > member.version:
+            member.target = info["version"]
+            self._set(member, max(self._now, member.synced + SYNC))
+
+    def _on_probe(self, member: Member, info: Info) -> None:
+        if info["to"] == member.nick and member.session is not None and not member.leaving:
+            self._send(member, encode("alive", {"id": info["id"], "nick": member.nick, "session": member.session}))
+
+    def _on_mail(self, member: Member, info: Info) -> None:
+        if member.mail is None or member.mail.stream != info["stream"]:
+            member.mail = ReceiveStream(info["stream"])
+        items = info["items"]
+        member.mail.on_data(info["n"], items, [n for n, item in enumerate(items, info["n"]) if item[5]], info["base"])
+        member.mail.advance(info["base"])
+        for run in member.mail.take():
+            self.shown += 1 if run.more else len(run.items)
+            member.mail.written(1 if run.more else len(run.items))
+        self._send(member, encode("ack", member.mail.ack()))
+
+    # looking at it
+
+    def all_hold(self, version: int) -> bool:
+        """Whether all are registered and hold the same table, of that version or a later one."""
+        first = self.members[0].version
+        return first >= version and all(member.session is not None and member.version == first
+                                        for member in self.members)
+
+    def told(self, version: int) -> bool:
+        """Whether all that are registered hold that version or a later one."""
+        return all(member.version >= version for member in self.members if member.session is not None)
+
+    def wrong(self) -> int:
+        """How many entries in the whole tables are not what they should be, at most."""
+        found = 0
+        for member in self.members[:MIRRORS]:
+            assert member.mirror is not None
+            entries = member.mirror.entries
+            count = 0
+            for other in self.members:
+                entry = entries.get(other.nick)
+                place = (ONLINE, other.sock.getsockname()[1])
+                count += entry is None or (entry.state, entry.port) != place
+            found = max(found, count)
+        return found
+
+
+def raise_limit() -> int:
+    """Allows as many descriptors as may be; gives how many members a swarm may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 16_384 if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted - 200
+
+
+# --- crowd, idle, table ---------------------------------------------------------------------------------------
+
+SMALL_CROWD, LARGE_CROWD = 2_000, 10_000
+CROWD_LIMITS = {SMALL_CROWD: 5.0, LARGE_CROWD: 60.0}    # s
+CROWD_PATIENCE = 80.0     # s; a crowd that takes longer is given up
+SETTLE = 2.0              # s of rest before something is measured
+IDLE_TIME = 20.0          # s
+CHANGES = {1: 40, 100: 40, 1_000: 20, 10_000: 8}        # of the table, told to so many clients
+
+
+class Cost(NamedTuple):
+    """What the changes of a table cost the server."""
+
+    seconds: float      # of processor time for one change
+    sent: float         # bytes to each client for one change
+
+
+def measure_crowd(swarm: Swarm, server: Process, count: int) -> Row:
+    """All register at once; until each holds the table with all of them."""
+    began, used = time.monotonic(), processor_time(server)
+    swarm.join(swarm.members)
+    done = swarm.until(lambda: swarm.all_hold(count), CROWD_PATIENCE)
+    seconds, used = time.monotonic() - began, processor_time(server) - used
+    holding = sum(member.version >= count for member in swarm.members)
+    limit = CROWD_LIMITS.get(count, 60.0)
+    swarm.until(lambda: False, SETTLE)
+    wrong = swarm.wrong()
+    faults = f"{swarm.refused} refused, {swarm.unanswered} unanswered, {wrong} wrong"
+    figure = f"{count:,}: {seconds:.1f} s" if done else f"{count:,}: {holding:,} after {seconds:.0f} s"
+    met = done and seconds <= limit and not (swarm.refused or swarm.unanswered or wrong)
+    return Row("crowd", f"{figure}; {faults}", f"{used:.1f} s of the server's core", f"{seconds / max(used, 1e-9):.2f}",
+               f"<= {limit:.0f} s, no fault", met)
+
+
+def measure_idle(swarm: Swarm, server: Process) -> Tuple[Row, float]:
+    """All are registered and ping; also gives the part of a core that this takes."""
+    swarm.until(lambda: False, SETTLE)
+    began, used = time.monotonic(), processor_time(server)
+    swarm.until(lambda: False, IDLE_TIME)
+    seconds, used = time.monotonic() - began, processor_time(server) - used
+    share, held, count = used / seconds, memory(server, "VmRSS"), len(swarm.members)
+    ping = used / seconds / count * PING
+    return Row("idle", f"{count:,}: {share:.1%} of a core, {held:.0f} MB", f"{ping * 1e6:.0f} us a ping",
+               "-", "<= 5 %, <= 80 MB", share <= 0.05 and held <= 80), share
+
+
+def measure_changes(swarm: Swarm, server: Process, count: int, share: float) -> Cost:
+    """One member leaves and comes back, each change told for itself; ``share``: the part of a core that pings take."""
+    changer = swarm.members[-1]
+    version = max(member.version for member in swarm.members)
+    swarm.table_bytes = 0
+    began, used = time.monotonic(), processor_time(server)
+    for change in range(count):
+        version += 1
+        if change % 2:
+            swarm.join([changer])
+        else:
+            swarm.leave(changer)
+        done = swarm.until(lambda: swarm.told(version) and (changer.session is None) == (change % 2 == 0), PATIENCE)
+        assert done, "a change was not told to all"
+    used = processor_time(server) - used - share * (time.monotonic() - began)
+    return Cost(used / count, swarm.table_bytes / count / (len(swarm.members) - 0.5))
+
+
+def small_table(count: int) -> Cost:
+    """The cost of changes for a server with ``count`` clients, and one that changes."""
+    with world() as chat:
+        server = chat.server()
+        with Swarm(chat.port, count + 1) as swarm:
+            swarm.join(swarm.members)
+            assert swarm.until(lambda: swarm.all_hold(count + 1), PATIENCE), "not all hold the table"
+            swarm.until(lambda: False, SETTLE / 2)
+            used = processor_time(server)
+            swarm.until(lambda: False, SETTLE)
+            return measure_changes(swarm, server, CHANGES[count], (processor_time(server) - used) / SETTLE)
+
+
+def bare_sends(size: int) -> float:
+    """Seconds of processor time for one datagram of so many bytes to one of many sockets."""
+    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(100)]
+    try:
+        for sock in socks:
+            sock.bind((HOST, 0))
+        data, addresses = bytes(size), [sock.getsockname() for sock in socks]
+        began = time.thread_time()
+        for _ in range(100):
+            for address in addresses:
+                socks[0].sendto(data, address)
+        return (time.thread_time() - began) / 10_000
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def table_rows(costs: Dict[int, Cost]) -> Iterator[Row]:
+    """What the table costs, from the costs with so many clients."""
+    own = costs.pop(1).seconds
+    counts = ", ".join(f"{count:,}" for count in costs)
+    sizes = [cost.sent for cost in costs.values()]
+    yield Row("table", " / ".join(f"{size:.0f}" for size in sizes) + " bytes", f"with {counts} clients", "-",
+              "<= 100 bytes, constant", max(sizes) <= 100 and max(sizes) <= 1.2 * min(sizes))
+    times = [(cost.seconds - own) / count for count, cost in costs.items()]
+    bare = bare_sends(round(sizes[0]))
+    yield Row("table", " / ".join(f"{seconds * 1e6:.1f}" for seconds in times) + " us",
+              f"{bare * 1e6:.1f} us: a bare sendto", f"{max(times) / bare:.1f}", "<= 12 us, constant",
+              max(times) <= 12e-6 and max(times) <= 1.5 * min(times))
+
+
+def measure_many(names: Set[str]) -> Iterator[Row]:
+    """Everything for which many clients are registered: ``crowd``, ``idle``, ``table``."""
+    large = min(LARGE_CROWD, raise_limit())
+    if "crowd" in names:
+        with world() as chat:
+            server = chat.server()
+            with Swarm(chat.port, SMALL_CROWD) as swarm:
+                yield measure_crowd(swarm, server, SMALL_CROWD)
+    with world() as chat:
+        server = chat.server()
+        with Swarm(chat.port, large) as swarm:
+            row = measure_crowd(swarm, server, large)
+            if "crowd" in names:
+                yield row
+            share = 0.0
+            if names & {"idle", "table"}:
+                row, share = measure_idle(swarm, server)
+                yield row
+            if "table" in names:
+                cost = measure_changes(swarm, server, CHANGES[LARGE_CROWD], share)
+    if "table" in names:
+        yield from table_rows({1: small_table(1), 100: small_table(100), 1_000: small_table(1_000), large - 1: cost})
+
+
+# --- timers ---------------------------------------------------------------------------------------------------
+
+DEAD = 1_000
+PENDING = 10_000
+QUIET_ROUNDS = 500        # of the pair, before anything happens
+PAUSE = 0.002             # s between rounds of the pair
+TURN_LIMIT = 0.05         # s
+
+
+def watched(arguments: List[str]) -> None:
+    """Runs the program; writes the longest turn of its loop (seconds by the clock, and of the processor) to a file."""
+    longest = [0.0, 0.0]
+    woken: List[Tuple[float, float]] = []
+
+    class Watched(selectors.DefaultSelector):
+        """What lies between two calls is a turn."""
+
+        def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+            if woken:
+                began, used = woken.pop()
+                longest[0] = max(longest[0], time.monotonic() - began)
+                longest[1] = max(longest[1], time.thread_time() - used)
+            events = super().select(timeout)
+            woken.append((time.monotonic(), time.thread_time()))
+            return events
+
+    setattr(selectors, "DefaultSelector", Watched)
+    code = udpchat.main(arguments[1:])
+    Path(arguments[0]).write_text(" ".join(map(str, longest)))
+    sys.exit(code)
+
+
+def rounds(process: Process, go_on: Callable[[int], bool]) -> List[float]:
+    """Milliseconds of each round of a pair, as long as ``go_on(how many there were)``."""
+    found: List[float] = []
+    end = time.monotonic() + PATIENCE
+    while go_on(len(found)) and time.monotonic() < end:
+        found.append(one_round(process, "send dave hello\n", received("dave")) * 1e3)
+        time.sleep(PAUSE)
+    return found
+
+
+def watched_server(chat: Chat) -> Tuple[Process, int]:
+    """Starts a server whose turns are timed; gives it and its port."""
+    server = chat.run("server", "0", "--host", HOST, "--store", str(chat.store),
+                      command=role("--watched", str(chat.directory / "server-turns")))
+    return server, int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
+
+
+def measure_timers(names: Set[str]) -> Iterator[Row]:
+    """Whether those who do not answer hold up the others."""
+    raise_limit()
+    with world() as chat:
+        server, port = watched_server(chat)
+        dave = chat.directory / "dave"
+        run_to_file(chat, dave, *as_client(chat, "dave", "--stay", port=port))
+        wait_for(chat, dave, UPDATED)
+        carol = chat.client("carol", port=port)
+        carol.see(UPDATED)
+        quiet, busy, seconds = storm(chat, carol, port)
+        server.signal(signal.SIGTERM)
+        server.wait()
+        turns = {who: [float(part) for part in (chat.directory / f"{who}-turns").read_text().split()]
+                 for who in ("server", "client")}
+    for who, (clock, used) in turns.items():
+        yield Row("timers", f"{who}'s longest turn {clock * 1e3:.0f} ms", f"{used * 1e3:.0f} ms of processor time",
+                  f"{clock / used:.1f}", f"<= {TURN_LIMIT * 1e3:.0f} ms", clock <= TURN_LIMIT)
+    p99, before = percentile(busy, 0.99), percentile(quiet, 0.99)
+    yield Row("timers", f"others' p99 {p99:.1f} ms (p50 {percentile(busy, 0.5):.1f}, {seconds:.1f} s)",
+              f"p99 {before:.1f} ms before", f"{p99 / before:.1f}", "<= 10 ms", p99 <= 10)
+
+
+def storm(chat: Chat, carol: Process, port: int) -> Tuple[List[float], List[float], float]:
+    """The rounds of carol and dave before and while alice sends to the dead, and how many seconds that takes."""
+    receipts, lines = chat.directory / "receipts", chat.directory / "lines"
+    alice, pipe = run_with_pipe(chat, receipts, *as_client(chat, "alice", port=port),
+                                command=role("--watched", str(chat.directory / "client-turns")))
+    wait_for(chat, receipts, UPDATED)
+    with Swarm(port, DEAD) as swarm:
+        swarm.join(swarm.members)
+        assert swarm.until(lambda: swarm.all_hold(DEAD + 3), PATIENCE), "not all hold the table"
+        swarm.until(lambda: False, SETTLE)
+        swarm.stop_answering()
+        quiet = rounds(carol, lambda count: count < QUIET_ROUNDS)
+        nicks = [swarm.members[number % DEAD].nick for number in range(PENDING)]
+        lines.write_text("".join(f"send {nick} message {number}\n" for number, nick in enumerate(nicks)))
+        began = time.monotonic()
+        cat = pour(pipe, lines)
+        busy = rounds(carol, lambda _: alice.popen.poll() is None)
+        seconds = time.monotonic() - began
+        cat.kill()
+        cat.wait()
+    wait_for_end(alice)
+    check_receipts(receipts, SAVED, PENDING)
+    return quiet, busy, seconds
+
+
+# --- loss -----------------------------------------------------------------------------------------------------
+
+RATE = 10e6 / 8           # bytes a second
+DELAY = 0.02              # s each way
+LOSS = 0.02               # part of the datagrams, each way
+LINK_QUEUE = 65536        # bytes before the link that wait; beyond, they are dropped
+HEADERS = 28              # bytes of IP and UDP
+SIMULATED = 60.0          # s
+SEEDS = 3
+PEER = ("192.0.2.1", 9)
+
+
+class Link:
+    """A virtual clock, and a link that everybody shares."""
+
+    def __init__(self, seed: int) -> None:
+        self.now = 0.0
+        self.random = random.Random(seed)
+        self._free = 0.0        # when all that was sent is through
+        self._calls: List[Tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` at a time."""
+        self._serial += 1
+        heapq.heappush(self._calls, (when, self._serial, callback))
+
+    def send(self, size: int, arrived: Callable[[], None]) -> None:
+        """Sends so many bytes across."""
+        waiting = max(0.0, self._free - self.now) * RATE
+        if waiting + size > LINK_QUEUE:
+            return
+        self._free = max(self.now, self._free) + size / RATE
+        if self.random.random() >= LOSS:
+            self.call_at(self._free + DELAY, arrived)
+
+    def answer(self, arrived: Callable[[], None]) -> None:
+        """Sends a small datagram back, where nothing queues."""
+        if self.random.random() >= LOSS:
+            self.call_at(self.now + DELAY, arrived)
+
+    def run(self, until: float) -> None:
+        """Lets time pass."""
+        while self._calls and self._calls[0][0] <= until:
+            self.now, _, callback = heapq.heappop(self._calls)
+            callback()
+        self.now = until
+
+
+class Flow:
+    """One sender that always has something to send, and its receiver."""
+
+    def __init__(self, link: Link, id_: int) -> None:
+        self.delivered = 0          # bytes of text
+        self._link = link
+        self._texts = texts(1000)
+        self._conversation = Conversation("alice", "bob", id_)
+        self._conversation.locate(0.0, Place(True, PEER))
+        self._receiver = ReceiveStream(id_)
+        self._decoder = Decoder()
+        self._wake = NEVER
+
+    def poll(self) -> None:
+        """Sends what is due, and comes back when more is."""
+        now, conversation = self._link.now, self._conversation
+        if conversation.held < udpchat.QUEUE_LIMIT:
+            conversation.send(now, self._texts, now)
+        for datagram, _ in conversation.poll(now):
+            self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))
+        conversation.events.clear()
+        due = conversation.due()
+        if due < self._wake or self._wake <= now:
+            self._wake = due
+            self._link.call_at(due, self._woken)
+
+    def _woken(self) -> None:
+        if self._link.now >= self._wake:
+            self._wake = NEVER
+            self.poll()
+
+    def _arrived(self, datagram: bytes) -> None:
+        for _, info in self._decoder.decode(datagram):
+            self._receiver.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
+        for run in self._receiver.take():
+            self.delivered += sum(map(len, run.items))
+            self._receiver.written(len(run.items))
+        self._link.answer(functools.partial(self._acked, self._receiver.ack()))
+
+    def _acked(self, info: Info) -> None:
+        self._conversation.on_ack(self._link.now, info["next"], info["have"], info["room"], protocol.DIRECT)
+        self.poll()
+
+
+def simulate(flows: int, seed: int) -> List[float]:
+    """Bytes of text a second that each of so many senders gets through."""
+    link = Link(seed)
+    senders = [Flow(link, number + 1) for number in range(flows)]
+    for number, sender in enumerate(senders):
+        link.call_at(float(number), sender.poll)
+    link.run(SIMULATED / 10)
+    before = [sender.delivered for sender in senders]
+    link.run(SIMULATED)
+    return [(sender.delivered - start) / (SIMULATED * 0.9) for sender, start in zip(senders, before)]
+
+
+def measure_loss(names: Set[str]) -> Iterator[Row]:
+    """What a link that loses lets through, and how two share it."""
+    goodput = statistics.mean(simulate(1, seed)[0] for seed in range(SEEDS))
+    yield Row("loss", f"{goodput / 1e3:,.0f} kB/s of text", f"{RATE / 1e3:,.0f} kB/s: the link",
+              f"{goodput / RATE:.0%}", ">= 60 %", goodput >= 0.6 * RATE)
+    pairs = [simulate(2, seed) for seed in range(SEEDS)]
+    least = min(min(pair) / sum(pair) for pair in pairs)
+    both = statistics.mean(map(sum, pairs))
+    yield Row("loss", f"two share it {least:.0%} : {1 - least:.0%}", f"{both / 1e3:,.0f} kB/s together",
+              f"{both / RATE:.0%}", "40 : 60 or better", least >= 0.4)
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+MEASURES: Dict[str, Callable[[Set[str]], Iterator[Row]]] = {
+    "piped": measure_piped, "latency": measure_latency, "keep": measure_mail, "deliver": measure_mail,
+    "memory": measure_memory, "start": measure_start, "crowd": measure_many, "idle": measure_many,
+    "table": measure_many, "timers": measure_timers, "loss": measure_loss}
+ROLES: Dict[str, Callable[[List[str]], None]] = {
+    "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
+    "--watched": watched}
+TITLES = ("name", "figure", "yardstick", "ratio", "target", "met")
+
+
+def measured(measure: Callable[[Set[str]], Iterator[Row]], names: Set[str]) -> Iterator[Row]:
+    """The rows of one measure that were asked for; one that says so if it failed."""
+    try:
+        for row in measure(names):
+            if row.name in names:
+                yield row
+    except Exception as error:
+        traceback.print_exc()
+        mine = [name for name, other in MEASURES.items() if other is measure and name in names]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        yield Row(", ".join(mine), f"failed: {reason[:60]}", "-", "-", "-", False)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the table."""
+    lines: List[Sequence[str]] = [TITLES, *((*row[:5], "yes" if row.met else "NO") for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures what was asked for, or all; gives 0."""
+    unknown = [name for name in arguments if name not in MEASURES]
+    if unknown:
+        print(f"no such measure: {', '.join(unknown)}; there are {', '.join(MEASURES)}")
+        return 0
+    names = set(arguments) or set(MEASURES)
+    rows: List[Row] = []
+    for measure in dict.fromkeys(MEASURES[name] for name in MEASURES if name in names):
+        began = time.monotonic()
+        rows.extend(measured(measure, names))
+        print(f"{measure.__name__}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in ROLES:
+        ROLES[sys.argv[1]](sys.argv[2:])
+        sys.exit(0)
+    sys.exit(main(sys.argv[1:]))
