@@ -411,6 +411,7 @@ class ServerNode(Node):
         disk = world.disk
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
+        self._greetings: Dict[bytes, int] = {}      # of each session: the last mail that waited when it began
         self.server = Server(self.loop, self.send, Registry(mailbox, self.loop.wall(), mailbox_limit=world.mailbox))
         world.trace("%s starts", self.name)
         self.server.start()
@@ -421,8 +422,14 @@ class ServerNode(Node):
         self.server.receive(datagram, source)
 
     def settle(self) -> None:
-        """Ends the turn; a slow disk makes it long."""
+        """Ends the turn. Nobody may be announced before the mail that waited is shown."""
+        registry = self.server.registry
+        for session in registry.sessions.values():
+            self._greetings.setdefault(session.id, session.known.last)
         self.server.settle()
+        for session in registry.sessions.values():
+            if registry.table.is_online(session.nick) and self._greetings[session.id] >= session.known.first:
+                raise Violation(f"{session.nick} is online, but has not shown the mail that waited")
 
 
 # --- the client -----------------------------------------------------------------------------------------------

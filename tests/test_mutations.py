@@ -1,0 +1,185 @@
+"""The simulation can fail: each of these faults, put into the program, is found by one of the first random storms."""
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterator
+
+import pytest
+
+from protocol import Conversation, Delivery, Inbox, Incoming, Info, ReceiveStream, SendStream
+from registry import ONLINE, Registry, Session, Table
+from tests.simulate import run_seed
+from udpchat import Client, Output, Server
+
+SEEDS = 300
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def acks_before_it_writes(patch: pytest.MonkeyPatch) -> None:
+    """Counts what is handed to stdout as written."""
+    def take(self: Inbox, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
+        for delivery in original(self, now, has_room):
+            delivery.written(len(delivery.texts))
+            yield delivery._replace(written=lambda texts: None)
+    original = Inbox.take
+    patch.setattr(Inbox, "take", take)
+
+
+def acks_before_it_commits(patch: pytest.MonkeyPatch) -> None:
+    """Tells that messages are saved, and saves them a little later."""
+    def commit(self: Server) -> bool:
+        if self.registry.mailbox.pending:
+            self.loop.call_at(self.loop.now() + 0.05, lambda: original(self))
+        return True
+    original = Server._commit
+    patch.setattr(Server, "_commit", commit)
+
+
+def takes_a_failed_commit_for_done(patch: pytest.MonkeyPatch) -> None:
+    """Does not look at whether the disk took it."""
+    original = Server._commit
+    patch.setattr(Server, "_commit", lambda self: original(self) or True)
+
+
+def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
+    """Counts a line as written as soon as its first bytes are."""
+    def account(self: Output, taken: int) -> None:
+        if taken and taken < len(self._chunks[0][0]):
+            data, written = self._chunks[0]
+            self._chunks[0] = data[taken:], None
+            if written is not None:
+                written(data.count(b"\n"))
+        else:
+            original(self, taken)
+    original = Output._account
+    patch.setattr(Output, "_account", account)
+
+
+def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:
+    """Does not wait until the recipient has acked its mail."""
+    def send_mail(self: Server, session: Session) -> None:
+        original(self, session)
+        mail = self._mails.get(session.id)
+        if mail is not None and session.id in self.registry.sessions:
+            self.registry.mail_acked(session, mail.stream.top)
+    original = Server.send_mail
+    patch.setattr(Server, "send_mail", send_mail)
+
+
+def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
+    """Does not compare mail with what came straight."""
+    patch.setattr(ReceiveStream, "show", lambda self, first, count: True)
+
+
+def takes_what_it_passed_over_for_shown(patch: pytest.MonkeyPatch) -> None:
+    """Forgets that it has not shown what it did not want to wait for."""
+    def advance(self: ReceiveStream, to: int) -> None:
+        original(self, to)
+        self.given_up.spans = []
+    original = ReceiveStream.advance
+    patch.setattr(ReceiveStream, "advance", advance)
+
+
+def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
+    """Calls a client online as soon as it is registered."""
+    def set_state(self: Registry, session: Session, state: str) -> None:
+        original(self, session, ONLINE if session.id in self.live else state)
+    original = Registry._set_state
+    patch.setattr(Registry, "_set_state", set_state)
+
+
+def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:
+    """Shows what comes straight, though what was sent before it is in the mail."""
+    def hold(self: Inbox, now: float, incoming: Incoming) -> None:
+        incoming.stream.advance(incoming.stream.base)
+        self._arrived(incoming)
+    patch.setattr(Inbox, "_hold", hold)
+
+
+def forgets_its_base(patch: pytest.MonkeyPatch) -> None:
+    """Does not tell the recipient which numbers it does not hold any more."""
+    def frame(self: Conversation, route: str, first: int, base: int, *rest: Any) -> bytes:
+        return original(self, route, first, 1, *rest)
+    original = Conversation._frame
+    patch.setattr(Conversation, "_frame", frame)
+
+
+def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:
+    """Believes whoever says that he is somebody."""
+    def on_chat(self: Client, info: Info, address: Any, *rest: Any) -> None:
+        if info["to"] == self.nick:
+            self._inbox.on_chat(self.loop.now(), info, address, self._accepting)
+    patch.setattr(Client, "_on_chat", on_chat)
+
+
+def does_not_repeat_what_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """Sends everything once."""
+    def time_out(self: SendStream) -> None:
+        self.timer = float("inf")
+    patch.setattr(SendStream, "_timed_out", time_out)
+
+
+def gives_two_changes_one_version(patch: pytest.MonkeyPatch) -> None:
+    """Does not count every fifth change of the table."""
+    def set_entry(self: Table, *entry: Any) -> bool:
+        changed = original(self, *entry)
+        if changed and self.version % 5 == 0:
+            self.version -= 1
+        return changed
+    original = Table.set
+    patch.setattr(Table, "set", set_entry)
+
+
+def acks_inside_a_text(patch: pytest.MonkeyPatch) -> None:
+    """Cuts a long text at the number that was acked."""
+    def on_ack(self: SendStream, *ack: Any) -> int:
+        self.continued = set()
+        return original(self, *ack)
+    original = SendStream.on_ack
+    patch.setattr(SendStream, "on_ack", on_ack)
+
+
+def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
+    """A client that has deregistered goes on pinging."""
+    def went_away(self: Client) -> None:
+        session = self._session
+        original(self)
+        if session is not None:
+            self._ask_server("ping", {"id": 1, "session": session, "version": 0})
+    original = Client._went_away
+    patch.setattr(Client, "_went_away", went_away)
+
+
+def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
+    """Ends without a word about the commands that it had read already."""
+    patch.setattr(Client, "_hand_back_lines", lambda self: None)
+
+
+# each fault, and a seed that is known to find it: it is tried first
+FAULTS: Dict[Patch, int] = {
+    acks_before_it_writes: 0,
+    acks_before_it_commits: 2,
+    takes_a_failed_commit_for_done: 32,
+    counts_a_partial_write_as_whole: 0,
+    deletes_mail_when_it_is_sent: 3,
+    shows_what_came_on_another_route: 2,
+    takes_what_it_passed_over_for_shown: 254,
+    announces_before_the_mail_is_shown: 0,
+    does_not_wait_for_missing_messages: 2,
+    forgets_its_base: 1,
+    accepts_chat_from_any_address: 0,
+    does_not_repeat_what_is_lost: 1,
+    gives_two_changes_one_version: 1,
+    acks_inside_a_text: 0,
+    goes_on_talking_while_away: 0,
+    drops_what_was_read_and_not_sent: 63,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_program_that(fault: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    seeds = (FAULTS[fault], *range(SEEDS))
+    failures = (run_seed(seed).failure for seed in seeds)
+    found = next((failure for failure in failures if failure), "no storm has found it")
+    assert "Traceback" not in found and "no storm" not in found
