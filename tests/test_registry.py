@@ -554,7 +554,7 @@ class Shadow:
 class Storing(RuleBasedStateMachine):
     """A mailbox on a disk that fails now and then, in a server that dies now and then, beside a model of it."""
 
-    NICKS, SENDERS = st.sampled_from(["bob", "eve", "zoe"]), st.sampled_from(["alice", "bob"])
+    NICKS, SENDERS, WHICH = st.sampled_from(["bob", "eve"]), st.sampled_from(["alice", "bob"]), st.integers(0, 1)
     STREAMS = [("alice", 1), ("alice", 2), ("bob", 1), ("bob", 2)]
     TEXTS = st.lists(st.text(max_size=5), min_size=1, max_size=4)
 
@@ -579,11 +579,14 @@ class Storing(RuleBasedStateMachine):
             self.box.add(nick, *A, None, WALL)
             self.known[nick] = Shadow()
 
-    @rule(nick=NICKS, sender=SENDERS, stream=st.integers(1, 2), texts=TEXTS)
-    def keep(self, nick: str, sender: str, stream: int, texts: List[str]) -> None:
-        shadow = self.known.get(nick)
-        if shadow is None:
-            return
+    def one(self, which: int) -> str:
+        return sorted(self.known)[which % len(self.known)]
+
+    @precondition(lambda self: self.known)
+    @rule(which=WHICH, sender=SENDERS, stream=st.integers(1, 2), texts=TEXTS)
+    def keep(self, which: int, sender: str, stream: int, texts: List[str]) -> None:
+        nick = self.one(which)
+        shadow = self.known[nick]
         texts[-1] = texts[-1].rstrip("…")
         parcel = parcel_of(self.next_of(sender, stream), *texts)
         self.box.keep(self.box.known[nick], sender, stream, parcel)
@@ -595,20 +598,22 @@ class Storing(RuleBasedStateMachine):
     def next_of(self, sender: str, stream: int) -> int:
         return self.turn_streams.get((sender, stream), self.streams.get((sender, stream), 1))
 
-    @rule(nick=NICKS, step=st.integers(-1, 5))
-    def ack(self, nick: str, step: int) -> None:
-        shadow = self.known.get(nick)
-        if shadow is not None:
-            number = min(shadow.first + step, shadow.last - len(shadow.turn) + 1)
-            self.box.acked(self.box.known[nick], number)
-            shadow.first = max(shadow.first, number)
+    @precondition(lambda self: self.known)
+    @rule(which=WHICH, step=st.integers(-1, 5))
+    def ack(self, which: int, step: int) -> None:
+        nick = self.one(which)
+        shadow = self.known[nick]
+        number = min(shadow.first + step, shadow.last - len(shadow.turn) + 1)
+        self.box.acked(self.box.known[nick], number)
+        shadow.first = max(shadow.first, number)
 
-    @rule(nick=NICKS)
-    def forget(self, nick: str) -> None:
-        if nick in self.known:
-            self.box.forget(self.box.known[nick])
-            del self.known[nick]
-            self.forgotten.add(nick)
+    @precondition(lambda self: self.known)
+    @rule(which=WHICH)
+    def forget(self, which: int) -> None:
+        nick = self.one(which)
+        self.box.forget(self.box.known[nick])
+        del self.known[nick]
+        self.forgotten.add(nick)
 
     @rule(fails=st.sampled_from(["", "", "BEGIN", "INSERT", "DELETE", "COMMIT"]))
     def commit(self, fails: str) -> None:
@@ -887,6 +892,24 @@ def test_mail_kept_in_the_turn_in_which_its_recipient_is_forgotten_goes_with_it(
     box = open_box(path)
     assert (list(box.known), mail(box)) == (["bob"], [(1, "kept")])
     assert box._db.execute("SELECT count(*) FROM mail").fetchone()[0] == 1
+    box.close()
+
+
+@pytest.mark.parametrize("fails", [(), ("COMMIT",)])
+def test_whatever_was_pending_for_a_forgotten_nick_is_dropped(box: Mailbox, path: Path, fails: Tuple[str, ...]) -> None:
+    keep(box, "bob", "one", "two")
+    box.commit(WALL)
+    keep(box, "bob", "three")
+    box.acked(box.known["bob"], 2)
+    box.forget(box.known["bob"])
+    fault = faulty(box)
+    fault.fails = fails
+    assert box.commit(WALL) == (not fails)
+    fault.fails = ()
+    assert box.commit(WALL)
+    box.close()
+    box = open_box(path)
+    assert box.known == {} and not box._db.execute("SELECT * FROM mail").fetchall()
     box.close()
 
 
