@@ -497,6 +497,7 @@ NOTICE_SLICE = 10         # datagrams in each: 500 a second
 MAIL_AHEAD = 1024         # numbers of one client's mail in memory
 MAIL_TOTAL = 65536        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
 MAIL_STEP = 64            # numbers: these
+MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
 MAIL_OVERHEAD = 40        # bytes of one item of mail on the wire beside its text and its sender
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48 MiB of text at most
@@ -1039,7 +1040,8 @@ class Server:
         for packet in stream.poll(self.loop.now()):
             self._send(session, encode("mail", {"to": session.nick, "stream": stream.stream, "n": packet.first,
                                                 "base": stream.base, "items": packet.items}))
-        mail.alarm.set(stream.due())
+        cannot_read = not stream.held and mail.loaded < session.known.last
+        mail.alarm.set(self.loop.now() + MAIL_RETRY if cannot_read else stream.due())
 
     def _load_mail(self, mail: MailStream, step: int) -> None:
         letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)

@@ -53,6 +53,7 @@ MAX_RATE = 6000           # datagrams of one node in one virtual second
 IDLE_TIME = 30.0          # s without traffic at the end of a run, in which ...
 IDLE_RATE = 12            # ... a client may send so many datagrams, and the server so many for each client
 PIPE_SLOT = 512           # bytes that a pipe must have free to count as writable
+HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fault
 SERVER: Address = ("10.0.0.1", 4119)
 
 CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
@@ -181,6 +182,11 @@ class Ledger:
                 count = closings[to, kind] + (closings[to, "refused"] if kind == "unknown" else 0)
                 if not closings[to, kind] <= said[line] <= count:
                     raise Violation(f"{life.name} shows {line} {said[line]} times, not {closings[to, kind]}")
+            sends = sum(message.to == to for message in life.typed)
+            for line in (f"[No ACK from {to}, message sent to server.]", f"[{to} is offline, message sent to server.]",
+                         f"[Client {to} exists!!]"):
+                if said[line] > sends:
+                    raise Violation(f"{life.name} shows {line} {said[line]} times for {sends} messages")
         saved = sum(count for (_, kind), count in closings.items() if kind == "saved")
         if said["[Messages received by the server and saved]"] != saved:
             raise Violation(f"{life.name} shows 'saved' {said['[Messages received by the server and saved]']} times,"
@@ -374,11 +380,14 @@ class Disk:
     def __init__(self) -> None:
         self.database = sqlite3.connect(":memory:", isolation_level=None)
         self.failing = False
+        self.reading = True         # also while it fails
         self.step: Callable[[], None] = lambda: None
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         """As that of a connection; a commit may fail, or the process crash before or after it."""
         if statement != "COMMIT":
+            if self.failing and not self.reading and statement != "ROLLBACK":
+                raise sqlite3.OperationalError("disk I/O error")
             return self.database.execute(statement, parameters)
         self.step()
         if self.failing:
@@ -665,6 +674,8 @@ class Life(Node):
             self._offline = True
         elif line.startswith("[Welcome"):
             self._offline = False
+        elif line == "[Server not responding]" and self.world.healthy_since < self.world.now - HEALING_TIME:
+            raise Violation(f"{self.name} calls the server silent, though nothing is broken")
         elif "is taken.]" in line or "belongs to someone else.]" in line:
             self.world.refusals.append((self.name, line))
         found = CHAT_LINE.fullmatch(line)
@@ -685,7 +696,7 @@ class Life(Node):
         """The messages of ``sender`` may be shown out of order from here on."""
         self.world.trace("%s goes on without the missing messages of %s", self.name, sender)
         self.released.add(sender)
-        if self.world.healthy_since < self.world.now - 20:
+        if self.world.healthy_since < self.world.now - HEALING_TIME:
             raise Violation(f"{self.name} could not ask the server, though nothing is broken")
 
 
@@ -1101,7 +1112,7 @@ class Storm:
 
     def _break_disk(self) -> None:
         disk = self.world.disk
-        disk.failing = True
+        disk.failing, disk.reading = True, self.random.random() < 0.7
         self.world.trace("the disk fails")
         self.world.call_at(self.world.now + self.random.choice((0.1, 2.0)), functools.partial(self._mend_disk, disk))
 
@@ -1211,8 +1222,22 @@ class Storm:
             if life is None:
                 raise Violation(f"{nick} does not run")
             self._check_client(life, table)
+        self._check_everybody_reaches_everybody()
         if world.refusals:
             raise Violation("{} was told: {}".format(*world.refusals[0]))
+
+    def _check_everybody_reaches_everybody(self) -> None:
+        """Each sends to each, and all of it goes straight."""
+        lives = list(self.world.running())
+        for life in lives:
+            for other in lives:
+                self._serial += 1
+                life.type(f"send {other.nick} m{self._serial}")
+        self.world.run(1.0)
+        for life in lives:
+            for message in life.typed[-len(lives):]:
+                if message.closing != "received":
+                    raise Violation(f"{message!r} is {message.closing or 'open'}, though nothing is broken")
 
     def _check_server(self, server: Server) -> None:
         for known in server.registry.mailbox.known.values():

@@ -215,6 +215,21 @@ def test_while_the_disk_fails_nothing_counts_as_saved() -> None:
     assert ends(bob, "kept") == 1 and ends(bob, "lost") == 0
 
 
+def test_mail_that_cannot_be_read_from_the_disk_comes_when_it_can() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    alice.type("send bob hello")
+    world.run(1)
+    bob.type("reg bob")
+    world.disk.failing, world.disk.reading = True, False
+    world.run(5)
+    assert not ends(bob, "> hello")
+    world.disk.failing = False
+    world.run(3)
+    assert ends(bob, "> hello") == 1 and alice.client.table.is_online("bob")
+
+
 # --- slow and gone readers ------------------------------------------------------------------------------------
 
 def test_a_stalled_reader_makes_the_sender_wait_then_relay_and_loses_nothing() -> None:
@@ -283,6 +298,34 @@ def test_clients_chat_while_the_server_is_away() -> None:
     world.run(1)
     assert count(bob, "alice: hello") == 1 and count(alice, "[Message received by bob.]") == 1
     assert count(alice, "[Server not responding]") == 1, "once for each outage"
+
+
+def test_an_outage_makes_no_storm_however_long_it_lasts() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    assert world.server is not None
+    world.server.crash()
+    alice.type("send bob hello")
+    world.run(30)
+    before = alice.sent
+    world.run(600)
+    assert alice.sent - before <= 2 * 600, "at most two datagrams a second"
+    assert count(alice, "[Server not responding]") == 1
+    world.start_server()
+    world.run(10)
+    assert count(alice, "[Messages received by the server and saved]") == 1
+
+
+def test_a_server_without_anybody_to_serve_does_nothing() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    for life in (alice, bob):
+        life.crash()
+    world.run(120)
+    assert world.server is not None
+    before = world.server.sent
+    world.run(1000)
+    assert world.server.sent == before
 
 
 @pytest.mark.parametrize("steps", range(6))
