@@ -1376,7 +1376,8 @@ class Inbox:
         """The ``ack`` of every stream that brought something or of which something was written; None: the server."""
         unacked, self._unacked = self._unacked, {}
         more = self.buffered * MAX_PIECE < INBOX_LIMIT
-        return [(incoming.stream.ack(more), incoming.address) for incoming in unacked]
+        return [(incoming.stream.ack(more), incoming.address) for incoming in unacked
+                if incoming.address is not None or incoming is self._mail]      # nobody waits for another ack
 
     # messages that are missing
 

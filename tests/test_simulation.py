@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Set, Tuple
 
 import pytest
 
@@ -117,6 +117,26 @@ def test_mail_comes_before_the_client_is_announced() -> None:
     world.network.filter = None
     world.run(5)
     assert alice.client.table.is_online("bob") and count(bob, "[You have messages]") == 1
+
+
+def test_mail_is_acked_as_mail_and_not_to_senders_that_did_not_send_it() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    alice.type("send bob hello")
+    world.run(1)
+    mails: Set[int] = set()
+    acks: Set[int] = set()
+
+    def listen(source: str, target: str, maps: List[Any]) -> bool:
+        for value in maps:
+            if value["tag"] in ("mail", "ack"):
+                (mails if value["tag"] == "mail" else acks).add(value["info"]["stream"])
+        return True
+    world.network.filter = listen
+    bob.type("reg bob")
+    world.run(3)
+    assert ends(bob, "> hello") == 1 and acks == mails and len(mails) == 1
 
 
 def test_messages_kept_by_the_server_come_before_later_ones_that_come_straight() -> None:
