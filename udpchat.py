@@ -602,7 +602,8 @@ class Server:
         self._stranger_replies = 0
         self._most_replies = stranger_replies
         self._disk_failed = False
-        self._handlers: Dict[str, Callable[[Info, Address, int], None]] = {
+        self._allowance = 0                                     # bytes that may answer the datagram at hand
+        self._handlers: Dict[str, Callable[[Info, Address], None]] = {
             "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
             "ack": self._on_ack, "alive": self._on_alive, "dereg": self._on_dereg}
 
@@ -620,23 +621,35 @@ class Server:
 
     def receive(self, datagram: bytes, address: Address) -> None:
         """Takes a datagram from the network."""
+        self._allowance = len(datagram)
         for tag, info in self.decoder.decode(datagram):
             handler = self._handlers.get(tag)
             if handler is not None:
-                handler(info, address, len(datagram))
+                handler(info, address)
 
     # sending
 
     def _send(self, session: Session, *maps: bytes) -> None:
         self._outbox.append((b"".join((FOR_PREFIX, session.id, *maps)), session.address))
 
-    def _reply(self, address: Address, size: int, data: bytes) -> None:
-        """Answers somebody whose address may be forged: never more than was received, and not without limit."""
+    def _may_reply(self, size: int) -> bool:
+        """Whether ``size`` bytes may go where this datagram seems to come from, and counts them if so.
+
+        That address may be forged: all answers to a datagram together are never more than it was, and there are not
+        more than ``stranger_replies`` of them a second.
+        """
         second = int(self.loop.now())
         if second != self._stranger_second:
             self._stranger_second, self._stranger_replies = second, 0
+        if size > self._allowance or self._stranger_replies >= self._most_replies:
+            return False
+        self._allowance -= size
         self._stranger_replies += 1
-        if len(data) <= size and self._stranger_replies <= self._most_replies:
+        return True
+
+    def _reply(self, address: Address, data: bytes) -> None:
+        """Answers somebody whose address may be forged, if that is allowed."""
+        if self._may_reply(len(data)):
             self._outbox.append((data, address))
 
     def _send_notices(self) -> None:
@@ -651,37 +664,37 @@ class Server:
 
     # sessions
 
-    def _session(self, info: Info, address: Address, size: int) -> Optional[Session]:
+    def _session(self, info: Info, address: Address) -> Optional[Session]:
         """The session that ``info`` speaks for, if it does so from where it is known to be; answers if not."""
         session = self.registry.sessions.get(info["session"])
         if session is None:
-            self._answer_unknown(info, address, size)
+            self._answer_unknown(info, address)
             return None
         if session.address != address:
-            self._probe_move(session, address, size)
+            self._probe_move(session, address)
             return None
         if self.registry.heard(session, self.loop.now()):
             log.info("%s is back", session.nick)
             self._wake_mail(session)
         return session
 
-    def _answer_unknown(self, info: Info, address: Address, size: int) -> None:
+    def _answer_unknown(self, info: Info, address: Address) -> None:
         how = self.registry.closed.get(info["session"])
         if how == REPLACED:
-            self._reply(address, size, encode("refused", {"session": info["session"], "nick": "-", "reason": how}))
+            self._reply(address, encode("refused", {"session": info["session"], "nick": "-", "reason": how}))
         else:
-            self._reply(address, size, self._pong(info.get("id", 0), boot=0 if how == EVICTED else None))
+            self._reply(address, self._pong(info.get("id", 0), boot=0 if how == EVICTED else None))
 
-    def _probe_move(self, session: Session, address: Address, size: int) -> None:
-        probe = self._probe(session.nick, address, session, size)
+    def _probe_move(self, session: Session, address: Address) -> None:
+        probe = self._probe(session.nick, address, session, proven=False)
         if probe is not None:
             log.info("%s speaks from %s: asking there", session.nick, show_address(address))
 
-    def _on_reg(self, info: Info, address: Address, size: int) -> None:
+    def _on_reg(self, info: Info, address: Address) -> None:
         nick, request = info["nick"], info["id"]
         if not self._is_cookie(info.get("cookie"), address):
-            if size >= protocol.REG_SIZE:
-                self._reply(address, size, encode("cookie", {
+            if self._allowance >= protocol.REG_SIZE:
+                self._reply(address, encode("cookie", {
                     "id": request, "server": self.registry.mailbox.server_id, "cookie": self._cookie(address, 0)}))
             return
         self._consider(nick, Claim(address, info.get("token"), request))
@@ -734,19 +747,19 @@ class Server:
         log.info("%s refused to %s: %s", nick, show_address(claim.address), reason)
         self._outbox.append((encode("refused", {"id": claim.request, "nick": nick, "reason": reason}), claim.address))
 
-    def _on_dereg(self, info: Info, address: Address, size: int) -> None:
+    def _on_dereg(self, info: Info, address: Address) -> None:
         if self.registry.closed.get(info["session"]) == BYE:
-            self._reply(address, size, encode("bye", {"session": info["session"]}))
+            self._reply(address, encode("bye", {"session": info["session"]}))
             return
-        session = self._session(info, address, size)
+        session = self._session(info, address)
         if session is not None:
             log.info("%s deregistered", session.nick)
             self._drop_mail(session)
             self.registry.deregister(session, self.loop.wall())
             self._outbox.append((encode("bye", {"session": session.id}), address))
 
-    def _on_ping(self, info: Info, address: Address, size: int) -> None:
-        session = self._session(info, address, size)
+    def _on_ping(self, info: Info, address: Address) -> None:
+        session = self._session(info, address)
         if session is not None:
             self._outbox.append((self._pong(info["id"], session), address))
             self._note_version(session, info["version"])
@@ -757,8 +770,8 @@ class Server:
             session.holds_table = True
             self._wake_mail(session)
 
-    def _on_sync(self, info: Info, address: Address, size: int) -> None:
-        session = self._session(info, address, size)
+    def _on_sync(self, info: Info, address: Address) -> None:
+        session = self._session(info, address)
         if session is None:
             return
         self._note_version(session, info["version"])
@@ -776,18 +789,18 @@ class Server:
     # probes
 
     def _probe(self, nick: str, address: Address, session: Optional[Session],
-               size: Optional[int] = None) -> Optional[Probe]:
+               proven: bool = True) -> Optional[Probe]:
         """Asks whether ``nick`` is at ``address``; gives the question, None if it may not be sent.
 
-        ``size``: bytes received from there, if that address is not proven.
+        ``proven``: that somebody receives at that address is known.
         """
         probe = self._probing.get((nick, address))
         if probe is None:
             probe = Probe(new_id(self.loop), nick, address, session, self.loop.now())
-            if size is not None and len(self._probe_maps(probe)) > size:
+            if not proven and not self._may_reply(len(self._probe_maps(probe))):
                 return None
             self._probes[probe.id] = self._probing[nick, address] = probe
-            self._ask(probe, size is not None)
+            self._ask(probe, once=not proven)
         return probe
 
     def _probe_maps(self, probe: Probe) -> bytes:
@@ -828,7 +841,7 @@ class Server:
                 del self.registry.ghosts[probe.nick]
             self._consider(probe.nick, probe.claim)
 
-    def _on_alive(self, info: Info, address: Address, size: int) -> None:
+    def _on_alive(self, info: Info, address: Address) -> None:
         probe = self._probes.get(info["id"])
         if probe is None or (info["nick"], address) != (probe.nick, probe.address):
             self._on_late_alive(info, address)
@@ -869,8 +882,8 @@ class Server:
 
     # keeping
 
-    def _on_save(self, info: Info, address: Address, size: int) -> None:
-        session = self._session(info, address, size)
+    def _on_save(self, info: Info, address: Address) -> None:
+        session = self._session(info, address)
         if session is None:
             return
         key = (session.nick, info["stream"])
@@ -1050,7 +1063,7 @@ class Server:
         mail.stream.queue(letters, sizes, continued)
         mail.loaded += len(letters)
 
-    def _on_ack(self, info: Info, address: Address, size: int) -> None:
+    def _on_ack(self, info: Info, address: Address) -> None:
         mail = self._mail_by_stream.get(info["stream"])
         if mail is None or mail.session.address != address:
             return
@@ -1276,6 +1289,7 @@ class Client:
         self._last_asked = -NEVER
         # what comes in
         self._inbox = Inbox()
+        self._allowance = 0                     # bytes that may tell a stranger that this is somebody else
         self._table_news = False
         self._accepting = True                  # messages; no more once the program is about to leave
         # what goes out
@@ -1571,8 +1585,9 @@ class Client:
             return
         messages = self.decoder.decode(datagram)
         if address != self.server:
+            self._allowance = len(datagram)
             for tag, info in messages:
-                self._receive_from_peer(tag, info, address, len(datagram))
+                self._receive_from_peer(tag, info, address)
             return
         trusted = False
         for tag, info in messages:
@@ -1591,11 +1606,11 @@ class Client:
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
 
-    def _receive_from_peer(self, tag: str, info: Info, address: Address, size: int) -> None:
+    def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
         if self.state not in (ACTIVE, LEAVING):
             return
         if tag == "chat":
-            self._on_chat(info, address, size)
+            self._on_chat(info, address)
             return
         conversation = self._by_stream.get(info["stream"]) if tag in ("ack", "nack") else None
         if conversation is None or not conversation.goes_to(address):
@@ -1635,12 +1650,13 @@ class Client:
 
     # what comes in
 
-    def _on_chat(self, info: Info, address: Address, size: int) -> None:
+    def _on_chat(self, info: Info, address: Address) -> None:
         sender = info["from"]
         if info["to"] != self.nick:
             nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
                                    "last": info["n"] + len(info["text"]) - 1})
-            if len(nack) <= size:
+            if len(nack) <= self._allowance:
+                self._allowance -= len(nack)
                 self._send_now(nack, address)
             return
         entry = self.table.get(sender)
