@@ -65,6 +65,7 @@ from registry import ONLINE, Page, Table                                # noqa: 
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
 
 HOST = "127.0.0.1"
+ALL_TIME = 215.0          # s; what is not measured by then is not measured
 PATIENCE = 60.0           # s; nothing is waited for longer, but a crowd
 NEVER = float("inf")
 
@@ -78,6 +79,27 @@ class Row(NamedTuple):
     ratio: str
     target: str
     met: bool
+
+
+class TimeIsOver(Exception):
+    """All measures together have taken too long."""
+
+
+class Time:
+    """How much of the time for everything is left."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + ALL_TIME
+
+    def left(self, most: float) -> float:
+        """At most so many seconds; raises TimeIsOver where there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeIsOver("the time for everything is over")
+        return min(most, left)
+
+
+TIME = Time()
 
 
 # --- processes ------------------------------------------------------------------------------------------------
@@ -122,7 +144,7 @@ def as_client(chat: Chat, nick: str, *options: str, port: int = 0) -> List[str]:
 
 def wait_for(chat: Chat, path: Path, text: str) -> None:
     """Waits until a file contains ``text``."""
-    chat.until(lambda: text.encode() in path.read_bytes(), f"{text!r} in {path.name}", PATIENCE)
+    chat.until(lambda: text.encode() in path.read_bytes(), f"{text!r} in {path.name}", TIME.left(PATIENCE))
 
 
 def pour(descriptor: int, *files: Path) -> "subprocess.Popen[bytes]":
@@ -133,9 +155,9 @@ def pour(descriptor: int, *files: Path) -> "subprocess.Popen[bytes]":
         os.close(descriptor)
 
 
-def wait_for_end(process: Process, seconds: float = PATIENCE) -> None:
+def wait_for_end(process: Process) -> None:
     """Waits for the end of a process; it must be a good one."""
-    code = process.popen.wait(seconds)
+    code = process.popen.wait(TIME.left(PATIENCE))
     assert code == 0, f"{process} ended with {code}"
 
 
@@ -162,7 +184,7 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 CREDIT = 64               # datagrams that the plain loop has on their way: so that none is lost
 TEXT_SIZE = 50            # bytes of a line
-PLAIN_LINES = 100_000     # through the plain loop; its rate does not depend on it
+PLAIN_LINES = 50_000      # through the plain loop; its rate does not depend on it
 
 
 def plain_send(arguments: List[str]) -> None:
@@ -320,10 +342,12 @@ def deliver_lines(chat: Chat, lines: Sequence[str]) -> float:
     out = chat.directory / "out"
     run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
     while WELCOME.encode() not in out.read_bytes()[:1000]:
+        TIME.left(0.0)
         time.sleep(0.001)
     began = time.monotonic()
     size = len(lines) * len(f"alice: <{udpchat.show_time(0.0)}> {lines[0]}\n")
-    while out.stat().st_size < size and time.monotonic() < began + PATIENCE:
+    end = began + TIME.left(PATIENCE)
+    while out.stat().st_size < size and time.monotonic() < end:
         time.sleep(0.001)
     seconds = time.monotonic() - began
     chat.until(lambda: out.read_bytes().count(b"\nalice: ") >= len(lines), "all mail")
@@ -372,7 +396,7 @@ def measure_memory(names: Set[str]) -> Iterator[Row]:
         wait_for(chat, receipts, UPDATED)
         cat = pour(pipe, *[source] * MEMORY_FILES)
         peak = 0.0
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIME.left(PATIENCE)
         while alice.popen.poll() is None and time.monotonic() < end:
             peak = max(peak, memory(alice))
             time.sleep(SAMPLE)
@@ -468,7 +492,7 @@ def measure_latency(names: Set[str]) -> Iterator[Row]:
 
 # --- start ----------------------------------------------------------------------------------------------------
 
-STARTS = 15
+STARTS = 11
 
 
 def round_trip(chat: Chat) -> float:
@@ -539,6 +563,7 @@ PING = 15.0               # s between pings
 LOST_PING = 2.0           # s between pings to a server that is silent
 READS = 64                # datagrams of one member in one turn
 MIRRORS = 3               # members that keep the whole table
+SLICE = 50                # members that join together when they come in turn
 CHECK = 0.02              # s between looks at a condition
 SWARM_BUFFER = 4 * 2 ** 20      # bytes asked from the kernel for each socket, as a client does
 
@@ -622,7 +647,7 @@ class Swarm:
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Runs until ``condition()`` or so many seconds are over; gives whether it holds."""
         self._now = time.monotonic()
-        end, check = self._now + seconds, self._now
+        end, check = self._now + TIME.left(seconds), self._now
         while True:
             if self._now >= check:
                 if condition():
@@ -694,6 +719,16 @@ class Swarm:
         for member in members:
             member.leaving = False
             self._register(member)
+
+    def join_in_turn(self) -> None:
+        """They register, a few at a time, until all hold the whole table."""
+        for start in range(0, len(self.members), SLICE):
+            members = self.members[start:start + SLICE]
+            self.join(members)
+            done = self.until(lambda: all(member.session is not None and member.version >= member.target
+                                          for member in members), PATIENCE / 4)
+            assert done, f"{start} members are registered, and no more"
+        assert self.until(lambda: self.all_hold(len(self.members)), PATIENCE), "not all hold the table"
 
     def leave(self, member: Member) -> None:
         """It deregisters."""
@@ -912,8 +947,7 @@ def small_table(count: int) -> Cost:
     with world() as chat:
         server = chat.server()
         with Swarm(chat.port, count + 1) as swarm:
-            swarm.join(swarm.members)
-            assert swarm.until(lambda: swarm.all_hold(count + 1), PATIENCE), "not all hold the table"
+            swarm.join_in_turn()
             swarm.until(lambda: False, SETTLE / 2)
             used = processor_time(server)
             swarm.until(lambda: False, SETTLE)
@@ -1012,7 +1046,7 @@ def watched(arguments: List[str]) -> None:
 def rounds(process: Process, go_on: Callable[[int], bool]) -> List[float]:
     """Milliseconds of each round of a pair, as long as ``go_on(how many there were)``."""
     found: List[float] = []
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIME.left(PATIENCE)
     while go_on(len(found)) and time.monotonic() < end:
         found.append(one_round(process, "send dave hello\n", received("dave")) * 1e3)
         time.sleep(PAUSE)
@@ -1056,8 +1090,7 @@ def storm(chat: Chat, carol: Process, port: int) -> Tuple[List[float], List[floa
                                 command=role("--watched", str(chat.directory / "client-turns")))
     wait_for(chat, receipts, UPDATED)
     with Swarm(port, DEAD) as swarm:
-        swarm.join(swarm.members)
-        assert swarm.until(lambda: swarm.all_hold(DEAD + 3), PATIENCE), "not all hold the table"
+        swarm.join_in_turn()
         swarm.until(lambda: False, SETTLE)
         swarm.stop_answering()
         quiet = rounds(carol, lambda count: count < QUIET_ROUNDS)
@@ -1081,7 +1114,7 @@ DELAY = 0.02              # s each way
 LOSS = 0.02               # part of the datagrams, each way
 LINK_QUEUE = 65536        # bytes before the link that wait; beyond, they are dropped
 HEADERS = 28              # bytes of IP and UDP
-SIMULATED = 60.0          # s
+SIMULATED = 40.0          # s
 SEEDS = 3
 PEER = ("192.0.2.1", 9)
 
@@ -1169,6 +1202,7 @@ class Flow:
 
 def simulate(flows: int, seed: int) -> List[float]:
     """Bytes of text a second that each of so many senders gets through."""
+    TIME.left(0.0)
     link = Link(seed)
     senders = [Flow(link, number + 1) for number in range(flows)]
     for number, sender in enumerate(senders):
@@ -1194,9 +1228,9 @@ def measure_loss(names: Set[str]) -> Iterator[Row]:
 # --- the table ------------------------------------------------------------------------------------------------
 
 MEASURES: Dict[str, Callable[[Set[str]], Iterator[Row]]] = {
-    "piped": measure_piped, "latency": measure_latency, "keep": measure_mail, "deliver": measure_mail,
-    "memory": measure_memory, "start": measure_start, "crowd": measure_many, "idle": measure_many,
-    "table": measure_many, "timers": measure_timers, "loss": measure_loss}
+    "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
+    "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
+    "crowd": measure_many, "idle": measure_many, "table": measure_many}
 ROLES: Dict[str, Callable[[List[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
     "--watched": watched}
@@ -1206,11 +1240,13 @@ TITLES = ("name", "figure", "yardstick", "ratio", "target", "met")
 def measured(measure: Callable[[Set[str]], Iterator[Row]], names: Set[str]) -> Iterator[Row]:
     """The rows of one measure that were asked for; one that says so if it failed."""
     try:
+        TIME.left(0.0)
         for row in measure(names):
             if row.name in names:
                 yield row
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, TimeIsOver):
+            traceback.print_exc()
         mine = [name for name, other in MEASURES.items() if other is measure and name in names]
         reason = (str(error) or type(error).__name__).splitlines()[0]
         yield Row(", ".join(mine), f"failed: {reason[:60]}", "-", "-", "-", False)
