@@ -272,7 +272,11 @@ Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at,
 def check_file(path: str) -> None:
     """Raises StoreError if ``path`` holds anything but a store, or nothing. Does not touch it."""
     try:
-        if not os.path.exists(path) or os.path.getsize(path) == 0:
+        if not os.path.exists(path):
+            return
+        if not os.path.isfile(path):
+            raise StoreError(f"{path} is not a udpchat store")      # a device or a FIFO: not even to be read
+        if os.path.getsize(path) == 0:
             return
         with open(path, "rb") as file:
             header = file.read(100)

@@ -2239,7 +2239,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
                     epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client.")
     parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
-    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)
+    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True)
     common = Parser(add_help=False)
     common.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"),
                         help="what is logged to stderr (default: %(default)s)")
@@ -2517,6 +2517,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
+    except KeyboardInterrupt:       # while a name is looked up, or a file opened: the loop is not there yet
+        return 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def assert_one_complaint(process: Process, code: int) -> None:
 
 WRONG_ARGUMENTS: List[List[Union[str, bytes]]] = [
     [],
+    ["--"],
     ["talk"],
     ["--bogus"],
     ["-s", "x"],
@@ -295,7 +296,10 @@ def test_store_that_is_not_ours_is_left_untouched(chat: Chat, kind: str) -> None
 
 
 def test_store_that_cannot_be_opened_is_one_line_and_exit_1(chat: Chat) -> None:
-    for path in (chat.directory, chat.directory / "missing" / "store.db", chat.directory / "two\nlines" / "store.db"):
+    fifo = chat.directory / "fifo"
+    os.mkfifo(fifo)
+    missing = [chat.directory / "missing" / "store.db", chat.directory / "two\nlines" / "store.db"]
+    for path in (Path(os.devnull), fifo, chat.directory, *missing):
         assert_one_complaint(chat.complete("server", "0", "--host", "127.0.0.1", "--store", str(path)), 1)
 
 
@@ -857,6 +861,25 @@ def test_signal_ends_a_client_that_is_not_registered_yet(chat: Chat) -> None:
         assert alice.wait() == 0
         assert time.monotonic() - began < ORDERLY
     assert not alice.err.data
+
+
+def test_signal_ends_a_client_that_has_not_come_to_the_network_yet(chat: Chat) -> None:
+    identity = chat.directory / "identity"
+    os.mkfifo(identity)
+    alice = chat.start("alice", "--identity", str(identity))
+    writers: List[int] = []
+
+    def is_reading() -> bool:
+        try:
+            writers.append(os.open(identity, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:     # nobody has opened it to read
+            return False
+        return True
+    chat.until(is_reading, "the identity to be read")
+    alice.signal(signal.SIGINT)
+    assert alice.wait() == 0
+    assert not alice.err.data
+    os.close(writers[0])
 
 
 def test_signal_ends_a_client_that_has_deregistered(chat: Chat) -> None:
