@@ -355,6 +355,16 @@ def test_what_was_kept_comes_back_in_every_field_and_character(box: Mailbox, pat
     box.close()
 
 
+@pytest.mark.parametrize("times", [[WALL, WALL, WALL], [WALL, WALL + 0.1, WALL], [0.0, 1e9 / 3, WALL]])
+def test_every_number_keeps_its_own_time(box: Mailbox, times: List[float]) -> None:
+    box.keep(box.known["bob"], SENDER, STREAM, Parcel(1, ["one", "two", "three"], times, ()))
+    box.commit(WALL)
+    assert [letter[3] for letter in box.fetch(box.known["bob"], 1, EVERYTHING)] == times
+    box.acked(box.known["bob"], 2)
+    box.commit(WALL)
+    assert [letter[3] for letter in box.fetch(box.known["bob"], 2, EVERYTHING)] == times[1:]
+
+
 def test_fetch_begins_where_it_is_told_and_ends_at_its_limit(box: Mailbox) -> None:
     keep(box, "bob", "one", "two", "three", "four")
     box.commit(WALL)
@@ -708,7 +718,7 @@ def test_a_damaged_store_is_refused_with_a_reason(box: Mailbox, path: Path) -> N
 
 @pytest.mark.parametrize("name", [".", "missing/store.db"])
 def test_what_cannot_be_opened_is_an_error_with_a_reason(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StoreError, match="cannot open the store .*: ."):
+    with pytest.raises(StoreError, match="cannot open the store .*: .|is not a udpchat store"):
         open_box(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
