@@ -62,6 +62,7 @@ MAX_TEXT = 65536          # bytes of UTF-8 in one message
 MAX_TEXT_PIECES = -(-MAX_TEXT // (MAX_PIECE - 3))  # numbers; a cut can cost 3 bytes, it never splits a character
 MAX_NICK = 32             # characters
 MAX_NICK_BYTES = 96       # bytes of UTF-8
+MAX_HOST = 64             # characters of a numeric address
 MAX_RANGES = 32           # ranges in the ``have`` of one ack
 SESSION_BYTES = 16        # 128 bits: nobody guesses one
 TOKEN_BYTES = 32          # an HMAC-SHA256
@@ -89,22 +90,30 @@ def boolean(value: Any) -> bool:
     return type(value) is bool
 
 
-@functools.lru_cache(maxsize=4096)
 def is_nick(nick: str) -> bool:
     """Whether ``nick`` is one: 1-32 letters, digits, ``_ . -`` in NFC, at most 96 bytes."""
-    return (0 < len(nick) <= MAX_NICK and len(nick.encode("utf-8", "replace")) <= MAX_NICK_BYTES
+    return 0 < len(nick) <= MAX_NICK and _has_form_of_nick(nick)
+
+
+@functools.lru_cache(maxsize=4096)  # of short strings only: strangers choose them
+def _has_form_of_nick(nick: str) -> bool:
+    return (len(nick.encode("utf-8", "replace")) <= MAX_NICK_BYTES
             and all(c.isalpha() or c.isdecimal() or c in "_.-" for c in nick)
             and unicodedata.is_normalized("NFC", nick))
 
 
-@functools.lru_cache(maxsize=4096)
 def is_host(host: str) -> bool:
     """Whether ``host`` is a numeric IP address (nothing from the network is ever looked up)."""
+    return len(host) <= MAX_HOST and _has_form_of_host(host)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_form_of_host(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
         return False
-    return len(host) <= 64 and host.isascii() and host.isprintable()
+    return host.isascii() and host.isprintable()
 
 
 def fits_piece(text: str) -> bool:
@@ -1267,6 +1276,7 @@ class Conversation:
 
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
 STREAMS_PER_SENDER = 8    # remembered, of each peer; the longest silent goes first
+SENDERS_REMEMBERED = 10_000     # whose streams those are; the longest silent goes first
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every number as the longest
 
 
@@ -1307,7 +1317,8 @@ class Inbox:
 
     def __init__(self) -> None:
         self.buffered = 0           # numbers of all streams that wait here
-        self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender, longest silent first
+        self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender; both longest silent first
+        self._buffering: Dict[Incoming, None] = {}              # those that hold numbers; longest silent first
         self._mail: Optional[Incoming] = None
         self._readable: Dict[Incoming, None] = {}
         self._unacked: Dict[Incoming, None] = {}
@@ -1345,7 +1356,10 @@ class Inbox:
             self._mail = None
 
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
-        streams = self._streams.setdefault(sender, {})
+        streams = self._streams[sender] = self._streams.pop(sender, {})
+        if len(self._streams) > SENDERS_REMEMBERED:
+            for forgotten in self._streams.pop(next(iter(self._streams))).values():
+                self._forget(forgotten)
         incoming = streams.pop(stream, None)
         if incoming is None:
             incoming = Incoming(ReceiveStream(stream, first), None)
@@ -1356,21 +1370,31 @@ class Inbox:
         return incoming
 
     def _forget(self, incoming: Incoming) -> None:
-        for among in (self._readable, self._unacked, self._holding):
+        for among in (self._readable, self._unacked, self._holding, self._buffering):
             among.pop(incoming, None)
         self.buffered -= incoming.counted
 
     def _arrived(self, incoming: Incoming) -> None:
+        self._buffering.pop(incoming, None)
         self._count(incoming)
-        if self.buffered * MAX_PIECE > INBOX_LIMIT:
-            incoming.stream.drop_early()
-            self._count(incoming)
         if incoming.stream.ready_to_take and incoming is not self._mail:
             self._readable[incoming] = None
+        while self.buffered * MAX_PIECE > INBOX_LIMIT:
+            self._give_back(next(iter(self._buffering)))
+
+    def _give_back(self, incoming: Incoming) -> None:
+        """Forgets what waits of a stream, to make room for one that was heard later; its sender still holds it."""
+        incoming.stream.give_back(incoming.stream.taken)
+        self._readable.pop(incoming, None)
+        self._count(incoming)
 
     def _count(self, incoming: Incoming) -> None:
         self.buffered += incoming.stream.buffered - incoming.counted
         incoming.counted = incoming.stream.buffered
+        if incoming.counted:
+            self._buffering[incoming] = None
+        else:
+            self._buffering.pop(incoming, None)
 
     def acks(self) -> List[Tuple[Info, Optional[Address]]]:
         """The ``ack`` of every stream that brought something or of which something was written; None: the server."""

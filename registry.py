@@ -302,8 +302,8 @@ class Mailbox:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
             self._prepare(server_id)
             self._load()
-        except (sqlite3.Error, OSError) as error:
-            reason = "another server has it open" if "locked" in str(error) else error
+        except (sqlite3.Error, OSError, LookupError, TypeError, ValueError) as error:
+            reason = "another server has it open" if "locked" in str(error) else f"it is damaged: {error}"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
         self.healthy = True
         self._rows: List[Tuple[object, ...]] = []               # mail to insert
@@ -406,7 +406,7 @@ class Mailbox:
                             for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
                 if len(letters) >= limit:
                     break
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError):
             self.healthy = False
         return letters[:limit]
 
@@ -544,8 +544,8 @@ class Session:
 class Registry:
     """What the server decides on who is who; see the opening of this module."""
 
-    def __init__(self, mailbox: Mailbox, wall: float, max_clients: int = MAX_CLIENTS,
-                 mailbox_limit: int = MAILBOX_LIMIT, max_known: int = MAX_KNOWN) -> None:
+    def __init__(self, mailbox: Mailbox, max_clients: int = MAX_CLIENTS, mailbox_limit: int = MAILBOX_LIMIT,
+                 max_known: int = MAX_KNOWN) -> None:
         self.mailbox = mailbox
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
@@ -563,8 +563,6 @@ class Registry:
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
                 self.ghosts[known.nick] = (known.host, known.port)
-                known.seen = wall
-                mailbox.changed(known)
 
     # who gets a nick
 
@@ -775,6 +773,12 @@ class Registry:
         self.mailbox.forget(known)
         self.table.set(nick, known.host, known.port, GONE)
         return True
+
+    def note_time(self, wall: float) -> None:
+        """Takes note that those who are there are there now: told often, so that the store knows after a crash."""
+        for session in self.live.values():
+            session.known.seen = wall
+            self.mailbox.changed(session.known)
 
     def lapse(self, wall: float, days: float) -> List[Known]:
         """Drops every nick that was offline for more than ``days`` (0: never); gives what was dropped."""

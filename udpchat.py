@@ -489,6 +489,7 @@ BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n)
 BROADCAST_SLICE = 500     # clients that are told in one turn
 SYNC_PAGES = 32           # datagrams that answer one sync
+SYNC_SLICE = 128          # clients whose sync is answered in one turn: 5 MB
 PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
 COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
@@ -591,6 +592,8 @@ class Server:
         self._mail_by_stream: Dict[int, MailStream] = {}
         self._mail_held = 0                                     # numbers of mail in memory
         self._to_mail: Dict[bytes, None] = {}
+        self._to_sync: Dict[bytes, int] = {}                    # session -> the version that it holds
+        self._sync_alarm = Alarm(loop, lambda: None)            # the end of the turn answers
         self._told = registry.table.version                     # version of the last broadcast
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0
@@ -775,10 +778,23 @@ class Server:
         if session is None:
             return
         self._note_version(session, info["version"])
+        self._to_sync[session.id] = info["version"]
+
+    def _answer_syncs(self) -> None:
+        """Tells those who asked what they miss of the table: each once a turn, and so many in each turn."""
+        for id_ in list(self._to_sync)[:SYNC_SLICE]:
+            version = self._to_sync.pop(id_)
+            session = self.registry.sessions.get(id_)
+            if session is not None:
+                self._tell_missing(session, version)
+        if self._to_sync:
+            self._sync_alarm.set(self.loop.now())
+
+    def _tell_missing(self, session: Session, since: int) -> None:
         version = self.registry.table.version
-        if info["version"] >= version:
+        if since >= version:
             self._send(session, self._table(Page(version, version, [])))    # nothing is missing: that is an answer
-        for count, page in enumerate(self.registry.table.pages(info["version"], PAGE_SIZE), 1):
+        for count, page in enumerate(self.registry.table.pages(since, PAGE_SIZE), 1):
             self._send(session, self._table(page))
             if count == SYNC_PAGES:
                 break
@@ -856,7 +872,10 @@ class Server:
                 self.registry.moved(session, address, self.loop.wall())
             if self.registry.heard(session, self.loop.now()):
                 self._wake_mail(session)
+            self._alive.pop(session.nick, None)
             self._alive[session.nick] = self.loop.now()
+            if len(self._alive) > self.registry.max_clients:
+                del self._alive[next(iter(self._alive))]
         if probe.claim is not None:
             self._refuse(probe.nick, probe.claim, TAKEN)
         for save, number in probe.saves.values():
@@ -887,6 +906,8 @@ class Server:
         if session is None:
             return
         key = (session.nick, info["stream"])
+        if key not in self._dirty and len(self._dirty) >= MAX_SAVE_STREAMS:
+            return      # the sender will repeat it
         save = self._saves.get(key)
         if save is None:
             first = self.registry.mailbox.stream_next(*key)
@@ -935,7 +956,7 @@ class Server:
             self._send_exists(save, first)
             return
         probe = self._probe(save.to, recipient.address, recipient)
-        if probe is not None:
+        if probe is not None and len(probe.saves) < MAX_SAVE_STREAMS:
             probe.saves[save.stream.stream] = (save, first)
 
     def _send_exists(self, save: SaveStream, number: int) -> None:
@@ -989,6 +1010,7 @@ class Server:
             if session is not None:
                 self.send_mail(session)
         self._to_mail.clear()
+        self._answer_syncs()
         self._plan_broadcast()
         outbox, self._outbox = self._outbox, []
         for datagram, address in outbox:
@@ -1108,8 +1130,7 @@ class Server:
     def _keep_house(self) -> None:
         for known in self.registry.lapse(self.loop.wall(), self.nick_lapse):
             log.warning("%s has lapsed, with %d messages", known.nick, known.messages)
-        for session in self.registry.live.values():
-            session.known.seen = self.loop.wall()
+        self.registry.note_time(self.loop.wall())
         self.registry.mailbox.prune_streams()
         now = self.loop.now()
         self._alive = {nick: at for nick, at in self._alive.items() if now - at < PROBE_TIMEOUT}
@@ -2336,7 +2357,7 @@ def run_server(options: argparse.Namespace) -> int:
     if mailbox is None:
         return EXIT_FAILED
     loop = Loop()
-    registry = Registry(mailbox, loop.wall(), options.max_clients, options.mailbox_limit, options.max_nicks)
+    registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     port = Port(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
     port.receive, loop.settle = server.receive, server.settle
@@ -2385,7 +2406,7 @@ def forget(options: argparse.Namespace) -> int:
     if mailbox is None:
         return EXIT_FAILED
     known = mailbox.known.get(options.forget)
-    done = known is not None and Registry(mailbox, time.time()).forget(options.forget) and mailbox.commit(time.time())
+    done = known is not None and Registry(mailbox).forget(options.forget) and mailbox.commit(time.time())
     mailbox.close()
     if not done or known is None:
         complain(f"{options.forget} is not known" if known is None else f"the store {path} cannot be written")

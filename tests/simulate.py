@@ -336,8 +336,8 @@ class Node:
             self.receive(datagram, source)
         loop.calm = not self.inbox
         loop.timers.run(loop.local)
-        self.settle()
         self._ended = now
+        self.settle()
         if not self.alive:
             return
         due = loop.timers.next_time()
@@ -421,7 +421,7 @@ class ServerNode(Node):
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
         self._greetings: Dict[bytes, int] = {}      # of each session: the last mail that waited when it began
-        self.server = Server(self.loop, self.send, Registry(mailbox, self.loop.wall(), mailbox_limit=world.mailbox))
+        self.server = Server(self.loop, self.send, Registry(mailbox, mailbox_limit=world.mailbox))
         world.trace("%s starts", self.name)
         self.server.start()
         self.wake(world.now)
@@ -622,13 +622,15 @@ class Life(Node):
             self._signals -= 1
             self.was_interrupted = True
             client.interrupt()
-        if client.hungry and self._stdin:
+        if not self._stdin and (self._eof_read or not self._eof) or not client.hungry:
+            return
+        if self._stdin:
             size = min(len(self._stdin), self.world.random.choice((7, 200, 65536, 65536)))
             data = bytes(self._stdin[:size])
             del self._stdin[:size]
             self.fed += size
             client.feed(data)
-        elif client.hungry and self._eof and not self._eof_read:
+        else:
             self._eof_read = True
             client.feed(b"")
 
@@ -645,12 +647,12 @@ class Life(Node):
         if client.exit_code is not None:
             self._exit(client.exit_code)
             return
-        if client.hungry and (self._stdin or self._eof and not self._eof_read):
-            self.world.call_at(self.world.now, functools.partial(self.wake, self.world.now))
+        if (self._stdin or self._eof and not self._eof_read) and client.hungry:
+            self.wake(self.world.now)
         if client.output.pending:
             writable = self.screen.writable_at
             if writable < NEVER:
-                self.world.call_at(max(writable, self.world.now + TURN), functools.partial(self.wake, writable))
+                self.wake(writable)
 
     def _exit(self, code: int) -> None:
         self.world.trace("%s exits with %d", self.name, code)

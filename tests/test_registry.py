@@ -970,7 +970,7 @@ IDS = count(1)
 
 
 def new_registry(max_clients: int = 10, mailbox_limit: int = 100, max_known: int = 100) -> Registry:
-    return Registry(Mailbox(":memory:", SERVER), WALL, max_clients, mailbox_limit, max_known)
+    return Registry(Mailbox(":memory:", SERVER), max_clients, mailbox_limit, max_known)
 
 
 @pytest.fixture(name="reg")
@@ -1000,9 +1000,9 @@ def state_of(reg: Registry, nick: str) -> Optional[Tuple[str, int, str]]:
     return entry[1:4] if entry is not None else None
 
 
-def restarted(reg: Registry, wall: float = WALL) -> Registry:
+def restarted(reg: Registry) -> Registry:
     assert reg.mailbox.commit(WALL)
-    return Registry(reg.mailbox, wall, reg.max_clients, reg.mailbox_limit, reg.max_known)
+    return Registry(reg.mailbox, reg.max_clients, reg.mailbox_limit, reg.max_known)
 
 
 # who gets a nick
@@ -1044,7 +1044,7 @@ def test_a_nick_registered_with_a_token_is_refused_without_it(reg: Registry) -> 
 
 
 def test_the_store_knows_only_the_hash_of_a_token(path: Path) -> None:
-    reg = Registry(open_box(path), WALL)
+    reg = Registry(open_box(path))
     register(reg, "bob", A, b"token of bob")
     assert reg.mailbox.known["bob"].owner == hashlib.sha256(b"token of bob").digest()
     reg.mailbox.commit(WALL)
@@ -1066,13 +1066,13 @@ def test_an_anonymous_nick_goes_with_its_mail_to_whoever_comes_and_is_owned_from
 
 
 def test_after_a_restart_a_nick_that_was_online_may_still_be_held(path: Path) -> None:
-    reg = Registry(open_box(path), WALL)
+    reg = Registry(open_box(path))
     register(reg, "bob", A)
     reg.deregister(register(reg, "eve", B), WALL)
     for _ in range(2):
         reg.mailbox.commit(WALL)
         reg.mailbox.close()
-        reg = Registry(open_box(path), WALL)
+        reg = Registry(open_box(path))
         assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, OFFLINE), (*B, OFFLINE))
         assert (reg.holder("bob"), reg.holder("eve")) == (A, None)
         assert reg.claim("bob", B, None) == ASK
@@ -1464,10 +1464,11 @@ def test_a_nick_whose_client_died_without_leaving_lapses_too(reg: Registry) -> N
     assert reg.mailbox.commit(WALL)
 
 
-def test_the_time_offline_of_who_was_online_in_a_crash_begins_with_the_restart(reg: Registry) -> None:
+def test_the_time_offline_of_who_was_online_in_a_crash_begins_when_the_store_last_noted_them(reg: Registry) -> None:
     register(reg, "bob", A)
     reg.deregister(register(reg, "eve", B), WALL)
-    reg = restarted(reg, WALL + 80 * DAY)
+    reg.note_time(WALL + 80 * DAY)
+    reg = restarted(restarted(reg))
     assert [known.nick for known in reg.lapse(WALL + 100 * DAY, 90.0)] == ["eve"]
     assert [known.nick for known in reg.lapse(WALL + 171 * DAY, 90.0)] == ["bob"]
 
@@ -1481,7 +1482,7 @@ class Deciding(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.box = Mailbox(":memory:", SERVER)
-        self.reg = Registry(self.box, WALL, self.LIMIT, max_known=self.LIMIT)
+        self.reg = Registry(self.box, self.LIMIT, max_known=self.LIMIT)
         self.now, self.wall = 0.0, WALL
         self.greeting: Dict[bytes, int] = {}    # session -> number of the last mail that comes first
         self.ended: List[Session] = []
@@ -1576,7 +1577,7 @@ class Deciding(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         assert self.box.commit(self.wall)
-        self.reg = Registry(self.box, self.wall, self.LIMIT, max_known=self.LIMIT)
+        self.reg = Registry(self.box, self.LIMIT, max_known=self.LIMIT)
         self.greeting.clear()
         self.ended.clear()
 
