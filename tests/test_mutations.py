@@ -158,14 +158,14 @@ def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
 # each fault, and a seed that is known to find it: it is tried first
 FAULTS: Dict[Patch, int] = {
     acks_before_it_writes: 0,
-    acks_before_it_commits: 2,
-    takes_a_failed_commit_for_done: 32,
+    acks_before_it_commits: 36,
+    takes_a_failed_commit_for_done: 39,
     counts_a_partial_write_as_whole: 0,
     deletes_mail_when_it_is_sent: 3,
     shows_what_came_on_another_route: 2,
     takes_what_it_passed_over_for_shown: 254,
     announces_before_the_mail_is_shown: 0,
-    does_not_wait_for_missing_messages: 2,
+    does_not_wait_for_missing_messages: 32,
     forgets_its_base: 1,
     accepts_chat_from_any_address: 0,
     does_not_repeat_what_is_lost: 1,

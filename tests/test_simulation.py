@@ -432,6 +432,19 @@ def test_a_second_client_with_the_same_nick_is_refused_while_the_first_runs() ->
     assert count(alice, "bob: hello") == 1
 
 
+def test_a_client_that_was_replaced_while_it_was_stopped_ends_when_it_goes_on() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.stop_for(30)
+    other = world.client("alice")
+    world.run(5)
+    assert is_ready(other)
+    world.run(60)
+    assert alice.lines[-2:] == ["[Nickname alice is taken.]", "[Exiting]"] and alice.exit_code == 1
+    bob.type("send alice hello")
+    world.run(1)
+    assert count(other, "bob: hello") == 1
+
+
 def test_a_nick_belongs_to_its_first_owner_also_while_nobody_runs_with_it() -> None:
     world, (alice, bob) = start("alice", "bob")
     alice.end_input()
