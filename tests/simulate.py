@@ -1189,6 +1189,7 @@ class Storm:
             node.stopped_until, node.fuse = 0.0, -1
             node.wake(world.now)
         for life in world.running():
+            life.screen.is_pipe = True      # who has not noticed yet that nobody reads does so now
             life.screen.set_rate(NEVER)
         end = world.now + HEAL_TIME - IDLE_TIME
         while world.now < end:
