@@ -2205,7 +2205,7 @@ def load_secret(path: str) -> bytes:
     except FileNotFoundError:
         pass
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-    draft = f"{path}.{os.getpid()}"
+    draft = f"{path}.{secrets.token_hex(8)}"    # not the process's number: a container gives the same to each
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w") as file:
@@ -2423,7 +2423,7 @@ def secret_of(options: argparse.Namespace) -> Optional[bytes]:
     try:
         return load_secret(path)
     except OSError as error:
-        if options.identity:
+        if options.identity or error.errno == errno.EINVAL:     # a broken one: nobody should lose a nick unawares
             raise Usage(f"the identity {path}: {error.strerror}") from None
         log.warning("no identity (%s: %s): anonymous, the nick is nobody's", path, error.strerror)
         return None
