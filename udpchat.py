@@ -59,6 +59,7 @@ log = logging.getLogger("udpchat")
 
 NEVER = float("inf")
 LOST_TIME = 0.1           # s; a turn that took longer, or a wait that ended later, did not run: it is not counted
+MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
 
@@ -207,7 +208,7 @@ class Loop:
     def _turn(self) -> None:
         before = time.monotonic()
         wait = self._timers.next_time() - (before - self._lost)
-        timeout = 0.0 if self._always else None if wait == NEVER else max(0.0, wait)
+        timeout = 0.0 if self._always else None if wait == NEVER else min(max(0.0, wait), MAX_WAIT)
         events = self._selector.select(timeout)
         woken = time.monotonic()
         if timeout is not None and woken - before > timeout + LOST_TIME:
