@@ -1,0 +1,1436 @@
+"""What strangers, floods and failures cannot do: forgeries, amplification, exhaustion, stolen nicks, broken machines.
+
+A stranger here is off the path: knows every nick and address, can write any source address on a datagram, the
+server's too, but sees none that others send, and so knows no session, request, stream or cookie.
+
+``Desk`` is a server on arguments alone, for what needs many datagrams; the rest happens in the simulated world, or,
+where only a real disk, a real process or a real start tells, between processes.
+"""
+from __future__ import annotations
+
+import errno
+import functools
+import gc
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import stat
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import protocol
+import registry
+import udpchat
+from protocol import Address, Decoder, Inbox, Info, encode, padded
+from registry import DAY, Mailbox, Registry, Table
+from tests.corpus import mutants, record
+from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
+from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
+from udpchat import (ACTIVE, AWAY, COOKIE_TIME, DATAGRAMS_PER_TURN, LEAVING, PING_INTERVAL, SYNC_INTERVAL, SYNC_PAGES,
+                     Client, Loop, Output, Port, Server, TimerHeap, Timer, load_secret, token_for)
+
+settings.register_profile("strangers", deadline=None, database=None, derandomize=True, max_examples=100)
+
+STRANGER: Address = ("10.66.6.6", 666)
+EVE: Address = ("10.66.6.6", 4444)
+HOME = "10.0.1.1"
+NOBODYS = b"?" * 16
+READY = "[Client table updated.]"
+NO_DISK = "[The server cannot save messages now, message for bob not saved.]"
+
+
+def maps_of(datagram: bytes) -> List[Tuple[str, Info]]:
+    """What is in a datagram."""
+    return Decoder().decode(datagram)
+
+
+# --- a server alone -------------------------------------------------------------------------------------------
+
+class DeskLoop:
+    """A loop without descriptors: time passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.random = Random(1)
+        self.calm = True
+        self.time = 1000.0
+        self.wall_time = EPOCH
+        self.timers = TimerHeap()
+
+    def now(self) -> float:
+        """Seconds of this turn."""
+        return self.time
+
+    clock = now
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return self.wall_time
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Calls ``callback`` once ``when`` has come."""
+        return self.timers.call_at(when, callback)
+
+
+class Desk:
+    """A server on arguments alone; ``sent`` is what it has sent."""
+
+    def __init__(self, **options: int) -> None:
+        self.loop = DeskLoop()
+        self.sent: List[Tuple[bytes, Address]] = []
+        replies = options.pop("stranger_replies", udpchat.STRANGER_REPLIES)
+        self.registry = Registry(Mailbox(":memory:", b"i" * 16), **options)
+        self.server = Server(self.loop, lambda datagram, address: self.sent.append((datagram, address)),
+                             self.registry, stranger_replies=replies)
+        self.server.start()
+        self.turn()
+
+    def turn(self) -> List[Tuple[bytes, Address]]:
+        """Ends a turn; gives what was sent in it."""
+        before = len(self.sent)
+        self.loop.timers.run(self.loop.time)
+        self.server.settle()
+        return self.sent[before:]
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass, with every timer in its turn."""
+        end = self.loop.time + seconds
+        while self.loop.timers.next_time() <= end:
+            self.loop.time = max(self.loop.time, self.loop.timers.next_time())
+            self.turn()
+        self.loop.time = end
+        self.turn()
+
+    def say(self, address: Address, *datagrams: bytes) -> List[Tuple[str, Info]]:
+        """Sends datagrams in one turn; gives what comes back to that address in it."""
+        for datagram in datagrams:
+            self.server.receive(datagram, address)
+        return [found for datagram, to in self.turn() if to == address for found in maps_of(datagram)]
+
+    def cookie(self, address: Address) -> bytes:
+        """The cookie for an address."""
+        (tag, info), = self.say(address, padded("reg", {"id": 1, "nick": "x"}, protocol.REG_SIZE))
+        assert tag == "cookie"
+        return bytes(info["cookie"])
+
+    def ask_for(self, nick: str, address: Address, token: Optional[bytes] = None) -> List[Tuple[str, Info]]:
+        """Asks for a nick from an address that is proved; gives the answer."""
+        info: Info = {"id": self.loop.random.getrandbits(63), "nick": nick, "cookie": self.cookie(address)}
+        if token is not None:
+            info["token"] = token
+        return self.say(address, padded("reg", info, protocol.REG_SIZE))
+
+    def register(self, nick: str, address: Address, token: Optional[bytes] = None) -> bytes:
+        """Registers somebody who holds the table then; gives the session."""
+        welcome = dict(self.ask_for(nick, address, token))["welcome"]
+        session = bytes(welcome["session"])
+        self.say(address, ping(session, welcome["version"]))
+        return session
+
+    def state(self) -> Tuple[Any, ...]:
+        """All that a stranger must not change."""
+        found = self.registry
+        return ([entry[:4] for entry in sorted(found.table.entries.values())],
+                sorted((s.id, s.nick, s.address) for s in found.sessions.values()), sorted(found.live),
+                sorted((k.nick, k.first, k.last, k.messages, k.owner) for k in found.mailbox.known.values()))
+
+    def kept(self) -> Dict[str, int]:
+        """How much the server keeps of each kind."""
+        server, found = self.server, self.registry
+        return {"probes": len(server._probes), "sessions": len(found.sessions), "closed": len(found.closed),
+                "spent": len(found.spent), "known": len(found.mailbox.known), "saves": len(server._saves),
+                "early": server._saved_early, "mail": server._mail_held, "mails": len(server._mails),
+                "timers": len(self.loop.timers), "alive": len(server._alive),
+                "waiting": sum(len(probe.saves) for probe in server._probes.values())}
+
+
+def ping(session: bytes, version: int = 2 ** 62, id_: int = 5) -> bytes:
+    """A ``ping``; by default of somebody who holds any table."""
+    return padded("ping", {"id": id_, "session": session, "version": version}, protocol.SESSION_SIZE)
+
+
+def save(session: bytes, to: str, stream: int, n: int = 1, base: int = 1, texts: int = 1, text: str = "hi") -> bytes:
+    """A ``save``."""
+    return encode("save", {"session": session, "to": to, "stream": stream, "n": n, "base": base,
+                           "text": [text] * texts, "at": [EPOCH] * texts, "relay": False})
+
+
+def home(number: int) -> Address:
+    """An address of somebody honest."""
+    return HOME, 5000 + number
+
+
+def stranger(number: int) -> Address:
+    """An address that nobody has proved."""
+    return f"10.66.{number // 60000}.6", 1 + number % 60000
+
+
+# --- a chat ---------------------------------------------------------------------------------------------------
+
+def start(*nicks: str, seed: int = 1) -> Tuple[World, List[Life]]:
+    """A world with a server and clients that are all online and know each other."""
+    world = World(seed)
+    world.start_server()
+    lives = [world.client(nick) for nick in nicks]
+    world.run_until(lambda: all(life.client.table.is_online(nick) for nick in nicks for life in lives), 5)
+    world.run(1)
+    return world, lives
+
+
+class Tap:
+    """Counts what is sent: (host, tag) -> maps."""
+
+    def __init__(self, world: World) -> None:
+        self.counts: Counter[Tuple[str, str]] = Counter()
+        self.lost: Callable[[str, str, str], bool] = lambda source, target, tag: False
+        world.network.filter = self._passes
+
+    def _passes(self, source: str, target: str, maps: List[Any]) -> bool:
+        self.counts.update((source, value["tag"]) for value in maps)
+        return not any(self.lost(source, target, value["tag"]) for value in maps)
+
+    def of(self, host: str) -> Dict[str, int]:
+        """What a host has sent."""
+        return {tag: number for (source, tag), number in self.counts.items() if source == host}
+
+
+def forge(world: World, source: Address, datagram: bytes, life: Life) -> None:
+    """A datagram with a forged source reaches a client."""
+    world.network._arrive("stranger", source, datagram, life.address)
+
+
+def chat(sender: str, to: str, text: str, stream: int = 7, n: int = 1) -> bytes:
+    """A ``chat``."""
+    return encode("chat", {"from": sender, "to": to, "stream": stream, "n": n, "base": 1, "text": [text]})
+
+
+def tables_agree(world: World) -> bool:
+    """Whether every client that runs has the table of the server."""
+    assert world.server is not None
+    table = contents(world.server.server.registry.table)
+    return all(contents(life.client.table) == table for life in world.running())
+
+
+def contents(table: Table) -> Dict[str, Tuple[str, int, str]]:
+    """What a table says, without versions."""
+    return {nick: entry[1:4] for nick, entry in table.entries.items()}
+
+
+# --- forgeries of the server ----------------------------------------------------------------------------------
+
+FORGED = ("cookie", "welcome", "refused", "refused id", "refused session", "refused nick", "table", "ack", "nack",
+          "exists", "mail", "probe", "pong", "bye", "chat")
+
+
+def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
+    """What somebody who knows no random number can say in the server's name to ``nick``; behind a ``for``, or not."""
+    number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
+    other = "alice" if nick == "bob" else "bob"
+    infos: Dict[str, Info] = {
+        "cookie": {"id": number, "server": secret, "cookie": secret},
+        "welcome": {"id": number, "nick": nick, "boot": number, "session": secret, "version": 1},
+        "refused": {"id": number, "session": secret, "nick": nick, "reason": "owned"},
+        "refused id": {"id": number, "nick": nick, "reason": "taken"},
+        "refused session": {"session": secret, "nick": nick, "reason": "replaced"},
+        "refused nick": {"nick": nick, "reason": "taken"},
+        "table": {"since": 0, "version": 2 ** 40, "set": [[other, *EVE, "online"], [nick, *EVE, "offline"]]},
+        "ack": {"stream": number, "next": 1, "have": [], "room": 0},
+        "nack": {"stream": number, "first": 1, "last": 100, "reason": "full"},
+        "exists": {"stream": number, "n": 1, "version": 9, "entry": [other, *EVE, "online"]},
+        "mail": {"to": nick, "stream": number, "n": 1, "base": 1,
+                 "items": [[other, number, 1, EPOCH, "forged", False]]},
+        "probe": {"id": number, "to": nick},
+        "pong": {"id": number, "boot": number, "version": 2 ** 40, "mail": 99},
+        "bye": {"session": secret},
+        "chat": {"from": other, "to": nick, "stream": number, "n": 1, "base": 1, "text": ["forged"]},
+    }
+    datagram = encode(name.split(" ")[0], infos[name])
+    assert maps_of(datagram), "it is not dropped for its form"
+    return encode("for", {"session": secret}) + datagram if guess else datagram
+
+
+def shower(world: World, life: Life, name: str, seconds: float) -> int:
+    """A hundred forgeries a second in the server's name; gives how many."""
+    random, count = Random(7), int(seconds * 100)
+    for number in range(count):
+        datagram = forgery(random, name, life.nick, guess=number % 2 > 0)
+        world.call_at(world.now + number / 100, functools.partial(forge, world, SERVER, datagram, life))
+    return count
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_a_stranger_says_in_the_name_of_the_server_changes_nothing(name: str) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    tap, lines = Tap(world), len(bob.lines)
+    session, entries, seconds = bob.client._session, dict(bob.client.table.entries), 10
+    forged = shower(world, bob, name, seconds)
+    world.run(seconds)
+    assert bob.alive and bob.client.state == ACTIVE and bob.client._session == session
+    assert bob.lines[lines:] == [] and bob.client.table.entries == entries
+    said = tap.of("bob")
+    assert set(said) <= {"ping", "alive"}
+    assert said.get("alive", 0) <= (forged if name == "probe" else 0)
+    assert said.get("ping", 0) <= (seconds + 1 if name == "pong" else seconds // PING_INTERVAL + 1)
+    alice.type("send bob hello")
+    world.run(1)
+    assert bob.lines[lines:] == ["alice: hello"] and alice.lines[-1] == received("bob")
+
+
+def test_a_forged_pong_makes_a_ping_and_a_forged_probe_an_answer_to_the_real_server() -> None:
+    world, (alice, _) = start("alice", "bob")
+    tap = Tap(world)
+    forge(world, SERVER, encode("pong", {"id": 1, "boot": 1, "version": 1, "mail": 0}), alice)
+    forge(world, SERVER, encode("probe", {"id": 1, "to": "alice"}), alice)
+    forge(world, STRANGER, encode("probe", {"id": 1, "to": "alice"}), alice)
+    world.run(2)
+    assert tap.of("alice") == {"ping": 1, "alive": 1} and tap.of("server") == {"pong": 1}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_client_that_registers_believes_only_answers_to_its_request(name: str) -> None:
+    world = World(1)
+    bob = world.client("bob")       # nobody answers: every datagram but ``reg`` of it would be a violation
+    shower(world, bob, name, 1)
+    world.run(1)
+    assert bob.alive and bob.lines == [] and bob.client._session is None
+    world.start_server()
+    world.run(2)
+    assert WELCOME in bob.lines and bob.client.table.is_online("bob")
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_client_that_leaves_believes_only_the_answer_for_its_session(name: str) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    tap = Tap(world)
+    tap.lost = lambda source, target, tag: source == "server"
+    bob.type("dereg bob")
+    world.run(0.1)
+    assert bob.client.state == LEAVING
+    shower(world, bob, name, 1.5)
+    world.run(1.5)
+    assert bob.client.state == LEAVING and OFFLINE not in bob.lines
+    tap.lost = lambda source, target, tag: False
+    world.run(2)
+    assert bob.lines[-1] == OFFLINE
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_client_that_is_away_answers_nothing_and_shows_nothing(name: str) -> None:
+    world, (bob,) = start("bob")
+    bob.type("dereg bob")
+    world.run(1)
+    tap, lines = Tap(world), list(bob.lines)
+    shower(world, bob, name, 3)
+    world.run(3)
+    assert bob.client.state == AWAY and bob.lines == lines and tap.of("bob") == {}
+
+
+# --- forgeries of peers ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source", ["stranger", "carol", "server", "former"])
+def test_chat_counts_only_from_where_the_table_has_its_sender(source: str) -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    former = alice.address
+    if source == "former":
+        alice.move(world.new_address("10.0.2.1"))
+        alice.client._ping_now()
+        world.run(2)
+    tap, lines = Tap(world), len(bob.lines)
+    forge(world, {"stranger": EVE, "carol": carol.address, "server": SERVER, "former": former}[source],
+          chat("alice", "bob", "forged"), bob)
+    world.run(1)
+    assert bob.lines[lines:] == [] and "ack" not in tap.of("bob") and "nack" not in tap.of("bob")
+    alice.type("send bob hi")
+    world.run(1)
+    assert bob.lines[lines:] == ["alice: hi"]
+
+
+def test_chat_of_somebody_unknown_or_offline_is_not_shown() -> None:
+    world, (bob, carol) = start("bob", "carol")
+    carol.type("dereg carol")
+    world.run(1)
+    lines = len(bob.lines)
+    for sender in ("carol", "mallory"):
+        forge(world, carol.address, chat(sender, "bob", "forged"), bob)
+    world.run(1)
+    assert bob.lines[lines:] == []
+
+
+def held_up(world: World, alice: Life) -> Tuple[Tap, int]:
+    """alice has sent something to bob, who does not answer: gives her stream."""
+    tap = Tap(world)
+    tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
+    alice.type("send bob hello")
+    world.run(0.2)
+    return tap, alice.client._conversations["bob"].stream.stream
+
+
+@pytest.mark.parametrize("kind", ["ack", "nack"])
+@pytest.mark.parametrize("source", ["stranger", "carol", "server"])
+def test_a_receipt_counts_only_from_where_the_message_went(kind: str, source: str) -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    _, stream = held_up(world, alice)
+    lines = len(alice.lines)
+    answer = {"ack": encode("ack", {"stream": stream, "next": 2, "have": [], "room": 4096}),
+              "nack": encode("nack", {"stream": stream, "first": 1, "last": 1, "reason": "not-me"})}[kind]
+    forge(world, {"stranger": EVE, "carol": carol.address, "server": SERVER}[source], answer, alice)
+    world.run(0.1)
+    assert alice.lines[lines:] == []
+    forge(world, bob.address, answer, alice)
+    alice.open["bob"].clear()       # the account knows of no such receipt
+    alice.typed[-1].closing = ""
+    with_no_account(world, 0.1)
+    assert alice.lines[lines:] == [{"ack": received("bob"), "nack": "[No ACK from bob, message sent to server.]"}[kind]]
+
+
+def with_no_account(world: World, seconds: float) -> None:
+    """Lets time pass in which what is shown is not what was typed."""
+    nothing: Callable[..., None] = lambda *_: None
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("closed", "shown", "too_long", "handed_back", "check_life"):
+            patch.setattr(Ledger, name, nothing)
+        world.run(seconds)
+
+
+# --- forgeries of clients -------------------------------------------------------------------------------------
+
+def forged_requests(random: Random) -> Dict[str, bytes]:
+    """What somebody who knows no random number can say in the name of a client."""
+    number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
+    return {
+        "reg": padded("reg", {"id": number, "nick": "bob"}, 1200),
+        "reg with a cookie": padded("reg", {"id": number, "nick": "bob", "cookie": secret}, 1200),
+        "reg with a token": padded("reg", {"id": number, "nick": "bob", "cookie": secret, "token": bytes(32)}, 1200),
+        "reg of a new nick": padded("reg", {"id": number, "nick": "eve", "cookie": secret}, 1200),
+        "dereg": padded("dereg", {"session": secret}, 1200), "ping": padded("ping", {
+            "id": number, "session": secret, "version": 0}, 1200),
+        "sync": padded("sync", {"session": secret, "version": 0}, 1200),
+        "save": save(secret, "bob", number), "ack": encode("ack", {
+            "stream": number, "next": 2, "have": [], "room": 0}),
+        "alive": encode("alive", {"id": number, "nick": "bob", "session": secret}),
+        "alive without session": encode("alive", {"id": number, "nick": "bob"}),
+    }
+
+
+@pytest.mark.parametrize("name", forged_requests(Random(1)))
+def test_what_a_stranger_says_in_the_name_of_a_client_changes_nothing_at_the_server(name: str) -> None:
+    desk = Desk()
+    alice, bob = desk.register("alice", home(1), b"a" * 32), desk.register("bob", home(2), b"b" * 32)
+    desk.say(home(1), encode("dereg", {"session": alice}))
+    desk.say(home(2), save(bob, "alice", 9))
+    before, random = desk.state(), Random(2)
+    for source in (home(2), home(1), STRANGER, SERVER):
+        for _ in range(20):
+            desk.server.receive(forged_requests(random)[name], source)
+        desk.wait(1)
+    assert desk.state() == before
+    assert desk.say(home(2), ping(bob))[0][0] == "pong"
+
+
+def test_with_a_session_of_her_own_eve_speaks_for_nobody_else() -> None:
+    desk = Desk()
+    for number, nick in enumerate(("alice", "bob"), 1):
+        desk.register(nick, home(number), nick[:1].encode() * 32)
+    eve = desk.register("eve", EVE)
+    before = desk.state()
+    for request in (ping(eve), padded("dereg", {"session": eve}, 184), save(eve, "alice", 3, text="forged" * 20)):
+        before_it = len(desk.sent)
+        desk.say(home(2), request)      # forged source: asked there, where it is not eve who answers
+        (tag, _), (probe, info) = maps_of(desk.sent[before_it][0])
+        assert (tag, probe, info["to"], len(desk.sent)) == ("for", "probe", "eve", before_it + 1)
+        desk.say(home(2), encode("alive", {"id": info["id"], "nick": "bob"}))
+        desk.wait(1)
+    assert desk.state() == before
+    desk.say(home(1), encode("dereg", {"session": NOBODYS}))
+    session = desk.registry.by_nick["alice"]
+    desk.say(home(1), encode("dereg", {"session": session.id}))
+    desk.say(EVE, encode("save", {"session": eve, "from": "bob", "to": "alice", "stream": 4, "n": 1, "base": 1,
+                                  "text": ["forged"], "at": [EPOCH], "relay": False}))
+    letters = desk.registry.mailbox.fetch(desk.registry.mailbox.known["alice"], 1, 10)
+    assert [letter[0] for letter in letters] == ["eve"], "what she says, she says"
+
+
+def test_mail_is_sent_to_nobody_but_its_owner_and_deleted_by_nobody_else() -> None:
+    desk = Desk()
+    alice, bob = desk.register("alice", home(1), b"a" * 32), desk.register("bob", home(2), b"b" * 32)
+    desk.say(home(1), encode("dereg", {"session": alice}))
+    desk.say(home(2), save(bob, "alice", 9, text="secret"))
+    eve, before = desk.register("eve", EVE), len(desk.sent)
+    for token in (None, b"e" * 32):
+        answers = desk.ask_for("alice", EVE, token)
+        assert [(tag, info["reason"]) for tag, info in answers] == [("refused", "owned")]
+    for stream in range(1, 200):
+        desk.say(EVE, encode("ack", {"stream": stream, "next": 2, "have": [], "room": 9}))
+        desk.say(home(1), encode("ack", {"stream": stream, "next": 2, "have": [], "room": 9}))
+    desk.say(EVE, ping(alice), ping(eve))
+    desk.wait(2)
+    assert not any(b"secret" in datagram for datagram, _ in desk.sent[before:])
+    desk.register("alice", home(1), b"a" * 32)
+    desk.wait(0.1)
+    (to, mail), = {(to, info["stream"]) for datagram, to in desk.sent[before:] for tag, info in maps_of(datagram)
+                   if tag == "mail"}
+    assert to == home(1)
+    desk.say(EVE, encode("ack", {"stream": mail, "next": 2, "have": [], "room": 9}))
+    assert desk.registry.mailbox.known["alice"].waiting == 1, "an ack counts only from where the mail went"
+    desk.say(home(1), encode("ack", {"stream": mail, "next": 2, "have": [], "room": 9}))
+    assert desk.registry.mailbox.known["alice"].waiting == 0
+
+
+def test_a_client_moves_only_when_it_answers_there_with_its_session() -> None:
+    desk = Desk()
+    bob = desk.register("bob", home(2))
+    desk.say(home(3), ping(bob))
+    (_, guess), (_, probe) = maps_of(desk.sent[-1][0])
+    assert desk.registry.by_nick["bob"].address == home(2)
+    for source, answer in ((home(3), {"nick": "bob"}), (home(3), {"nick": "bob", "session": NOBODYS}),
+                           (home(4), {"nick": "bob", "session": bob}), (home(3), {"nick": "eve", "session": bob})):
+        desk.say(source, encode("alive", {"id": probe["id"], **answer}))
+        assert desk.registry.by_nick["bob"].address == home(2)
+    desk.say(home(3), encode("alive", {"id": probe["id"], "nick": "bob", "session": bob}))
+    assert desk.registry.by_nick["bob"].address == home(3)
+
+
+# --- amplification --------------------------------------------------------------------------------------------
+
+def balance_of(desk: Desk, unproven: Callable[[Address], bool]) -> Callable[[bytes, Address], None]:
+    """A way to send to the desk that fails as soon as an unproven address has got more bytes than it sent."""
+    account: Counter[Address] = Counter()
+    sent = desk.server._send_now
+
+    def give(datagram: bytes, address: Address) -> None:
+        account[address] -= len(datagram)
+        assert account[address] >= 0 or not unproven(address), f"{-account[address]} bytes too many to {address}"
+        sent(datagram, address)
+
+    def take(datagram: bytes, address: Address) -> None:
+        account[address] += len(datagram)
+        desk.server.receive(datagram, address)
+
+    desk.server._send_now = give
+    return take
+
+
+SESSIONS = ("alice", "bob", "closed", "replaced", "evicted", "nobody's", "eve", "mallory")
+
+
+@functools.lru_cache(maxsize=None)
+def _sessions() -> Tuple[Dict[str, bytes], bytes]:
+    """The sessions that ``crowded`` has, and a cookie for another address: the same each time."""
+    return crowded()[1:]
+
+
+def crowded() -> Tuple[Desk, Dict[str, bytes], bytes]:
+    """A desk at which there is a session of each kind."""
+    desk = Desk(max_clients=6)
+    sessions = {"closed": desk.register("alice", home(1))}
+    desk.say(home(1), encode("dereg", {"session": sessions["closed"]}))
+    sessions["alice"] = desk.register("alice", home(1))
+    sessions["replaced"] = desk.register("bob", home(2))
+    sessions["bob"] = desk.register("bob", home(2))
+    sessions["evicted"] = desk.register("carol", home(3))
+    desk.registry.went_offline(desk.registry.by_nick["carol"], EPOCH)
+    for number in range(2):
+        desk.register(f"dave{number}", home(4 + number))
+    sessions["eve"], sessions["mallory"] = desk.register("eve", home(8)), desk.register("mallory", home(9))
+    assert sessions["evicted"] in desk.registry.closed
+    sessions["nobody's"] = NOBODYS
+    return desk, sessions, desk.cookie(home(3))
+
+
+def requests() -> st.SearchStrategy[bytes]:
+    """A map that anybody could send, valid or nearly so, with sessions of every kind."""
+    ids = st.sampled_from([0, 5, 2 ** 31, 2 ** 63 - 1])
+    session = st.sampled_from(SESSIONS).map(lambda name: _sessions()[0][name])
+    nick = st.sampled_from(["alice", "bob", "dave0", "eve", "x", "n" * 32])
+    cookie = st.sampled_from([NOBODYS, b"c" * 16]) | st.just(None).map(lambda _: _sessions()[1])
+    maps = st.one_of(
+        st.tuples(st.just("reg"), st.fixed_dictionaries({"id": ids, "nick": nick}, optional={
+            "cookie": cookie, "token": st.just(b"t" * 32)})),
+        st.tuples(st.just("dereg"), st.fixed_dictionaries({"session": session})),
+        st.tuples(st.just("ping"), st.fixed_dictionaries({"id": ids, "session": session, "version": ids})),
+        st.tuples(st.just("sync"), st.fixed_dictionaries({"session": session, "version": ids})),
+        st.tuples(st.just("save"), st.fixed_dictionaries({
+            "session": session, "to": nick, "stream": ids, "n": st.sampled_from([1, 2]), "base": st.just(1),
+            "text": st.just([""]), "at": st.just([0.0]), "relay": st.booleans()})),
+        st.tuples(st.just("ack"), st.fixed_dictionaries({"stream": ids, "next": st.just(1), "have": st.just([]),
+                                                         "room": ids})),
+        st.tuples(st.just("alive"), st.fixed_dictionaries({"id": ids, "nick": nick}, optional={"session": session})),
+        st.tuples(st.sampled_from(sorted(protocol.SCHEMA)), st.dictionaries(
+            st.sampled_from(["id", "session", "nick", "version", "stream", "to"]), ids | nick | session, max_size=4)))
+    sizes = st.sampled_from([0, 0, 0, 128, 184, 1200])
+    whole = st.tuples(maps, sizes).map(lambda made: padded(made[0][0], made[0][1], made[1]))
+    return whole | whole.map(lambda data: data[:-1]) | st.binary(max_size=40)
+
+
+@given(st.lists(st.tuples(st.lists(requests(), min_size=1, max_size=20), st.integers(0, 3)), min_size=1, max_size=5))
+@settings(settings.get_profile("strangers"), max_examples=60)
+def test_the_server_never_sends_more_to_an_unproven_address_than_came_from_there(
+        datagrams: List[Tuple[List[bytes], int]]) -> None:
+    desk, _, _ = crowded()
+    take = balance_of(desk, lambda address: address[0] != HOME)
+    for maps, source in datagrams:
+        take(b"".join(maps), stranger(source))
+        if source % 2:
+            desk.wait(0.2)
+    desk.wait(2)
+
+
+@pytest.mark.parametrize("request_", [
+    encode("reg", {"id": 0, "nick": "x"}), encode("dereg", {"session": NOBODYS}),
+    encode("ping", {"id": 0, "session": NOBODYS, "version": 0}), encode("sync", {"session": NOBODYS, "version": 0})],
+    ids=["reg", "dereg", "ping", "sync"])
+def test_many_small_requests_in_one_datagram_are_not_each_answered_for_the_whole_of_it(request_: bytes) -> None:
+    desk = Desk()
+    take = balance_of(desk, lambda address: True)
+    for repeated in range(1, 40):
+        take(request_ * repeated, STRANGER)
+        desk.turn()
+
+
+def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_no_more_bytes_than_came() -> None:
+    desk = Desk()
+    sessions = [desk.register(f"eve{number}", home(number)) for number in range(40)]
+    take = balance_of(desk, lambda address: address[0] != HOME)
+    take(b"".join(encode("dereg", {"session": session}) for session in sessions), STRANGER)
+    desk.wait(2)
+    take(b"".join(encode("sync", {"session": session, "version": 0}) for session in sessions), STRANGER)
+    desk.wait(2)
+    take(padded("sync", {"session": sessions[0], "version": 0}, protocol.SESSION_SIZE), STRANGER)
+    assert len(desk.turn()) == 1, "one who did move is asked"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "n" * 32]), st.sampled_from([1, 2 ** 31, 2 ** 62]),
+                          st.sampled_from([1, 300, 2 ** 40]), st.integers(1, 3)), min_size=1, max_size=30))
+@settings(settings.get_profile("strangers"))
+def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
+        maps: List[Tuple[str, int, int, int]]) -> None:
+    loop, sent = DeskLoop(), []
+    client = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "bob", SERVER)
+    client.state = ACTIVE
+    datagram = b"".join(encode("chat", {"from": "x", "to": to, "stream": stream, "n": n, "base": 1,
+                                        "text": [""] * texts}) for to, stream, n, texts in maps)
+    client.receive(datagram, STRANGER)
+    client.settle()
+    assert {address for _, address in sent} <= {STRANGER}
+    assert sum(len(answer) for answer, _ in sent) <= len(datagram)
+
+
+def test_who_asks_for_somebody_else_is_told_so() -> None:
+    loop, sent = DeskLoop(), []
+    client = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "bob", SERVER)
+    client.state = ACTIVE
+    client.receive(chat("alice", "carol", "for carol"), STRANGER)
+    assert [(maps_of(datagram)[0][0], address) for datagram, address in sent] == [("nack", STRANGER)]
+
+
+def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> None:
+    desk, other = Desk(), Desk()
+    other.server._secret = b"another".ljust(32)
+    good = desk.cookie(EVE)
+    for cookie, source in ((good, STRANGER), (good, (EVE[0], EVE[1] + 1)), (good, ("10.66.6.7", EVE[1])),
+                           (other.cookie(EVE), EVE), (bytes(16), EVE), (NOBODYS, EVE), (good[::-1], EVE)):
+        (tag, fresh), = desk.say(source, padded("reg", {"id": 2, "nick": "eve", "cookie": cookie}, 128))
+        assert tag == "cookie" and fresh["cookie"] != cookie and not desk.registry.sessions
+    desk.wait(2 * COOKIE_TIME)
+    (tag, fresh), = desk.say(EVE, padded("reg", {"id": 2, "nick": "eve", "cookie": good}, 128))
+    assert tag == "cookie" and fresh["cookie"] != good, "a stale one gets a new one"
+    good = bytes(fresh["cookie"])
+    desk.wait(COOKIE_TIME - 1)
+    assert desk.say(EVE, padded("reg", {"id": 2, "nick": "eve", "cookie": good}, 128))[0][0] == "welcome"
+
+
+def test_two_servers_make_different_cookies() -> None:
+    secrets_ = {Server(Loop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))._secret
+                for _ in range(5)}
+    assert len(secrets_) == 5 and all(len(secret) == 32 for secret in secrets_)
+
+
+def test_a_request_for_a_cookie_that_is_shorter_than_the_answer_may_be_is_not_answered() -> None:
+    desk = Desk()
+    assert desk.say(STRANGER, padded("reg", {"id": 1, "nick": "x"}, protocol.REG_SIZE - 1)) == []
+    assert desk.say(STRANGER, padded("reg", {"id": 1, "nick": "x"}, protocol.REG_SIZE))[0][0] == "cookie"
+
+
+# --- exhaustion: the server -----------------------------------------------------------------------------------
+
+def noise(random: Random, sessions: List[bytes]) -> bytes:
+    """One datagram of a flood."""
+    session = random.choice(sessions + [random.getrandbits(128).to_bytes(16, "big")])
+    number = random.getrandbits(63)
+    return random.choice((
+        lambda: padded("reg", {"id": number, "nick": f"nick{number}"}, 128),
+        lambda: padded("reg", {"id": number, "nick": "alice", "cookie": NOBODYS}, 128),
+        lambda: ping(session, 0), lambda: save(session, "alice", number, n=random.choice((1, 50))),
+        lambda: padded("sync", {"session": session, "version": 0}, 184),
+        lambda: padded("dereg", {"session": session}, 184) if session not in sessions else b"",
+        lambda: random.getrandbits(800).to_bytes(100, "big")))()
+
+
+def test_floods_from_forged_addresses_fill_nothing_and_honest_clients_are_served_in_the_same_turn() -> None:
+    desk, random, most = Desk(stranger_replies=200), Random(3), 200
+    alice, bob = desk.register("alice", home(1)), desk.register("bob", home(2))
+    eve = [desk.register(f"eve{number}", (EVE[0], number + 1)) for number in range(5)]
+    desk.say(home(1), encode("dereg", {"session": alice}))
+    desk.wait(1)
+    before = len(desk.sent)
+    for turn in range(150):
+        for _ in range(DATAGRAMS_PER_TURN - 2):
+            desk.server.receive(noise(random, eve), stranger(random.randrange(60000)))
+        answers = desk.say(home(2), ping(bob, id_=turn + 100), save(bob, "alice", 77, n=turn + 1))
+        assert [info["id"] for tag, info in answers if tag == "pong"] == [turn + 100]
+        assert [info["next"] for tag, info in answers if tag == "ack"] == [turn + 2], "kept at once"
+        kept = desk.kept()
+        assert kept["probes"] <= most and kept["timers"] <= 2 * most + 100
+        assert kept["saves"] <= 1 and kept["early"] == 0 and kept["sessions"] == 6 and kept["known"] == 7
+        desk.wait(0.02)
+    answered = sum(to[0] != HOME for _, to in desk.sent[before:])
+    assert most <= answered <= 5 * most, "in three or four seconds"
+    desk.wait(3)
+    assert desk.kept()["probes"] == 0 and desk.kept()["timers"] < 100
+
+
+@pytest.mark.parametrize("kind", ["reg", "ping", "move"])
+def test_strangers_get_no_more_answers_a_second_than_allowed(kind: str) -> None:
+    desk = Desk(stranger_replies=50)
+    desk.loop.time = 2000.0
+    eve = desk.register("eve", home(1))
+    desk.wait(1)
+    request = {"reg": padded("reg", {"id": 1, "nick": "x"}, 128), "ping": ping(NOBODYS), "move": ping(eve)}[kind]
+    for second in range(3):
+        before = len(desk.sent)
+        for turn in range(4):
+            for number in range(100):
+                desk.server.receive(request, stranger(1000 * second + 100 * turn + number))
+            desk.wait(0.2)
+        assert len(desk.sent) - before == 50
+        desk.wait(0.2)
+
+
+def test_the_option_says_how_many_answers_strangers_get(tmp_path: Path) -> None:
+    with Chat(tmp_path) as chat_, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        chat_.server("--stranger-replies", "3")
+        sock.settimeout(0.3)
+        for _ in range(60):
+            sock.sendto(ping(NOBODYS), ("127.0.0.1", chat_.port))
+        answers = 0
+        try:
+            while sock.recv(65535):
+                answers += 1
+        except socket.timeout:
+            pass
+        assert 3 <= answers <= 9, "in one, two or three seconds"
+
+
+def test_one_source_that_registers_without_end_fills_nothing_beyond_the_limits(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_CLOSED", 30)
+    desk = Desk(max_clients=20, max_known=40)
+    bob = desk.register("bob", home(2))
+    desk.register("alice", home(1))
+    for number in range(200):
+        desk.register(f"eve{number}", EVE if number % 2 else (EVE[0], number + 1))
+        if number % 3 == 0:
+            desk.registry.went_offline(desk.registry.by_nick[f"eve{number}"], EPOCH)
+        elif len(desk.registry.live) > 15:
+            session = next(iter(desk.registry.by_nick.values()))
+            last = list(desk.registry.by_nick.values())[-1]
+            desk.say(last.address, encode("dereg", {"session": last.id}))
+            assert session.nick == "bob"
+        kept = desk.kept()
+        assert kept["sessions"] <= 20 and kept["known"] <= 40 and kept["closed"] <= 30 and kept["spent"] <= 30
+        assert desk.say(home(2), ping(bob))[0][0] == "pong"
+        desk.wait(0.1)
+    assert kept["closed"] == 30 and kept["known"] == 40
+
+
+def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udpchat, "MAX_SAVE_STREAMS", 50)
+    monkeypatch.setattr(udpchat, "MAX_SAVED_EARLY", 2000)
+    desk = Desk()
+    alice, bob, eve = (desk.register(nick, home(n)) for n, nick in enumerate(("alice", "bob", "eve")))
+    desk.say(home(0), encode("dereg", {"session": alice}))
+    for turn in range(60):
+        for number in range(40):        # early ones whose first never comes, in ever new streams and again in old ones
+            stream = 1000 + (turn * 40 + number if turn % 2 else number)
+            desk.server.receive(save(eve, "alice", stream, n=2 + 100 * (turn % 30), texts=100, text=""), home(2))
+        answers = desk.say(home(1), save(bob, "alice", 77, n=turn + 1))
+        assert [info["next"] for tag, info in answers if tag == "ack"] == [turn + 2]
+        assert desk.kept()["saves"] <= 50 and desk.kept()["early"] <= 2000 + 40 * 100
+        held = sum(save_.stream.buffered for save_ in desk.server._saves.values())
+        assert held == desk.kept()["early"], "the account is true"
+    assert desk.registry.mailbox.known["alice"].messages == 60
+
+
+def test_saves_for_somebody_online_that_wait_for_the_probe_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udpchat, "MAX_SAVE_STREAMS", 50)
+    desk = Desk()
+    desk.register("alice", home(1))
+    eve = desk.register("eve", EVE)
+    for turn in range(4):
+        for number in range(200):
+            desk.server.receive(save(eve, "alice", 1000 * turn + number), EVE)
+        assert len(desk.server._dirty) <= 50
+        desk.turn()
+        assert 0 < desk.kept()["waiting"] <= 50
+    desk.wait(1)
+    assert desk.kept()["waiting"] == 0
+
+
+def test_what_a_turn_sends_is_bounded_however_many_snapshots_are_asked_for() -> None:
+    desk = Desk()
+    for number in range(3000):
+        desk.registry.table.set(f"somebody{number}", HOME, number, "offline")
+    bob, eve = desk.register("bob", home(1)), [desk.register(f"eve{number}", EVE) for number in range(300)]
+    desk.wait(1)
+    flood = b"".join(padded("sync", {"session": session, "version": 0}, 100) for session in eve)
+    desk.server.receive(padded("sync", {"session": bob, "version": 0}, 184), home(1))
+    before = len(desk.sent)
+    for _ in range(20):
+        desk.server.receive(flood, EVE)
+        desk.server.receive(flood[:len(flood) // 300] * 300, EVE)
+    desk.turn()
+    peak = len(desk.sent) - before
+    assert peak <= (DATAGRAMS_PER_TURN + 1) * SYNC_PAGES + 1000
+    assert sum(to == home(1) for _, to in desk.sent[before:]) >= SYNC_PAGES, "who asked is answered in this turn"
+    desk.wait(1)
+    before = len(desk.sent)
+    desk.wait(0.3)
+    assert len(desk.sent) - before < 10, "and what was asked for ends"
+
+
+def test_who_answers_probes_is_not_remembered_for_ever() -> None:
+    desk = Desk(max_clients=30)
+    eve = desk.register("eve", EVE)
+    for number in range(100):
+        nick = f"bob{number}"
+        session = desk.register(nick, home(number))
+        desk.say(EVE, save(eve, nick, 1000 + number))
+        probe = next(info for datagram, _ in reversed(desk.sent) for tag, info in maps_of(datagram) if tag == "probe")
+        desk.say(home(number), encode("alive", {"id": probe["id"], "nick": nick, "session": session}))
+        desk.say(home(number), encode("dereg", {"session": session}))
+        desk.wait(0.6)
+        assert desk.kept()["alive"] <= 30
+    assert desk.kept()["probes"] == 0
+
+
+def test_mail_in_memory_is_bounded_though_nobody_acks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MAIL_AHEAD", 64), ("MAIL_TOTAL", 200), ("MAIL_STEP", 4)):
+        monkeypatch.setattr(udpchat, name, value)
+    desk = Desk()
+    bob = desk.register("bob", home(0))
+    for number in range(1, 21):
+        session = desk.register(f"eve{number}", home(number))
+        desk.say(home(number), encode("dereg", {"session": session}))
+        desk.say(home(0), save(bob, f"eve{number}", number, texts=100))
+        desk.register(f"eve{number}", home(number))
+    desk.wait(1)
+    held = [mail.stream.held for mail in desk.server._mails.values()]
+    assert len(held) == 20 and sum(held) == desk.kept()["mail"] <= 200 + 64 + 20 * 4
+
+
+def test_long_strings_of_strangers_are_not_remembered() -> None:
+    decoder, before = Decoder(), tracemalloc_kept()
+    for number in range(500):
+        long = f"{number}" * 8000
+        for tag, info in (("reg", {"id": 1, "nick": long}), ("chat", {"from": long, "to": long}),
+                          ("table", {"since": 0, "version": 1, "set": [["a", long, 1, "online"]]})):
+            decoder.decode(encode(tag, info))
+    assert tracemalloc_kept() - before < 2 ** 20
+    tracemalloc.stop()
+
+
+def tracemalloc_kept() -> int:
+    """Bytes that are in use."""
+    tracemalloc.start()
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+def test_ten_thousand_clients_behind_one_host_can_register() -> None:
+    desk = Desk()
+    welcomed: Set[Address] = set()
+    cookies: Dict[Address, bytes] = {}
+    addresses = [(HOME, 1024 + number) for number in range(10_000)]
+    for begin in range(0, len(addresses), DATAGRAMS_PER_TURN):
+        for address in addresses[begin:begin + DATAGRAMS_PER_TURN]:
+            desk.server.receive(padded("reg", {"id": address[1], "nick": f"n{address[1]}"}, 128), address)
+        for datagram, to in desk.turn():
+            for tag, info in maps_of(datagram) if len(datagram) < 200 else ():
+                if tag == "cookie":
+                    cookies[to] = info["cookie"]
+        for address in addresses[begin:begin + DATAGRAMS_PER_TURN]:
+            desk.server.receive(padded("reg", {"id": address[1], "nick": f"n{address[1]}",
+                                               "cookie": cookies[address]}, 128), address)
+        welcomed.update(to for datagram, to in desk.turn() if b"welcome" in datagram)
+        desk.loop.time += 0.0005
+        desk.sent.clear()
+    assert welcomed == set(addresses) and len(desk.registry.live) == 10_000
+
+
+# --- exhaustion: a client -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sender", ["alice", "bob", "mallory"])
+def test_a_flood_of_chat_from_unknown_sources_makes_a_client_ask_for_its_table_and_keep_nothing(sender: str) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    tap, lines, seconds = Tap(world), len(bob.lines), 5
+    for number in range(2000):
+        datagram = chat(sender, "bob", "forged", stream=number, n=1 + number % 7)
+        world.call_at(world.now + number / 400, functools.partial(forge, world, stranger(number), datagram, bob))
+    alice.type("send bob hello")
+    world.run(seconds)
+    assert bob.lines[lines:] == ["alice: hello"]
+    assert tap.of("bob")["sync"] <= seconds / SYNC_INTERVAL + 2 and tap.of("bob").get("nack", 0) == 0
+    assert [len(streams) for streams in bob.client._inbox._streams.values()] == [1] and bob.client._inbox.buffered == 0
+
+
+def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool, texts: int = 20) -> Iterator[int]:
+    """Chat of so many, taken in turns, of which nothing is shown; gives each time how much is held."""
+    for datagram in range(datagrams):
+        for sender in range(senders):
+            for stream in range(streams):
+                inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": stream, "base": 1,
+                                    "n": 1 + early + datagram * texts, "text": ["x" * 700] * texts}, EVE)
+                yield inbox.buffered
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.MAX_PIECE)
+    inbox = Inbox()
+    assert max(crowd(inbox, 10, 8, 40, early)) <= 1000
+    held = sum(incoming.stream.buffered for streams in inbox._streams.values() for incoming in streams.values())
+    assert 500 <= held == inbox.buffered
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 300 * protocol.MAX_PIECE)
+    inbox = Inbox()
+    for sender in range(100):
+        inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": 1, "base": 1, "n": 1 + early,
+                            "text": ["x" * 700] * 20, "more": list(range(1 + early, 21 + early))}, EVE)
+        assert inbox.buffered <= 300
+
+
+def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.MAX_PIECE)
+    inbox, shown = Inbox(), []
+    for number, _ in enumerate(crowd(inbox, 10, 8, 40, early=True)):
+        if number % 10 == 0:
+            inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": 1, "base": 1, "n": 1 + number // 10,
+                                "text": [str(number // 10)]}, home(1))
+            for delivery in inbox.take(1.0, lambda: True):
+                shown += delivery.texts
+                delivery.written(len(delivery.texts))
+    assert shown == [str(number) for number in range(320)]
+
+
+def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 40 * protocol.MAX_PIECE)
+    world, lives = start("alice", "bob", "carol", "dave")
+    bob = lives[1]
+    bob.screen.set_rate(0)
+    for life in (lives[0], lives[2], lives[3]):
+        for number in range(200):
+            life.type(f"send bob {life.nick}-{number} " + "x" * 600)
+    world.run(5)
+    assert bob.client._inbox.buffered <= 40
+    bob.screen.set_rate(float("inf"))
+    world.run(60)
+    assert all(message.closing == "received" for life in lives for message in life.typed)
+
+
+def test_a_client_remembers_few_streams_of_each_sender_and_not_every_sender_there_ever_was(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SENDERS_REMEMBERED", 20)
+    inbox = Inbox()
+    for _ in crowd(inbox, 1, 50, 1, early=True):
+        assert len(inbox._streams["eve0"]) <= protocol.STREAMS_PER_SENDER
+    for _ in crowd(inbox, 60, 2, 1, early=False):
+        assert len(inbox._streams) <= 20
+        for delivery in inbox.take(1.0, lambda: True):
+            delivery.written(len(delivery.texts))
+    assert list(inbox._streams) == [f"eve{number}" for number in range(40, 60)], "those last heard"
+    assert len(inbox.acks()) == 40 and inbox.buffered == 0
+
+
+# --- whose nick it is -----------------------------------------------------------------------------------------
+
+def anonymous(world: World, nick: str) -> Life:
+    """Starts a client without an identity."""
+    return Life(world, nick, world.new_address(), None)
+
+
+def test_a_nick_is_its_owners_with_the_token_alone_after_restarts_of_everybody() -> None:
+    world, (bob,) = start("bob")
+    assert world.server is not None
+    for restart in range(3):
+        others = [world.client("bob", secret=b"other" * 6 + b"xx"), anonymous(world, "bob")]
+        world.run(3)
+        for other in others:
+            assert other.lines == ["[Nickname bob belongs to someone else.]", "[Exiting]"] and other.exit_code == 1
+        if restart == 0:
+            bob.end_input()
+            world.run(2)
+        world.server.crash()
+        world.server = world.start_server()
+    again = world.client("bob")
+    world.run(2)
+    assert again.lines[0] == WELCOME
+
+
+def test_an_anonymous_nick_is_taken_while_its_holder_answers_and_free_when_that_is_offline_or_dead() -> None:
+    world = World(1)
+    world.start_server()
+    first = anonymous(world, "bob")
+    world.run(2)
+    for other in (anonymous(world, "bob"), world.client("bob")):
+        world.run(2)
+        assert other.lines == ["[Nickname bob is taken.]", "[Exiting]"]
+    first.type("dereg bob")
+    world.run(1)
+    second = anonymous(world, "bob")
+    world.run(2)
+    assert second.lines[0] == WELCOME
+    second.crash()
+    third = world.client("bob")
+    world.run(2)
+    assert third.lines[0] == WELCOME, "and is that one's own now"
+    third.end_input()
+    world.run(2)
+    fourth = anonymous(world, "bob")
+    world.run(2)
+    assert fourth.lines[0] == "[Nickname bob belongs to someone else.]"
+
+
+def test_of_two_processes_with_one_identity_the_running_one_keeps_the_nick_and_a_dead_one_is_replaced() -> None:
+    world, (first,) = start("bob")
+    second = world.client("bob")
+    world.run(3)
+    assert second.lines == ["[Nickname bob is taken.]", "[Exiting]"] and first.alive
+    assert first.client.table.is_online("bob")
+    first.crash()
+    third = world.client("bob")
+    world.run(3)
+    assert third.lines[0] == WELCOME and third.client.table.is_online("bob")
+
+
+def test_a_nick_whose_owner_stays_away_lapses() -> None:
+    desk = Desk()
+    session = desk.register("bob", home(1), b"b" * 32)
+    desk.say(home(1), encode("dereg", {"session": session}))
+    desk.loop.wall_time += 89 * DAY
+    desk.wait(udpchat.HOUSEKEEPING)
+    assert dict(desk.ask_for("bob", EVE, b"e" * 32))["refused"]["reason"] == "owned"
+    desk.loop.wall_time += 2 * DAY
+    desk.wait(udpchat.HOUSEKEEPING)
+    assert "welcome" in dict(desk.ask_for("bob", EVE, b"e" * 32))
+
+
+def test_the_store_holds_a_hash_and_no_token_and_no_server_can_use_the_token_of_another(tmp_path: Path) -> None:
+    path, secret = tmp_path / "store.db", bytes(range(100, 132))
+    token = token_for(secret, b"i" * 16, "bob")
+    store = Registry(Mailbox(str(path), b"i" * 16))
+    store.admit(0, EPOCH, b"s" * 16, "bob", EVE, token, 1)
+    assert store.mailbox.commit(EPOCH)
+    store.mailbox.close()
+    data = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert hashlib.sha256(token).digest() in data
+    assert not any(kept in data for kept in (secret, token, secret.hex().encode(), token.hex().encode()))
+    assert token != token_for(secret, b"j" * 16, "bob") and token != token_for(secret, b"i" * 16, "bot")
+
+
+def test_a_nick_is_not_forgotten_while_a_server_runs(tmp_path: Path) -> None:
+    with Chat(tmp_path) as chat_:
+        chat_.server()
+        ended = chat_.complete("server", "--forget", "bob", "--store", str(chat_.store))
+        assert ended.popen.returncode == 1 and "another server has it open" in ended.errors[0]
+
+
+def _load_at_once(path: str, gate: Any, found: Any) -> None:
+    gate.wait(DEADLINE)
+    found.put(load_secret(path))
+
+
+def test_twenty_first_starts_at_once_agree_on_one_identity_that_is_the_users_alone(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    path, gate, found = tmp_path / "state" / "identity", context.Barrier(20), context.Queue()
+    starts = [context.Process(target=_load_at_once, args=(str(path), gate, found)) for _ in range(20)]
+    for process in starts:
+        process.start()
+    secrets_ = {found.get(timeout=DEADLINE) for _ in starts}
+    for process in starts:
+        process.join(DEADLINE)
+    assert len(secrets_) == 1 and len(secrets_.pop()) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == ["identity"], "nothing is left beside it"
+
+
+def test_what_a_start_that_was_killed_left_behind_does_not_hinder_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "identity"
+    (tmp_path / f"identity.{os.getpid()}").write_text("")
+    assert len(load_secret(str(path))) == 32
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00" * 50, b"abc", b"12" * 31, b"zz" * 32],
+                         ids=["empty", "binary", "short", "too short", "not hex"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_broken_identity_is_an_error_and_is_not_replaced(tmp_path: Path, content: bytes, named: bool,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "udpchat" / "identity"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    options = udpchat.parse(["client", "bob", *(["--identity", str(path)] if named else [])])
+    with pytest.raises(udpchat.Usage, match=f"{path}.*is not a udpchat identity"):
+        udpchat.secret_of(options)
+    assert path.read_bytes() == content
+
+
+def test_without_a_place_for_an_identity_a_client_warns_and_is_anonymous(tmp_path: Path) -> None:
+    with Chat(tmp_path) as chat_:
+        chat_.state.write_text("a file where the directory should be")
+        bob = chat_.client("bob")
+        assert len(bob.errors) == 1 and "anonymous" in bob.errors[0] and "WARNING" in bob.errors[0]
+        bob.finish()
+        assert chat_.client("bob", "--anonymous").finish() == 0
+
+
+# --- broken machines ------------------------------------------------------------------------------------------
+
+def test_while_the_disk_is_full_senders_are_told_and_everything_else_goes_on() -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    bob.type("dereg bob")
+    world.run(1)
+    world.disk.failing = True
+    alice.type("send bob one")
+    alice.type("send carol chat goes on")
+    world.run(2)
+    assert alice.lines.count(NO_DISK) == 1 and "alice: chat goes on" in carol.lines
+    dave = world.client("dave")
+    world.run(2)
+    assert dave.client.table.is_online("dave") and alice.client.table.is_online("dave")
+    world.disk.failing = False
+    alice.type("send bob two")
+    world.run(2)
+    assert alice.lines.count(SAVED) == 1
+    bob.type("reg bob")
+    world.run(2)
+    assert [line.rpartition("> ")[2] for line in bob.lines if line.startswith("alice: <")] == ["two"]
+    assert tables_agree(world)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+def test_a_server_whose_disk_is_really_full_says_so_and_recovers_by_itself(tmp_path: Path) -> None:
+    with Chat(tmp_path) as chat_:
+        server = chat_.server()
+        chat_.absent("bob")
+        alice = chat_.client("alice")
+        alice.wait_for("bob", "offline")
+        limit = chat_.store.with_name("store.db-wal").stat().st_size
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        alice.feed("send bob " + "x" * 60000 + "\n")
+        alice.see(is_offline("bob"), NO_DISK)
+        carol = chat_.client("carol")
+        carol.wait_for("alice")
+        carol.feed("send alice still here\n")
+        carol.see(received("alice"))
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        alice.feed("send bob kept\n")
+        alice.see(SAVED)
+        server.kill()
+        chat_.restart()
+        bob = chat_.client("bob")
+        assert bob.see_match("alice: <.*").group().endswith("> kept")
+
+
+def test_a_store_that_becomes_read_only_and_writable_again_costs_only_what_was_refused() -> None:
+    desk = Desk()
+    alice, bob = desk.register("alice", home(1)), desk.register("bob", home(2))
+    desk.say(home(1), encode("dereg", {"session": alice}))
+    desk.registry.mailbox._db.execute("PRAGMA query_only = ON")
+    answers = desk.say(home(2), save(bob, "alice", 9))
+    assert [info["next"] for tag, info in answers if tag == "ack"] == [1]
+    assert [info["reason"] for tag, info in answers if tag == "nack"] == ["disk"]
+    assert desk.say(home(2), ping(bob))[0][0] == "pong"
+    desk.register("carol", home(3))
+    desk.registry.mailbox._db.execute("PRAGMA query_only = OFF")
+    assert [info["next"] for tag, info in desk.say(home(2), save(bob, "alice", 9)) if tag == "ack"] == [2]
+    rows = desk.registry.mailbox._db.execute("SELECT nick FROM nicks ORDER BY nick").fetchall()
+    assert [nick for nick, in rows] == ["alice", "bob", "carol"]
+
+
+class FaultySocket:
+    """A socket on which many calls fail, each time in another way."""
+
+    SENDING = (errno.ENOBUFS, errno.EPERM, errno.ENETUNREACH, errno.EMSGSIZE, errno.EHOSTUNREACH, errno.EINVAL)
+    RECEIVING = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINTR)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.family = sock.family
+        self.failures = 0
+        self._random = Random(sock.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def _maybe_fail(self, codes: Tuple[int, ...]) -> None:
+        if self._random.random() < 0.3:
+            self.failures += 1
+            code = self._random.choice(codes)
+            raise OSError(code, os.strerror(code))
+
+    def sendto(self, datagram: bytes, address: Address) -> int:
+        """Sends, or fails."""
+        self._maybe_fail(self.SENDING)
+        return self._sock.sendto(datagram, address)
+
+    def recvfrom(self, size: int) -> Tuple[bytes, Any]:
+        """Receives, or fails."""
+        self._maybe_fail(self.RECEIVING)
+        return self._sock.recvfrom(size)
+
+
+def test_errors_of_the_network_lose_nothing() -> None:
+    loops, ports, faulty = [], [], []
+    for _ in range(3):
+        loops.append(Loop())
+        faulty.append(FaultySocket(udpchat.bind(socket.AF_INET, ("127.0.0.1", 0))))
+        ports.append(Port(faulty[-1], loops[-1]))   # type: ignore[arg-type]
+    address: Address = faulty[0].getsockname()
+    server = Server(loops[0], ports[0].send, Registry(Mailbox(":memory:", b"i" * 16)))
+    ports[0].receive, loops[0].settle = server.receive, server.settle
+    server.start()
+    screens = [bytearray(), bytearray()]
+    clients = []
+    for nick, loop, port, screen in zip(("alice", "bob"), loops[1:], ports[1:], screens):
+        put: Callable[[bytes], int] = functools.partial(_put, screen)
+        clients.append(Client(loop, port.send, Output(put), nick, address))
+        port.receive, loop.settle = clients[-1].receive, clients[-1].settle
+        clients[-1].start()
+    for loop in loops:
+        loop._timers.call_at(loop.now(), functools.partial(_tick, loop))
+    end = time.monotonic() + DEADLINE
+    while not all(client.table.is_online(nick) for client in clients for nick in ("alice", "bob")):
+        assert time.monotonic() < end, screens
+        turn_all(loops)
+    clients[0].feed(b"".join(b"send bob %d\n" % number for number in range(300)))
+    while screens[0].count(b"[Message") < 300:
+        assert time.monotonic() < end, screens
+        turn_all(loops)
+    assert [line for line in bytes(screens[1]).split(b"\n") if line.startswith(b"alice: ")] == [
+        b"alice: %d" % number for number in range(300)]
+    assert min(sock.failures for sock in faulty) > 3
+    for loop, sock in zip(loops, faulty):
+        loop.close()
+        sock.close()
+
+
+def _put(screen: bytearray, data: bytes) -> int:
+    screen += data
+    return len(data)
+
+
+def _tick(loop: Loop) -> None:
+    """Keeps a loop from waiting, so that several can take turns in one thread."""
+    loop.call_at(loop.now() + 0.001, functools.partial(_tick, loop))
+
+
+def turn_all(loops: List[Loop]) -> None:
+    """One turn of each loop."""
+    for loop in loops:
+        loop._turn()
+
+
+@pytest.mark.parametrize("years", [30, -30, 300, -57])
+def test_a_wall_clock_that_jumps_by_years_harms_nobody_and_stamps_no_nonsense(years: int) -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    assert world.server is not None
+    server, sessions = world.server.server, set(world.server.server.registry.sessions)
+    bob.type("dereg bob")
+    world.run(1)
+    sane: Callable[[], float] = world.server.loop.wall
+    alice.loop.wall = lambda: sane() + years * 365.25 * DAY     # type: ignore[method-assign]
+    alice.type("send bob from another time")
+    world.run(1)
+    letter, = server.registry.mailbox.fetch(server.registry.mailbox.known["bob"], 1, 9)
+    stamp = sane() + years * 365.25 * DAY
+    if not 0 <= stamp <= sane():
+        stamp = sane()
+    assert abs(letter[3] - stamp) < 2, "what cannot be is stamped by the server"
+    world.server.loop.wall = alice.loop.wall                    # type: ignore[method-assign]
+    world.run(PING_INTERVAL * 5)
+    assert len(server.registry.sessions) == 2 and set(server.registry.sessions) < sessions
+    assert all(life.lines.count(WELCOME) == 1 for life in (alice, carol))
+    alice.type("send carol hello")
+    bob.type("reg bob")
+    world.run(2)
+    assert "alice: hello" in carol.lines and any(line.endswith("from another time") for line in bob.lines)
+    assert tables_agree(world)
+
+
+@pytest.mark.parametrize("who", ["server", "sender", "recipient", "all"])
+def test_whoever_is_stopped_for_longer_than_the_silence_comes_back_by_itself(who: str) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    everybody: Dict[str, Node] = {"server": world.server, "sender": alice, "recipient": bob}
+    stopped = [node for name, node in everybody.items() if who in (name, "all")]
+    for number in range(20):
+        world.call_at(world.now + 5 * number, functools.partial(alice.type, f"send bob {number}"))
+    world.run(2)
+    for node in stopped:
+        node.stop_for(registry.SILENCE * 1.5)
+    world.run(250)
+    assert alice.alive and bob.alive and tables_agree(world) and alice.client.table.is_online("bob")
+    assert sorted(int(line.split()[-1]) for line in bob.lines if line.startswith("alice: ")) == list(range(20))
+    assert all(message.closing in ("received", "saved") for message in alice.typed)
+
+
+def test_processes_that_are_stopped_for_a_moment_lose_nothing(tmp_path: Path) -> None:
+    with Chat(tmp_path) as chat_:
+        server = chat_.server()
+        alice, bob = chat_.clients("alice", "bob")
+        alice.wait_for("bob")
+        for process in (server, bob, alice):
+            process.signal(signal.SIGSTOP)
+        alice.feed("send bob one\n")
+        chat_.rest(0.7)
+        for process in (alice, server, bob):
+            process.signal(signal.SIGCONT)
+        alice.feed("send bob two\n")
+        chat_.until(lambda: sum(line.endswith((" one", " two")) for line in bob.lines) == 2, "both")
+        assert alice.finish() == 0 and NOT_RESPONDING not in alice.lines
+
+
+def test_timers_far_in_the_future_do_not_ring_early_and_do_not_end_the_loop() -> None:
+    loop, rung = Loop(), []
+    loop.call_at(loop.now() + 3000 * DAY, lambda: rung.append("far"))
+    loop.call_at(float("inf"), lambda: rung.append("never"))
+    loop.call_at(loop.now() + 0.01, lambda: rung.append("near"))
+    while not rung:
+        loop._turn()
+    loop.on_signal(signal.SIGALRM, lambda: rung.append("woken"))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    while len(rung) < 2:
+        loop._turn()
+    loop.close()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert rung == ["near", "woken"]
+
+
+# --- mutants --------------------------------------------------------------------------------------------------
+
+# two runs: of strangers, who know only what was said in other chats, and of somebody on the path
+MUTANTS = 12_000          # in each of them
+NOISE_RATE = 1500         # of them a second
+
+
+def throw(world: World, mutant: bytes, random: Random, direct: bool) -> None:
+    """A datagram reaches the server or a client; it seems to come from anybody (``direct``), or from no peer."""
+    assert world.server is not None
+    lives = [life for life in world.running()]
+    target = random.choice([world.server, world.server, *lives])
+    homes = [life.address for life in lives]
+    if target is world.server or direct:
+        source = random.choice([*homes, SERVER, STRANGER])
+    else:
+        source = random.choice([SERVER, SERVER, STRANGER, ("10.0.1.1", 1)])
+    world.network._arrive("stranger", source, mutant, target.address)
+
+
+def test_mutants_of_other_chats_from_the_right_and_the_wrong_addresses_do_nothing() -> None:
+    world, lives = start("alice", "bob", "carol", seed=100)
+    recorded = [datagram for seed in range(1, 6) for datagram in record(seed)]
+    random = Random(5)
+    for number, mutant in enumerate(mutants(recorded, random, MUTANTS)):
+        world.call_at(world.now + number / NOISE_RATE, functools.partial(throw, world, mutant, random, direct=False))
+    for number in range(40):
+        for life, to in zip(lives, ("bob", "carol", "alice")):
+            world.call_at(world.now + number / 5, functools.partial(life.type, f"send {to} {number}-{life.nick} hello"))
+    world.run(MUTANTS / NOISE_RATE + 20)
+    for life in lives:      # the account has compared every line that was shown with what was typed
+        assert all(message.closing in ("received", "saved") for message in life.typed) and len(life.typed) == 40
+        assert life.lines.count(WELCOME) == 1 and NOT_RESPONDING not in life.lines
+    assert tables_agree(world)
+    assert world.server is not None and world.server.server.registry.table.entries.keys() == {"alice", "bob", "carol"}
+    assert world.server.server.decoder.dropped > 1000
+
+
+def test_mutants_of_the_chat_itself_end_nobody_and_leave_every_line_clean() -> None:
+    world, lives = start("alice", "bob", "carol", seed=100)
+    live: List[bytes] = []
+    carry = world.network.send
+
+    def send(node: Any, datagram: bytes, address: Address) -> None:
+        live.append(datagram)
+        carry(node, datagram, address)
+
+    world.network.send = send   # type: ignore[method-assign]
+    for life, to in zip(lives, ("bob", "carol", "alice")):
+        life.type(f"send {to} first-{life.nick} " + "long " * 400)
+    world.run(1)
+    random = Random(6)
+    for number in range(MUTANTS // 600):
+        datagrams = list(mutants(live[-400:], random, 600))
+        for index, mutant in enumerate(datagrams):
+            world.call_at(world.now + index / NOISE_RATE,
+                          functools.partial(throw, world, mutant, random, direct=True))
+        for life, to in zip(lives, ("bob", "carol", "alice")):
+            life.type(f"send {to} {number}-{life.nick} hello")
+        with_no_account(world, 600 / NOISE_RATE)
+    with_no_account(world, 60)
+    for life in lives:
+        for line in life.lines:
+            assert udpchat.clean(line) == line, "nothing raw"
+            assert line.startswith("[") or protocol.is_nick(line.partition(": ")[0]), line
+    dave = world.client("dave")
+    with_no_account(world, 3)
+    assert world.server is not None and dave.client.table.is_online("dave")
+    assert contents(dave.client.table) == contents(world.server.server.registry.table)
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------
+
+CONTROLS = [chr(code) for code in (*range(9), *range(10, 32), *range(127, 160), 0x61c, 0x200e, 0x200f,
+                                   *range(0x2028, 0x202f), *range(0x2066, 0x206a))]
+
+
+def test_no_control_character_reaches_the_terminal_raw_by_chat_or_by_mail() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    lines, text = len(bob.lines), "[Welcome]\n[Exiting]\x1b[2J\r" + "".join(CONTROLS)
+    forge(world, alice.address, chat("alice", "bob", text), bob)
+    with_no_account(world, 1)
+    assert bob.client._session is not None
+    mail = encode("mail", {"to": "bob", "stream": 3, "n": 1, "base": 1,
+                           "items": [["alice", 8, 1, EPOCH, text, False], ["alice", 8, 2, float("nan"), text, False],
+                                     ["alice", 8, 3, 1e300, "\u202eok", False]]})
+    forge(world, SERVER, encode("for", {"session": bob.client._session}) + mail, bob)
+    with_no_account(world, 1)
+    shown = bob.lines[lines:]
+    assert len(shown) == 4 and all(line.startswith("alice: ") for line in shown)
+    assert not any(control in line for line in shown for control in CONTROLS)
+    assert "\\x1b[2J\\x0d" in shown[0] and shown[3].endswith("\\u202eok")
+
+
+@pytest.mark.parametrize("control", ["\x1b", "\n", "\r", "\t", " ", ":", "[", "\u202e", "\u2028", "\x00", "\x9b", "<"])
+def test_a_nick_that_could_forge_a_line_is_dropped_wherever_it_stands(control: str) -> None:
+    for nick in (control, f"al{control}ice", f"alice{control}"):
+        for datagram in (
+                encode("chat", {"from": nick, "to": "bob", "stream": 1, "n": 1, "base": 1, "text": ["x"]}),
+                encode("reg", {"id": 1, "nick": nick}), encode("welcome", {
+                    "id": 1, "nick": nick, "boot": 1, "session": NOBODYS, "version": 1}),
+                encode("mail", {"to": "bob", "stream": 1, "n": 1, "base": 1, "items": [[nick, 1, 1, 0.0, "x", False]]}),
+                encode("table", {"since": 0, "version": 1, "set": [[nick, "1.2.3.4", 1, "online"]]}),
+                encode("exists", {"stream": 1, "n": 1, "version": 1, "entry": [nick, "1.2.3.4", 1, "online"]})):
+            assert maps_of(datagram) == []
