@@ -1939,12 +1939,15 @@ class Client:
         self._proceed()
         if self.output.pending:
             self._prompt()
-            self.output.flush()
+        waiting = self.output.pending
+        self.output.flush()
+        moved = self.output.pending < waiting      # what waited for that has not seen it yet
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
+            moved = True
         self.errors.flush()
         self._count_queue()
-        if self._has_more_to_do():
+        if moved or self._has_more_to_do():
             self._next_turn.set(self.loop.now())
         if self.state == ENDED and (not self.output.pending + self.errors.pending
                                     or self.loop.now() >= self._deadline):
