@@ -905,7 +905,7 @@ def measure_crowd(swarm: Swarm, server: Process, count: int) -> Row:
     holding = sum(member.version >= count for member in swarm.members)
     if done:
         swarm.until(lambda: False, SETTLE)
-    faults = (swarm.refused, swarm.unwelcome, swarm.wrong())
+    faults = (swarm.refused, swarm.unwelcome, swarm.wrong() if done else 0)
     figure = f"{count:,}: {seconds:.1f} s" if done else f"{count:,}: {holding:,} after {seconds:.0f} s"
     return Row("crowd", figure + "; {} refused, {} without answer, {} wrong".format(*faults),
                f"{used:.1f} s of the server's core", f"{seconds / max(used, 1e-9):.1f}", f"<= {limit:.0f} s, no fault",
