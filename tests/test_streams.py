@@ -216,10 +216,10 @@ def test_fifo_can_be_written_by_one_after_another_while_somebody_holds_it(chat: 
 
 
 def test_input_from_nowhere_is_at_its_end(chat: Chat) -> None:
-    for alice in (chat.start("alice", stdin=subprocess.DEVNULL),
-                  chat.run("client", "alice", "127.0.0.1", str(chat.port), command=closed("<&-"))):
-        assert alice.wait() == 0
-        assert alice.events == [WELCOME, OFFLINE] and not alice.err.data
+    for client in (chat.start("alice", stdin=subprocess.DEVNULL),
+                   chat.run("client", "bob", "127.0.0.1", str(chat.port), command=closed("<&-"))):
+        assert client.wait() == 0
+        assert client.events == [WELCOME, OFFLINE] and not client.err.data
 
 
 def test_input_from_nowhere_does_not_end_a_client_that_stays(chat: Chat) -> None:
