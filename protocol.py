@@ -30,7 +30,8 @@ its ``next`` only when its owner says that they are *written* (to stdout, to dis
   continues. A text is one thing: ``next`` and ``base`` never stand inside it.
 
 Loss recovery and congestion control follow RFC 6298 (retransmission timeout), RFC 9002 (packet threshold) and
-RFC 5681 (slow start, multiplicative decrease), counted in datagrams.
+RFC 5681 (slow start, multiplicative decrease), counted in datagrams. A loss reduces the window to what the path was
+seen to carry (TCP Westwood+), at most by half: random loss on a radio link is not taken for a full queue.
 
 ``Conversation`` is the life of one client's sends to one recipient: which route they take (straight to the
 recipient, or to the server), when that changes, and the events that close each of them.
@@ -369,6 +370,7 @@ CLOCK_GRAIN = 0.001       # s; G of RFC 6298
 INITIAL_WINDOW = 10       # datagrams (RFC 6928)
 MIN_WINDOW = 2            # datagrams (RFC 9002 §7.2)
 MAX_WINDOW = 256          # datagrams in flight
+RATE_GAIN = 0.125         # weight of the newest round trip in the rate estimate
 PACKET_THRESHOLD = 3      # datagrams sent later and acked first make a loss (RFC 9002 §6.1.1)
 INITIAL_ROOM = 4096       # numbers that may be sent before the receiver has said how many it takes
 ASK_AGAIN = (0.5, 1.0, 2.0, 5.0)  # s between questions to a receiver that has no room; the last one repeats
@@ -425,6 +427,9 @@ class SendStream:
         self.backoff = 1.0
         self.window: float = INITIAL_WINDOW
         self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
+        self._rate = 0.0            # datagrams that arrive in a second, smoothed over round trips
+        self._round = -NEVER        # when the round trip began that is counted now
+        self._round_arrived = 0     # what arrived since
         self.in_flight = 0
         self.timer = NEVER          # when the oldest packet in flight counts as lost
         self.ask = NEVER            # when to ask a receiver that has no room
@@ -561,7 +566,7 @@ class SendStream:
         """RFC 5681 §3.1 and RFC 6298 §5.5: back off, start over with one datagram."""
         self._forget_have()
         if self.backoff == 1.0:
-            self.threshold = max(self.window / 2, MIN_WINDOW)
+            self.threshold = self._carried()
         self.window = 1.0
         self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
         self.timer = NEVER
@@ -602,6 +607,7 @@ class SendStream:
             newly += self._mark_held(have, now)
             self._detect_loss()
         if newly:
+            self._note_rate(newly, now)
             self._grow(newly)
         if newly or closed:
             self.backoff = 1.0
@@ -701,8 +707,22 @@ class SendStream:
                 self.in_flight -= 1
                 fresh = fresh or packet.order > self._recovery
         if fresh:
-            self.threshold = self.window = max(self.window / 2, MIN_WINDOW)
+            self.threshold = self.window = self._carried()
             self._recovery = self._order
+
+    def _note_rate(self, packets: int, now: float) -> None:
+        """Counts what arrives, once for each round trip: the rate estimate of TCP Westwood+ (Mascolo et al., 2001)."""
+        self._round_arrived += packets
+        passed = now - self._round
+        if self.smoothed is not None and passed >= max(self.smoothed, CLOCK_GRAIN):
+            rate = self._round_arrived / passed
+            self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
+            self._round, self._round_arrived = now, 0
+
+    def _carried(self) -> float:
+        """The window that fills the path without filling its queue, at least half of the one that met a loss."""
+        fills = min(self.window, self._rate * self.fastest) if self._rate else 0.0
+        return max(self.window / 2, fills, MIN_WINDOW)
 
     def _grow(self, packets: int) -> None:
         """Slow start, then one datagram a round trip (RFC 5681 §3.1), only if the window was the limit."""
