@@ -490,7 +490,9 @@ BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n)
 BROADCAST_SLICE = 500     # clients that are told in one turn
 SYNC_PAGES = 32           # datagrams that answer one sync
-SYNC_SLICE = 128          # clients whose sync is answered in one turn: 5 MB
+SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
+CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
+CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which they are made anew
 PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
 COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
@@ -593,6 +595,8 @@ class Server:
         self._mail_by_stream: Dict[int, MailStream] = {}
         self._mail_held = 0                                     # numbers of mail in memory
         self._to_mail: Dict[bytes, None] = {}
+        self._page_cache: Dict[int, Tuple[bytes, int]] = {}     # version -> the page after it, the version it reaches
+        self._cached_version = 0                                # of the table when the cache was empty
         self._to_sync: Dict[bytes, int] = {}                    # session -> the version that it holds
         self._sync_alarm = Alarm(loop, lambda: None)            # the end of the turn answers
         self._told = registry.table.version                     # version of the last broadcast
@@ -795,10 +799,32 @@ class Server:
         version = self.registry.table.version
         if since >= version:
             self._send(session, self._table(Page(version, version, [])))    # nothing is missing: that is an answer
-        for count, page in enumerate(self.registry.table.pages(since, PAGE_SIZE), 1):
-            self._send(session, self._table(page))
-            if count == SYNC_PAGES:
+        for _ in range(SYNC_PAGES):
+            if since >= version:
                 break
+            data, since = self._page_after(since)
+            self._send(session, data)
+
+    def _page_after(self, since: int) -> Tuple[bytes, int]:
+        """The page of the table that begins at ``since``, encoded, and the version that it reaches.
+
+        Full pages are remembered for the next who asks: what changed since then is in a later page.
+        """
+        version = self.registry.table.version
+        if version - self._cached_version > CACHE_AGE + len(self.registry.table) or len(self._page_cache) > CACHE_PAGES:
+            self._page_cache.clear()
+            self._cached_version = version
+        if since not in self._page_cache:
+            start = since
+            for count, page in enumerate(self.registry.table.pages(since, PAGE_SIZE), 1):
+                self._page_cache[start] = self._table(page), page.version
+                start = page.version
+                if count == SYNC_PAGES:
+                    break
+        found = self._page_cache[since]
+        if found[1] >= version:
+            del self._page_cache[since]     # the last page is not full yet
+        return found
 
     def _table(self, page: Page) -> bytes:
         return encode("table", {"since": page.since, "version": page.version, "set": page.rows})
@@ -1119,7 +1145,7 @@ class Server:
         began = self.loop.clock()
         for _ in range(min(BROADCAST_SLICE, len(self._telling))):
             session = self._telling.popleft()
-            if session.id in self.registry.live:
+            if session.id in self.registry.live and session.holds_table:    # who does not will ask
                 for page in self._pages:
                     self._send(session, page)
         self._broadcast_cost += self.loop.clock() - began
@@ -1294,6 +1320,7 @@ class Client:
         self._target = 0                        # the version that the table must reach
         self._pages = 0                         # that came since the last sync ...
         self._synced = -NEVER                   # ... and when that was
+        self._confirmed = False                 # the server was told, in this session, that the table is here
         self._visible = False                   # online in one's own table
         self._greeted = False                   # "[You have messages]" was shown for this coming online
         self._lost = False                      # the server does not answer, and that was said
@@ -1390,7 +1417,7 @@ class Client:
         for conversation in self._conversations.values():
             conversation.session = info["session"]
         self._inbox.forget_mail()
-        self._visible = self._greeted = False
+        self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
         self.say("[Welcome, You are registered.]")
         if info["boot"] != self._boot:
@@ -1400,6 +1427,7 @@ class Client:
         self._target = info["version"]
         self._plan_ping()
         if self._fresh is None and self.table.version >= self._target:
+            self._confirm_table()
             self._look_at_oneself()
         else:
             self._send_sync()
@@ -1547,12 +1575,20 @@ class Client:
             self._note_changes(changed)
         if table.version >= self._target:
             self._sync_alarm.cancel()
-            if self._fresh is not None:
-                self._swap_table()
-            elif not self._visible:
+            self._swap_table()
+            self._confirm_table()
+            if not self._visible:
                 self._look_at_oneself()
         elif self._pages >= SYNC_PAGES:
             self._send_sync()
+        else:
+            self._sync_alarm.set(self.loop.now() + jittered(self.loop, SYNC_INTERVAL))
+
+    def _confirm_table(self) -> None:
+        """Tells the server, once a session, that the table is here: changes and mail may come."""
+        if not self._confirmed:
+            self._confirmed = True
+            self._ping_now()
 
     def _distrust_table(self) -> None:
         """The table is too old to say who is online, and there is no other: messages go to the server."""
@@ -1568,7 +1604,6 @@ class Client:
         self._note_changes([nick for nick in {**old.entries, **self.table.entries}
                             if (old.get(nick) or ())[:4] != (self.table.get(nick) or ())[:4]])
         self._look_at_oneself()
-        self._ping_now()    # tells the server that the table is here: mail may come
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
         if not nicks:
