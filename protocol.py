@@ -414,6 +414,7 @@ class SendStream:
         self.top = 1                # the number after the highest that was ever sent
         self.edge = 1 + INITIAL_ROOM
         self.size = 0              # of the items held
+        self.longest = MAX_TIMEOUT  # s; to which the back-off goes
         self.continued: Set[int] = set()
         self._sent: Deque[Packet] = deque()
         self._unsent: Deque[Packet] = deque()
@@ -557,10 +558,10 @@ class SendStream:
 
     def timeout(self) -> float:
         """The retransmission timeout, in seconds (RFC 6298 §2, with a shorter first and least value)."""
-        if self.smoothed is None:
-            return min(self._initial_timeout * self.backoff, MAX_TIMEOUT)
-        plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
-        return min(plain * self.backoff, MAX_TIMEOUT)
+        plain = self._initial_timeout
+        if self.smoothed is not None:
+            plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
+        return min(plain * self.backoff, max(plain, self.longest), MAX_TIMEOUT)
 
     def _timed_out(self) -> None:
         """RFC 5681 §3.1 and RFC 6298 §5.5: back off, start over with one datagram."""
@@ -1150,6 +1151,7 @@ class Conversation:
         if self._announced_silent:
             self._announced_silent = self.stuck = False
             self._moved = now
+            self.stream.longest = SERVER_INTERVAL
             self.stream.resume()
 
     def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
@@ -1229,8 +1231,11 @@ class Conversation:
             return
         if silent and not self._announced_silent:
             self._announced_silent = self.stuck = True
+            self.stream.longest = MAX_TIMEOUT
             self.events.append(Event(SILENT, self.messages))
-        self.stuck = self.stuck or stalled
+        if stalled:
+            self.stuck = True
+            self.stream.longest = MAX_TIMEOUT
         if self.route == RELAY and now >= self._relay_until > -NEVER:
             self._relay_until = -NEVER
             self._pick_route(now)
@@ -1266,6 +1271,7 @@ class Conversation:
             self.stream.reroute(self._capacity(route), self._held_sizes)
         elif self._announced_silent:
             self.stream.resume()        # the silence is forgotten, so the server is asked at once
+        self.stream.longest = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
         self._silent_since = NEVER
         self._announced_silent = self.stuck = False
         self._moved = now
