@@ -760,8 +760,8 @@ def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at
     alice, bob, eve = (desk.register(nick, home(n)) for n, nick in enumerate(("alice", "bob", "eve")))
     desk.say(home(0), encode("dereg", {"session": alice}))
     for turn in range(60):
-        for number in range(40):        # early ones whose first never comes, in ever new streams and again in old ones
-            stream = 1000 + (turn * 40 + number if turn % 2 else number)
+        for number in range(40):        # early ones whose first never comes: in old streams, then in ever new ones
+            stream = 1000 + (number if turn < 30 else turn * 40 + number)
             desk.server.receive(save(eve, "alice", stream, n=2 + 100 * (turn % 30), texts=100, text=""), home(2))
         answers = desk.say(home(1), save(bob, "alice", 77, n=turn + 1))
         assert [info["next"] for tag, info in answers if tag == "ack"] == [turn + 2]
