@@ -1363,10 +1363,10 @@ class Inbox:
             if incoming.stream.missing:
                 self._hold(now, incoming)
 
-    def on_mail(self, info: Info) -> None:
+    def on_mail(self, now: float, info: Info) -> None:
         """Takes a ``mail`` of the server."""
         if self._mail is None or self._mail.stream.stream != info["stream"]:
-            self.forget_mail()
+            self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), None)
         items = info["items"]
         stream = self._mail.stream
@@ -1375,8 +1375,10 @@ class Inbox:
         self._unacked[self._mail] = None
         self._arrived(self._mail)
 
-    def forget_mail(self) -> None:
-        """A new session begins, and with it another stream of mail."""
+    def forget_mail(self, now: float) -> None:
+        """A new session begins, and with it another stream of mail, counted anew."""
+        for incoming in self._holding:
+            incoming.held_since, incoming.mail = now, None
         if self._mail is not None:
             self._forget(self._mail)
             self._mail = None
@@ -1512,6 +1514,9 @@ class Inbox:
         """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
         sender, stream, number = items[0][:3]
         incoming = self._incoming(sender, stream, number)
+        if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
+            incoming.stream.advance(number)
+            yield from self._take_chat(incoming)
         if incoming.stream.show(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
             yield Delivery(sender, texts, times, functools.partial(self._written, mail))

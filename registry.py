@@ -303,7 +303,9 @@ class Mailbox:
             self._prepare(server_id)
             self._load()
         except (sqlite3.Error, OSError, LookupError, TypeError, ValueError) as error:
-            reason = "another server has it open" if "locked" in str(error) else f"it is damaged: {error}"
+            reason = str(error) if isinstance(error, (sqlite3.OperationalError, OSError)) else f"it is damaged: {error}"
+            if "locked" in reason:
+                reason = "another server has it open"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
         self.healthy = True
         self._rows: List[Tuple[object, ...]] = []               # mail to insert
@@ -367,7 +369,7 @@ class Mailbox:
     # mail
 
     def stream_next(self, sender: str, stream: int) -> int:
-        """The number after the last that was kept of a stream; 1 for one never seen."""
+        """The number after the last that was kept of a stream; 1 for one never seen, 0 if that cannot be read now."""
         if (sender, stream) in self._streams:
             return self._streams[sender, stream]
         try:
@@ -375,7 +377,7 @@ class Mailbox:
                                      (sender, stream)).fetchone()
         except sqlite3.Error:
             self.healthy = False
-            return 1
+            return 0
         return int(found[0]) if found else 1
 
     def keep(self, known: Known, sender: str, stream: int, parcel: Parcel) -> None:
@@ -475,9 +477,12 @@ class Mailbox:
         run("DELETE FROM mail " + whole, below)
         for seq, sender, stream, *columns in run("SELECT seq, sender, stream, n, texts, times, more FROM mail"
                                                  " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
-            parcel = Parcel.of_row(*columns)
-            rest = parcel.part(known.first - seq, len(parcel.texts))
             run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
+            try:
+                parcel = Parcel.of_row(*columns)
+            except ValueError:
+                continue        # damaged on the disk: nobody can read it any more
+            rest = parcel.part(known.first - seq, len(parcel.texts))
             run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream))
             messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
         return int(messages), int(size)
@@ -555,6 +560,7 @@ class Registry:
         self.sessions: Dict[bytes, Session] = {}
         self.by_nick: Dict[str, Session] = {}
         self.live: "OrderedDict[bytes, Session]" = OrderedDict()     # not called offline; longest silent first
+        self._ended: List[Session] = []
         self.closed: "OrderedDict[bytes, str]" = OrderedDict()       # session -> how it ended
         self.spent: "OrderedDict[int, None]" = OrderedDict()         # the requests that had made those
         self._at: Dict[Address, str] = {}                            # who is online there
@@ -712,10 +718,16 @@ class Registry:
         del self.sessions[session.id]
         del self.by_nick[session.nick]
         self.closed[session.id] = how
+        self._ended.append(session)
         self.spent[session.request] = None
         for remembered in (self.closed, self.spent):
             if len(remembered) > MAX_CLOSED:
                 remembered.popitem(last=False)
+
+    def take_ended(self) -> List[Session]:
+        """The sessions that were closed since the last time."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def silent(self, now: float) -> List[Session]:
         """Those of whom nothing was heard for ``SILENCE`` seconds, longest first."""

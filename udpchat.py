@@ -29,6 +29,7 @@ import getpass
 import hashlib
 import heapq
 import hmac
+import itertools
 import logging
 import os
 import random
@@ -43,7 +44,7 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import protocol
 from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
@@ -58,7 +59,7 @@ log = logging.getLogger("udpchat")
 # --- the loop -------------------------------------------------------------------------------------------------
 
 NEVER = float("inf")
-LOST_TIME = 0.1           # s; a turn that took longer, or a wait that ended later, did not run: it is not counted
+LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
 MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
@@ -187,8 +188,8 @@ class Loop:
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
         """Calls ``callback`` in the loop, not in the handler, when the signal comes."""
         self._signals[number] = callback
-        signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(number, lambda *_: None)
 
     def _on_wake(self) -> None:
         for number in self._waker.recv(64):
@@ -221,18 +222,17 @@ class Loop:
                     callback()
         for callback in list(self._always.values()):
             callback()
-        self._timers.run(self._now)
-        self._refresh(woken)
+        began = self._now
+        self._timers.run(began)
+        self._refresh(woken, began)
         self.settle()
-        self._refresh(woken)
+        self._refresh(woken, began)
 
-    def _refresh(self, woken: float) -> None:
-        """Sets the time of this turn anew; one in which the process was stopped counts for nothing."""
-        passed = time.monotonic() - woken
-        if passed > LOST_TIME:
-            self._lost = woken + passed - self._now
-        else:
-            self._now = woken + passed - self._lost
+    def _refresh(self, woken: float, began: float) -> None:
+        """Sets the time anew; a turn that took longer than ``LOST_TIME`` counts as that long, no more."""
+        moment = time.monotonic()
+        self._now = began + min(moment - woken, LOST_TIME)
+        self._lost = moment - self._now
 
     def close(self) -> None:
         """Gives the descriptors back."""
@@ -380,11 +380,6 @@ class Output:
             self._chunks.append((data, written))
             self.pending += len(data)
 
-    def put_first(self, data: bytes) -> None:
-        """Puts ``data`` before all that waits."""
-        self._chunks.appendleft((data, None))
-        self.pending += len(data)
-
     def give_up(self) -> None:
         """Takes nothing any more: nobody reads it."""
         self.broken = True
@@ -399,8 +394,8 @@ class Output:
                 try:
                     taken = self._put(data)
                 except OSError as error:
+                    self.give_up()      # first: the log may be what cannot be written
                     log.info("cannot write: %s", error.strerror)
-                    self.give_up()
                     return
                 self.pending -= taken
             else:
@@ -488,7 +483,7 @@ PROBE_TIMEOUT = 0.5       # s; who does not answer a probe in this time is offli
 PROBE_INTERVAL = 0.1      # s between repetitions inside that time
 BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n)
-BROADCAST_SLICE = 500     # clients that are told in one turn
+BROADCAST_DATAGRAMS = 500     # that tell clients of it in one turn
 SYNC_PAGES = 32           # datagrams that answer one sync
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
@@ -602,9 +597,8 @@ class Server:
         self._told = registry.table.version                     # version of the last broadcast
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0
-        self._telling: Deque[Session] = deque()                 # who is still to be told of it
-        self._pages: List[bytes] = []
-        self._broadcast_alarm = Alarm(loop, self._broadcast)
+        self._telling: Optional[Iterator[Tuple[Session, bytes]]] = None     # who is still to be told what
+        self._broadcast_alarm = Alarm(loop, lambda: None)      # the end of the turn tells
         self._silence_alarm = Alarm(loop, self._probe_silent)
         self._stranger_second = 0
         self._stranger_replies = 0
@@ -622,10 +616,11 @@ class Server:
         self.loop.call_at(self.loop.now(), self._send_notices)     # in a turn: what waits is sent at its end
         self._keep_house()
 
-    def stop(self) -> None:
-        """Writes and closes the store."""
-        self.registry.mailbox.commit(self.loop.wall())
+    def stop(self) -> bool:
+        """Writes and closes the store; gives whether that went well."""
+        committed = self._commit()
         self.registry.mailbox.close()
+        return committed
 
     def receive(self, datagram: bytes, address: Address) -> None:
         """Takes a datagram from the network."""
@@ -681,10 +676,15 @@ class Server:
         if session.address != address:
             self._probe_move(session, address)
             return None
+        self._heard(session)
+        return session
+
+    def _heard(self, session: Session) -> None:
+        """Takes note of a sign of life, and of who comes back with it."""
         if self.registry.heard(session, self.loop.now()):
             log.info("%s is back", session.nick)
+            self._watch_silence()
             self._wake_mail(session)
-        return session
 
     def _answer_unknown(self, info: Info, address: Address) -> None:
         how = self.registry.closed.get(info["session"])
@@ -736,12 +736,8 @@ class Server:
 
     def _admit(self, nick: str, claim: Claim) -> None:
         id_ = self.loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
-        self._drop_mail(self.registry.by_nick.get(nick))
         session = self.registry.admit(self.loop.now(), self.loop.wall(), id_, nick, claim.address, claim.token,
                                       claim.request)
-        for gone in [mail.session for mail in self._mails.values() if mail.session.id not in self.registry.sessions] \
-                if len(self._mails) > len(self.registry.sessions) else ():
-            self._drop_mail(gone)
         log.info("%s registered at %s", nick, show_address(claim.address))
         self._watch_silence()
         self._welcome(session)
@@ -762,7 +758,6 @@ class Server:
         session = self._session(info, address)
         if session is not None:
             log.info("%s deregistered", session.nick)
-            self._drop_mail(session)
             self.registry.deregister(session, self.loop.wall())
             self._outbox.append((encode("bye", {"session": session.id}), address))
 
@@ -897,8 +892,7 @@ class Server:
             if session.address != address:
                 log.info("%s moved to %s", session.nick, show_address(address))
                 self.registry.moved(session, address, self.loop.wall())
-            if self.registry.heard(session, self.loop.now()):
-                self._wake_mail(session)
+            self._heard(session)
             self._alive.pop(session.nick, None)
             self._alive[session.nick] = self.loop.now()
             if len(self._alive) > self.registry.max_clients:
@@ -910,8 +904,8 @@ class Server:
 
     def _on_late_alive(self, info: Info, address: Address) -> None:
         session = self.registry.sessions.get(info.get("session", b""))
-        if session is not None and session.address == address and self.registry.heard(session, self.loop.now()):
-            self._wake_mail(session)
+        if session is not None and session.address == address:
+            self._heard(session)
 
     def _watch_silence(self) -> None:
         first = next(iter(self.registry.live.values()), None)
@@ -938,6 +932,8 @@ class Server:
         save = self._saves.get(key)
         if save is None:
             first = self.registry.mailbox.stream_next(*key)
+            if not first:
+                return      # the store cannot be read now; the sender will repeat it
             save = self._saves[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
             self._forget_saves()
         elif save.to != info["to"]:
@@ -1026,6 +1022,8 @@ class Server:
 
     def settle(self) -> None:
         """Ends a turn: commit, then everything that is to be sent."""
+        for ended in self.registry.take_ended():
+            self._drop_mail(ended)
         dirty, self._dirty = self._dirty, {}
         for save in dirty.values():
             self._keep(save)
@@ -1038,10 +1036,10 @@ class Server:
                 self.send_mail(session)
         self._to_mail.clear()
         self._answer_syncs()
-        self._plan_broadcast()
         outbox, self._outbox = self._outbox, []
         for datagram, address in outbox:
             self._send_now(datagram, address)
+        self._broadcast()
 
     def _commit(self) -> bool:
         mailbox = self.registry.mailbox
@@ -1076,8 +1074,8 @@ class Server:
             mail.stream.resume()
         self._to_mail[session.id] = None
 
-    def _drop_mail(self, session: Optional[Session]) -> None:
-        mail = self._mails.pop(session.id, None) if session is not None else None
+    def _drop_mail(self, session: Session) -> None:
+        mail = self._mails.pop(session.id, None)
         if mail is not None:
             mail.alarm.cancel()
             self._mail_held -= mail.counted
@@ -1117,40 +1115,42 @@ class Server:
         if mail is None or mail.session.address != address:
             return
         session = mail.session
-        if self.registry.heard(session, self.loop.now()):
-            self._wake_mail(session)
+        self._heard(session)
         if mail.stream.on_ack(self.loop.now(), info["next"], info["have"], info["room"]):
             self.registry.mail_acked(session, mail.stream.base)
         self._to_mail[session.id] = None
 
     # the table
 
-    def _plan_broadcast(self) -> None:
-        if self._telling:
-            self._broadcast_alarm.set(self.loop.now())
-        elif self.registry.table.version > self._told and not self._broadcast_alarm.is_set:
-            due = self._broadcast_end + max(BROADCAST_GAP, BROADCAST_SHARE * self._broadcast_cost)
-            if due <= self.loop.now():
-                self._broadcast()
-            else:
-                self._broadcast_alarm.set(due)
-
     def _broadcast(self) -> None:
-        """Tells every client what changed, a slice of them in each turn."""
-        if not self._telling:
-            self._pages = [self._table(page) for page in self.registry.table.pages(self._told, PAGE_SIZE)]
-            self._told = self.registry.table.version
-            self._telling.extend(self.registry.live.values())
-            self._broadcast_cost = 0.0
+        """Tells every client what changed, so many datagrams in each turn, after all else that was to be sent."""
+        now = self.loop.now()
+        if self._telling is None:
+            due = self._broadcast_end + max(BROADCAST_GAP, BROADCAST_SHARE * self._broadcast_cost)
+            if self.registry.table.version <= self._told:
+                return
+            if due > now:
+                self._broadcast_alarm.set(due)
+                return
+            self._begin_broadcast()
+        assert self._telling is not None
         began = self.loop.clock()
-        for _ in range(min(BROADCAST_SLICE, len(self._telling))):
-            session = self._telling.popleft()
+        told = 0
+        for session, page in itertools.islice(self._telling, BROADCAST_DATAGRAMS):
+            told += 1
             if session.id in self.registry.live and session.holds_table:    # who does not will ask
-                for page in self._pages:
-                    self._send(session, page)
+                self._send_now(b"".join((FOR_PREFIX, session.id, page)), session.address)
         self._broadcast_cost += self.loop.clock() - began
-        self._broadcast_end = self.loop.now()
-        self._plan_broadcast()
+        self._broadcast_end = now
+        if told < BROADCAST_DATAGRAMS:
+            self._telling = None
+        self._broadcast_alarm.set(now if told == BROADCAST_DATAGRAMS else NEVER)
+
+    def _begin_broadcast(self) -> None:
+        pages = [self._table(page) for page in self.registry.table.pages(self._told, PAGE_SIZE)]
+        self._told = self.registry.table.version
+        self._broadcast_cost = 0.0
+        self._telling = itertools.product(list(self.registry.live.values()), pages)
 
     # housekeeping
 
@@ -1177,7 +1177,7 @@ QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
 LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
-STREAM_COOKIES = 3        # cookies taken for one attempt to register
+COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
 LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
 PROMPT = b">>> "
 ERASE_LINE = b"\r\x1b[K"
@@ -1354,6 +1354,7 @@ class Client:
         self._input_ended = False
         self._quit = ""                         # "dereg" or "quit", once that command waits for its turn
         self._ending = ""                       # "end", "quit", "signal", "reader"
+        self._interrupted = False
         self._deadline = NEVER
         self._failed = False                    # some message was neither delivered nor kept
         self._undelivered = 0
@@ -1370,7 +1371,14 @@ class Client:
 
     def say(self, line: str, times: int = 1) -> None:
         """Shows a line (that often)."""
-        self.output.write((line + "\n").encode() * times)
+        self._write((line + "\n").encode() * times)
+
+    def _write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
+        """Appends to the output; on a terminal, in place of the prompt."""
+        if data and self._prompt_shown:
+            self.output.write(ERASE_LINE)
+            self._prompt_shown = False
+        self.output.write(data, written)
 
     def _hand_back(self, nick: str, text: str) -> None:
         """Names a message that was not delivered, as the line that would send it again."""
@@ -1389,7 +1397,7 @@ class Client:
         self._request.start()
 
     def _send_reg(self) -> None:
-        self._cookies_left = STREAM_COOKIES
+        self._cookies_left = COOKIES_PER_ATTEMPT
         self._emit_reg()
 
     def _emit_reg(self) -> None:
@@ -1416,7 +1424,7 @@ class Client:
         self._session = info["session"]
         for conversation in self._conversations.values():
             conversation.session = info["session"]
-        self._inbox.forget_mail()
+        self._inbox.forget_mail(self.loop.now())
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
         self.say("[Welcome, You are registered.]")
@@ -1434,12 +1442,16 @@ class Client:
 
     def _reg_unanswered(self) -> None:
         """Five attempts without an answer end a program that starts, or that was told to come online."""
-        first = self.state == JOINING
-        self._server_silent(always=first)
-        if first:
+        starting = self._is_starting()
+        self._server_silent(always=starting)
+        if starting:
             self._give_up(1)
         else:
             self._register()
+
+    def _is_starting(self) -> bool:
+        """Whether the client has not been online since it was started, or told to come online."""
+        return self.state == JOINING or self.state == ACTIVE and not self._was_visible
 
     def _on_refused(self, info: Info) -> None:
         if "session" in info:
@@ -1453,6 +1465,9 @@ class Client:
             self._session_is_gone()
             return
         self._request.stop()
+        if reason == "full" and not self._is_starting():
+            self.loop.call_at(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL), self._try_again)
+            return
         if reason == "full":
             self.say("[The server is full.]")
         elif reason == "owned":
@@ -1460,6 +1475,11 @@ class Client:
         else:
             self.say(f"[Nickname {self.nick} is taken.]")
         self._give_up(1)
+
+    def _try_again(self) -> None:
+        """Registers, if that is still wanted: the server that restarted was full."""
+        if self.state == ACTIVE and not self._request.is_running:
+            self._register()
 
     # the server's life
 
@@ -1496,6 +1516,10 @@ class Client:
         self._send_now(padded(tag, info, protocol.SESSION_SIZE), self.server)
 
     def _ping_unanswered(self) -> None:
+        if self._is_starting():
+            self._server_silent(always=True)
+            self._give_up(1)
+            return
         self._server_silent()
         self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
 
@@ -1725,7 +1749,7 @@ class Client:
 
     def _on_mail(self, info: Info) -> None:
         if info["to"] == self.nick and self._fresh is None and self._accepting:
-            self._inbox.on_mail(info)
+            self._inbox.on_mail(self.loop.now(), info)
 
     def _ask_about_mail(self) -> None:
         """Asks, as long as a stream waits for it, how much mail there is: what is missing there may be in it."""
@@ -1744,17 +1768,17 @@ class Client:
         """Hands to the output what is ready, as long as it has room."""
         for sender, texts, times, written in self._inbox.take(self.loop.now(), self._has_output_room):
             if not texts:
-                self.output.write(b"", written)
+                self._write(b"", written)
                 continue
             if not "".join(texts).isprintable():
                 texts = [clean(text) for text in texts]
             if times:
                 self._greet()
                 lines = [f"{sender}: <{show_time(at)}> {text}\n" for text, at in zip(texts, times)]
-                self.output.write("".join(lines).encode(), written)
+                self._write("".join(lines).encode(), written)
             else:
                 start = sender + ": "
-                self.output.write((start + ("\n" + start).join(texts) + "\n").encode(), written)
+                self._write((start + ("\n" + start).join(texts) + "\n").encode(), written)
         self._ask_about_mail()
 
     def _greet(self) -> None:
@@ -1879,7 +1903,7 @@ class Client:
 
     def _do_help(self, name: str, words: List[str]) -> None:
         if self._wants(name, words):
-            self.output.write(HELP.encode())
+            self._write(HELP.encode())
 
     def _do_quit(self, name: str, words: List[str]) -> None:
         if self._wants(name, words):
@@ -1968,14 +1992,12 @@ class Client:
             self._table_news = False
             self.say("[Client table updated.]")
         self._show()
-        self._prompt()
         self.output.flush()
         self._ack()
         self._proceed()
-        if self.output.pending:
-            self._prompt()
         waiting = self.output.pending
         self.output.flush()
+        self._prompt()
         moved = self.output.pending < waiting      # what waited for that has not seen it yet
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
@@ -2058,15 +2080,12 @@ class Client:
         }[event.kind], event.messages)
 
     def _prompt(self) -> None:
-        """On a terminal: lines go above the prompt."""
-        if not self._interactive:
-            return
-        if self.output.pending and self._prompt_shown:
-            self.output.put_first(ERASE_LINE)
-            self._prompt_shown = False
-        if not self._prompt_shown and self._may_command() and not self._quit and not self._ending:
-            self.output.write(PROMPT if self.output.pending else ERASE_LINE + PROMPT)
+        """On a terminal, once all lines are written: asks for the next command."""
+        if self._interactive and not (self._prompt_shown or self.output.pending or self._quit or self._ending) \
+                and self._may_command():
+            self.output.write(ERASE_LINE + PROMPT)
             self._prompt_shown = True
+            self.output.flush()
 
     # leaving
 
@@ -2089,10 +2108,8 @@ class Client:
             self._accepting = False
             if over or self.output.broken or not (self.output.pending or self._inbox.has_chat):
                 self._leave()
-        elif self._ending:
-            self._conclude()
         else:
-            self._quit = ""
+            self._conclude()
 
     def _end(self, why: str, limit: float = NEVER) -> None:
         """Begins the orderly end, which takes at most about ``limit`` seconds."""
@@ -2107,16 +2124,16 @@ class Client:
     def _end_now(self) -> None:
         if self.state != ENDED:
             self._conclude()
-        self._prompt()
         self.output.flush()
         self.errors.flush()
         self.exit_code = self._result
 
     def interrupt(self) -> None:
         """Ctrl-C or SIGTERM: an orderly end; the second time, at once."""
-        if self._ending == "signal":
+        if self._interrupted:
             self._end_now()
             return
+        self._interrupted = True
         self._end("signal", END_TIME)       # also if only the output is awaited still
         if self.state == JOINING:
             self._conclude()
@@ -2170,7 +2187,7 @@ class Client:
         self._dereg.stop()
         self._lost = False
         self._session = None
-        self._inbox.forget_mail()
+        self._inbox.forget_mail(self.loop.now())
         self._visible = False
         self.state = AWAY
         self._quit = ""
@@ -2357,6 +2374,7 @@ def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.Address
     """The first address of ``host``; raises Usage if it has none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
         family, _, _, _, address = found[0]
         return family, (str(address[0]), int(address[1]))
     except (OSError, UnicodeError, IndexError):
@@ -2384,7 +2402,7 @@ def complain(text: str) -> None:
         pass
 
 
-def run_server(options: argparse.Namespace) -> int:
+def run_server(options: argparse.Namespace, errors: Output) -> int:
     """Runs a server until a signal; gives the exit code."""
     family, address = resolve(options.host, options.port, passive=True)
     try:
@@ -2399,17 +2417,22 @@ def run_server(options: argparse.Namespace) -> int:
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     port = Port(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
-    port.receive, loop.settle = server.receive, server.settle
+
+    def settle() -> None:
+        server.settle()
+        errors.flush()
+
+    port.receive, loop.settle = server.receive, settle
     for number_ in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(number_, loop.stop)
     server.start()
-    complain_if_broken(f"[Server listening on {show_address(normal(sock.getsockname()))}]\n")
+    announce(f"[Server listening on {show_address(normal(sock.getsockname()))}]\n")
     loop.run()
-    server.stop()
-    return 0
+    loop.close()
+    return 0 if server.stop() else EXIT_FAILED
 
 
-def complain_if_broken(line: str) -> None:
+def announce(line: str) -> None:
     """Writes a line to stdout, whatever that is."""
     try:
         os.write(STDOUT, line.encode())
@@ -2476,7 +2499,7 @@ def login_name() -> str:
         raise Usage("your login name is not a nick: give one") from None
 
 
-def run_client(options: argparse.Namespace) -> int:
+def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Runs a client; gives the exit code."""
     try:
         nick = nick_argument(options.nick) if options.nick is not None else login_name()
@@ -2490,15 +2513,16 @@ def run_client(options: argparse.Namespace) -> int:
     except OSError as error:
         complain(f"cannot use port {options.client_port}: {error.strerror}")
         return EXIT_FAILED
-    port, reader, writer, errors = Port(sock, loop), Reader(STDIN), Writer(STDOUT), Writer(STDERR)
+    port, reader, writer = Port(sock, loop), Reader(STDIN), Writer(STDOUT)
     client = Client(loop, port.send, Output(writer.put), nick, normal(server), secret, options.ack_timeout / 1000,
-                    options.stay, options.mtu, Output(errors.put), reader.is_terminal and writer.is_terminal)
+                    options.stay, options.mtu, errors, reader.is_terminal and writer.is_terminal)
     port.receive = client.receive
     loop.on_signal(signal.SIGINT, client.interrupt)
     loop.on_signal(signal.SIGTERM, client.interrupt)
-    Console(loop, client, reader, writer, errors).start()
+    Console(loop, client, reader, writer, error_writer).start()
     client.start()
     loop.run()
+    loop.close()
     return client.exit_code or 0
 
 
@@ -2546,10 +2570,28 @@ class Console:
         self._client.reader_gone()
 
 
-def set_up_log(level: str) -> None:
-    """Diagnostics go to stderr."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+class LogHandler(logging.Handler):
+    """Writes the log to an output that never blocks; while nobody reads that, what exceeds its limit is dropped."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line."""
+        if self._output.pending < OUTPUT_LIMIT:
+            self._output.write((clean(self.format(record)) + "\n").encode())
+            self._output.flush()
+
+
+def set_up_log(level: str) -> Tuple[Writer, Output]:
+    """Diagnostics go to stderr: gives it, and what waits for it."""
+    writer = Writer(STDERR)
+    output = Output(writer.put)
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s",
+                        handlers=[LogHandler(output)])
     logging.raiseExceptions = False
+    return writer, output
 
 
 def keep_standard_descriptors() -> None:
@@ -2570,10 +2612,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return EXIT_USAGE
     try:
         options = parse(words)
-        set_up_log(options.log_level)
+        errors = set_up_log(options.log_level)
         if options.mode == "client":
-            return run_client(options)
-        return run_server(options) if options.forget is None else forget(options)
+            return run_client(options, *errors)
+        return run_server(options, errors[1]) if options.forget is None else forget(options)
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
