@@ -71,15 +71,6 @@ def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReceiveStream, "show", lambda self, first, count: True)
 
 
-def takes_what_it_passed_over_for_shown(patch: pytest.MonkeyPatch) -> None:
-    """Forgets that it has not shown what it did not want to wait for."""
-    def advance(self: ReceiveStream, to: int) -> None:
-        original(self, to)
-        self.given_up.spans = []
-    original = ReceiveStream.advance
-    patch.setattr(ReceiveStream, "advance", advance)
-
-
 def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
     """Calls a client online as soon as it is registered."""
     def set_state(self: Registry, session: Session, state: str) -> None:
@@ -163,7 +154,6 @@ FAULTS: Dict[Patch, int] = {
     counts_a_partial_write_as_whole: 0,
     deletes_mail_when_it_is_sent: 3,
     shows_what_came_on_another_route: 2,
-    takes_what_it_passed_over_for_shown: 254,
     announces_before_the_mail_is_shown: 0,
     does_not_wait_for_missing_messages: 32,
     forgets_its_base: 1,
