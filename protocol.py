@@ -34,11 +34,13 @@ RFC 5681 (slow start, multiplicative decrease), counted in datagrams. A loss red
 seen to carry (TCP Westwood+), at most by half: random loss on a radio link is not taken for a full queue.
 
 ``Conversation`` is the life of one client's sends to one recipient: which route they take (straight to the
-recipient, or to the server), when that changes, and the events that close each of them.
+recipient, or to the server), when that changes, and the events that close each of them. ``Outbox`` holds all of them,
+``Inbox`` all that comes in for one client, and the order in which it is shown.
 """
 from __future__ import annotations
 
 import functools
+import heapq
 import ipaddress
 import unicodedata
 from bisect import bisect_right
@@ -1296,6 +1298,201 @@ class Conversation:
         self.events.append(event)
         self.stuck = False
         self._moved = now
+
+
+# --- what goes out --------------------------------------------------------------------------------------------
+
+QUEUE_LIMIT = 4096        # messages queued to send; then the owner takes no more
+QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
+CONVERSATIONS_KEPT = 10_000     # of one client; beyond, those go first in which nothing waits
+
+
+class Outbox:
+    """All that one client sends: a conversation with each recipient, when each is due, and how much waits.
+
+    What waits for a server that is silent (``lost``), or while the client is offline (``away``), is stuck: it is
+    counted for itself, and does not keep the rest waiting.
+    """
+
+    def __init__(self, me: str, mtu: int = MAX_DATAGRAM, ack_timeout: float = ACK_TIMEOUT) -> None:
+        self.lost = False
+        self.away = False
+        self._me = me
+        self._mtu = mtu
+        self._ack_timeout = ack_timeout
+        self._session = bytes(SESSION_BYTES)
+        self.conversations: Dict[str, Conversation] = {}
+        self._by_stream: Dict[int, Conversation] = {}
+        self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
+        self._touched: Dict[str, None] = {}             # to be polled next
+        self._due: Dict[str, float] = {}                # when to look at a conversation, or earlier
+        self._dues: List[Tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
+        self._queued = self._queued_size = self._stuck = self._stuck_size = 0   # numbers and bytes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every message is closed."""
+        return not self._sending
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every message is closed, or stuck."""
+        return all(map(self._is_stuck, self._sending.values()))
+
+    def undelivered(self) -> Iterator[Tuple[str, str]]:
+        """The messages that are not closed: recipient and text."""
+        for nick, conversation in self._sending.items():
+            for text in conversation.texts():
+                yield nick, text
+
+    # how much waits
+
+    def _is_stuck(self, conversation: Conversation) -> bool:
+        return conversation.stuck or self.away or self.lost and conversation.route != DIRECT
+
+    def is_stuck(self, nick: str) -> bool:
+        """Whether messages for ``nick`` wait that do not move."""
+        return nick in self._sending and self._is_stuck(self._sending[nick])
+
+    def room(self, nick: str) -> int:
+        """How many messages for ``nick`` may be queued now; 0: none."""
+        if self.is_stuck(nick):
+            return 0 if self._stuck_size >= QUEUE_SIZE else max(0, QUEUE_LIMIT - self._stuck)
+        return 0 if self.is_full else QUEUE_LIMIT - self._queued
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more may be queued, but for those whose messages are stuck."""
+        return self._queued >= QUEUE_LIMIT or self._queued_size >= QUEUE_SIZE
+
+    def count(self) -> None:
+        """Counts anew what waits."""
+        self._queued = self._queued_size = self._stuck = self._stuck_size = 0
+        for conversation in self._sending.values():
+            self._add(conversation, conversation.held, conversation.size)
+
+    def _add(self, conversation: Conversation, numbers: int, size: int) -> None:
+        if self._is_stuck(conversation):
+            self._stuck += numbers
+            self._stuck_size += size
+        else:
+            self._queued += numbers
+            self._queued_size += size
+
+    # what the owner says
+
+    def register(self, session: bytes) -> None:
+        """The server has given a session: it goes into every ``save``."""
+        self._session = session
+        for conversation in self.conversations.values():
+            conversation.session = session
+
+    def send(self, now: float, nick: str, texts: Sequence[str], at: float, place: Optional[Place], stream: int) -> None:
+        """Queues texts; ``place`` and the random id ``stream`` are for a recipient not written to before."""
+        conversation = self.conversations.get(nick)
+        if conversation is None:
+            conversation = Conversation(self._me, nick, stream, self._mtu, self._ack_timeout)
+            conversation.locate(now, place)
+            conversation.session = self._session
+            self._forget_idle()
+            self.conversations[nick] = conversation
+            self._by_stream[stream] = conversation
+        held, size = conversation.held, conversation.size
+        conversation.send(now, texts, at)
+        self._add(conversation, conversation.held - held, conversation.size - size)
+        self._sending[nick] = conversation
+        self._touched[nick] = None
+
+    def _forget_idle(self) -> None:
+        if len(self.conversations) >= CONVERSATIONS_KEPT:
+            idle = next((nick for nick in self.conversations if nick not in self._sending), None)
+            if idle is not None:
+                del self._by_stream[self.conversations.pop(idle).stream.stream]
+
+    def locate(self, now: float, nick: str, place: Optional[Place]) -> None:
+        """The table has changed for ``nick``."""
+        conversation = self.conversations.get(nick)
+        if conversation is not None:
+            conversation.locate(now, place)
+            self._touched[nick] = None
+
+    def server_heard(self, now: float) -> None:
+        """The server gave a sign of life."""
+        for nick, conversation in self._sending.items():
+            if conversation.route != DIRECT:
+                conversation.server_heard(now)
+                self._touched[nick] = None
+
+    # what the network says; address None: the server, in this session
+
+    def _addressed(self, info: Info, address: Optional[Address]) -> Optional[Conversation]:
+        """The conversation that an answer from ``address`` is about, if it may come from there."""
+        conversation = self._by_stream.get(info["stream"])
+        if conversation is None or address is not None and not conversation.goes_to(address):
+            return None
+        self._touched[conversation.peer] = None
+        return conversation
+
+    def on_ack(self, now: float, info: Info, address: Optional[Address]) -> None:
+        """Takes an ``ack``."""
+        conversation = self._addressed(info, address)
+        if conversation is not None:
+            conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if address is None else DIRECT)
+
+    def on_nack(self, now: float, info: Info, address: Optional[Address]) -> None:
+        """Takes a ``nack``."""
+        conversation = self._addressed(info, address)
+        if conversation is not None:
+            conversation.on_nack(now, info["first"], info["last"], info["reason"],
+                                 SAVE if address is None else DIRECT)
+
+    def on_exists(self, now: float, info: Info, reachable: Optional[Address]) -> None:
+        """Takes an ``exists``; ``reachable``: the address in its entry, None if it cannot be sent to."""
+        conversation = self._addressed(info, None)
+        if conversation is not None and conversation.peer == info["entry"][0]:
+            conversation.on_exists(now, info["n"], reachable)
+
+    # what time says
+
+    def due(self) -> float:
+        """When ``poll`` must be called even if nothing happens."""
+        return self._dues[0][0] if self._dues else NEVER
+
+    def _schedule(self, nick: str, due: float) -> None:
+        if due < self._due.get(nick, NEVER):
+            self._due[nick] = due
+            heapq.heappush(self._dues, (due, nick))
+
+    def _wake(self, now: float) -> None:
+        while self._dues and self._dues[0][0] <= now:
+            when, nick = heapq.heappop(self._dues)
+            if self._due.get(nick) != when:
+                continue
+            del self._due[nick]
+            due = self.conversations[nick].due() if nick in self.conversations else NEVER
+            if due <= now:
+                self._touched[nick] = None
+            else:
+                self._schedule(nick, due)
+
+    def poll(self, now: float, calm: bool = True) -> Iterator[Tuple[bytes, Optional[Address]]]:
+        """The datagrams to send now, and where to (None: the server), of all to which something happened."""
+        self._wake(now)
+        touched, self._touched = self._touched, {}
+        for nick in touched:
+            conversation = self.conversations.get(nick)
+            if conversation is not None:
+                yield from conversation.poll(now, calm)
+                self._schedule(nick, conversation.due())
+
+    def take_events(self) -> Iterator[Tuple[str, Event]]:
+        """What has happened to messages since the last time: recipient and event."""
+        for nick, conversation in list(self._sending.items()):
+            events, conversation.events = conversation.events, []
+            for event in events:
+                yield nick, event
+            if not conversation.held:
+                del self._sending[nick]
 
 
 # --- what comes in --------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import protocol
-from protocol import Address, Conversation, Decoder, Inbox, Info, Place, ReceiveStream, Run, SendStream, encode, padded
+from protocol import Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, encode, padded
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
@@ -1172,8 +1172,6 @@ PING_INTERVAL = 15.0      # s between pings
 LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
-QUEUE_LIMIT = 4096        # messages queued to send; then stdin is not read
-QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
 LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
@@ -1323,7 +1321,6 @@ class Client:
         self._confirmed = False                 # the server was told, in this session, that the table is here
         self._visible = False                   # online in one's own table
         self._greeted = False                   # "[You have messages]" was shown for this coming online
-        self._lost = False                      # the server does not answer, and that was said
         self._heard = False                     # the server has spoken in this turn
         self._was_visible = False               # commands are carried out since then
         self._pings: "OrderedDict[int, float]" = OrderedDict()      # id -> when it was sent
@@ -1342,11 +1339,8 @@ class Client:
         self._table_news = False
         self._accepting = True                  # messages; no more once the program is about to leave
         # what goes out
-        self._conversations: Dict[str, Conversation] = {}
-        self._by_stream: Dict[int, Conversation] = {}
-        self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
-        self._alarms: Dict[str, Alarm] = {}
-        self._polled: Dict[str, None] = {}              # to be polled in this turn
+        self._outbox = Outbox(nick, mtu, ack_timeout)
+        self._outbox_alarm = Alarm(loop, lambda: None)      # the end of the turn polls it
         # commands
         self._buffer = b""
         self._skipped = 0                       # bytes of a line that is too long
@@ -1359,7 +1353,6 @@ class Client:
         self._failed = False                    # some message was neither delivered nor kept
         self._undelivered = 0
         self._result = 0
-        self._queued = self._queued_size = self._stuck = self._stuck_size = 0   # numbers and bytes
         self._commands: Dict[str, Callable[[str, List[str]], None]] = {
             "dereg": self._do_dereg, "reg": self._do_reg, "who": self._do_who, "help": self._do_help,
             "quit": self._do_quit}
@@ -1422,8 +1415,7 @@ class Client:
         self._request.stop()
         self._server_heard()
         self._session = info["session"]
-        for conversation in self._conversations.values():
-            conversation.session = info["session"]
+        self._outbox.register(info["session"])
         self._inbox.forget_mail(self.loop.now())
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
@@ -1485,16 +1477,16 @@ class Client:
 
     def _server_heard(self) -> None:
         self._heard = True
-        if self._lost:
-            self._lost = False
+        if self._outbox.lost:
+            self._outbox.lost = False
             self._plan_ping()
 
     def _server_silent(self, always: bool = False) -> None:
         """Announces an outage, once; ``always``: again, because the program ends over it."""
-        if not self._lost or always:
+        if not self._outbox.lost or always:
             self.say("[Server not responding]")
-        if not self._lost:
-            self._lost = True
+        if not self._outbox.lost:
+            self._outbox.lost = True
             if self._session is not None:
                 self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
 
@@ -1577,7 +1569,8 @@ class Client:
             return
         self._pages = 0
         self._synced = self.loop.now()
-        self._sync_alarm.set(self._synced + jittered(self.loop, LOST_PING_INTERVAL if self._lost else SYNC_INTERVAL))
+        interval = LOST_PING_INTERVAL if self._outbox.lost else SYNC_INTERVAL
+        self._sync_alarm.set(self._synced + jittered(self.loop, interval))
         self._ask_server("sync", {"session": self._session, "version": self._newest().version})
 
     def _want_sync(self) -> None:
@@ -1634,10 +1627,7 @@ class Client:
             return
         self._table_news = True
         for nick in nicks:
-            conversation = self._conversations.get(nick)
-            if conversation is not None:
-                conversation.locate(self.loop.now(), self._place(nick))
-                self._poll_soon(nick)
+            self._outbox.locate(self.loop.now(), nick, self._place(nick))
         if self.nick in nicks:
             self._look_at_oneself()
 
@@ -1655,8 +1645,11 @@ class Client:
         entry = self.table.get(nick)
         if entry is None:
             return None
-        reachable = (":" in entry.host) == (":" in self.server[0])
-        return Place(entry.state == ONLINE, (entry.host, entry.port) if reachable else None)
+        return Place(entry.state == ONLINE, self._reach(entry.host, entry.port))
+
+    def _reach(self, host: str, port: int) -> Optional[Address]:
+        """An address, if it is of the family of ours: others can be sent to by the server alone."""
+        return (host, port) if (":" in host) == (":" in self.server[0]) else None
 
     # datagrams
 
@@ -1692,15 +1685,10 @@ class Client:
             return
         if tag == "chat":
             self._on_chat(info, address)
-            return
-        conversation = self._by_stream.get(info["stream"]) if tag in ("ack", "nack") else None
-        if conversation is None or not conversation.goes_to(address):
-            return
-        if tag == "ack":
-            conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.DIRECT)
-        else:
-            conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.DIRECT)
-        self._poll_soon(conversation.peer)
+        elif tag == "ack":
+            self._outbox.on_ack(self.loop.now(), info, address)
+        elif tag == "nack":
+            self._outbox.on_nack(self.loop.now(), info, address)
 
     def _on_probe(self, info: Info, trusted: bool) -> None:
         if info["to"] == self.nick and self.state == ACTIVE and self._session is not None:
@@ -1710,24 +1698,14 @@ class Client:
             self._send_now(encode("alive", answer), self.server)
 
     def _on_saved(self, info: Info) -> None:
-        conversation = self._by_stream.get(info["stream"])
-        if conversation is not None:
-            conversation.on_ack(self.loop.now(), info["next"], info["have"], info["room"], protocol.SAVE)
-            self._poll_soon(conversation.peer)
+        self._outbox.on_ack(self.loop.now(), info, None)
 
     def _on_refusal(self, info: Info) -> None:
-        conversation = self._by_stream.get(info["stream"])
-        if conversation is not None:
-            conversation.on_nack(self.loop.now(), info["first"], info["last"], info["reason"], protocol.SAVE)
-            self._poll_soon(conversation.peer)
+        self._outbox.on_nack(self.loop.now(), info, None)
 
     def _on_exists(self, info: Info) -> None:
-        conversation = self._by_stream.get(info["stream"])
-        nick, host, port, _ = info["entry"]
-        if conversation is not None and conversation.peer == nick:
-            reachable = (":" in host) == (":" in self.server[0])
-            conversation.on_exists(self.loop.now(), info["n"], (host, port) if reachable else None)
-            self._poll_soon(nick)
+        _, host, port, _ = info["entry"]
+        self._outbox.on_exists(self.loop.now(), info, self._reach(host, port))
 
     # what comes in
 
@@ -1796,7 +1774,7 @@ class Client:
     def hungry(self) -> bool:
         """Whether stdin is to be read."""
         return (not self._lines and not self._input_ended and not self._ending and not self._quit
-                and self._may_command() and self._has_room() and not self._queue_is_full())
+                and self._may_command() and self._has_room() and not self._outbox.is_full)
 
     def _has_room(self) -> bool:
         return self._has_output_room() and self.errors.pending < OUTPUT_LIMIT
@@ -1833,12 +1811,6 @@ class Client:
             if not newline:
                 return
         self._lines.extend(group_sends(data.decode("utf-8", "replace")))
-
-    def _queue_is_full(self, stuck: bool = False) -> bool:
-        """Whether nothing more may be queued; ``stuck``: for somebody whose messages are stuck."""
-        if stuck:
-            return self._stuck >= QUEUE_LIMIT or self._stuck_size >= QUEUE_SIZE
-        return self._queued >= QUEUE_LIMIT or self._queued_size >= QUEUE_SIZE
 
     def _carry_out(self) -> None:
         """Carries out the commands that wait, in order, as far as that is possible now."""
@@ -1885,6 +1857,7 @@ class Client:
                 self.say(f"[You can only register as {self.nick}.]")
             elif self.state == AWAY:
                 self.state = JOINING
+                self._outbox.away = False
                 self._was_visible = False
                 self._accepting = True
                 self._register()
@@ -1918,29 +1891,19 @@ class Client:
             return True
         prefix = f"send {nick} "
         nick = unicodedata.normalize("NFC", nick)
-        known = self.table.get(nick) is not None
-        conversation = self._conversation(nick) if known else None
-        stuck = conversation is not None and bool(conversation.held) and self._is_stuck(conversation)
-        if self._queue_is_full() and not stuck:
-            return False
-        texts = self._take_texts(prefix, QUEUE_LIMIT - (self._stuck if stuck else self._queued))
-        if conversation is None:
+        if self.table.get(nick) is None:
+            texts = self._take_texts(prefix, protocol.QUEUE_LIMIT)
             self._failed = True
             self.say(f"[Unknown client {clean(nick)}.]", len(texts))
-        elif stuck and self._queue_is_full(stuck):
-            for text in texts:
-                self._hand_back(nick, text)
-        elif texts:
-            held, size = conversation.held, conversation.size
-            conversation.send(self.loop.now(), texts, self.loop.wall())
-            self._sending[nick] = conversation
-            self._poll_soon(nick)
-            if stuck:
-                self._stuck += conversation.held - held
-                self._stuck_size += conversation.size - size
-            else:
-                self._queued += conversation.held - held
-                self._queued_size += conversation.size - size
+            return True
+        room = self._outbox.room(nick)
+        if not room and not self._outbox.is_stuck(nick):
+            return False
+        texts = self._take_texts(prefix, room or protocol.QUEUE_LIMIT)
+        if texts and room:
+            self._outbox.send(self.loop.now(), nick, texts, self.loop.wall(), self._place(nick), new_id(self.loop))
+        for text in texts if not room else ():
+            self._hand_back(nick, text)
         return True
 
     def _take_texts(self, prefix: str, most: int) -> List[str]:
@@ -1963,21 +1926,6 @@ class Client:
             self._failed = True
             self.say(f"[Message too long: {size} bytes, at most {protocol.MAX_TEXT}.]")
         return size <= protocol.MAX_TEXT
-
-    def _conversation(self, nick: str) -> Conversation:
-        conversation = self._conversations.get(nick)
-        if conversation is None:
-            conversation = Conversation(self.nick, nick, new_id(self.loop), self._mtu, self._ack_timeout)
-            conversation.locate(self.loop.now(), self._place(nick))
-            if self._session is not None:
-                conversation.session = self._session
-            self._conversations[nick] = conversation
-            self._by_stream[conversation.stream.stream] = conversation
-            self._alarms[nick] = Alarm(self.loop, functools.partial(self._poll_soon, nick))
-        return conversation
-
-    def _poll_soon(self, nick: str) -> None:
-        self._polled[nick] = None
 
     # settling
 
@@ -2003,7 +1951,7 @@ class Client:
             self._reader_is_gone()
             moved = True
         self.errors.flush()
-        self._count_queue()
+        self._outbox.count()
         if moved or self._has_more_to_do():
             self._next_turn.set(self.loop.now())
         if self.state == ENDED and (not self.output.pending + self.errors.pending
@@ -2017,29 +1965,12 @@ class Client:
         if self._inbox.is_ready:
             return True
         return bool(self._lines and not self._quit and not self._ending and self._may_command()
-                    and not self._queue_is_full() and not self.errors.pending)
-
-    def _count_queue(self) -> None:
-        """Counts what is queued to send: what waits for a silent server does not keep the rest waiting."""
-        self._queued = self._queued_size = self._stuck = self._stuck_size = 0
-        for conversation in self._sending.values():
-            if self._is_stuck(conversation):
-                self._stuck += conversation.held
-                self._stuck_size += conversation.size
-            else:
-                self._queued += conversation.held
-                self._queued_size += conversation.size
-
-    def _is_stuck(self, conversation: Conversation) -> bool:
-        return conversation.stuck or self.state == AWAY or self._lost and conversation.route != protocol.DIRECT
+                    and not self._outbox.is_full and not self.errors.pending)
 
     def _pass_on_signs_of_life(self) -> None:
         if self._heard:
             self._heard = False
-            for nick, conversation in self._sending.items():
-                if conversation.route != protocol.DIRECT:
-                    conversation.server_heard(self.loop.now())
-                    self._poll_soon(nick)
+            self._outbox.server_heard(self.loop.now())
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -2052,17 +1983,14 @@ class Client:
         """Polls the conversations to which something happened or whose time has come."""
         if self.state not in (ACTIVE, LEAVING):
             return
-        polled, self._polled = self._polled, {}
-        for nick in polled:
-            conversation = self._conversations[nick]
-            for datagram, address in conversation.poll(self.loop.now(), self.loop.calm):
-                self._send_now(datagram, address if address is not None else self.server)
-            self._alarms[nick].set(conversation.due())
-            events, conversation.events = conversation.events, []
-            for event in events:
-                self._tell(nick, event)
-            if not conversation.held:
-                self._sending.pop(nick, None)
+        for datagram, address in self._outbox.poll(self.loop.now(), self.loop.calm):
+            self._send_now(datagram, address if address is not None else self.server)
+        self._outbox_alarm.set(self._outbox.due())
+        self._tell_events()
+
+    def _tell_events(self) -> None:
+        for nick, event in self._outbox.take_events():
+            self._tell(nick, event)
 
     def _tell(self, nick: str, event: protocol.Event) -> None:
         if event.kind == protocol.SILENT:
@@ -2089,10 +2017,6 @@ class Client:
 
     # leaving
 
-    def _are_sends_settled(self) -> bool:
-        """Whether every send has its closing line, or is stuck."""
-        return all(map(self._is_stuck, self._sending.values()))
-
     def _proceed(self) -> None:
         """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
         if self._quit == "quit" and not self._ending:
@@ -2102,7 +2026,7 @@ class Client:
         if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
             return
         over = self.loop.now() >= self._deadline
-        if not over and not self._are_sends_settled():
+        if not over and not self._outbox.is_settled:
             return
         if self.state == ACTIVE:
             self._accepting = False
@@ -2174,22 +2098,16 @@ class Client:
         if self.state == LEAVING and info["session"] == self._session:
             self._went_away()
 
-    def _tell_the_rest(self) -> None:
-        """Tells what has become of messages since the last turn that sent any."""
-        for nick, conversation in self._sending.items():
-            events, conversation.events = conversation.events, []
-            for event in events:
-                self._tell(nick, event)
-
     def _went_away(self) -> None:
-        self._tell_the_rest()
+        self._tell_events()
         self._stop_asking()
         self._dereg.stop()
-        self._lost = False
+        self._outbox.lost = False
         self._session = None
         self._inbox.forget_mail(self.loop.now())
         self._visible = False
         self.state = AWAY
+        self._outbox.away = True
         self._quit = ""
         self.say("[You are Offline. Bye.]")
 
@@ -2207,17 +2125,15 @@ class Client:
     def _stop(self, code: int) -> None:
         self._stop_asking()
         self._dereg.stop()
-        for alarm in self._alarms.values():
-            alarm.cancel()
+        self._outbox_alarm.cancel()
         self.state = ENDED
         self._result = code or int(self._failed or self._undelivered > 0)
 
     def _report(self) -> None:
         """Names every message that was not delivered: on stderr, as the line that would send it again."""
-        self._tell_the_rest()
-        for nick, conversation in self._sending.items():
-            for text in conversation.texts():
-                self._hand_back(nick, text)
+        self._tell_events()
+        for nick, text in self._outbox.undelivered():
+            self._hand_back(nick, text)
         self._hand_back_lines()
         if self._undelivered:
             self.say(f"[{self._undelivered} message{'s' * (self._undelivered > 1)} not delivered.]")
@@ -2227,7 +2143,7 @@ class Client:
         while self._lines:
             nick, blank, _ = self._lines[0][5:].partition(" ")
             if self._lines[0].startswith("send ") and nick and blank:
-                for text in self._take_texts(f"send {nick} ", QUEUE_LIMIT):
+                for text in self._take_texts(f"send {nick} ", protocol.QUEUE_LIMIT):
                     self._hand_back(nick, text)
             else:
                 self._lines.popleft()

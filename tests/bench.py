@@ -1172,7 +1172,7 @@ class Flow:
     def poll(self) -> None:
         """Sends what is due, and comes back when more is."""
         now, conversation = self._link.now, self._conversation
-        if conversation.held < udpchat.QUEUE_LIMIT:
+        if conversation.held < protocol.QUEUE_LIMIT:
             conversation.send(now, self._texts, now)
         for datagram, _ in conversation.poll(now):
             self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))

@@ -1266,7 +1266,7 @@ class Storm:
         still = [message for message in life.typed if not message.closing and not message.away]
         if still or life.has_typed_ahead:
             raise Violation(f"{life.name} has open messages: {still[:3]}, stdin {life.has_typed_ahead}")
-        if client._sending or client._inbox.is_ready or client._inbox.is_asking or client.output.pending:
+        if not client._outbox.is_empty or client._inbox.is_ready or client._inbox.is_asking or client.output.pending:
             raise Violation(f"{life.name} is busy, though nothing happens")
 
     def leave(self) -> None:

@@ -371,7 +371,7 @@ def held_up(world: World, alice: Life) -> Tuple[Tap, int]:
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
     world.run(0.2)
-    return tap, alice.client._conversations["bob"].stream.stream
+    return tap, alice.client._outbox.conversations["bob"].stream.stream
 
 
 @pytest.mark.parametrize("kind", ["ack", "nack"])
