@@ -1785,7 +1785,7 @@ class Client:
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
-        self._prompt_shown = False
+        self._prompt_shown = self._prompt_shown and not data    # a line's end was echoed behind it
         if not data:
             self._input_ended = True
             if self._buffer or self._skipped:

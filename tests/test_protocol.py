@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import protocol
-from protocol import (Address, Conversation, Decoder, Event, Info, Message, Packet, Place, Ranges, ReceiveStream,
-                      SendStream, encode, is_valid, join_pieces, padded, split_text)
+from protocol import (INITIAL_TIMEOUT, QUEUE_LIMIT, RECEIVED, SAVED, Address, Conversation, Decoder, Event, Info,
+                      Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_valid, join_pieces,
+                      padded, split_text)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
 settings.load_profile("arguments")
@@ -1465,3 +1466,63 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: Lis
         world.answer(world.run(0.01))
     assert not conversation.held and conversation.due() == protocol.NEVER
     check_conversation(world, messages, events + world.events())
+
+
+# --- outboxes -------------------------------------------------------------------------------------------------
+
+def outbox_with(nicks: Sequence[str], online: bool = True) -> Outbox:
+    """An outbox in which one message waits for each of ``nicks``."""
+    outbox = Outbox("alice")
+    for number, nick in enumerate(nicks, 1):
+        outbox.send(0.0, nick, ["hello"], 0.0, Place(online, ("127.0.0.1", number)), number)
+    return outbox
+
+
+def ack_of(stream: int, next_: int) -> Dict[str, Any]:
+    return {"stream": stream, "next": next_, "have": [], "room": 4096}
+
+
+def test_an_outbox_sends_to_whom_something_happened_and_to_whom_it_is_time() -> None:
+    outbox = outbox_with(["bob", "carol"])
+    assert [address for _, address in outbox.poll(0.0)] == [("127.0.0.1", 1), ("127.0.0.1", 2)]
+    assert list(outbox.poll(0.01)) == []
+    assert outbox.due() == INITIAL_TIMEOUT
+    assert len(list(outbox.poll(outbox.due()))) == 2, "both are repeated"
+
+
+def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_server() -> None:
+    outbox = outbox_with(["bob", "carol"])
+    list(outbox.poll(0.0))
+    outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 2))
+    outbox.on_ack(0.1, ack_of(3, 2), ("127.0.0.1", 1))
+    assert list(outbox.take_events()) == []
+    outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
+    outbox.on_ack(0.1, ack_of(2, 2), None)
+    assert list(outbox.take_events()) == [("bob", Event(RECEIVED, 1)), ("carol", Event(SAVED, 1))]
+    assert outbox.is_empty and outbox.is_settled
+
+
+def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() -> None:
+    outbox = outbox_with(["bob"], online=False)
+    outbox.send(0.0, "bob", ["x"] * QUEUE_LIMIT, 0.0, None, 0)
+    outbox.count()
+    assert outbox.is_full and outbox.room("bob") == outbox.room("carol") == 0
+    assert not outbox.is_stuck("bob")
+    outbox.lost = True
+    outbox.count()
+    assert outbox.is_stuck("bob") and outbox.room("bob") == 0, "a send to bob fails at once"
+    assert not outbox.is_full and outbox.room("carol") == QUEUE_LIMIT
+    assert len(list(outbox.undelivered())) == 1 + QUEUE_LIMIT
+
+
+def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CONVERSATIONS_KEPT", 2)
+    outbox = outbox_with(["bob", "carol"])
+    list(outbox.poll(0.0))
+    outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
+    list(outbox.take_events())
+    outbox.send(0.1, "dave", ["hello"], 0.0, Place(True, ("127.0.0.1", 3)), 3)
+    assert set(outbox.conversations) == {"carol", "dave"}
+    outbox.send(0.2, "bob", ["again"], 0.0, Place(True, ("127.0.0.1", 1)), 4)
+    assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2)]
+    assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2 + INITIAL_TIMEOUT)], "it is repeated in time"
