@@ -348,6 +348,31 @@ def test_a_server_without_anybody_to_serve_does_nothing() -> None:
     assert world.server.sent == before
 
 
+def test_a_client_that_dies_is_found_out_even_if_everybody_was_lost_before() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    for nick in ("alice", "bob"):
+        world.network.block(nick, "server")
+    world.run(120)
+    world.network.blocked.clear()
+    world.run_until(lambda: is_ready(alice) and is_ready(bob), 60)
+    bob.crash()
+    world.run_until(lambda: not alice.client.table.is_online("bob"), 120)
+    assert not alice.client.table.is_online("bob")
+
+
+def test_a_client_whose_server_dies_before_it_could_come_online_says_so_and_ends() -> None:
+    world = World(1)
+    server = world.start_server()
+    world.network.filter = losing("table")
+    alice = world.client("alice")
+    alice.end_input()
+    world.run(1)
+    assert alice.lines == ["[Welcome, You are registered.]"]
+    server.crash()
+    world.run(30)
+    assert alice.lines[1:] == ["[Server not responding]", "[Exiting]"] and alice.exit_code == 1
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_a_message_that_was_saved_survives_a_crash_at_any_step_and_is_shown_once(steps: int) -> None:
     world, (alice, bob) = start("alice", "bob")

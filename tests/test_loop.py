@@ -1,0 +1,135 @@
+"""The loop, its timers and its outputs: a clock that is set by hand, and writes that take what they like."""
+from __future__ import annotations
+
+import logging
+from typing import Any, Iterator, List
+
+import pytest
+
+from udpchat import COMPACT_TIMERS, LOST_TIME, OUTPUT_LIMIT, Alarm, LogHandler, Loop, Output, TimerHeap
+
+
+class Hands:
+    """A clock set by hand."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+
+@pytest.fixture(name="hands")
+def clock_set_by_hand(monkeypatch: pytest.MonkeyPatch) -> Hands:
+    hands = Hands()
+    monkeypatch.setattr("udpchat.time.monotonic", lambda: hands.time)
+    return hands
+
+
+@pytest.fixture(name="loop")
+def loop_that_never_waits(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    loop = Loop()
+    monkeypatch.setattr(loop._selector, "select", lambda timeout=None: [])
+    yield loop
+    loop.close()
+
+
+def test_timers_run_in_the_order_of_their_times_and_cancelled_ones_not_at_all() -> None:
+    heap, rung = TimerHeap(), []
+    for when in (3.0, 1.0, 2.0):
+        heap.call_at(when, lambda when=when: rung.append(when))     # type: ignore[misc]
+    heap.call_at(1.5, lambda: rung.append(1.5)).cancel()
+    heap.run(2.5)
+    assert rung == [1.0, 2.0] and heap.next_time() == 3.0
+
+
+def test_cancelled_timers_do_not_pile_up() -> None:
+    heap = TimerHeap()
+    heap.call_at(1.0, lambda: None)
+    for _ in range(10_000):
+        heap.call_at(2.0, lambda: None).cancel()
+    assert len(heap) <= COMPACT_TIMERS + 2
+
+
+def test_an_alarm_that_is_set_later_and_later_rings_once_at_its_last_time(loop: Loop, hands: Hands) -> None:
+    rung: List[float] = []
+    alarm = Alarm(loop, lambda: rung.append(loop.now()))
+    for _ in range(50):
+        alarm.set(loop.now() + 1.0)
+        hands.time += 0.05
+        loop._turn()
+    due = loop.now() + 1.0 - 0.05
+    while len(rung) < 1 and hands.time < 200:
+        hands.time += 0.05
+        loop._turn()
+    assert len(rung) == 1 and rung[0] >= due - 1e-6
+
+
+def test_a_timer_fires_though_every_turn_takes_long(loop: Loop, hands: Hands) -> None:
+    rung: List[int] = []
+    loop.call_at(loop.now() + 0.5, lambda: rung.append(1))
+
+    def take_long() -> None:
+        hands.time += 1.5 * LOST_TIME
+    loop.settle = take_long
+    for _ in range(10):
+        loop._turn()
+    assert rung == [1]
+
+
+def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop: Loop, hands: Hands) -> None:
+    before = loop.now()
+
+    def be_stopped() -> None:
+        hands.time += 60.0
+    loop.settle = be_stopped
+    loop._turn()
+    assert loop.now() <= before + LOST_TIME + 1e-6
+    loop.settle = lambda: None
+    hands.time += 0.01
+    loop._turn()
+    assert loop.now() <= before + 2 * LOST_TIME
+
+
+def test_an_output_tells_of_each_line_when_its_last_byte_is_written() -> None:
+    taken = bytearray()
+    told: List[int] = []
+    allowed = [7]
+
+    def put(data: bytes) -> int:
+        size = min(allowed[0], len(data))
+        taken.extend(data[:size])
+        allowed[0] -= size
+        return size
+    output = Output(put)
+    output.write(b"one\ntwo\nthree\n", told.append)
+    output.write(b"", lambda lines: told.append(-1))
+    output.flush()
+    assert (bytes(taken), told, output.pending) == (b"one\ntwo", [1], 7)
+    allowed[0] = 100
+    output.flush()
+    assert (bytes(taken), told, output.pending) == (b"one\ntwo\nthree\n", [1, 2, -1], 0)
+
+
+def test_an_output_whose_reader_is_gone_takes_nothing_more() -> None:
+    def put(data: bytes) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+    output = Output(put)
+    told: List[int] = []
+    output.write(b"lost\n", told.append)
+    output.flush()
+    output.write(b"more\n", told.append)
+    assert output.broken and not output.pending and not told
+
+
+def test_a_log_that_nobody_reads_blocks_nothing_and_does_not_grow() -> None:
+    output = Output(lambda data: 0)
+    handler = LogHandler(output)
+    record: Any = logging.LogRecord("udpchat", logging.INFO, "", 0, "x" * 1000 + "\x1b[2J\n", (), None)
+    for _ in range(1000):
+        handler.emit(record)
+    assert output.pending < OUTPUT_LIMIT + 2000
+    written = bytearray()
+
+    def take_all(data: bytes) -> int:
+        written.extend(data)
+        return len(data)
+    LogHandler(Output(take_all)).emit(record)
+    assert b"\x1b" not in written and written.count(b"\n") == 1
