@@ -1138,7 +1138,7 @@ class Conversation:
                 if place is not None:
                     self._say(OFFLINE)
                 self._go(now, SAVE)
-        elif place.address != self._address if self.route == DIRECT else self.route == RELAY:
+        elif self.route == RELAY or self.route == DIRECT and place.address != self._address:
             self._pick_route(now)
 
     def goes_to(self, address: Address) -> bool:

@@ -253,11 +253,11 @@ class Parcel(NamedTuple):
         joined = "".join(self.texts)
         return len(joined) if joined.isascii() else len(joined.encode())
 
-    def row(self, recipient: int, seq: int, sender: str, stream: int) -> Tuple[object, ...]:
+    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> Tuple[object, ...]:
         """The parcel as a row of the store."""
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
         return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
-                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, self.size)
+                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
 
     @classmethod
     def of_row(cls, n: int, texts: str, times: str, more: str) -> "Parcel":
@@ -384,11 +384,11 @@ class Mailbox:
         """Puts whole texts into somebody's mailbox, from the next ``commit`` on."""
         if known.nick not in self._before:
             self._before[known.nick] = (known.last, known.messages, known.size)
-        row = parcel.row(known.id, known.last + 1, sender, stream)
-        self._rows.append(row)
+        size = parcel.size
+        self._rows.append(parcel.row(known.id, known.last + 1, sender, stream, size))
         known.last += len(parcel.texts)
         known.messages += parcel.messages
-        known.size += int(str(row[-1]))
+        known.size += size
         self._streams[sender, stream] = parcel.n + len(parcel.texts)
         self._changed.add(known.nick)
 
@@ -483,7 +483,7 @@ class Mailbox:
             except ValueError:
                 continue        # damaged on the disk: nobody can read it any more
             rest = parcel.part(known.first - seq, len(parcel.texts))
-            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream))
+            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream, rest.size))
             messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
         return int(messages), int(size)
 
@@ -573,7 +573,7 @@ class Registry:
     # who gets a nick
 
     def claim(self, nick: str, address: Address, token: Optional[bytes]) -> str:
-        """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), TAKEN, OWNED, FULL."""
+        """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), OWNED, FULL."""
         known = self.mailbox.known.get(nick)
         if known is not None and known.owner is not None:
             if token is None or not hmac.compare_digest(known.owner, hashlib.sha256(token).digest()):

@@ -12,6 +12,7 @@ from typing import Any, Callable, List, Set, Tuple
 import pytest
 
 import protocol
+import registry
 from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
 from udpchat import ACTIVE, AWAY, PING_INTERVAL, SYNC_INTERVAL
@@ -657,6 +658,10 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
     digests = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                               env={**os.environ, "PYTHONHASHSEED": hashes}).stdout for hashes in ("1", "2")}
     assert digests == {f"{[run_seed(seed).digest for seed in (3, 4)]}\n"}
+
+
+def test_the_store_and_the_wire_agree_on_the_longest_piece_of_a_text() -> None:
+    assert registry.MAX_PIECE_SIZE == protocol.MAX_PIECE
 
 
 def test_the_server_of_the_simulation_is_where_clients_expect_it() -> None:
