@@ -500,6 +500,7 @@ MAIL_RETRY = 1.0          # s until mail that could not be read from the store i
 MAIL_OVERHEAD = 40        # bytes of one item of mail on the wire beside its text and its sender
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48 MiB of text at most
+STORE_CALM = 1.0          # s without a failure after which the store counts as good again
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 JITTER = 0.25             # part by which every repeated request varies, up and down
 
@@ -603,7 +604,7 @@ class Server:
         self._stranger_second = 0
         self._stranger_replies = 0
         self._most_replies = stranger_replies
-        self._disk_failed = False
+        self._disk_failed = NEVER       # when the store could not be written last, until it can be again
         self._allowance = 0                                     # bytes that may answer the datagram at hand
         self._handlers: Dict[str, Callable[[Info, Address], None]] = {
             "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
@@ -1046,10 +1047,14 @@ class Server:
         if not mailbox.pending:
             return True
         committed = mailbox.commit(self.loop.wall())
-        if committed == self._disk_failed:
-            self._disk_failed = not committed
-            log.log(logging.WARNING if committed else logging.ERROR,
-                    "the store can be written again" if committed else "the store cannot be written: no mail is kept")
+        now = self.loop.now()
+        if not committed:
+            if self._disk_failed == NEVER:
+                log.error("the store cannot be written: no mail is kept")
+            self._disk_failed = now
+        elif now >= self._disk_failed + STORE_CALM:
+            log.warning("the store can be written again")
+            self._disk_failed = NEVER
         return committed
 
     def _answer_save(self, save: SaveStream, committed: bool) -> None:
@@ -1306,7 +1311,8 @@ class Client:
         self._stay = stay
         self._mtu = mtu
         self._interactive = interactive
-        self._prompt_shown = False
+        self._prompt_shown = False              # the next command was asked for
+        self._line_is_used = False              # a prompt may stand where the next line goes
         # what the server gave
         self._session: Optional[bytes] = None
         self._boot = 0
@@ -1368,9 +1374,9 @@ class Client:
 
     def _write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
         """Appends to the output; on a terminal, in place of the prompt."""
-        if data and self._prompt_shown:
+        if data and self._line_is_used:
             self.output.write(ERASE_LINE)
-            self._prompt_shown = False
+            self._prompt_shown = self._line_is_used = False
         self.output.write(data, written)
 
     def _hand_back(self, nick: str, text: str) -> None:
@@ -1602,9 +1608,9 @@ class Client:
             self._sync_alarm.set(self.loop.now() + jittered(self.loop, SYNC_INTERVAL))
 
     def _confirm_table(self) -> None:
-        """Tells the server, once a session, that the table is here: changes and mail may come."""
+        """Tells the server and the user, once a session, that the table is here: changes and mail may come."""
         if not self._confirmed:
-            self._confirmed = True
+            self._confirmed = self._table_news = True
             self._ping_now()
 
     def _distrust_table(self) -> None:
@@ -1785,7 +1791,7 @@ class Client:
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
-        self._prompt_shown = self._prompt_shown and not data    # a line's end was echoed behind it
+        self._prompt_shown = False      # and asked for anew; what stands on its line is erased before the next line
         if not data:
             self._input_ended = True
             if self._buffer or self._skipped:
@@ -2012,7 +2018,7 @@ class Client:
         if self._interactive and not (self._prompt_shown or self.output.pending or self._quit or self._ending) \
                 and self._may_command():
             self.output.write(ERASE_LINE + PROMPT)
-            self._prompt_shown = True
+            self._prompt_shown = self._line_is_used = True
             self.output.flush()
 
     # leaving

@@ -610,6 +610,17 @@ def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_
     assert ends(bob, "hello") == 1 and ends(alice, "hi") == 1
 
 
+def test_a_client_that_comes_online_again_is_told_of_its_table() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    for _ in range(3):
+        before = len(alice.lines)
+        alice.type("dereg alice")
+        alice.type("reg alice")
+        world.run(2)
+        assert alice.lines[before:] == ["[You are Offline. Bye.]", "[Welcome, You are registered.]",
+                                        "[Client table updated.]"]
+
+
 def test_a_deregistered_client_with_unsent_messages_can_end() -> None:
     world, (alice, bob) = start("alice", "bob")
     bob.type("dereg bob")
