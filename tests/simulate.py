@@ -105,13 +105,15 @@ class Ledger:
 
     # what clients say
 
-    def closed(self, life: "Life", to: str, kind: str, count: int) -> None:
-        """``life`` closes its next ``count`` sends to ``to``."""
+    def closed(self, life: "Life", to: str, kind: str, count: int, behind: int = 0) -> None:
+        """``life`` closes its next ``count`` sends to ``to``, after the first ``behind`` that are open still."""
         for _ in range(count):
-            waiting = life.open.get(to)
-            if not waiting:
+            waiting = life.open.get(to, deque())
+            if len(waiting) <= behind:
                 raise Violation(f"{life.name} says {kind} for {to}, but nothing is open")
-            self.close(waiting.popleft(), kind)
+            message = waiting[behind]
+            del waiting[behind]
+            self.close(message, kind)
 
     def close(self, message: Message, kind: str) -> None:
         """One send got its closing line."""
@@ -501,12 +503,22 @@ class SimClient(Client):
     def _tell(self, nick: str, event: protocol.Event) -> None:
         if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED):
             self.life.ledger.closed(self.life, nick, event.kind, event.messages)
+        self.life.is_telling = True
         super()._tell(nick, event)
+        self.life.is_telling = False
+
+    def _queued_for(self, nick: str) -> int:
+        """How many messages for ``nick`` are queued, or closed but not told: from when it was known."""
+        conversation = self._outbox.conversations.get(nick)
+        if conversation is None:
+            return 0
+        return conversation.messages + sum(event.messages for event in conversation.events
+                                           if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED))
 
     def say(self, line: str, times: int = 1) -> None:
         """Shows a line (that often)."""
         if line.startswith("[Unknown client ") and self.life.hears_unknown(line[16:-2]):
-            self.life.ledger.closed(self.life, line[16:-2], "unknown", times)
+            self.life.ledger.closed(self.life, line[16:-2], "unknown", times, self._queued_for(line[16:-2]))
         elif line.startswith("[Message too long"):
             self.life.ledger.too_long(self.life)
         super().say(line, times)
@@ -550,7 +562,7 @@ class Life(Node):
         self.was_interrupted = False
         self._errors = b""
         self._offline = True                # by what it said
-        self._telling = False
+        self.is_telling = False     # what the server said, and no command
         world.trace("%s starts at %s:%d", self.name, *address)
         world.lives.append(self)
         self.client = SimClient(self.loop, self.send, Output(self.screen.put), nick, SERVER, secret, stay=stay,
@@ -609,7 +621,7 @@ class Life(Node):
 
     def hears_unknown(self, nick: str) -> bool:
         """Whether a line about an unknown client is told at the time of the command (not by the server)."""
-        return not self._telling and nick in self.open
+        return not self.is_telling and nick in self.open
 
     # the program
 
