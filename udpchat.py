@@ -1401,12 +1401,10 @@ class Client:
 
     def _emit_reg(self) -> None:
         info: Info = {"id": self._reg_id, "nick": self.nick}
-        if self._cookie is None or self._server_id is None:
-            self._send_now(padded("reg", info, protocol.REG_SIZE), self.server)
-            return
-        info["cookie"] = self._cookie
-        if self._secret is not None:
-            info["token"] = token_for(self._secret, self._server_id, self.nick)
+        if self._cookie is not None and self._server_id is not None:
+            info["cookie"] = self._cookie
+            if self._secret is not None:
+                info["token"] = token_for(self._secret, self._server_id, self.nick)
         self._send_now(padded("reg", info, protocol.REG_SIZE), self.server)
 
     def _on_cookie(self, info: Info) -> None:
@@ -1501,14 +1499,17 @@ class Client:
         self._ping_alarm.set(self.loop.now() + jittered(self.loop, PING_INTERVAL))
 
     def _send_ping(self) -> None:
-        if self.state != ACTIVE or self._session is None:
+        if self.state == ACTIVE and self._session is not None:
+            self._emit_ping(self._session)
+        else:
             self._ping.stop()
-            return
+
+    def _emit_ping(self, session: bytes) -> None:
         id_ = new_id(self.loop)
         self._pings[id_] = self.loop.now()
         while len(self._pings) > 4 * REQUEST_ATTEMPTS:
             self._pings.popitem(last=False)
-        self._ask_server("ping", {"id": id_, "session": self._session, "version": self._newest().version})
+        self._ask_server("ping", {"id": id_, "session": session, "version": self._newest().version})
 
     def _ask_server(self, tag: str, info: Info) -> None:
         self._send_now(padded(tag, info, protocol.SESSION_SIZE), self.server)
@@ -1550,9 +1551,7 @@ class Client:
         """Somebody says that the server has restarted: a ping will tell whether there is anything left to leave."""
         if self.loop.now() - self._last_asked > REQUEST_INTERVAL / 2 and self._session is not None:
             self._last_asked = self.loop.now()
-            id_ = new_id(self.loop)
-            self._pings[id_] = self.loop.now()
-            self._ask_server("ping", {"id": id_, "session": self._session, "version": self._newest().version})
+            self._emit_ping(self._session)
 
     def _session_is_gone(self) -> None:
         """The server does not know this session any more: registers again, or has nothing to leave."""
