@@ -45,7 +45,7 @@ import ipaddress
 import unicodedata
 from bisect import bisect_right
 from collections import deque
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import (Any, Callable, Collection, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional,
                     Sequence, Set, Tuple)
 
@@ -93,9 +93,9 @@ def boolean(value: Any) -> bool:
     return type(value) is bool
 
 
-def is_nick(nick: str) -> bool:
+def is_nick(nick: Any) -> bool:
     """Whether ``nick`` is one: 1-32 letters, digits, ``_ . -`` in NFC, at most 96 bytes."""
-    return 0 < len(nick) <= MAX_NICK and _has_form_of_nick(nick)
+    return type(nick) is str and 0 < len(nick) <= MAX_NICK and _has_form_of_nick(nick)
 
 
 @functools.lru_cache(maxsize=4096)  # of short strings only: strangers choose them
@@ -124,7 +124,7 @@ def fits_piece(text: str) -> bool:
     return len(text) <= MAX_PIECE and (len(text) * 4 <= MAX_PIECE or len(text.encode()) <= MAX_PIECE)
 
 
-NICK: Check = lambda value: type(value) is str and is_nick(value)
+NICK: Check = is_nick
 HOST: Check = lambda value: type(value) is str and is_host(value)
 REASON: Check = lambda value: type(value) is str and len(value) <= MAX_NICK
 STATE: Check = lambda value: value in ("online", "offline", "gone")
@@ -135,11 +135,14 @@ SESSION = binary(SESSION_BYTES)
 TOKEN = binary(TOKEN_BYTES)
 
 
+ONLY_TEXTS = {str}
+
+
 def pieces(value: Any) -> bool:
     """A check for the texts of a ``chat`` or ``save``: at least one, each short enough for one number."""
-    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS or set(map(type, value)) != {str}:
+    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS or set(map(type, value)) != ONLY_TEXTS:
         return False
-    return max(map(len, value)) * 4 <= MAX_PIECE or all(map(fits_piece, value))
+    return len(max(value, key=len)) * 4 <= MAX_PIECE or all(map(fits_piece, value))
 
 
 def row(*checks: Check) -> Check:
@@ -203,9 +206,9 @@ OPTIONAL: Dict[str, Dict[str, Check]] = {
 
 
 def _numbered(info: Info, count: int) -> bool:
-    first = info["n"]
+    first, more = info["n"], info.get("more")
     return bool(count and info["base"] <= first <= MAX_NUMBER - count
-                and all(first <= number < first + count for number in info.get("more", ())))
+                and (not more or first <= min(more) and max(more) < first + count))
 
 
 TOGETHER: Dict[str, Check] = {  # what fields must be to each other
@@ -221,12 +224,17 @@ SCHEMA = {tag: (list(fields.items()), list(OPTIONAL.get(tag, {}).items()), TOGET
 
 def is_valid(tag: Any, info: Any) -> bool:
     """Whether ``info`` is what a map with ``tag`` must carry (see ``SCHEMA``)."""
-    if type(tag) is not str or tag not in SCHEMA or type(info) is not dict:
+    fields = SCHEMA.get(tag) if type(tag) is str else None
+    if fields is None or type(info) is not dict:
         return False
-    required, optional, together = SCHEMA[tag]
-    return (all(name in info and check(info[name]) for name, check in required)
-            and all(name not in info or check(info[name]) for name, check in optional)
-            and (together is None or together(info)))
+    required, optional, together = fields
+    for name, check in required:
+        if not check(info.get(name)):       # None, for a missing one, passes no check
+            return False
+    for name, check in optional:
+        if name in info and not check(info[name]):
+            return False
+    return together is None or together(info)
 
 
 # --- datagrams ------------------------------------------------------------------------------------------------
@@ -384,21 +392,17 @@ UNSENT, SENT, HELD, LOST = range(4)  # what is known of a packet
 class Packet:
     """Consecutive items of a stream that travel in one datagram."""
 
-    __slots__ = ("first", "items", "size", "state", "sent", "order", "tries")
+    __slots__ = ("first", "end", "items", "size", "state", "sent", "order", "tries")
 
     def __init__(self, first: int, items: List[Any], size: int) -> None:
         self.first = first
+        self.end = first + len(items)   # the number after the last one
         self.items = items
         self.size = size        # bytes of the encoded items
         self.state = UNSENT
         self.sent = 0.0         # time of the last transmission
         self.order = 0          # which transmission of the stream that was
         self.tries = 0
-
-    @property
-    def end(self) -> int:
-        """The number after the last one."""
-        return self.first + len(self.items)
 
 
 class SendStream:
@@ -453,11 +457,15 @@ class SendStream:
 
         Every size must be at most ``capacity``.
         """
-        self.continued.update(continued)
+        if continued:
+            self.continued.update(continued)
         self.size += self._pack(self.end, items, sizes)
         self.end += len(items)
 
     def _pack(self, number: int, items: Sequence[Any], sizes: Sequence[int]) -> int:
+        if len(items) == 1 and not self._unsent:
+            self._unsent.append(Packet(number, list(items), sizes[0]))
+            return sizes[0]
         totals = list(accumulate(sizes))
         done = start = 0
         if self._unsent and self._unsent[-1].end == number:
@@ -465,6 +473,7 @@ class SendStream:
             start = min(bisect_right(totals, self.capacity - tail.size), MAX_ITEMS - len(tail.items))
             if start > 0:
                 tail.items.extend(items[:start])
+                tail.end += start
                 tail.size += totals[start - 1]
                 done = totals[start - 1]
         start = max(start, 0)
@@ -515,8 +524,9 @@ class SendStream:
             self._forget_have()
             self.window = 1.0
         packets: List[Packet] = []
-        while self.in_flight < int(self.window):
-            packet = self._next(asking and not packets)
+        window = int(self.window)
+        while self.in_flight < window:
+            packet = self._next(asking and not packets) if self._unsent or self._lost else None
             if packet is None:
                 self._window_was_full = False
                 break
@@ -536,7 +546,8 @@ class SendStream:
         if self._unsent and (self._unsent[0].end <= self.edge or (beyond_room and not self._sent)):
             packet = self._unsent.popleft()
             self._sent.append(packet)
-            self.top = max(self.top, packet.end)
+            if packet.end > self.top:
+                self.top = packet.end
             return packet
         return None
 
@@ -553,7 +564,7 @@ class SendStream:
                 self.timer = now + self.timeout()
         else:
             self.timer = NEVER
-            if not self.held:
+            if self.end == self.base:
                 self.ask = NEVER
             elif self.ask == NEVER or now >= self.ask:
                 self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
@@ -600,7 +611,8 @@ class SendStream:
             return 0
         while next_ - 1 in self.continued:
             next_ -= 1
-        self.edge = max(self.edge, min(next_ + room, MAX_NUMBER))
+        if self.edge < next_ + room:
+            self.edge = min(next_ + room, MAX_NUMBER)
         if next_ < self.base:       # late, or from a receiver that has lost its memory
             self._doubt_have()
             return 0
@@ -659,7 +671,7 @@ class SendStream:
         if self.continued and number > self.base:
             self.continued = {held for held in self.continued if held >= number}
         self.base = number
-        if not self.held:
+        if self.end == number:
             self.size = 0
         return packets
 
@@ -674,15 +686,17 @@ class SendStream:
             return 0
         if packet.tries == 1 and measures:
             self._measure(now - packet.sent)
-        if packet.tries == 1 or now - packet.sent >= self.fastest:  # not the ack of an earlier try (RFC 8985 §6.2)
-            self._acked_order = max(self._acked_order, packet.order)
+        if packet.order > self._acked_order and (   # not the ack of an earlier try (RFC 8985 §6.2)
+                packet.tries == 1 or now - packet.sent >= self.fastest):
+            self._acked_order = packet.order
         return 1
 
     def _measure(self, sample: float) -> None:
         """RFC 6298 §2; never called for a packet that was sent twice, nor for one acked together with such (Karn)."""
         if sample == NEVER or sample < 0:
             return
-        self.fastest = min(self.fastest, sample)
+        if sample < self.fastest:
+            self.fastest = sample
         if self.smoothed is None:
             self.smoothed, self.variation = sample, sample / 2
         else:
@@ -797,20 +811,21 @@ class ReceiveStream:
 
     def on_data(self, first: int, items: List[Any], more: Sequence[int] = (), base: int = 1) -> None:
         """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
-        self.base = max(self.base, base)
-        end = first + len(items)
-        if end <= self.reached or end > max(self.next, self.base) + MAX_EARLY:
+        if base > self.base:
+            self.base = base
+        end, reached = first + len(items), self.reached
+        if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
             return
         if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
-            if first > self.reached:
+            if first > reached:
                 return
             self.drop_early()       # what fills the gap is worth more than what came behind it
             if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
                 return
-        if first == self.reached and not self._early and not self.shown.spans:
+        if first == reached and not self._early and not self.shown.spans:
             self._append(items, frozenset(more) if more else NONE)
             return
-        if self._keep(first, items, frozenset(more)) and (first <= self.reached or self.shown.spans):
+        if self._keep(first, items, frozenset(more)) and (first <= reached or self.shown.spans):
             self._merge()
 
     def _keep(self, first: int, items: List[Any], more: FrozenSet[int]) -> bool:
@@ -1037,6 +1052,7 @@ class Conversation:
         self._announced_silent = False
         self._said: Dict[str, int] = {}             # up to which number an event was told
         self._times: Tuple[List[int], List[float]] = ([], [])    # from which number on, which sending time
+        self.counted = (False, 0, 0)                # as the outbox has: whether stuck, numbers, bytes
         self._id = stream
         self.stream = SendStream(stream, self._capacity(DIRECT), min(INITIAL_TIMEOUT, ack_timeout / 2))
 
@@ -1083,11 +1099,6 @@ class Conversation:
         return self.stream.held
 
     @property
-    def size(self) -> int:
-        """About how many bytes the messages take that are not closed yet."""
-        return self.stream.size
-
-    @property
     def messages(self) -> int:
         """How many messages are not closed yet."""
         return self._count(self.stream.base, self.stream.end)
@@ -1098,7 +1109,7 @@ class Conversation:
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
-        if not self.held:
+        if self.stream.end == self.stream.base:
             self._pick_route(now)
             self._moved = now
         self._note_time(at)
@@ -1194,23 +1205,19 @@ class Conversation:
 
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
-        if not self.held:
+        if self.stream.end == self.stream.base:
             return NEVER
-        due = self.stream.due()
-        if not self._announced_silent:
-            due = min(due, self._silent_since + self._patience())
-        if not self.stuck:
-            due = min(due, self._moved + STALL_TIMEOUT)
-        if self.route == RELAY and self._relay_until > -NEVER:
-            due = min(due, self._relay_until)
-        return due
+        return min(self.stream.timer, self.stream.ask,
+                   NEVER if self._announced_silent else self._silent_since + self._patience(),
+                   NEVER if self.stuck else self._moved + STALL_TIMEOUT,
+                   self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
 
     def _patience(self) -> float:
         return self.ack_timeout if self.route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
 
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
-        if not self.held:
+        if self.stream.end == self.stream.base:
             return []
         if calm:
             self._judge(now)
@@ -1266,7 +1273,7 @@ class Conversation:
 
     def _go(self, now: float, route: str, address: Optional[Address] = None) -> None:
         self._last_try = False
-        if (route, address) != (self.route, self._address):
+        if route != self.route or address != self._address:
             self.route, self._address = route, address
             if address is not None:
                 self._addresses.append(address)
@@ -1302,6 +1309,7 @@ class Conversation:
 
 # --- what goes out --------------------------------------------------------------------------------------------
 
+POLLS_PER_TURN = 64       # conversations that are looked at in one go: what is left is due at once
 QUEUE_LIMIT = 4096        # messages queued to send; then the owner takes no more
 QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
 CONVERSATIONS_KEPT = 10_000     # of one client; beyond, those go first in which nothing waits
@@ -1315,8 +1323,8 @@ class Outbox:
     """
 
     def __init__(self, me: str, mtu: int = MAX_DATAGRAM, ack_timeout: float = ACK_TIMEOUT) -> None:
-        self.lost = False
-        self.away = False
+        self._lost = False
+        self._away = False
         self._me = me
         self._mtu = mtu
         self._ack_timeout = ack_timeout
@@ -1324,15 +1332,32 @@ class Outbox:
         self.conversations: Dict[str, Conversation] = {}
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
-        self._touched: Dict[str, None] = {}             # to be polled next
+        self._touched: Dict[str, Conversation] = {}     # to be polled next
+        self._polled: Dict[str, Conversation] = {}      # that may have events
         self._due: Dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: List[Tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
-        self._queued = self._queued_size = self._stuck = self._stuck_size = 0   # numbers and bytes
+        self._numbers = [0, 0]                          # that wait: what moves, and what is stuck
+        self._bytes = [0, 0]                            # of these
 
     @property
-    def is_empty(self) -> bool:
-        """Whether every message is closed."""
-        return not self._sending
+    def lost(self) -> bool:
+        """Whether the server is silent."""
+        return self._lost
+
+    @lost.setter
+    def lost(self, lost: bool) -> None:
+        self._lost = lost
+        self._count_all()
+
+    @property
+    def away(self) -> bool:
+        """Whether the client is offline."""
+        return self._away
+
+    @away.setter
+    def away(self, away: bool) -> None:
+        self._away = away
+        self._count_all()
 
     @property
     def is_settled(self) -> bool:
@@ -1348,7 +1373,7 @@ class Outbox:
     # how much waits
 
     def _is_stuck(self, conversation: Conversation) -> bool:
-        return conversation.stuck or self.away or self.lost and conversation.route != DIRECT
+        return conversation.stuck or self._away or self._lost and conversation.route != DIRECT
 
     def is_stuck(self, nick: str) -> bool:
         """Whether messages for ``nick`` wait that do not move."""
@@ -1356,28 +1381,27 @@ class Outbox:
 
     def room(self, nick: str) -> int:
         """How many messages for ``nick`` may be queued now; 0: none."""
-        if self.is_stuck(nick):
-            return 0 if self._stuck_size >= QUEUE_SIZE else max(0, QUEUE_LIMIT - self._stuck)
-        return 0 if self.is_full else QUEUE_LIMIT - self._queued
+        stuck = self.is_stuck(nick)
+        return 0 if self._bytes[stuck] >= QUEUE_SIZE else max(0, QUEUE_LIMIT - self._numbers[stuck])
 
     @property
     def is_full(self) -> bool:
         """Whether nothing more may be queued, but for those whose messages are stuck."""
-        return self._queued >= QUEUE_LIMIT or self._queued_size >= QUEUE_SIZE
+        return self._numbers[0] >= QUEUE_LIMIT or self._bytes[0] >= QUEUE_SIZE
 
-    def count(self) -> None:
-        """Counts anew what waits."""
-        self._queued = self._queued_size = self._stuck = self._stuck_size = 0
+    def _count(self, conversation: Conversation) -> None:
+        """Counts anew what waits in a conversation."""
+        stuck, numbers, size = conversation.counted
+        self._numbers[stuck] -= numbers
+        self._bytes[stuck] -= size
+        stream, stuck = conversation.stream, self._is_stuck(conversation)
+        self._numbers[stuck] += stream.end - stream.base
+        self._bytes[stuck] += stream.size
+        conversation.counted = (stuck, stream.end - stream.base, stream.size)
+
+    def _count_all(self) -> None:
         for conversation in self._sending.values():
-            self._add(conversation, conversation.held, conversation.size)
-
-    def _add(self, conversation: Conversation, numbers: int, size: int) -> None:
-        if self._is_stuck(conversation):
-            self._stuck += numbers
-            self._stuck_size += size
-        else:
-            self._queued += numbers
-            self._queued_size += size
+            self._count(conversation)
 
     # what the owner says
 
@@ -1387,21 +1411,21 @@ class Outbox:
         for conversation in self.conversations.values():
             conversation.session = session
 
-    def send(self, now: float, nick: str, texts: Sequence[str], at: float, place: Optional[Place], stream: int) -> None:
-        """Queues texts; ``place`` and the random id ``stream`` are for a recipient not written to before."""
-        conversation = self.conversations.get(nick)
-        if conversation is None:
-            conversation = Conversation(self._me, nick, stream, self._mtu, self._ack_timeout)
-            conversation.locate(now, place)
-            conversation.session = self._session
-            self._forget_idle()
-            self.conversations[nick] = conversation
-            self._by_stream[stream] = conversation
-        held, size = conversation.held, conversation.size
+    def open(self, now: float, nick: str, place: Optional[Place], stream: int) -> None:
+        """Begins a conversation with somebody not written to before; ``stream`` is a random id."""
+        conversation = Conversation(self._me, nick, stream, self._mtu, self._ack_timeout)
+        conversation.locate(now, place)
+        conversation.session = self._session
+        self._forget_idle()
+        self.conversations[nick] = conversation
+        self._by_stream[stream] = conversation
+
+    def send(self, now: float, nick: str, texts: Sequence[str], at: float) -> None:
+        """Queues texts for somebody with whom a conversation is open; ``at``: the wall-clock time."""
+        conversation = self.conversations[nick]
         conversation.send(now, texts, at)
-        self._add(conversation, conversation.held - held, conversation.size - size)
-        self._sending[nick] = conversation
-        self._touched[nick] = None
+        self._sending[nick] = self._touched[nick] = conversation
+        self._count(conversation)
 
     def _forget_idle(self) -> None:
         if len(self.conversations) >= CONVERSATIONS_KEPT:
@@ -1414,14 +1438,14 @@ class Outbox:
         conversation = self.conversations.get(nick)
         if conversation is not None:
             conversation.locate(now, place)
-            self._touched[nick] = None
+            self._touched[nick] = conversation
 
     def server_heard(self, now: float) -> None:
         """The server gave a sign of life."""
         for nick, conversation in self._sending.items():
             if conversation.route != DIRECT:
                 conversation.server_heard(now)
-                self._touched[nick] = None
+                self._touched[nick] = conversation
 
     # what the network says; address None: the server, in this session
 
@@ -1430,7 +1454,7 @@ class Outbox:
         conversation = self._by_stream.get(info["stream"])
         if conversation is None or address is not None and not conversation.goes_to(address):
             return None
-        self._touched[conversation.peer] = None
+        self._touched[conversation.peer] = conversation
         return conversation
 
     def on_ack(self, now: float, info: Info, address: Optional[Address]) -> None:
@@ -1456,6 +1480,8 @@ class Outbox:
 
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
+        if self._touched:
+            return -NEVER
         return self._dues[0][0] if self._dues else NEVER
 
     def _schedule(self, nick: str, due: float) -> None:
@@ -1469,30 +1495,35 @@ class Outbox:
             if self._due.get(nick) != when:
                 continue
             del self._due[nick]
-            due = self.conversations[nick].due() if nick in self.conversations else NEVER
-            if due <= now:
-                self._touched[nick] = None
+            conversation = self.conversations.get(nick)
+            due = conversation.due() if conversation is not None else NEVER
+            if conversation is not None and due <= now:
+                self._touched[nick] = conversation
             else:
                 self._schedule(nick, due)
 
     def poll(self, now: float, calm: bool = True) -> Iterator[Tuple[bytes, Optional[Address]]]:
-        """The datagrams to send now, and where to (None: the server), of all to which something happened."""
-        self._wake(now)
-        touched, self._touched = self._touched, {}
-        for nick in touched:
-            conversation = self.conversations.get(nick)
-            if conversation is not None:
+        """The datagrams to send now, and where to (None: the server), of those to which something happened."""
+        if self._dues and self._dues[0][0] <= now:
+            self._wake(now)
+        for nick in list(islice(self._touched, POLLS_PER_TURN)):
+            conversation = self._polled[nick] = self._touched.pop(nick)
+            if conversation.stream.end > conversation.stream.base:
                 yield from conversation.poll(now, calm)
                 self._schedule(nick, conversation.due())
 
     def take_events(self) -> Iterator[Tuple[str, Event]]:
         """What has happened to messages since the last time: recipient and event."""
-        for nick, conversation in list(self._sending.items()):
+        if not (self._polled or self._touched):
+            return
+        polled, self._polled = {**self._polled, **self._touched}, {}
+        for nick, conversation in polled.items():
             events, conversation.events = conversation.events, []
             for event in events:
                 yield nick, event
-            if not conversation.held:
-                del self._sending[nick]
+            self._count(conversation)
+            if not conversation.counted[1]:
+                self._sending.pop(nick, None)
 
 
 # --- what comes in --------------------------------------------------------------------------------------------
@@ -1555,9 +1586,10 @@ class Inbox:
         incoming.address = address
         self._unacked[incoming] = None
         if accept:
-            incoming.stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
+            stream = incoming.stream
+            stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
             self._arrived(incoming)
-            if incoming.stream.missing:
+            if stream.base > stream.ready and stream.missing:
                 self._hold(now, incoming)
 
     def on_mail(self, now: float, info: Info) -> None:
@@ -1614,15 +1646,18 @@ class Inbox:
         self._count(incoming)
 
     def _count(self, incoming: Incoming) -> None:
-        self.buffered += incoming.stream.buffered - incoming.counted
-        incoming.counted = incoming.stream.buffered
-        if incoming.counted:
+        buffered = incoming.stream.buffered
+        self.buffered += buffered - incoming.counted
+        incoming.counted = buffered
+        if buffered:
             self._buffering[incoming] = None
         else:
             self._buffering.pop(incoming, None)
 
     def acks(self) -> List[Tuple[Info, Optional[Address]]]:
         """The ``ack`` of every stream that brought something or of which something was written; None: the server."""
+        if not self._unacked:
+            return []
         unacked, self._unacked = self._unacked, {}
         more = self.buffered * MAX_PIECE < INBOX_LIMIT
         return [(incoming.stream.ack(more), incoming.address) for incoming in unacked
@@ -1633,7 +1668,7 @@ class Inbox:
     @property
     def is_asking(self) -> bool:
         """Whether a stream waits for the server to say how much mail there is."""
-        return any(incoming.mail is None for incoming in self._holding)
+        return bool(self._holding) and any(incoming.mail is None for incoming in self._holding)
 
     def _hold(self, now: float, incoming: Incoming) -> None:
         if incoming not in self._holding:
@@ -1673,6 +1708,11 @@ class Inbox:
         return bool(self._readable)
 
     @property
+    def has_news(self) -> bool:
+        """Whether ``take`` has anything to do."""
+        return bool(self._holding) or self.is_ready
+
+    @property
     def is_ready(self) -> bool:
         """Whether anything is ready to be shown."""
         return bool(self._readable) or self._mail is not None and self._mail.stream.ready_to_take
@@ -1683,10 +1723,11 @@ class Inbox:
             yield from self._take_chat(next(iter(self._readable)))
         if self._mail is not None and not self._readable and has_room():
             yield from self._take_mail(self._mail)
-        reached = self._mail.stream.taken if self._mail is not None else 1
-        for incoming in list(self._holding):
-            if incoming.mail is not None and reached > incoming.mail:
-                self._release(now, incoming)
+        if self._holding:
+            reached = self._mail.stream.taken if self._mail is not None else 1
+            for incoming in list(self._holding):
+                if incoming.mail is not None and reached > incoming.mail:
+                    self._release(now, incoming)
 
     def _take_chat(self, incoming: Incoming) -> Iterator[Delivery]:
         written = functools.partial(self._written, incoming)

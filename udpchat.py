@@ -132,11 +132,11 @@ class Loop:
         self.calm = True            # every descriptor that was ready was read empty
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
-        self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}
+        self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
         self._always: Dict[int, Callable[[], None]] = {}    # regular files: epoll refuses them, they never block
         self._timers = TimerHeap()
-        self._lost = 0.0
-        self._now = time.monotonic()
+        self._lost = 0.0            # s of the clock that do not count
+        self._now = self._woken = self._began = time.monotonic()    # now; this turn by the clock, and as counted
         self._running = False
         self._waker, self._wake = socket.socketpair()
         for end in (self._waker, self._wake):
@@ -172,9 +172,9 @@ class Loop:
         mask = sum(callbacks)
         try:
             if mask and had:
-                self._selector.modify(fd, mask, callbacks)
+                self._selector.modify(fd, mask, tuple(callbacks.items()))
             elif mask:
-                self._selector.register(fd, mask, callbacks)
+                self._selector.register(fd, mask, tuple(callbacks.items()))
             elif had:
                 self._selector.unregister(fd)
         except KeyError:
@@ -207,32 +207,34 @@ class Loop:
             self._turn()
 
     def _turn(self) -> None:
-        before = time.monotonic()
-        wait = self._timers.next_time() - (before - self._lost)
-        timeout = 0.0 if self._always else None if wait == NEVER else min(max(0.0, wait), MAX_WAIT)
+        before = self._refresh()
+        first = self._timers.next_time()
+        timeout = 0.0 if self._always else None if first == NEVER else min(max(0.0, first - self._now), MAX_WAIT)
         events = self._selector.select(timeout)
-        woken = time.monotonic()
+        self._woken = woken = time.monotonic()
         if timeout is not None and woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
-        self._now = woken - self._lost
+        self._now = self._began = woken - self._lost
         self.calm = True
         for key, mask in events:
-            for event, callback in list(key.data.items()):
+            for event, callback in key.data:
                 if mask & event:
                     callback()
-        for callback in list(self._always.values()):
-            callback()
-        began = self._now
-        self._timers.run(began)
-        self._refresh(woken, began)
+        if self._always:
+            for callback in list(self._always.values()):
+                callback()
+        if self._timers.next_time() <= self._began:
+            self._timers.run(self._began)
+        self._refresh()
         self.settle()
-        self._refresh(woken, began)
 
-    def _refresh(self, woken: float, began: float) -> None:
+    def _refresh(self) -> float:
         """Sets the time anew; a turn that took longer than ``LOST_TIME`` counts as that long, no more."""
         moment = time.monotonic()
-        self._now = began + min(moment - woken, LOST_TIME)
+        took = moment - self._woken
+        self._now = self._began + (took if took < LOST_TIME else LOST_TIME)
         self._lost = moment - self._now
+        return moment
 
     def close(self) -> None:
         """Gives the descriptors back."""
@@ -389,8 +391,9 @@ class Output:
     def flush(self) -> None:
         """Writes what can be written now."""
         while self._chunks and not self.broken:
-            if self._chunks[0][0]:
-                data = self._batch()
+            data = self._batch()
+            taken = 0
+            if data:
                 try:
                     taken = self._put(data)
                 except OSError as error:
@@ -398,20 +401,20 @@ class Output:
                     log.info("cannot write: %s", error.strerror)
                     return
                 self.pending -= taken
-            else:
-                data, taken = b"", 0
             self._account(taken)
             if taken < len(data):
                 return
 
     def _batch(self) -> bytes:
+        if len(self._chunks) == 1:
+            return self._chunks[0][0]
         batch, size = [], 0
         for data, _ in self._chunks:
             batch.append(data)
             size += len(data)
             if size >= WRITE_SIZE:
                 break
-        return b"".join(batch) if len(batch) > 1 else batch[0]
+        return b"".join(batch)
 
     def _account(self, taken: int) -> None:
         """Tells whoever waits for the first ``taken`` bytes."""
@@ -449,7 +452,7 @@ class Port:
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
 
     def _on_readable(self) -> None:
-        recvfrom, receive = self._sock.recvfrom, self.receive
+        recvfrom, receive, mapped = self._sock.recvfrom, self.receive, self._mapped
         for _ in range(DATAGRAMS_PER_TURN):
             try:
                 datagram, address = recvfrom(protocol.MAX_RECEIVED)
@@ -458,14 +461,16 @@ class Port:
                     return
                 log.debug("receiving: %s", error)     # ECONNREFUSED and the like: about a datagram sent before
                 continue
-            receive(datagram, normal(address))
+            receive(datagram, normal(address) if mapped else address)
         self._loop.calm = False
 
     def send(self, datagram: bytes, address: Address) -> None:
         """Sends; what cannot be sent is lost, like a datagram on the way: whoever sent it will repeat it."""
-        host, port = address
         try:
-            self._sock.sendto(datagram, ("::ffff:" + host if self._mapped and ":" not in host else host, port))
+            if self._mapped and ":" not in address[0]:
+                self._sock.sendto(datagram, ("::ffff:" + address[0], address[1]))
+            else:
+                self._sock.sendto(datagram, address)
         except OSError as error:
             log.debug("sending to %s: %s", show_address(address), error)
 
@@ -1178,6 +1183,7 @@ LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
+LINES_PER_TURN = 512      # of stdin that are carried out before the network gets its turn; sends to one nick are one
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
 COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
@@ -1190,6 +1196,13 @@ CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
 
+EVENT_LINES = {
+    protocol.RECEIVED: "[Message received by {}.]",
+    protocol.SAVED: "[Messages received by the server and saved]",
+    protocol.NO_ACK: "[No ACK from {}, message sent to server.]",
+    protocol.OFFLINE: "[{} is offline, message sent to server.]",
+    protocol.EXISTS: "[Client {} exists!!]",
+}
 REFUSALS = {
     "unknown": "[Unknown client {}.]",
     "full": "[Mailbox of {} is full, message not saved.]",
@@ -1236,6 +1249,8 @@ class Sends(str):
 
 def group_sends(text: str) -> List[str]:
     """Lines as a list, or as one ``Sends`` if they all begin with the same ``send NICK ``. At the speed of C."""
+    if "\n" not in text:
+        return [text]
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
         start = text[:end]
@@ -1778,11 +1793,11 @@ class Client:
     @property
     def hungry(self) -> bool:
         """Whether stdin is to be read."""
-        return (not self._lines and not self._input_ended and not self._ending and not self._quit
+        return (not (self._lines or self._input_ended or self._ending or self._quit)
                 and self._may_command() and self._has_room() and not self._outbox.is_full)
 
     def _has_room(self) -> bool:
-        return self._has_output_room() and self.errors.pending < OUTPUT_LIMIT
+        return self.output.pending < OUTPUT_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
     def _may_command(self) -> bool:
         """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
@@ -1819,8 +1834,8 @@ class Client:
 
     def _carry_out(self) -> None:
         """Carries out the commands that wait, in order, as far as that is possible now."""
-        while self._lines and not self._quit and not self._ending and self._may_command():
-            if not self._has_room():
+        for _ in range(LINES_PER_TURN):
+            if not self._lines or self._quit or self._ending or not (self._may_command() and self._has_room()):
                 return
             line = self._lines[0]
             if line.startswith("send ") and self.state == ACTIVE:
@@ -1906,7 +1921,9 @@ class Client:
             return False
         texts = self._take_texts(prefix, room or protocol.QUEUE_LIMIT)
         if texts and room:
-            self._outbox.send(self.loop.now(), nick, texts, self.loop.wall(), self._place(nick), new_id(self.loop))
+            if nick not in self._outbox.conversations:
+                self._outbox.open(self.loop.now(), nick, self._place(nick), new_id(self.loop))
+            self._outbox.send(self.loop.now(), nick, texts, self.loop.wall())
         for text in texts if not room else ():
             self._hand_back(nick, text)
         return True
@@ -1938,25 +1955,32 @@ class Client:
         """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
         if self.exit_code is not None:
             return
-        self._carry_out()
-        self._pass_on_signs_of_life()
+        if self._lines:
+            self._carry_out()
+        if self._heard:
+            self._heard = False
+            self._outbox.server_heard(self.loop.now())
         self._send_messages()
         if self._table_news and self._has_output_room():
             self._table_news = False
             self.say("[Client table updated.]")
-        self._show()
+        if self._inbox.has_news:
+            self._show()
         self.output.flush()
         self._ack()
-        self._proceed()
+        if self._quit or self._ending or self._input_ended:
+            self._proceed()
         waiting = self.output.pending
-        self.output.flush()
-        self._prompt()
+        if waiting:
+            self.output.flush()
+        if self._interactive:
+            self._prompt()
         moved = self.output.pending < waiting      # what waited for that has not seen it yet
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
             moved = True
-        self.errors.flush()
-        self._outbox.count()
+        if self.errors.pending:
+            self.errors.flush()
         if moved or self._has_more_to_do():
             self._next_turn.set(self.loop.now())
         if self.state == ENDED and (not self.output.pending + self.errors.pending
@@ -1969,26 +1993,22 @@ class Client:
             return False    # the output will become writable
         if self._inbox.is_ready:
             return True
-        return bool(self._lines and not self._quit and not self._ending and self._may_command()
-                    and not self._outbox.is_full and not self.errors.pending)
-
-    def _pass_on_signs_of_life(self) -> None:
-        if self._heard:
-            self._heard = False
-            self._outbox.server_heard(self.loop.now())
+        return bool(self._lines) and (not self._quit and not self._ending and self._may_command()
+                                      and not self._outbox.is_full and not self.errors.pending)
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
         acks = self._inbox.acks()
-        if self.state in (ACTIVE, LEAVING):
+        if acks and self.state in (ACTIVE, LEAVING):
             for info, address in acks:
                 self._send_now(encode("ack", info), address if address is not None else self.server)
 
     def _send_messages(self) -> None:
         """Polls the conversations to which something happened or whose time has come."""
-        if self.state not in (ACTIVE, LEAVING):
+        now = self.loop.now()
+        if self.state not in (ACTIVE, LEAVING) or self._outbox.due() > now:
             return
-        for datagram, address in self._outbox.poll(self.loop.now(), self.loop.calm):
+        for datagram, address in self._outbox.poll(now, self.loop.calm):
             self._send_now(datagram, address if address is not None else self.server)
         self._outbox_alarm.set(self._outbox.due())
         self._tell_events()
@@ -2001,20 +2021,15 @@ class Client:
         if event.kind == protocol.SILENT:
             self._server_silent()
             return
-        if event.kind == protocol.REFUSED:
+        line = EVENT_LINES.get(event.kind)
+        if line is None:
             self._failed = True
-        self.say({
-            protocol.RECEIVED: f"[Message received by {nick}.]",
-            protocol.SAVED: "[Messages received by the server and saved]",
-            protocol.NO_ACK: f"[No ACK from {nick}, message sent to server.]",
-            protocol.OFFLINE: f"[{nick} is offline, message sent to server.]",
-            protocol.EXISTS: f"[Client {nick} exists!!]",
-            protocol.REFUSED: REFUSALS.get(event.reason, REFUSALS["disk"]).format(nick),
-        }[event.kind], event.messages)
+            line = REFUSALS.get(event.reason, REFUSALS["disk"])
+        self.say(line.format(nick), event.messages)
 
     def _prompt(self) -> None:
         """On a terminal, once all lines are written: asks for the next command."""
-        if self._interactive and not (self._prompt_shown or self.output.pending or self._quit or self._ending) \
+        if not (self._prompt_shown or self.output.pending or self._quit or self._ending) \
                 and self._may_command():
             self.output.write(ERASE_LINE + PROMPT)
             self._prompt_shown = self._line_is_used = True
@@ -2455,8 +2470,8 @@ class Console:
         self._client = client
         self._reader = reader
         self._writer = writer
-        self._wanted: Dict[int, bool] = {}
-        self._outputs = ((writer, client.output), (errors, client.errors))
+        self._errors = errors
+        self._wanted = (False, False, False)    # of stdin, stdout and stderr
 
     def start(self) -> None:
         """From now on, every turn of the loop ends here."""
@@ -2465,18 +2480,23 @@ class Console:
             self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
 
     def _settle(self) -> None:
-        self._client.settle()
-        if self._client.exit_code is not None:
+        client = self._client
+        client.settle()
+        if client.exit_code is not None:
             self._loop.stop()
             return
-        self._watch(self._reader.fd, selectors.EVENT_READ, self._client.hungry, self._on_readable)
-        for writer, output in self._outputs:
-            self._watch(writer.fd, selectors.EVENT_WRITE, output.pending > 0, self._on_writable)
+        wanted = (client.hungry, client.output.pending > 0, client.errors.pending > 0)
+        if wanted != self._wanted:
+            self._watch(wanted)
 
-    def _watch(self, fd: int, event: int, wanted: bool, callback: Callable[[], None]) -> None:
-        if wanted != self._wanted.get(fd, False):
-            self._wanted[fd] = wanted
-            self._loop.watch(fd, event, callback if wanted else None)
+    def _watch(self, wanted: Tuple[bool, bool, bool]) -> None:
+        fds = (self._reader.fd, self._writer.fd, self._errors.fd)
+        events = (selectors.EVENT_READ, selectors.EVENT_WRITE, selectors.EVENT_WRITE)
+        callbacks = (self._on_readable, self._on_writable, self._on_writable)
+        for fd, event, callback, had, has in zip(fds, events, callbacks, self._wanted, wanted):
+            if has != had:
+                self._loop.watch(fd, event, callback if has else None)
+        self._wanted = wanted
 
     def _on_readable(self) -> None:
         data = self._reader.read()

@@ -1278,7 +1278,8 @@ class Storm:
         still = [message for message in life.typed if not message.closing and not message.away]
         if still or life.has_typed_ahead:
             raise Violation(f"{life.name} has open messages: {still[:3]}, stdin {life.has_typed_ahead}")
-        if not client._outbox.is_empty or client._inbox.is_ready or client._inbox.is_asking or client.output.pending:
+        inbox, waits = client._inbox, next(client._outbox.undelivered(), None)
+        if waits is not None or inbox.is_ready or inbox.is_asking or client.output.pending:
             raise Violation(f"{life.name} is busy, though nothing happens")
 
     def leave(self) -> None:

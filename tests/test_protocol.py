@@ -1421,7 +1421,7 @@ def check_conversation(world: World, messages: List[str], events: List[Event]) -
     conversation = world.conversation
     assert all(event.messages > 0 for event in events)
     assert conversation.messages == len(messages) - closed and conversation.texts() == messages[closed:]
-    assert (conversation.size == 0) == (not conversation.held)
+    assert (conversation.stream.size == 0) == (not conversation.held)
     assert not (conversation.stuck and not conversation.held)
     check_sender(conversation.stream)
 
@@ -1474,7 +1474,8 @@ def outbox_with(nicks: Sequence[str], online: bool = True) -> Outbox:
     """An outbox in which one message waits for each of ``nicks``."""
     outbox = Outbox("alice")
     for number, nick in enumerate(nicks, 1):
-        outbox.send(0.0, nick, ["hello"], 0.0, Place(online, ("127.0.0.1", number)), number)
+        outbox.open(0.0, nick, Place(online, ("127.0.0.1", number)), number)
+        outbox.send(0.0, nick, ["hello"], 0.0)
     return outbox
 
 
@@ -1490,6 +1491,14 @@ def test_an_outbox_sends_to_whom_something_happened_and_to_whom_it_is_time() -> 
     assert len(list(outbox.poll(outbox.due()))) == 2, "both are repeated"
 
 
+def test_an_outbox_looks_after_so_many_in_one_go_and_after_the_others_at_once() -> None:
+    outbox = outbox_with([f"n{number}" for number in range(3 * protocol.POLLS_PER_TURN // 2)])
+    assert len(list(outbox.poll(0.0))) == protocol.POLLS_PER_TURN
+    assert outbox.due() <= 0.0
+    assert len(list(outbox.poll(0.0))) == protocol.POLLS_PER_TURN // 2
+    assert outbox.due() > 0.0
+
+
 def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_server() -> None:
     outbox = outbox_with(["bob", "carol"])
     list(outbox.poll(0.0))
@@ -1499,17 +1508,15 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
     assert list(outbox.take_events()) == [("bob", Event(RECEIVED, 1)), ("carol", Event(SAVED, 1))]
-    assert outbox.is_empty and outbox.is_settled
+    assert not list(outbox.undelivered()) and outbox.is_settled
 
 
 def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() -> None:
     outbox = outbox_with(["bob"], online=False)
-    outbox.send(0.0, "bob", ["x"] * QUEUE_LIMIT, 0.0, None, 0)
-    outbox.count()
+    outbox.send(0.0, "bob", ["x"] * QUEUE_LIMIT, 0.0)
     assert outbox.is_full and outbox.room("bob") == outbox.room("carol") == 0
     assert not outbox.is_stuck("bob")
     outbox.lost = True
-    outbox.count()
     assert outbox.is_stuck("bob") and outbox.room("bob") == 0, "a send to bob fails at once"
     assert not outbox.is_full and outbox.room("carol") == QUEUE_LIMIT
     assert len(list(outbox.undelivered())) == 1 + QUEUE_LIMIT
@@ -1521,8 +1528,10 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     list(outbox.take_events())
-    outbox.send(0.1, "dave", ["hello"], 0.0, Place(True, ("127.0.0.1", 3)), 3)
+    outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)
+    outbox.send(0.1, "dave", ["hello"], 0.0)
     assert set(outbox.conversations) == {"carol", "dave"}
-    outbox.send(0.2, "bob", ["again"], 0.0, Place(True, ("127.0.0.1", 1)), 4)
+    outbox.open(0.2, "bob", Place(True, ("127.0.0.1", 1)), 4)
+    outbox.send(0.2, "bob", ["again"], 0.0)
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2)]
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2 + INITIAL_TIMEOUT)], "it is repeated in time"
