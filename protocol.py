@@ -68,6 +68,7 @@ MAX_NICK_BYTES = 96       # bytes of UTF-8
 MAX_HOST = 64             # characters of a numeric address
 MAX_RANGES = 32           # ranges in the ``have`` of one ack
 SESSION_BYTES = 16        # 128 bits: nobody guesses one
+PROOF_BYTES = 8           # of a session, in what the server sends: 64 bits, nobody guesses them while it lasts
 TOKEN_BYTES = 32          # an HMAC-SHA256
 REG_SIZE = 128            # bytes a ``reg`` without cookie is padded to, so that its answer is never larger
 SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for`` and a ``probe`` are never larger
@@ -132,6 +133,7 @@ NUMBER = integer(1, MAX_NUMBER)
 COUNT = integer(0, MAX_NUMBER)
 PORT = integer(0, 65535)
 SESSION = binary(SESSION_BYTES)
+PROOF = binary(PROOF_BYTES)
 TOKEN = binary(TOKEN_BYTES)
 
 
@@ -178,8 +180,8 @@ REQUIRED: Dict[str, Dict[str, Check]] = {
     "cookie": {"id": COUNT, "server": SESSION, "cookie": SESSION},
     "welcome": {"id": COUNT, "nick": NICK, "boot": COUNT, "session": SESSION, "version": COUNT},
     "refused": {"nick": NICK, "reason": REASON},
-    "for": {"session": SESSION},
-    "table": {"since": COUNT, "version": COUNT, "set": rows(ENTRY)},
+    "for": {"session": PROOF},
+    "table": {"version": COUNT, "set": rows(ENTRY)},
     "sync": {"session": SESSION, "version": COUNT},
     "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": pieces},
     "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
@@ -199,6 +201,7 @@ REQUIRED: Dict[str, Dict[str, Check]] = {
 OPTIONAL: Dict[str, Dict[str, Check]] = {
     "reg": {"token": TOKEN, "cookie": SESSION},
     "refused": {"id": COUNT, "session": SESSION},
+    "table": {"since": COUNT},
     "chat": {"more": rows(NUMBER)},
     "save": {"more": rows(NUMBER)},
     "alive": {"session": SESSION},
@@ -211,8 +214,13 @@ def _numbered(info: Info, count: int) -> bool:
                 and (not more or first <= min(more) and max(more) < first + count))
 
 
+def since_of(info: Info) -> int:
+    """The version that a ``table`` follows; it is left out where that is the one before its own."""
+    return int(info.get("since", info["version"] - 1))
+
+
 TOGETHER: Dict[str, Check] = {  # what fields must be to each other
-    "table": lambda info: info["since"] <= info["version"],
+    "table": lambda info: 0 <= since_of(info) <= info["version"],
     "chat": lambda info: _numbered(info, len(info["text"])),
     "save": lambda info: _numbered(info, len(info["text"])) and len(info["at"]) == len(info["text"]),
     "mail": lambda info: _numbered(info, len(info["items"])),
@@ -254,6 +262,21 @@ def padded(tag: str, info: Info, size: int) -> bytes:
         return plain
     missing = size - len(encode(tag, dict(info, pad=b"")))
     return encode(tag, dict(info, pad=bytes(max(0, missing))))
+
+
+_FOR = encode("for", {"session": bytes(PROOF_BYTES)})[:-PROOF_BYTES]
+FOR_SIZE = len(_FOR) + PROOF_BYTES      # bytes of the ``for`` that begins a datagram of the server
+
+
+def addressed(session: bytes, *maps: bytes) -> bytes:
+    """A datagram of the server for one client: it begins with a ``for``, the maps behind it can be shared bytes."""
+    return b"".join((_FOR, session[:PROOF_BYTES], *maps))
+
+
+def table_map(since: int, version: int, rows_: List[List[object]]) -> bytes:
+    """A ``table``: what changed in (since, version]."""
+    info: Info = {"version": version, "set": rows_}
+    return encode("table", info if since == version - 1 else {"since": since, **info})
 
 
 class Decoder:

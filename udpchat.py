@@ -47,7 +47,8 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import protocol
-from protocol import Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, encode, padded
+from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed, encode,
+                      padded, since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
@@ -509,8 +510,6 @@ STORE_CALM = 1.0          # s without a failure after which the store counts as 
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 JITTER = 0.25             # part by which every repeated request varies, up and down
 
-FOR_PREFIX = encode("for", {"session": bytes(protocol.SESSION_BYTES)})[:-protocol.SESSION_BYTES]
-
 
 def jittered(loop: Any, seconds: float) -> float:
     """``seconds``, 25 % more or less."""
@@ -561,7 +560,7 @@ class MailStream:
     """The server's end of the stream of one client's mail."""
 
     def __init__(self, server: "Server", session: Session, id_: int) -> None:
-        capacity = protocol.MAX_DATAGRAM - len(FOR_PREFIX) - protocol.SESSION_BYTES - len(encode("mail", {
+        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(encode("mail", {
             "to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER, "base": protocol.MAX_NUMBER, "items": []})) - 4
         self.session = session
         self.stream = SendStream(id_, capacity)
@@ -639,7 +638,7 @@ class Server:
     # sending
 
     def _send(self, session: Session, *maps: bytes) -> None:
-        self._outbox.append((b"".join((FOR_PREFIX, session.id, *maps)), session.address))
+        self._outbox.append((addressed(session.id, *maps), session.address))
 
     def _may_reply(self, size: int) -> bool:
         """Whether ``size`` bytes may go where this datagram seems to come from, and counts them if so.
@@ -828,7 +827,7 @@ class Server:
         return found
 
     def _table(self, page: Page) -> bytes:
-        return encode("table", {"since": page.since, "version": page.version, "set": page.rows})
+        return table_map(page.since, page.version, page.rows)
 
     # probes
 
@@ -849,7 +848,7 @@ class Server:
 
     def _probe_maps(self, probe: Probe) -> bytes:
         maps = encode("probe", {"id": probe.id, "to": probe.nick})
-        return FOR_PREFIX + probe.session.id + maps if probe.session is not None else maps
+        return addressed(probe.session.id, maps) if probe.session is not None else maps
 
     def _ask(self, probe: Probe, once: bool = False) -> None:
         """Repeats the question until it is answered or its time is over; to an unproven address, once."""
@@ -1149,7 +1148,7 @@ class Server:
         for session, page in itertools.islice(self._telling, BROADCAST_DATAGRAMS):
             told += 1
             if session.id in self.registry.live and session.holds_table:    # who does not will ask
-                self._send_now(b"".join((FOR_PREFIX, session.id, page)), session.address)
+                self._send_now(addressed(session.id, page), session.address)
         self._broadcast_cost += self.loop.clock() - began
         self._broadcast_end = now
         if told < BROADCAST_DATAGRAMS:
@@ -1602,7 +1601,7 @@ class Client:
         if self.state != ACTIVE:
             return
         table = self._newest()
-        changed = table.apply(Page(info["since"], info["version"], info["set"]))
+        changed = table.apply(Page(since_of(info), info["version"], info["set"]))
         if changed is None:
             self._target = max(self._target, info["version"])
             self._want_sync()
@@ -1686,7 +1685,7 @@ class Client:
         trusted = False
         for tag, info in messages:
             if tag == "for":
-                trusted = info["session"] == self._session
+                trusted = self._session is not None and info["session"] == self._session[:protocol.PROOF_BYTES]
                 if trusted:
                     self._server_heard()
             elif tag == "cookie":

@@ -60,7 +60,8 @@ if str(ROOT) not in sys.path:
 
 import protocol                                                         # noqa: E402
 import udpchat                                                          # noqa: E402
-from protocol import Conversation, Decoder, Info, Place, ReceiveStream, encode, padded      # noqa: E402
+from protocol import (FOR_SIZE, Conversation, Decoder, Info, Place, ReceiveStream, addressed, encode,     # noqa: E402
+                      padded, since_of)
 from registry import ONLINE, Page, Table                                # noqa: E402
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
 
@@ -567,8 +568,12 @@ SLICE = 50                # members that join together when they come in turn
 CHECK = 0.02              # s between looks at a condition
 SWARM_BUFFER = 4 * 2 ** 20      # bytes asked from the kernel for each socket, as a client does
 
-SESSION_END = len(udpchat.FOR_PREFIX) + protocol.SESSION_BYTES
-TABLE_START = encode("table", {"since": 0, "version": 0, "set": []}).split(b"since")[0]
+TABLE_START = encode("table", {}).split(b"table")[0] + b"table"
+
+
+def page_of(info: Info) -> Page:
+    """What a ``table`` says."""
+    return Page(since_of(info), info["version"], info["set"])
 
 
 @functools.lru_cache(maxsize=8192)
@@ -576,7 +581,7 @@ def read_page(data: bytes) -> Optional[Page]:
     """A ``table`` map as a page, None if it is not valid; one that many members get is decoded once."""
     decoder = Decoder()
     for _, info in decoder.decode(data):
-        return Page(info["since"], info["version"], info["set"])
+        return page_of(info)
     return None
 
 
@@ -627,7 +632,7 @@ class Swarm:
         self._handlers: Dict[str, Callable[[Member, Info], None]] = {
             "cookie": self._on_cookie, "welcome": self._on_welcome, "refused": self._on_refused,
             "pong": self._on_pong, "probe": self._on_probe, "mail": self._on_mail, "bye": self._on_bye,
-            "table": lambda member, info: self._on_page(member, Page(info["since"], info["version"], info["set"]))}
+            "table": lambda member, info: self._on_page(member, page_of(info))}
         self.members = [Member(f"m{number:05d}") for number in range(count)]
         for member in self.members:
             self._selector.register(member.sock, selectors.EVENT_READ, member)
@@ -697,17 +702,17 @@ class Swarm:
                 return
             except OSError:
                 continue
-            if datagram.startswith(TABLE_START, SESSION_END):
+            if datagram.startswith(TABLE_START, FOR_SIZE):
                 self.table_bytes += len(datagram)
-                if datagram[SESSION_END - protocol.SESSION_BYTES:SESSION_END] == member.session:
-                    page = read_page(datagram[SESSION_END:])
+                if member.session is not None and datagram.startswith(addressed(member.session)):
+                    page = read_page(datagram[FOR_SIZE:])
                     if page is not None:
                         self._on_page(member, page)
                 continue
             trusted = False
             for tag, info in self._decoder.decode(datagram):
                 if tag == "for":
-                    trusted = info["session"] == member.session
+                    trusted = member.session is not None and member.session.startswith(info["session"])
                 elif tag in self._handlers and (trusted or tag not in ("table", "mail")):
                     self._handlers[tag](member, info)
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import protocol
-from protocol import (INITIAL_TIMEOUT, QUEUE_LIMIT, RECEIVED, SAVED, Address, Conversation, Decoder, Event, Info,
-                      Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_valid, join_pieces,
-                      padded, split_text)
+from protocol import (INITIAL_TIMEOUT, PROOF_BYTES, QUEUE_LIMIT, RECEIVED, SAVED, Address, Conversation, Decoder,
+                      Event, Info, Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_valid,
+                      join_pieces, padded, split_text)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
 settings.load_profile("arguments")
@@ -32,7 +32,7 @@ EXAMPLES: Dict[str, Info] = {   # one of each tag, with every optional field
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9},
     "refused": {"nick": "bob", "reason": "taken", "id": ID, "session": SESSION},
-    "for": {"session": SESSION},
+    "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]]},
     "sync": {"session": SESSION, "version": 9},
     "chat": {"from": "alice", "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""], "more": [6]},
@@ -135,6 +135,7 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("refused", {"reason": "r" * 33}, False),
     ("table", {"since": 9}, True),
     ("table", {"since": 10}, False),
+    ("table", {"since": None}, False),
     ("table", {"set": []}, True),
     ("table", {"set": [["bob", "192.0.2.1", 65535, "offline"]]}, True),
     ("table", {"set": [["bob", "192.0.2.1", 65536, "offline"]]}, False),
