@@ -1027,11 +1027,15 @@ NO_ACK, OFFLINE, EXISTS = "no ack", "offline", "exists"
 
 
 class Event(NamedTuple):
-    """What happened to so many ``messages`` of a conversation; ``reason`` says why they were refused."""
+    """What happened to so many ``messages`` of a conversation; ``reason`` says why they were refused.
+
+    ``first``: the number from which on they are.
+    """
 
     kind: str
     messages: int
     reason: str = ""
+    first: int = 0
 
 
 class Place(NamedTuple):
@@ -1192,13 +1196,14 @@ class Conversation:
 
     def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
         """Takes an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
-        count = self._count(self.stream.base, next_) if self.stream.base < next_ <= self.stream.top else 0
+        base = self.stream.base
+        count = self._count(base, next_) if base < next_ <= self.stream.top else 0
         closed = self.stream.on_ack(now, next_, have, room)
         if (route == DIRECT) == (self.route == DIRECT):
             self._silent_since = NEVER
         if closed:
             self._last_try = self._last_try and route != DIRECT
-            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count))
+            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count, "", base))
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
         """Takes a refusal; it counts only for what is still held on that route."""
@@ -1209,9 +1214,10 @@ class Conversation:
                 self._give_up_direct(now)
             return
         self._silent_since = NEVER
-        count = self._count(self.stream.base, min(last + 1, self.stream.top))
+        base = self.stream.base
+        count = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
-            self._close(now, Event(REFUSED, count, reason))
+            self._close(now, Event(REFUSED, count, reason, base))
 
     def on_exists(self, now: float, number: int, address: Optional[Address]) -> None:
         """The server says that the recipient answers at ``address`` (None: one that cannot be reached from here)."""
@@ -1319,9 +1325,10 @@ class Conversation:
         return end - start - (sum(start <= number < end for number in continued) if continued else 0)
 
     def _say(self, kind: str) -> None:
-        count = self._count(max(self.stream.base, self._said.get(kind, 1)), self.stream.end)
+        first = max(self.stream.base, self._said.get(kind, 1))
+        count = self._count(first, self.stream.end)
         if count > 0:
-            self.events.append(Event(kind, count))
+            self.events.append(Event(kind, count, "", first))
         self._said[kind] = self.stream.end
 
     def _close(self, now: float, event: Event) -> None:
@@ -1560,14 +1567,16 @@ INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every 
 class Delivery(NamedTuple):
     """Texts to show, in order, and whom to tell how many of them are written.
 
-    ``times``: when each was sent, for mail; empty for chat. Without texts, ``written`` is to be told (0) once all
-    that was delivered before is written.
+    ``times``: when each was sent, for mail; empty for chat. ``stream``, ``first``: of the sender, and the number of the
+    first text in it. Without texts, ``written`` is to be told (0) once all that was delivered before is written.
     """
 
     sender: str
     texts: List[str]
     times: List[float]
     written: Callable[[int], None]
+    stream: int = 0
+    first: int = 0
 
 
 class Incoming:
@@ -1755,7 +1764,8 @@ class Inbox:
     def _take_chat(self, incoming: Incoming) -> Iterator[Delivery]:
         written = functools.partial(self._written, incoming)
         for run in incoming.stream.take(MAX_ITEMS):
-            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written)
+            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written,
+                           incoming.stream.stream, run.first)
         self._count(incoming)
         if not incoming.stream.ready_to_take:
             self._readable.pop(incoming, None)
@@ -1780,7 +1790,7 @@ class Inbox:
             yield from self._take_chat(incoming)
         if incoming.stream.show(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
-            yield Delivery(sender, texts, times, functools.partial(self._written, mail))
+            yield Delivery(sender, texts, times, functools.partial(self._written, mail), stream, number)
         elif len(texts) == 1:
             yield Delivery("", [], [], lambda _: self._written(mail, 1))
         else:

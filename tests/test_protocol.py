@@ -1065,7 +1065,7 @@ class World:
             self.conversation.on_ack(self.now, ack["next"], ack["have"], ack["room"], route)
 
     def events(self) -> List[Event]:
-        events = self.conversation.events[:]
+        events = [event._replace(first=0) for event in self.conversation.events]
         self.conversation.events.clear()
         return events
 
@@ -1456,7 +1456,7 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: Lis
         else:
             world.answer(world.poll())
         fresh = world.events()
-        for kind, count, _ in fresh:
+        for kind, count, _, _ in fresh:
             if kind in told:
                 assert count <= len(messages) - told[kind], "at most once for a message"
                 told[kind] = len(messages)
@@ -1467,6 +1467,18 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: Lis
         world.answer(world.run(0.01))
     assert not conversation.held and conversation.due() == protocol.NEVER
     check_conversation(world, messages, events + world.events())
+
+
+def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
+    world = World()
+    world.send("a", "b", "x" * 2000, "c")
+    world.poll()
+    world.conversation.on_ack(0.0, 3, [], 4096, protocol.DIRECT)
+    world.conversation.on_nack(0.1, 3, 9, "not-me", protocol.DIRECT)
+    world.send("d")
+    world.conversation.on_ack(0.2, 6, [], 4096, protocol.SAVE)
+    assert world.conversation.events == [Event(RECEIVED, 2, "", 1), Event(protocol.NO_ACK, 2, "", 3),
+                                         Event(SAVED, 1, "", 3)]
 
 
 # --- outboxes -------------------------------------------------------------------------------------------------
@@ -1508,7 +1520,7 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     assert list(outbox.take_events()) == []
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
-    assert list(outbox.take_events()) == [("bob", Event(RECEIVED, 1)), ("carol", Event(SAVED, 1))]
+    assert list(outbox.take_events()) == [("bob", Event(RECEIVED, 1, "", 1)), ("carol", Event(SAVED, 1, "", 1))]
     assert not list(outbox.undelivered()) and outbox.is_settled
 
 
