@@ -30,7 +30,6 @@ import hashlib
 import heapq
 import hmac
 import itertools
-import logging
 import os
 import random
 import re
@@ -54,7 +53,6 @@ from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNO
                       Table)
 
 VERSION = "1.0.0"
-log = logging.getLogger("udpchat")
 
 
 # --- the loop -------------------------------------------------------------------------------------------------
@@ -429,6 +427,68 @@ class Output:
             self._chunks[0] = data[taken:], written
             if written is not None:
                 written(data.count(b"\n", 0, taken))
+
+
+LEVELS = ("debug", "info", "warning", "error")
+DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
+
+
+def text_line(at: float, level: int, message: str) -> str:
+    """A record of the log for people, in local time."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}")
+
+
+class Log:
+    """Diagnostics: one line for each record of a level that is on, to an output that never blocks.
+
+    While nobody reads that output, what exceeds its limit is lost; the next record that gets through tells how many.
+    """
+
+    def __init__(self) -> None:
+        self.level = WARNING        # the lowest that is on
+        self.line: Callable[[float, int, str], str] = text_line
+        self.output: Optional[Output] = None
+        self._lost = 0
+
+    def debug(self, template: str, *arguments: object) -> None:
+        """What happens to single datagrams."""
+        if self.level <= DEBUG:
+            self._note(DEBUG, template, arguments)
+
+    def info(self, template: str, *arguments: object) -> None:
+        """What happens."""
+        if self.level <= INFO:
+            self._note(INFO, template, arguments)
+
+    def warning(self, template: str, *arguments: object) -> None:
+        """What somebody should know of."""
+        if self.level <= WARNING:
+            self._note(WARNING, template, arguments)
+
+    def error(self, template: str, *arguments: object) -> None:
+        """What somebody should do something about."""
+        if self.level <= ERROR:
+            self._note(ERROR, template, arguments)
+
+    def _note(self, level: int, template: str, arguments: Tuple[object, ...]) -> None:
+        if self.output is None:
+            return
+        if self.output.pending >= OUTPUT_LIMIT:
+            self._lost += 1
+            return
+        if self._lost:
+            self._write(WARNING, f"{self._lost} records lost")
+            self._lost = 0
+        self._write(level, template % arguments if arguments else template)
+        self.output.flush()
+
+    def _write(self, level: int, message: str) -> None:
+        assert self.output is not None
+        self.output.write((self.line(time.time(), level, message) + "\n").encode("utf-8", "backslashreplace"))
+
+
+log = Log()
 
 
 def normal(address: Tuple[Any, ...]) -> Address:
@@ -2253,7 +2313,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True)
     common = Parser(add_help=False)
-    common.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"),
+    common.add_argument("--log-level", default="warning", choices=LEVELS,
                         help="what is logged to stderr (default: %(default)s)")
     port = number(0, 65535, "a port")
 
@@ -2510,28 +2570,11 @@ class Console:
         self._client.reader_gone()
 
 
-class LogHandler(logging.Handler):
-    """Writes the log to an output that never blocks; while nobody reads that, what exceeds its limit is dropped."""
-
-    def __init__(self, output: Output) -> None:
-        super().__init__()
-        self._output = output
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes one line."""
-        if self._output.pending < OUTPUT_LIMIT:
-            self._output.write((clean(self.format(record)) + "\n").encode())
-            self._output.flush()
-
-
 def set_up_log(level: str) -> Tuple[Writer, Output]:
     """Diagnostics go to stderr: gives it, and what waits for it."""
     writer = Writer(STDERR)
-    output = Output(writer.put)
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s",
-                        handlers=[LogHandler(output)])
-    logging.raiseExceptions = False
-    return writer, output
+    log.level, log.output = LEVELS.index(level), Output(writer.put)
+    return writer, log.output
 
 
 def keep_standard_descriptors() -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
-import logging
 import multiprocessing
 import random
 import re
@@ -39,8 +38,8 @@ import msgpack
 import protocol
 from protocol import Address, Inbox, Incoming, encode
 from registry import Mailbox, Registry
-from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, JOINING, LOST_TIME, NEVER, Client, Output, Server,
-                     Timer, TimerHeap, clean)
+from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, NEVER, Client, Output,
+                     Server, Timer, TimerHeap, clean, log)
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -1315,8 +1314,7 @@ class Result(NamedTuple):
 
 def run_seed(seed: int, tracing: bool = False) -> Result:
     """One run, whatever becomes of it."""
-    level = logging.getLogger("udpchat").level
-    logging.getLogger("udpchat").setLevel(logging.INFO if tracing else logging.CRITICAL)
+    level, log.level = log.level, INFO if tracing else ERROR + 1
     storm = Storm(seed, tracing)
     failure = ""
     try:
@@ -1326,11 +1324,17 @@ def run_seed(seed: int, tracing: bool = False) -> Result:
     except Exception as error:
         failure = f"{type(error).__name__}: {error} (at {storm.world.now - START:.4f} s)\n{traceback.format_exc()}"
     finally:
-        logging.getLogger("udpchat").setLevel(level)
+        log.level = level
         storm.world.disk.database.close()
     world = storm.world
     return Result(seed, failure, len(world.ledger.messages), world.network.datagrams, world.crashes,
                   world.network.digest)
+
+
+def show(data: bytes) -> int:
+    """Prints whole lines of the log, between all else that is printed; gives how many bytes that were."""
+    print(data.decode(), end="")
+    return len(data)
 
 
 def replay(seed: int) -> str:
@@ -1357,7 +1361,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     options = parser.parse_args()
     if options.trace:
-        logging.basicConfig(format="           (%(message)s)", stream=sys.stdout)
+        log.line = lambda at, level, message: f"           ({message})"
+        log.output = Output(show)
     began = time.perf_counter()
     totals: Counter[str] = Counter()
     seeds = [options.seed] if options.seed is not None else range(options.start, options.start + options.seeds)

@@ -1,12 +1,33 @@
 """The loop, its timers and its outputs: a clock that is set by hand, and writes that take what they like."""
 from __future__ import annotations
 
-import logging
-from typing import Any, Iterator, List
+import re
+import time
+from typing import Iterator, List
 
 import pytest
 
-from udpchat import COMPACT_TIMERS, LOST_TIME, OUTPUT_LIMIT, Alarm, LogHandler, Loop, Output, TimerHeap
+from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Alarm, Log, Loop, Output, TimerHeap
+
+
+class Paper:
+    """What takes so many bytes, and keeps them."""
+
+    def __init__(self, blank: int = 10 ** 6) -> None:
+        self.blank = blank
+        self.data = bytearray()
+
+    def put(self, data: bytes) -> int:
+        size = min(self.blank, len(data))
+        self.data += data[:size]
+        self.blank -= size
+        return size
+
+
+def a_log() -> Log:
+    log = Log()
+    log.level = INFO
+    return log
 
 
 class Hands:
@@ -120,16 +141,58 @@ def test_an_output_whose_reader_is_gone_takes_nothing_more() -> None:
 
 
 def test_a_log_that_nobody_reads_blocks_nothing_and_does_not_grow() -> None:
-    output = Output(lambda data: 0)
-    handler = LogHandler(output)
-    record: Any = logging.LogRecord("udpchat", logging.INFO, "", 0, "x" * 1000 + "\x1b[2J\n", (), None)
+    nobody, log = Paper(blank=0), a_log()
+    log.output = Output(nobody.put)
     for _ in range(1000):
-        handler.emit(record)
-    assert output.pending < OUTPUT_LIMIT + 2000
-    written = bytearray()
+        log.info("x" * 1000)
+    assert log.output.pending < OUTPUT_LIMIT + 2000 and not nobody.data
 
-    def take_all(data: bytes) -> int:
-        written.extend(data)
-        return len(data)
-    LogHandler(Output(take_all)).emit(record)
-    assert b"\x1b" not in written and written.count(b"\n") == 1
+
+def test_a_log_tells_how_many_records_were_lost_once_it_is_read_again() -> None:
+    paper, log = Paper(blank=0), a_log()
+    log.output = Output(paper.put)
+    for number in range(1000):
+        log.info("record %d %s", number, "x" * 1000)
+    paper.blank = 10 ** 7
+    log.output.flush()
+    log.info("read again")
+    log.info("and again")
+    lines = [line.split(" ", 3)[3] for line in bytes(paper.data).decode().splitlines()]
+    kept = len(lines) - 3
+    assert lines[kept:] == [f"{1000 - kept} records lost", "read again", "and again"]
+    assert [line.split()[1] for line in lines[:kept]] == [str(number) for number in range(kept)]
+
+
+def test_a_record_is_one_line_whatever_is_in_it() -> None:
+    paper, log = Paper(), a_log()
+    log.output = Output(paper.put)
+    log.info("%s at %s", "x\x1b[2J\n", "a\u2028b\udcff")
+    log.info("100 % sure")
+    assert b"\x1b" not in paper.data and paper.data.count(b"\n") == 2
+    shown = bytes(paper.data).decode().splitlines()
+    assert [line[24:] for line in shown] == ["INFO x\\x1b[2J\\x0a at a\\u2028b\\udcff", "INFO 100 % sure"]
+
+
+def test_a_record_begins_with_local_time_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper, log = Paper(), a_log()
+    log.output = Output(paper.put)
+    at = time.mktime((2026, 11, 22, 9, 41, 7, 0, 0, -1)) + 0.0625
+    monkeypatch.setattr("udpchat.time.time", lambda: at)
+    log.error("the store cannot be written")
+    assert bytes(paper.data) == b"2026-11-22 09:41:07,062 ERROR the store cannot be written\n"
+
+
+def test_a_level_that_is_off_costs_no_formatting() -> None:
+    class Dear:
+        def __str__(self) -> str:
+            raise AssertionError("was formatted")
+    paper, log = Paper(), a_log()
+    log.output, log.level = Output(paper.put), ERROR
+    for method in (log.debug, log.info, log.warning):
+        method("%s", Dear())
+    log.error("shown")
+    assert re.fullmatch(r"[0-9-]+ [0-9:,]+ ERROR shown\n", bytes(paper.data).decode())
+
+
+def test_a_log_without_output_says_nothing() -> None:
+    a_log().error("nobody hears")
