@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import ipaddress
 import unicodedata
 from bisect import bisect_right
 from collections import deque
@@ -113,11 +112,19 @@ def is_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _has_form_of_host(host: str) -> bool:
+    if ":" not in host:
+        parts = host.split(".")
+        return len(parts) == 4 and all(map(_is_octet, parts))
+    import ipaddress        # here: most never see an IPv6 address, and the start of the program is measured
     try:
         ipaddress.ip_address(host)
     except ValueError:
         return False
     return host.isascii() and host.isprintable()
+
+
+def _is_octet(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and str(int(part)) == part and int(part) <= 255
 
 
 def fits_piece(text: str) -> bool:

@@ -28,14 +28,14 @@ keeps a hash of that token. Without a token it is nobody's, and its mail goes to
 """
 from __future__ import annotations
 
-import hashlib
 import heapq
-import hmac
-import json
 import os
-import sqlite3
 from collections import OrderedDict
-from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+if TYPE_CHECKING:
+    import json
+    import sqlite3
 
 Address = Tuple[str, int]
 Row = List[object]
@@ -269,6 +269,13 @@ class Parcel(NamedTuple):
 Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
 
 
+def import_modules() -> None:
+    """Imports what only a store needs: a client has none, and its start is measured (tests/bench.py)."""
+    global json, sqlite3
+    import json
+    import sqlite3
+
+
 def check_file(path: str) -> None:
     """Raises StoreError if ``path`` holds anything but a store, or nothing. Does not touch it."""
     try:
@@ -296,6 +303,7 @@ class Mailbox:
 
     def __init__(self, path: str, server_id: bytes) -> None:
         """Opens or makes the store; ``server_id`` is a random id for a new one. Raises StoreError."""
+        import_modules()
         if path != ":memory:":
             check_file(path)
         try:
@@ -527,6 +535,18 @@ KEEP, PROBE, UNKNOWN = "keep", "probe", "unknown"
 BYE, REPLACED, EVICTED = "bye", "replaced", "evicted"   # how a session ended
 
 
+def hash_of(token: bytes) -> bytes:
+    """What the store keeps of a token."""
+    import hashlib
+    return hashlib.sha256(token).digest()
+
+
+def is_hash_of(owner: bytes, token: bytes) -> bool:
+    """Whether ``owner`` is what is kept of ``token``; how long that takes does not tell how wrong it is."""
+    import hmac
+    return hmac.compare_digest(owner, hash_of(token))
+
+
 class Session:
     """One registration of one client."""
 
@@ -576,7 +596,7 @@ class Registry:
         """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), OWNED, FULL."""
         known = self.mailbox.known.get(nick)
         if known is not None and known.owner is not None:
-            if token is None or not hmac.compare_digest(known.owner, hashlib.sha256(token).digest()):
+            if token is None or not is_hash_of(known.owner, token):
                 return OWNED
         if self.holder(nick) not in (None, address):
             return ASK
@@ -638,7 +658,7 @@ class Registry:
         return session
 
     def _know(self, wall: float, nick: str, address: Address, token: Optional[bytes]) -> Known:
-        owner = hashlib.sha256(token).digest() if token is not None else None
+        owner = hash_of(token) if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
             if len(self.mailbox.known) >= self.max_known:

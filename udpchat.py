@@ -22,18 +22,14 @@ when the socket was read empty (``calm``), and the time in which this process it
 """
 from __future__ import annotations
 
+# The start of the program is measured (tests/bench.py): what takes long to import is imported where it is used.
 import argparse
 import errno
 import functools
-import getpass
-import hashlib
 import heapq
-import hmac
 import itertools
 import os
-import random
 import re
-import secrets
 import select
 import selectors
 import signal
@@ -123,11 +119,23 @@ class TimerHeap:
             callback()
 
 
+class SystemRandom:
+    """Random numbers that nobody can foresee. (The standard ones take longer to import than the selectors.)"""
+
+    def getrandbits(self, bits: int) -> int:
+        """A number of so many bits."""
+        return int.from_bytes(os.urandom(-(-bits // 8)), "big") >> -bits % 8
+
+    def uniform(self, low: float, high: float) -> float:
+        """A number in [low, high]."""
+        return low + (high - low) * self.getrandbits(53) / 2 ** 53
+
+
 class Loop:
     """One selector and one heap of timers. The owner sets ``settle``, called at the end of every turn."""
 
     def __init__(self) -> None:
-        self.random: random.Random = random.SystemRandom()
+        self.random = SystemRandom()
         self.calm = True            # every descriptor that was ready was read empty
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
@@ -793,10 +801,12 @@ class Server:
 
     def _cookie(self, address: Address, age: int) -> bytes:
         """A proof of address without state: HMAC over address and time (as in RFC 9147 §5.1, RFC 9000 §8.1.2)."""
+        import hmac
         text = f"{show_address(address)} {int(self.loop.now() / COOKIE_TIME) - age}"
-        return hmac.new(self._secret, text.encode(), hashlib.sha256).digest()[:protocol.SESSION_BYTES]
+        return hmac.digest(self._secret, text.encode(), "sha256")[:protocol.SESSION_BYTES]
 
     def _is_cookie(self, cookie: Optional[bytes], address: Address) -> bool:
+        import hmac
         return cookie is not None and any(hmac.compare_digest(cookie, self._cookie(address, age)) for age in (0, 1))
 
     def _admit(self, nick: str, claim: Claim) -> None:
@@ -2240,7 +2250,8 @@ def state_home() -> str:
 
 def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
     """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    return hmac.new(secret, server_id + nick.encode(), hashlib.sha256).digest()
+    import hmac
+    return hmac.digest(secret, server_id + nick.encode(), "sha256")
 
 
 def load_secret(path: str) -> bytes:
@@ -2256,11 +2267,11 @@ def load_secret(path: str) -> bytes:
     except FileNotFoundError:
         pass
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-    draft = f"{path}.{secrets.token_hex(8)}"    # not the process's number: a container gives the same to each
+    draft = f"{path}.{os.urandom(8).hex()}"    # not the process's number: a container gives the same to each
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w") as file:
-            file.write(secrets.token_hex(SECRET_BYTES) + "\n")
+            file.write(os.urandom(SECRET_BYTES).hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.link(draft, path)        # fails if another process was faster: then its secret is ours
@@ -2281,8 +2292,22 @@ class Usage(Exception):
     """The arguments are wrong; the text says how, in one line."""
 
 
+class Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal. (Without a width, argparse imports shutil, whatever is asked for.)"""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(STDOUT).columns)
+        except (OSError, ValueError):
+            columns = 0
+        super().__init__(prog, width=(columns or 80) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises Usage."""
@@ -2292,7 +2317,7 @@ class Parser(argparse.ArgumentParser):
 def number(low: int, high: int, what: str) -> Callable[[str], int]:
     """An argument type: an integer in [low, high]."""
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
         return int(text)
     return parse
@@ -2368,7 +2393,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.AddressFamily, Address]:
     """The first address of ``host``; raises Usage if it has none."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
+        name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
         family, _, _, _, address = found[0]
         return family, (str(address[0]), int(address[1]))
@@ -2445,7 +2471,7 @@ def open_store(path: str) -> Optional[Mailbox]:
     try:
         if os.path.dirname(path) == state_home():
             os.makedirs(state_home(), mode=0o700, exist_ok=True)
-        return Mailbox(path, secrets.token_bytes(protocol.SESSION_BYTES))
+        return Mailbox(path, os.urandom(protocol.SESSION_BYTES))
     except OSError as error:
         complain(f"cannot make {state_home()}: {error.strerror}")
     except StoreError as error:
@@ -2488,6 +2514,7 @@ def secret_of(options: argparse.Namespace) -> Optional[bytes]:
 
 def login_name() -> str:
     """The name of the user; raises Usage if that is no nick."""
+    import getpass
     try:
         return nick_argument(getpass.getuser())
     except (argparse.ArgumentTypeError, KeyError, OSError, ImportError):

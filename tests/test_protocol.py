@@ -5,6 +5,7 @@ What needs chance takes it from a seed (``Random``) or from hypothesis. No test 
 from __future__ import annotations
 
 import heapq
+import ipaddress
 import tracemalloc
 from itertools import accumulate
 from random import Random
@@ -16,8 +17,8 @@ from hypothesis import given, settings, strategies as st
 
 import protocol
 from protocol import (INITIAL_TIMEOUT, PROOF_BYTES, QUEUE_LIMIT, RECEIVED, SAVED, Address, Conversation, Decoder,
-                      Event, Info, Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_valid,
-                      join_pieces, padded, split_text)
+                      Event, Info, Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_host,
+                      is_valid, join_pieces, padded, split_text)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
 settings.load_profile("arguments")
@@ -221,6 +222,24 @@ def test_a_padded_map_is_never_smaller_than_asked(letter: str, count: int, id_: 
 @pytest.mark.parametrize("size", [184, 255, 256, 300, 1200])
 def test_padding_meets_larger_sizes_as_well(size: int) -> None:
     assert size <= len(padded("dereg", {"session": SESSION}, size)) <= size + 2
+
+
+OCTETS = ["0", "1", "10", "127", "255", "256", "999", "1000", "00", "01", "-1", "+1", " 1", "1_0", "1/8", "", "a"]
+OCTETS += ["\u0663", "\u00b2", "1" * 60]
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return len(host) <= 64 and host.isascii() and host.isprintable()
+
+
+@given(st.lists(st.sampled_from(OCTETS), max_size=6).map(".".join) | st.text("0129.:af%/ \n", max_size=16)
+       | st.ip_addresses().map(str))
+def test_a_host_is_what_the_standard_library_takes_for_an_address(host: str) -> None:
+    assert is_host(host) == is_address(host)
 
 
 # hostile bytes
