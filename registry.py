@@ -590,6 +590,11 @@ class Registry:
             if known.online:
                 self.ghosts[known.nick] = (known.host, known.port)
 
+    @property
+    def online(self) -> int:
+        """How many are online."""
+        return len(self._at)
+
     # who gets a nick
 
     def claim(self, nick: str, address: Address, token: Optional[bytes]) -> str:

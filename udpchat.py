@@ -39,7 +39,7 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import protocol
 from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed, encode,
@@ -439,12 +439,48 @@ class Output:
 
 LEVELS = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
+NO_COUNTERS: Mapping[str, int] = {}
 
 
-def text_line(at: float, level: int, message: str) -> str:
+def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
     """A record of the log for people, in local time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}")
+    counts = "".join(f" {name}={count}" for name, count in counters.items())
+    return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}{':' if counts else ''}{counts}")
+
+
+def json_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
+    """A record of the log for programs, its time as in RFC 3339."""
+    import json
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+    return json.dumps({"time": f"{stamp}.{int(at % 1 * 1000):03d}Z", "level": LEVELS[level], "message": message,
+                       **counters})
+
+
+class LogFile:
+    """A file that the log is appended to. What a full disk does not take waits, and is tried again."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self._path = os.path.abspath(path)
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        return os.open(self._path, flags, 0o666)
+
+    def put(self, data: bytes) -> int:
+        """Writes; gives how many bytes were taken."""
+        try:
+            return os.write(self._fd, data)
+        except OSError:
+            return 0
+
+    def reopen(self) -> None:
+        """Opens the file of that name, which may be another by now. Raises OSError: then the old one stays."""
+        fd = self._open()
+        os.close(self._fd)
+        self._fd = fd
 
 
 class Log:
@@ -455,9 +491,32 @@ class Log:
 
     def __init__(self) -> None:
         self.level = WARNING        # the lowest that is on
-        self.line: Callable[[float, int, str], str] = text_line
+        self.line: Callable[[float, int, str, Mapping[str, int]], str] = text_line
         self.output: Optional[Output] = None
+        self._file: Optional[LogFile] = None
         self._lost = 0
+
+    def write_to(self, file: LogFile) -> None:
+        """From now on, what is logged goes to a file."""
+        self._file, self.output = file, Output(file.put)
+
+    def reopen(self) -> None:
+        """Opens the file anew, if there is one: it has been renamed."""
+        self.flush()
+        try:
+            if self._file is not None:
+                self._file.reopen()
+        except OSError as error:
+            self.error("cannot open the log anew: %s", error.strerror)
+
+    def flush(self) -> None:
+        """Writes what waits, as far as that goes now."""
+        if self.output is not None and self.output.pending:
+            self.output.flush()
+
+    def count(self, what: str, counters: Mapping[str, int]) -> None:
+        """Tells how often what happened, whatever the level is."""
+        self._note(INFO, what, (), counters)
 
     def debug(self, template: str, *arguments: object) -> None:
         """What happens to single datagrams."""
@@ -479,21 +538,22 @@ class Log:
         if self.level <= ERROR:
             self._note(ERROR, template, arguments)
 
-    def _note(self, level: int, template: str, arguments: Tuple[object, ...]) -> None:
+    def _note(self, level: int, template: str, arguments: Tuple[object, ...],
+              counters: Mapping[str, int] = NO_COUNTERS) -> None:
         if self.output is None:
             return
         if self.output.pending >= OUTPUT_LIMIT:
             self._lost += 1
             return
         if self._lost:
-            self._write(WARNING, f"{self._lost} records lost")
+            self._write(WARNING, f"{self._lost} records lost", {})
             self._lost = 0
-        self._write(level, template % arguments if arguments else template)
+        self._write(level, template % arguments if arguments else template, counters)
         self.output.flush()
 
-    def _write(self, level: int, message: str) -> None:
+    def _write(self, level: int, message: str, counters: Mapping[str, int]) -> None:
         assert self.output is not None
-        self.output.write((self.line(time.time(), level, message) + "\n").encode("utf-8", "backslashreplace"))
+        self.output.write((self.line(time.time(), level, message, counters) + "\n").encode("utf-8", "backslashreplace"))
 
 
 log = Log()
@@ -514,6 +574,7 @@ class Port:
         self._sock = sock
         self._loop = loop
         self._mapped = sock.family == socket.AF_INET6
+        self.datagrams_in = self.bytes_in = self.datagrams_out = self.bytes_out = self.not_sent = 0
         self.receive: Callable[[bytes, Address], None] = lambda datagram, address: None
         sock.setblocking(False)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
@@ -530,6 +591,8 @@ class Port:
                     return
                 log.debug("receiving: %s", error)     # ECONNREFUSED and the like: about a datagram sent before
                 continue
+            self.datagrams_in += 1
+            self.bytes_in += len(datagram)
             receive(datagram, normal(address) if mapped else address)
         self._loop.calm = False
 
@@ -540,8 +603,16 @@ class Port:
                 self._sock.sendto(datagram, ("::ffff:" + address[0], address[1]))
             else:
                 self._sock.sendto(datagram, address)
+            self.datagrams_out += 1
+            self.bytes_out += len(datagram)
         except OSError as error:
+            self.not_sent += 1
             log.debug("sending to %s: %s", show_address(address), error)
+
+    def counters(self) -> Dict[str, int]:
+        """What came and went since the start."""
+        return {"datagrams_in": self.datagrams_in, "bytes_in": self.bytes_in, "datagrams_out": self.datagrams_out,
+                "bytes_out": self.bytes_out, "not_sent": self.not_sent}
 
 
 def show_address(address: Address) -> str:
@@ -577,6 +648,14 @@ MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48
 STORE_CALM = 1.0          # s without a failure after which the store counts as good again
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 JITTER = 0.25             # part by which every repeated request varies, up and down
+
+
+# why the server does nothing with what it got, or nothing yet, beside what is not valid at all: it is counted
+NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = "not_for_servers", "no_cookie", "wrong_cookie"
+UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = "unknown_session", "other_address", "unknown_stream"
+NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = "no_reply", "save_limit", "store_unreadable"
+DROPS = (NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE, UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM, NO_REPLY, SAVE_LIMIT,
+         STORE_UNREADABLE)
 
 
 def jittered(loop: Any, seconds: float) -> float:
@@ -678,6 +757,9 @@ class Server:
         self._most_replies = stranger_replies
         self._disk_failed = NEVER       # when the store could not be written last, until it can be again
         self._allowance = 0                                     # bytes that may answer the datagram at hand
+        self._drops = dict.fromkeys(DROPS, 0)
+        self._refusals = 0                                      # of nicks
+        self._store_failures = 0
         self._handlers: Dict[str, Callable[[Info, Address], None]] = {
             "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
             "ack": self._on_ack, "alive": self._on_alive, "dereg": self._on_dereg}
@@ -702,6 +784,18 @@ class Server:
             handler = self._handlers.get(tag)
             if handler is not None:
                 handler(info, address)
+            else:
+                self._drops[NOT_FOR_SERVERS] += 1
+
+    def counters(self) -> Dict[str, int]:
+        """What there is now, and what was counted since the start."""
+        registry, known = self.registry, self.registry.mailbox.known
+        return {"clients": len(registry.sessions), "online": registry.online, "nicks": len(known),
+                "messages_kept": sum(one.messages for one in known.values()),
+                "bytes_kept": sum(one.size for one in known.values()),
+                "save_streams": len(self._saves), "mail_streams": len(self._mails), "probes": len(self._probes),
+                "refusals": self._refusals, "store_failures": self._store_failures,
+                "drop_invalid": self.decoder.dropped, **{f"drop_{why}": count for why, count in self._drops.items()}}
 
     # sending
 
@@ -718,6 +812,7 @@ class Server:
         if second != self._stranger_second:
             self._stranger_second, self._stranger_replies = second, 0
         if size > self._allowance or self._stranger_replies >= self._most_replies:
+            self._drops[NO_REPLY] += 1
             return False
         self._allowance -= size
         self._stranger_replies += 1
@@ -744,9 +839,11 @@ class Server:
         """The session that ``info`` speaks for, if it does so from where it is known to be; answers if not."""
         session = self.registry.sessions.get(info["session"])
         if session is None:
+            self._drops[UNKNOWN_SESSION] += 1
             self._answer_unknown(info, address)
             return None
         if session.address != address:
+            self._drops[OTHER_ADDRESS] += 1
             self._probe_move(session, address)
             return None
         self._heard(session)
@@ -774,6 +871,7 @@ class Server:
     def _on_reg(self, info: Info, address: Address) -> None:
         nick, request = info["nick"], info["id"]
         if not self._is_cookie(info.get("cookie"), address):
+            self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
             if self._allowance >= protocol.REG_SIZE:
                 self._reply(address, encode("cookie", {
                     "id": request, "server": self.registry.mailbox.server_id, "cookie": self._cookie(address, 0)}))
@@ -823,6 +921,7 @@ class Server:
             "version": session.version}), session.address))
 
     def _refuse(self, nick: str, claim: Claim, reason: str) -> None:
+        self._refusals += 1
         log.info("%s refused to %s: %s", nick, show_address(claim.address), reason)
         self._outbox.append((encode("refused", {"id": claim.request, "nick": nick, "reason": reason}), claim.address))
 
@@ -1003,15 +1102,18 @@ class Server:
             return
         key = (session.nick, info["stream"])
         if key not in self._dirty and len(self._dirty) >= MAX_SAVE_STREAMS:
+            self._drops[SAVE_LIMIT] += 1
             return      # the sender will repeat it
         save = self._saves.get(key)
         if save is None:
             first = self.registry.mailbox.stream_next(*key)
             if not first:
+                self._drops[STORE_UNREADABLE] += 1
                 return      # the store cannot be read now; the sender will repeat it
             save = self._saves[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
             self._forget_saves()
         elif save.to != info["to"]:
+            self._drops[UNKNOWN_STREAM] += 1
             return
         self._saves.move_to_end(key)
         if self._saved_early > MAX_SAVED_EARLY:
@@ -1123,6 +1225,7 @@ class Server:
         committed = mailbox.commit(self.loop.wall())
         now = self.loop.now()
         if not committed:
+            self._store_failures += 1
             if self._disk_failed == NEVER:
                 log.error("the store cannot be written: no mail is kept")
             self._disk_failed = now
@@ -1192,6 +1295,7 @@ class Server:
     def _on_ack(self, info: Info, address: Address) -> None:
         mail = self._mail_by_stream.get(info["stream"])
         if mail is None or mail.session.address != address:
+            self._drops[UNKNOWN_STREAM] += 1
             return
         session = mail.session
         self._heard(session)
@@ -2323,6 +2427,15 @@ def number(low: int, high: int, what: str) -> Callable[[str], int]:
     return parse
 
 
+def add_log_options(parser: Parser) -> None:
+    """The arguments that every mode has."""
+    parser.add_argument("--log-level", default="warning", choices=LEVELS,
+                        help="what is logged: this and what is more important (default: %(default)s)")
+    parser.add_argument("--log-file", metavar="PATH", help="append the log to this file (default: it goes to stderr)")
+    parser.add_argument("--log-format", default="text", choices=("text", "json"),
+                        help="of each line of the log (default: %(default)s)")
+
+
 def nick_argument(text: str) -> str:
     """An argument type: a nick."""
     nick = unicodedata.normalize("NFC", text)
@@ -2338,8 +2451,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True)
     common = Parser(add_help=False)
-    common.add_argument("--log-level", default="warning", choices=LEVELS,
-                        help="what is logged to stderr (default: %(default)s)")
+    add_log_options(common)
     port = number(0, 65535, "a port")
 
     server = modes.add_parser("server", parents=[common], help="keep the list of clients and the mail of those offline")
@@ -2423,7 +2535,7 @@ def complain(text: str) -> None:
         pass
 
 
-def run_server(options: argparse.Namespace, errors: Output) -> int:
+def run_server(options: argparse.Namespace) -> int:
     """Runs a server until a signal; gives the exit code."""
     family, address = resolve(options.host, options.port, passive=True)
     try:
@@ -2438,19 +2550,52 @@ def run_server(options: argparse.Namespace, errors: Output) -> int:
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     port = Port(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
+    began = time.monotonic()
 
     def settle() -> None:
         server.settle()
-        errors.flush()
+        log.flush()
+
+    def summarize() -> None:
+        log.count("summary", {"uptime": int(time.monotonic() - began), **server.counters(), **port.counters()})
 
     port.receive, loop.settle = server.receive, settle
     for number_ in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(number_, loop.stop)
+    loop.on_signal(signal.SIGUSR1, summarize)
+    loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
-    announce(f"[Server listening on {show_address(normal(sock.getsockname()))}]\n")
+    where = normal(sock.getsockname())
+    announce(f"[Server listening on {show_address(where)}]\n" + (how_to_join(where) if os.isatty(STDOUT) else ""))
     loop.run()
     loop.close()
     return 0 if server.stop() else EXIT_FAILED
+
+
+def is_at_terminal() -> bool:
+    """Whether somebody started this by hand, and wants it to end when the window is closed."""
+    return any(os.isatty(fd) for fd in (STDIN, STDOUT, STDERR))
+
+
+def how_to_join(where: Address) -> str:
+    """What to type on another machine, in one line."""
+    program = "python udpchat.py" if sys.argv[0].endswith(".py") else "udpchat"
+    return f"[Join with: {program} client NICK {reachable(where[0])} {where[1]}]\n"
+
+
+def reachable(host: str) -> str:
+    """The address at which others reach a server that listens at ``host``: of all, the one that leads out."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # RFC 5737, RFC 3849
+        if family == socket.AF_INET or host == "::":
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                    sock.connect((elsewhere, 9))    # sends nothing: it only looks for the way
+                    return str(sock.getsockname()[0])
+            except OSError:
+                pass
+    return "127.0.0.1"
 
 
 def announce(line: str) -> None:
@@ -2597,11 +2742,20 @@ class Console:
         self._client.reader_gone()
 
 
-def set_up_log(level: str) -> Tuple[Writer, Output]:
-    """Diagnostics go to stderr: gives it, and what waits for it."""
+def set_up_log(options: argparse.Namespace) -> Optional[Tuple[Writer, Output]]:
+    """Sets up the log; gives stderr, and what waits for it. None if the file cannot be opened, and says so."""
     writer = Writer(STDERR)
-    log.level, log.output = LEVELS.index(level), Output(writer.put)
-    return writer, log.output
+    output = Output(writer.put)
+    log.level, log.output = LEVELS.index(options.log_level), output
+    if options.log_format == "json":
+        log.line = json_line
+    if options.log_file is not None:
+        try:
+            log.write_to(LogFile(options.log_file))
+        except OSError as error:
+            complain(f"cannot open the log {options.log_file}: {error.strerror}")
+            return None
+    return writer, output
 
 
 def keep_standard_descriptors() -> None:
@@ -2622,10 +2776,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return EXIT_USAGE
     try:
         options = parse(words)
-        errors = set_up_log(options.log_level)
+        errors = set_up_log(options)
+        if errors is None:
+            return EXIT_FAILED
         if options.mode == "client":
             return run_client(options, *errors)
-        return run_server(options, errors[1]) if options.forget is None else forget(options)
+        return run_server(options) if options.forget is None else forget(options)
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE

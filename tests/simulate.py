@@ -1361,7 +1361,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     options = parser.parse_args()
     if options.trace:
-        log.line = lambda at, level, message: f"           ({message})"
+        log.line = lambda at, level, message, counters: f"           ({message})"
         log.output = Output(show)
     began = time.perf_counter()
     totals: Counter[str] = Counter()

@@ -1,0 +1,325 @@
+"""What whoever runs a server has to hand: its log and its rotation, its counters, the line that says how to join."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+
+import udpchat
+from protocol import encode, padded
+from registry import Mailbox, Registry
+from tests.processes import ROOT, SAVED, Chat, Process, received
+
+TEXT_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) (.*)")
+JSON_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+TERMINAL_LINE = re.compile(rb"\[Join with: (.*) client NICK (\S+) (\d+)\]\r\n")
+
+
+@pytest.fixture(name="chat")
+def world_of_one_test(tmp_path: Path) -> Iterator[Chat]:
+    with Chat(tmp_path) as chat:
+        yield chat
+
+
+def messages(path: Path) -> List[str]:
+    """The records in a log, without time and level."""
+    found = [TEXT_LINE.fullmatch(line) for line in path.read_text().splitlines()]
+    assert all(found)
+    return [match.group(2) for match in found if match is not None]
+
+
+def wait_for_log(chat: Chat, path: Path, text: str) -> None:
+    chat.until(lambda: path.exists() and text in path.read_text(), f"{text!r} in {path.name}")
+
+
+def summary(chat: Chat, server: Process, path: Path) -> Dict[str, int]:
+    """What SIGUSR1 has the server write into its log."""
+    before = path.read_text().count(" summary: ")
+    server.signal(signal.SIGUSR1)
+    chat.until(lambda: path.read_text().count(" summary: ") > before, "a summary")
+    last = messages(path)[-1]
+    assert last.startswith("summary: ")
+    return {name: int(count) for name, count in (pair.split("=") for pair in last.split()[1:])}
+
+
+# --- the log --------------------------------------------------------------------------------------------------
+
+def test_log_goes_to_a_file_if_asked_and_stderr_stays_empty(chat: Chat) -> None:
+    log = chat.directory / "server.log"
+    server = chat.server("--log-level", "info", "--log-file", str(log))
+    chat.absent("bob")
+    wait_for_log(chat, log, "bob deregistered")
+    assert [text.split()[:2] for text in messages(log)] == [["bob", "registered"], ["bob", "deregistered"]]
+    assert not server.err.data and len(server.lines) == 1
+
+
+def test_log_file_is_appended_to(chat: Chat) -> None:
+    log = chat.directory / "server.log"
+    log.write_text("what was there\n")
+    chat.server("--log-level", "info", "--log-file", str(log))
+    chat.absent("bob")
+    wait_for_log(chat, log, "bob deregistered")
+    assert log.read_text().startswith("what was there\n")
+
+
+@pytest.mark.parametrize("level, wanted", [("info", True), ("warning", False), ("error", False)])
+def test_level_says_what_is_logged(chat: Chat, level: str, wanted: bool) -> None:
+    log = chat.directory / "server.log"
+    server = chat.server("--log-level", level, "--log-file", str(log))
+    chat.absent("bob")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert ("bob registered" in log.read_text()) is wanted
+    assert wanted or not log.read_text()
+
+
+def test_log_file_that_cannot_be_opened_is_one_line_and_exit_1(chat: Chat) -> None:
+    for path in (chat.directory / "missing" / "log", chat.directory):
+        server = chat.complete("server", "0", "--store", ":memory:", "--log-file", str(path))
+        assert server.wait() == 1 and not server.out.data
+        assert len(server.errors) == 1 and str(path) in server.errors[0]
+
+
+def test_sighup_opens_the_log_anew_for_whoever_rotates_it(chat: Chat) -> None:
+    log, old = chat.directory / "server.log", chat.directory / "server.log.1"
+    server = chat.server("--log-level", "info", "--log-file", str(log))
+    chat.absent("bob")
+    wait_for_log(chat, log, "bob deregistered")
+    log.rename(old)
+    chat.absent("carol")
+    wait_for_log(chat, old, "carol deregistered")
+    server.signal(signal.SIGHUP)
+    chat.until(log.exists, "a new log")
+    chat.absent("dave")
+    wait_for_log(chat, log, "dave deregistered")
+    assert "dave" not in old.read_text() and server.popen.poll() is None
+
+
+def test_log_that_cannot_be_opened_anew_stays_where_it_is(chat: Chat) -> None:
+    directory = chat.directory / "logs"
+    directory.mkdir()
+    log, moved = directory / "server.log", chat.directory / "moved"
+    server = chat.server("--log-file", str(log))
+    directory.rename(moved)
+    server.signal(signal.SIGHUP)
+    wait_for_log(chat, moved / "server.log", "ERROR cannot open the log anew")
+    chat.absent("bob")
+
+
+def test_without_a_log_file_sighup_changes_nothing_in_the_background(chat: Chat) -> None:
+    server = chat.server()
+    server.signal(signal.SIGHUP)
+    chat.absent("bob")
+    assert server.popen.poll() is None and not server.err.data
+
+
+def test_server_at_a_terminal_ends_when_that_is_closed(chat: Chat) -> None:
+    server = chat.run_on_terminal("server", "0", "--host", "127.0.0.1", "--store", ":memory:")
+    server.see_match(r"\[Server listening on .*\]\r")
+    server.signal(signal.SIGHUP)
+    assert server.wait() == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
+def test_full_disk_neither_ends_nor_blocks_the_server(chat: Chat) -> None:
+    server = chat.server("--log-level", "debug", "--log-file", "/dev/full")
+    for _ in range(5):
+        server.signal(signal.SIGUSR1)
+    bob = chat.client("bob")
+    alice = chat.client("alice")
+    alice.wait_for("bob")
+    alice.feed("send bob hello\n")
+    alice.see(received("bob"))
+    assert (alice.finish(), bob.finish()) == (0, 0)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0 and not server.err.data
+
+
+def test_json_log_is_one_object_a_line(chat: Chat) -> None:
+    log = chat.directory / "log.json"
+    server = chat.server("--log-level", "info", "--log-file", str(log), "--log-format", "json")
+    chat.absent("b\u00f6b")
+    wait_for_log(chat, log, "deregistered")
+    server.signal(signal.SIGUSR1)
+    wait_for_log(chat, log, "summary")
+    records: List[Dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(record["level"], record["message"].split(" ")[0]) for record in records] == [
+        ("info", "b\u00f6b"), ("info", "b\u00f6b"), ("info", "summary")]
+    assert all(JSON_TIME.fullmatch(record["time"]) for record in records)
+    at = datetime.strptime(records[0]["time"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
+    assert abs((datetime.now(timezone.utc) - at).total_seconds()) < 60
+    assert set(records[0]) == {"time", "level", "message"}
+    assert records[2]["nicks"] == 1 and records[2]["clients"] == 0
+
+
+def test_json_log_shows_control_characters_as_escapes() -> None:
+    text = "x\x1b[2J\n\u2028\udcff"
+    line = udpchat.json_line(0.0625, udpchat.ERROR, text, {})
+    assert line.isascii() and line.isprintable()
+    assert json.loads(line) == {"time": "1970-01-01T00:00:00.062Z", "level": "error", "message": text}
+
+
+def test_client_takes_the_same_options(chat: Chat) -> None:
+    log = chat.directory / "client.log"
+    environment = {"XDG_STATE_HOME": "/dev/null/nowhere"}
+    client = chat.run("client", "bob", "127.0.0.1", str(chat.port), "--log-file", str(log), "--log-format", "json",
+                      environment=environment)
+    assert client.finish() == 0 and not client.err.data
+    [record] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert record["level"] == "warning" and "no identity" in record["message"]
+
+
+@pytest.mark.parametrize("options", [["--log-format", "xml"], ["--log-level", "loud"], ["--log-file"]], ids=repr)
+@pytest.mark.parametrize("mode", [["server", "0"], ["client", "alice"]], ids=repr)
+def test_wrong_log_options_are_wrong_arguments(chat: Chat, mode: List[str], options: List[str]) -> None:
+    ended = chat.complete(*mode, *options)
+    assert ended.wait() == 2 and len(ended.errors) == 1
+
+
+# --- the counters ---------------------------------------------------------------------------------------------
+
+def test_sigusr1_tells_what_there_is_whatever_the_level(chat: Chat) -> None:
+    log = chat.directory / "server.log"
+    server = chat.server("--log-level", "error", "--log-file", str(log))
+    first = summary(chat, server, log)
+    assert first["clients"] == first["online"] == first["nicks"] == first["messages_kept"] == 0
+    chat.absent("carol")
+    alice = chat.client("alice")
+    bob = chat.client("bob")
+    alice.wait_for("bob")
+    alice.feed("send carol one\nsend carol t\u00e4o\n")
+    alice.see(SAVED, SAVED)
+    now = summary(chat, server, log)
+    assert (now["clients"], now["online"], now["nicks"]) == (2, 2, 3)
+    assert (now["messages_kept"], now["bytes_kept"]) == (2, len("onet\u00e4o".encode()))
+    assert (now["save_streams"], now["mail_streams"], now["probes"]) == (1, 0, 0)
+    assert now["datagrams_in"] > first["datagrams_in"] and now["bytes_in"] >= 128 * 3
+    assert now["datagrams_out"] > 3 and now["bytes_out"] > now["datagrams_out"]
+    assert now["drop_no_cookie"] == 3 and now["drop_wrong_cookie"] == now["drop_invalid"] == 0
+    assert not any(now[name] for name in ("refusals", "store_failures", "not_sent")) and 0 <= now["uptime"] < 60
+    assert len(messages(log)) == 2
+    assert (alice.finish(), bob.finish()) == (0, 0)
+    after = summary(chat, server, log)
+    assert (after["clients"], after["online"], after["nicks"], after["messages_kept"]) == (0, 0, 3, 2)
+
+
+def test_drops_are_counted_by_their_reason(chat: Chat) -> None:
+    log = chat.directory / "server.log"
+    server = chat.server("--log-file", str(log))
+    session = bytes(16)
+    request = {"id": 1, "nick": "bob", "cookie": session}
+    datagrams = {
+        "drop_invalid": b"\xc1 nonsense",
+        "drop_not_for_servers": encode("bye", {"session": session}),
+        "drop_no_cookie": encode("reg", {"id": 1, "nick": "bob"}),
+        "drop_wrong_cookie": encode("reg", request),
+        "drop_unknown_session": padded("dereg", {"session": session}, 184),
+        "drop_unknown_stream": encode("ack", {"stream": 5, "next": 1, "have": [], "room": 0}),
+    }
+    before = summary(chat, server, log)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", chat.port))
+        for count, datagram in enumerate(datagrams.values(), 1):
+            for _ in range(count):
+                sock.send(datagram)
+    sent = sum(range(1, len(datagrams) + 1))
+    now = before
+    while now["datagrams_in"] < before["datagrams_in"] + sent:
+        now = summary(chat, server, log)
+    assert {name: now[name] - before[name] for name in datagrams} == {
+        name: count for count, name in enumerate(datagrams, 1)}
+    size = sum(count * len(datagram) for count, datagram in enumerate(datagrams.values(), 1))
+    assert now["bytes_in"] - before["bytes_in"] == size and now["clients"] == 0
+
+
+def test_refused_nicks_are_counted(chat: Chat) -> None:
+    log = chat.directory / "server.log"
+    server = chat.server("--log-file", str(log))
+    chat.client("bob")
+    assert chat.complete("client", "bob", "127.0.0.1", str(chat.port), "--anonymous").wait() == 1
+    assert summary(chat, server, log)["refusals"] == 1
+
+
+def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
+    class World:
+        random = udpchat.SystemRandom()
+
+        def now(self) -> float:
+            return 0.0
+    server = udpchat.Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    counters = server.counters()
+    assert all(type(count) is int and count == 0 for count in counters.values())
+    assert all(re.fullmatch("[a-z_]+", name) for name in counters)
+    assert {f"drop_{why}" for why in udpchat.DROPS} <= set(counters)
+
+
+# --- start and end --------------------------------------------------------------------------------------------
+
+def join_line(chat: Chat, *options: str) -> "re.Match[bytes]":
+    """The second line of a server that was started on a terminal."""
+    server = chat.run_on_terminal("server", "0", "--store", ":memory:", *options)
+    server.see_match(r"\[Server listening on .*\]\r")
+    server.next_line()
+    found = TERMINAL_LINE.search(server.out.data)
+    assert found is not None, server.out.data
+    return found
+
+
+def test_on_a_terminal_the_server_says_how_to_join(chat: Chat) -> None:
+    found = join_line(chat, "--host", "127.0.0.1")
+    assert found.groups()[:2] == (b"python udpchat.py", b"127.0.0.1")
+    client = chat.client("bob", host="127.0.0.1", port=int(found.group(3)))
+    assert client.finish() == 0
+
+
+def test_the_address_to_join_at_is_one_of_this_machine(chat: Chat) -> None:
+    host = join_line(chat).group(2).decode()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
+
+
+def test_without_a_way_out_the_address_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_socket(*arguments: int) -> None:
+        raise OSError(101, "Network is unreachable")
+    monkeypatch.setattr("udpchat.socket.socket", no_socket)
+    assert [udpchat.reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3", "fe80::1")] == [
+        "127.0.0.1", "127.0.0.1", "10.1.2.3", "fe80::1"]
+
+
+@pytest.mark.parametrize("called, program", [
+    ("udpchat.py", "python udpchat.py"), ("/opt/chat/udpchat.py", "python udpchat.py"),
+    ("/usr/bin/udpchat", "udpchat"), ("-c", "udpchat")])
+def test_the_program_to_join_with_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch, called: str,
+                                                             program: str) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    assert udpchat.how_to_join(("10.1.2.3", 4119)) == f"[Join with: {program} client NICK 10.1.2.3 4119]\n"
+
+
+def test_on_a_pipe_the_server_says_one_line(chat: Chat) -> None:
+    server = chat.server()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert bytes(server.out.data) == f"[Server listening on 127.0.0.1:{chat.port}]\n".encode()
+
+
+def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
+    """A signal at any moment from the first line of ``main`` on; before, Python itself is what starts."""
+    script = ("import os, signal, sys, threading, time, udpchat\n"
+              "def later():\n"
+              "    time.sleep(float(sys.argv.pop()))\n"
+              "    os.kill(os.getpid(), signal.SIGINT)\n"
+              "threading.Thread(target=later, daemon=True).start()\n"
+              "sys.exit(udpchat.main())\n")
+    command, paths = [sys.executable, "-c", script], {"PYTHONPATH": str(ROOT)}
+    for step in range(12):
+        server = chat.run("server", "0", "--store", str(chat.directory / f"{step}.db"), str(step / 1000),
+                          command=command, environment=paths)
+        assert server.wait() == 0 and not server.err.data, server.err.data
