@@ -22,7 +22,11 @@ when the socket was read empty (``calm``), and the time in which this process it
 """
 from __future__ import annotations
 
-# The start of the program is measured (tests/bench.py): what takes long to import is imported where it is used.
+# The start of the program is measured (tests/bench.py): what takes long to import is imported where it is used, and
+# the garbage collector does not look at what is imported, now and again, since all of it stays.
+import gc
+if gc.isenabled():
+    gc.disable()
 import argparse
 import errno
 import functools
@@ -47,6 +51,8 @@ from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStrea
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
+gc.freeze()
+gc.enable()
 
 VERSION = "1.0.0"
 
