@@ -1030,7 +1030,7 @@ TIMES_KEPT = 8192         # runs of sending times; more sends than a client queu
 
 DIRECT, SAVE, RELAY = "direct", "save", "relay"     # the routes
 RECEIVED, SAVED, REFUSED, SILENT = "received", "saved", "refused", "silent"
-NO_ACK, OFFLINE, EXISTS = "no ack", "offline", "exists"
+NO_ACK, OFFLINE, EXISTS = "no-ack", "offline", "exists"
 
 
 class Event(NamedTuple):

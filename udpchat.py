@@ -43,7 +43,7 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import protocol
 from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed, encode,
@@ -51,6 +51,9 @@ from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStrea
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
+
+from terminal import (FOR_PEOPLE, PASTE_OFF, PASTE_ON, ROUTINE, STATUS, Action, Editor, History, JsonLines, Lines,
+                      Prompt, Screen, Style, Terminal, clean, wants_color)
 gc.freeze()
 gc.enable()
 
@@ -1366,52 +1369,29 @@ LINES_PER_TURN = 512      # of stdin that are carried out before the network get
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
 COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
+PROGRESS_INTERVAL = 0.5   # s between looks at how far a long pipe is
+PROGRESS_LINES = 1000     # sends from which on it is long
+SHOWN_OF_LINE = 80        # characters of a line that nobody understands
+STDIN_LIMIT = 4 * protocol.MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
 LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
-PROMPT = b">>> "
-ERASE_LINE = b"\r\x1b[K"
-
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls
-CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
+WAITS_SHOWN = 3           # recipients named there, at most
+JSON_LIMIT = 6 * protocol.MAX_TEXT + 4096   # bytes of a line that is a JSON object: every character may be escaped
 
 JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
 
-EVENT_LINES = {
-    protocol.RECEIVED: "[Message received by {}.]",
-    protocol.SAVED: "[Messages received by the server and saved]",
-    protocol.NO_ACK: "[No ACK from {}, message sent to server.]",
-    protocol.OFFLINE: "[{} is offline, message sent to server.]",
-    protocol.EXISTS: "[Client {} exists!!]",
-}
-REFUSALS = {
-    "unknown": "[Unknown client {}.]",
-    "full": "[Mailbox of {} is full, message not saved.]",
-    "disk": "[The server cannot save messages now, message for {} not saved.]",
-}
+CLOSINGS = (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED)
+REFUSALS = ("unknown", "full", "disk")      # that have a line of their own
 
 HELP = """\
 send NICK MESSAGE   send MESSAGE (the rest of the line) to NICK
+talk NICK           send every line to NICK from now on; commands then begin with / (/who, /end ends it)
 dereg NICK          go offline (NICK: your own)
 reg NICK            come online again
 who                 show everybody who is known
 help                show this
 quit                go offline and end
 """
-
-
-def clean(text: str) -> str:
-    """``text`` with every control character as its escape: fit for one line of a terminal."""
-    if text.isprintable():
-        return text
-    return CONTROL.sub(lambda match: ("\\x%02x" if match.group() < "\u0100" else "\\u%04x") % ord(match.group()), text)
-
-
-@functools.lru_cache(maxsize=1024)
-def show_time(at: float) -> str:
-    """A wall-clock time in local time, for people."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    except (OverflowError, ValueError, OSError):
-        return "at an unknown time"
 
 
 class LongLine(str):
@@ -1421,9 +1401,47 @@ class LongLine(str):
 
 
 class Sends(str):
-    """Lines that all send to one nick, as one: a read of a pipe mostly is that. The string is what they begin with."""
+    """Texts for one nick. The string is what such a line begins with.
+
+    Lines that all send to one nick become one of these: a read of a pipe mostly is that.
+    """
 
     texts: List[str]
+    typed = True            # as lines, which mean something else while one talks to somebody
+    ref: object = None      # what the sender calls it
+    size = 0                # bytes of a text that was cut off because it is too long
+
+
+class Command(str):
+    """A command, whether one talks to somebody or not."""
+
+
+def sends(nick: str, text: str, ref: object = None, size: int = 0) -> Sends:
+    """One text for ``nick``, whatever is in it."""
+    command = Sends(f"send {nick} ")
+    command.texts, command.typed, command.ref, command.size = [text], False, ref, size
+    return command
+
+
+SURROGATES = re.compile("[\ud800-\udfff]")      # that JSON can name, and UTF-8 cannot
+
+
+def command_of(line: str) -> Optional[str]:
+    """What a JSON object on stdin asks for: ``Sends`` or a ``Command``; None if that is nothing that there is."""
+    import json
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if type(found) is not dict:
+        return None
+    nick, text = found.get("send"), found.get("text")
+    if type(nick) is str and type(text) is str and len(nick.split()) == 1:
+        return sends(SURROGATES.sub("\ufffd", nick), SURROGATES.sub("\ufffd", text), found.get("ref"))
+    for name in ("dereg", "reg"):
+        if type(found.get(name)) is str:
+            return Command(name + " " + SURROGATES.sub("?", found[name]))
+    return next((Command(name) for name in ("who", "help", "quit") if found.get(name) is True), None)
 
 
 def group_sends(text: str) -> List[str]:
@@ -1438,6 +1456,15 @@ def group_sends(text: str) -> List[str]:
             sends.texts = text[end:].split("\n" + start)
             return [sends]
     return text.split("\n")
+
+
+class Sent(NamedTuple):
+    """A message on its way: what an event says of which one it is."""
+
+    number: int         # the first that it takes in its stream
+    id: str
+    ref: object         # what its sender calls it
+    began: float        # s, when it was queued
 
 
 class Request:
@@ -1489,10 +1516,11 @@ class Client:
     def __init__(self, loop: Any, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
                  secret: Optional[bytes] = None, ack_timeout: float = protocol.ACK_TIMEOUT, stay: bool = False,
                  mtu: int = protocol.MAX_DATAGRAM, errors: Optional[Output] = None,
-                 interactive: bool = False) -> None:
+                 lines: Optional[Lines] = None, prompt: Optional[Prompt] = None) -> None:
         self.loop = loop
         self.output = output
         self.errors = errors if errors is not None else Output(len)
+        self.lines = lines if lines is not None else Lines()
         self.nick = nick
         self.server = server
         self.exit_code: Optional[int] = None
@@ -1504,9 +1532,9 @@ class Client:
         self._ack_timeout = ack_timeout
         self._stay = stay
         self._mtu = mtu
-        self._interactive = interactive
-        self._prompt_shown = False              # the next command was asked for
-        self._line_is_used = False              # a prompt may stand where the next line goes
+        self._prompt = prompt                   # on a terminal
+        self._on_its_way: Dict[str, Deque[Sent]] = {}   # to whom what was sent, if anybody wants to know of which
+        self._keeps_track = self.lines.is_for_programs or prompt is not None
         # what the server gave
         self._session: Optional[bytes] = None
         self._boot = 0
@@ -1542,7 +1570,9 @@ class Client:
         self._outbox = Outbox(nick, mtu, ack_timeout)
         self._outbox_alarm = Alarm(loop, lambda: None)      # the end of the turn polls it
         # commands
+        self._talk = ""                         # to whom every line goes
         self._buffer = b""
+        self._line_limit = JSON_LIMIT if self.lines.is_for_programs else LINE_LIMIT
         self._skipped = 0                       # bytes of a line that is too long
         self._lines: Deque[str] = deque()
         self._input_ended = False
@@ -1552,31 +1582,35 @@ class Client:
         self._deadline = NEVER
         self._failed = False                    # some message was neither delivered nor kept
         self._undelivered = 0
+        self.queued = self.closed = 0           # messages, in all
         self._result = 0
+        self._wait_alarm = Alarm(loop, lambda: None)        # the end of the turn shows who waits
         self._commands: Dict[str, Callable[[str, List[str]], None]] = {
-            "dereg": self._do_dereg, "reg": self._do_reg, "who": self._do_who, "help": self._do_help,
-            "quit": self._do_quit}
+            "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
+            "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
         self._from_server: Dict[str, Callable[[Info], None]] = {
             "table": self._on_table, "ack": self._on_saved, "nack": self._on_refusal, "exists": self._on_exists,
             "mail": self._on_mail, "refused": self._on_refused, "bye": self._on_bye}
 
     # lines
 
-    def say(self, line: str, times: int = 1) -> None:
-        """Shows a line (that often)."""
-        self._write((line + "\n").encode() * times)
+    def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
+        """Shows a line for an event (that often)."""
+        self._write(self.lines.event(event, **fields).encode() * times)
 
     def _write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
-        """Appends to the output; on a terminal, in place of the prompt."""
-        if data and self._line_is_used:
-            self.output.write(ERASE_LINE)
-            self._prompt_shown = self._line_is_used = False
-        self.output.write(data, written)
+        """Appends to the output; on a terminal, above the prompt."""
+        if data and self._prompt is not None:
+            self.output.write(self._prompt.erase())
+        if data or written is not None:
+            self.output.write(data, written)
 
-    def _hand_back(self, nick: str, text: str) -> None:
+    def _hand_back(self, nick: str, text: str, sent: Optional[Sent] = None, ref: object = None) -> None:
         """Names a message that was not delivered, as the line that would send it again."""
         self._undelivered += 1
-        self.errors.write(f"send {nick} {text}\n".encode())
+        ref = ref if sent is None else sent.ref
+        self.errors.write(self.lines.undelivered(nick, text, ref).encode())
+        self.tell("undelivered", to=nick, text=text, ref=ref, id=None if sent is None else sent.id)
 
     # registering
 
@@ -1611,13 +1645,13 @@ class Client:
         if info["id"] != self._reg_id or not self._request.is_running or info["nick"] != self.nick:
             return
         self._request.stop()
-        self._server_heard()
+        self._server_heard(same=False)
         self._session = info["session"]
         self._outbox.register(info["session"])
         self._inbox.forget_mail(self.loop.now())
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
-        self.say("[Welcome, You are registered.]")
+        self.tell("registered", nick=self.nick)
         if info["boot"] != self._boot:
             self._boot = info["boot"]
             self._fresh = Table()
@@ -1658,12 +1692,7 @@ class Client:
         if reason == "full" and not self._is_starting():
             self.loop.call_at(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL), self._try_again)
             return
-        if reason == "full":
-            self.say("[The server is full.]")
-        elif reason == "owned":
-            self.say(f"[Nickname {self.nick} belongs to someone else.]")
-        else:
-            self.say(f"[Nickname {self.nick} is taken.]")
+        self.tell({"full": "server-full", "owned": "owned"}.get(reason, "taken"), nick=self.nick)
         self._give_up(1)
 
     def _try_again(self) -> None:
@@ -1673,16 +1702,19 @@ class Client:
 
     # the server's life
 
-    def _server_heard(self) -> None:
+    def _server_heard(self, same: bool = True) -> None:
+        """Takes note that the server is there; ``same``: and still knows this session."""
         self._heard = True
         if self._outbox.lost:
             self._outbox.lost = False
             self._plan_ping()
+            if same:
+                self.tell("back")
 
     def _server_silent(self, always: bool = False) -> None:
         """Announces an outage, once; ``always``: again, because the program ends over it."""
         if not self._outbox.lost or always:
-            self.say("[Server not responding]")
+            self.tell("silent")
         if not self._outbox.lost:
             self._outbox.lost = True
             if self._session is not None:
@@ -1731,8 +1763,9 @@ class Client:
             elif self.state == LEAVING and self._dereg.is_running:
                 self._leave_check()
             return
-        self._server_heard()
-        if info["boot"] != self._boot:
+        same = info["boot"] == self._boot
+        self._server_heard(same)
+        if not same:
             self._session_is_gone()
             return
         self._plan_ping()
@@ -1943,25 +1976,20 @@ class Client:
 
     def _show(self) -> None:
         """Hands to the output what is ready, as long as it has room."""
-        for sender, texts, times, written in self._inbox.take(self.loop.now(), self._has_output_room):
-            if not texts:
-                self._write(b"", written)
-                continue
-            if not "".join(texts).isprintable():
-                texts = [clean(text) for text in texts]
-            if times:
-                self._greet()
-                lines = [f"{sender}: <{show_time(at)}> {text}\n" for text, at in zip(texts, times)]
-                self._write("".join(lines).encode(), written)
+        for delivery in self._inbox.take(self.loop.now(), self._has_output_room):
+            if delivery.texts:
+                via = "direct" if not delivery.times else "relay" if self._visible else "mail"
+                if delivery.times:
+                    self._greet()
+                self._write(self.lines.messages(delivery, via).encode(), delivery.written)
             else:
-                start = sender + ": "
-                self._write((start + ("\n" + start).join(texts) + "\n").encode(), written)
+                self._write(b"", delivery.written)
         self._ask_about_mail()
 
     def _greet(self) -> None:
         """Announces the mail that comes first after coming online."""
         if not self._greeted and not self._visible:
-            self.say("[You have messages]")
+            self.tell("mail")
         self._greeted = True
 
     def _has_output_room(self) -> bool:
@@ -1984,7 +2012,6 @@ class Client:
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
-        self._prompt_shown = False      # and asked for anew; what stands on its line is erased before the next line
         if not data:
             self._input_ended = True
             if self._buffer or self._skipped:
@@ -1997,14 +2024,14 @@ class Client:
             self._skipped = 0
         else:
             self._buffer += data
-        if len(self._buffer) > LINE_LIMIT:
-            self._skipped += len(self._buffer) - LINE_LIMIT
-            self._buffer = self._buffer[:LINE_LIMIT]
+        if len(self._buffer) > self._line_limit:
+            self._skipped += len(self._buffer) - self._line_limit
+            self._buffer = self._buffer[:self._line_limit]
 
     def _take_lines(self, data: bytes) -> None:
         if self._skipped:
             first, newline, data = data.partition(b"\n")
-            line = LongLine(first[:LINE_LIMIT].decode("utf-8", "replace"))
+            line = LongLine(first[:self._line_limit].decode("utf-8", "replace"))
             line.size = len(first) + self._skipped
             self._lines.append(line)
             if not newline:
@@ -2016,44 +2043,125 @@ class Client:
         for _ in range(LINES_PER_TURN):
             if not self._lines or self._quit or self._ending or not (self._may_command() and self._has_room()):
                 return
-            line = self._lines[0]
+            line = self._command(self._lines.popleft())
             if line.startswith("send ") and self.state == ACTIVE:
-                if not self._do_send():
+                if not self._do_send(line):
                     return
                 continue
-            self._lines.popleft()
             words = line.split()
             if words:
                 self._do(words[0], line, words[1:])
 
+    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
+        """Takes lines that somebody typed at a terminal, and leaves them there to be seen.
+
+        ``pasted``: all but the first are from another place, where a ``/`` meant nothing.
+        """
+        if self._ending:
+            return
+        for count, line in enumerate(lines):
+            if count and pasted and self._talk and line.startswith("/"):
+                line = "/" + line
+            self._write((self._asking() + clean(line) + "\n").encode("utf-8", "replace"))
+            self._lines.append(line)
+
+    def put(self, nick: str, text: str) -> None:
+        """Takes one text for one nick, as if it had come in by ``feed``."""
+        self._lines.append(sends(nick, text))
+
+    def end_of_input(self) -> None:
+        """No more commands come."""
+        self.feed(b"")
+
+    def _command(self, line: str) -> str:
+        """What a line asks for: as it is, or what it means while one talks to somebody, or what its JSON says."""
+        if isinstance(line, Command) or isinstance(line, Sends) and not line.typed:
+            return line
+        if self._talk:
+            return self._command_in_talk(line)
+        if self.lines.is_for_programs and line.startswith("{"):
+            command = command_of(line)
+            if command is None:
+                self._failed = True
+                self.tell("object", line=clean(line[:SHOWN_OF_LINE]))
+            return command if command is not None else Command("")
+        return line
+
+    def _command_in_talk(self, line: str) -> str:
+        """A text for whom one talks to; with ``/``, a command; with ``//``, a text that begins with one."""
+        if isinstance(line, Sends):
+            first, *others = [line + text for text in line.texts]
+            self._lines.extendleft(reversed(others))
+            return self._command_in_talk(first)
+        if line.startswith("/") and not line.startswith("//"):
+            return Command(line[1:])
+        if not line:
+            return Command("")
+        size = line.size if isinstance(line, LongLine) else 0
+        return sends(self._talk, line[1:] if line.startswith("//") else line, None, size)
+
+    def _asking(self) -> str:
+        """What stands before the line that is typed."""
+        return f"{self._talk}>>> "
+
     def _do(self, name: str, line: str, words: List[str]) -> None:
+        slash = "/" if self._talk else ""
         if name == "send" and self.state == ACTIVE:
-            self.say("[Usage: send NICK MESSAGE]")
-        elif self.state == AWAY and name not in ("reg", "help", "quit"):
-            self.say(f"[You are offline. Use: reg {self.nick}]", len(line.texts) if isinstance(line, Sends) else 1)
-        elif name not in self._commands:
-            self.say(f"[Unknown command {clean(name)}, try help.]")
+            self.tell("usage", usage=f"{slash}send NICK MESSAGE")
+        elif self.state == AWAY and name not in ("reg", "help", "quit", "end"):
+            for _ in line.texts if isinstance(line, Sends) else ("",):
+                self.tell("away", usage=f"{slash}reg {self.nick}")
+        elif name not in self._commands or name == "end" and not self._talk:
+            self.tell("command", name=clean(slash + name), help=slash + "help")
         else:
             self._commands[name](name, words)
+
+    def complete(self, before: str) -> Tuple[int, List[str]]:
+        """What the word at the end of ``before`` may become: where it begins, and the candidates, best first."""
+        start = before.rfind(" ") + 1
+        words, word = before[:start].split(), before[start:]
+        slash = "/" if self._talk else ""
+        if not words:
+            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or self._talk]
+            return start, [name for name in found if slash + word and name.startswith(word)]
+        if len(words) > 1 or words[0] not in [slash + name for name in ("send", "talk", "dereg", "reg")]:
+            return start, []
+        if words[0] in (slash + "dereg", slash + "reg"):
+            return start, [self.nick] if self.nick.startswith(word) else []
+        known = sorted((entry.state != ONLINE, nick) for nick, entry in self.table.entries.items() if nick != self.nick)
+        return start, [nick for _, nick in known if nick.startswith(word)]
 
     def _wants(self, name: str, words: List[str], usage: str = "") -> bool:
         """Whether a command has the words that its usage asks for; says so if not."""
         if len(words) == len(usage.split()):
             return True
-        self.say(f"[Usage: {name} {usage}]" if usage else f"[Usage: {name}]")
+        self.tell("usage", usage=("/" if self._talk else "") + f"{name} {usage}".rstrip())
         return False
+
+    def _do_talk(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words, "NICK"):
+            nick = unicodedata.normalize("NFC", words[0])
+            if self.table.get(nick) is None:
+                self._failed = True     # whoever talks on would talk to nobody
+                self.tell("unknown", to=clean(nick))
+            else:
+                self._talk = nick
+
+    def _do_end(self, name: str, words: List[str]) -> None:
+        if self._wants(name, words):
+            self._talk = ""
 
     def _do_dereg(self, name: str, words: List[str]) -> None:
         if self._wants(name, words, "NICK"):
             if unicodedata.normalize("NFC", words[0]) != self.nick:
-                self.say("[You can only deregister yourself.]")
+                self.tell("dereg-other")
             else:
                 self._quit = name
 
     def _do_reg(self, name: str, words: List[str]) -> None:
         if self._wants(name, words, "NICK"):
             if unicodedata.normalize("NFC", words[0]) != self.nick:
-                self.say(f"[You can only register as {self.nick}.]")
+                self.tell("reg-other", nick=self.nick)
             elif self.state == AWAY:
                 self.state = JOINING
                 self._outbox.away = False
@@ -2061,71 +2169,85 @@ class Client:
                 self._accepting = True
                 self._register()
             else:
-                self.say("[You are registered already.]")
+                self.tell("registered-already")
 
     def _do_who(self, name: str, words: List[str]) -> None:
         if not self._wants(name, words):
             return
-        entries = sorted(self.table.entries.values())
-        addresses = [show_address((entry.host, entry.port)) for entry in entries]
-        wide = max((len(entry.nick) for entry in entries), default=0)
-        far = max(map(len, addresses), default=0)
-        for entry, address in zip(entries, addresses):
-            self.say(f"{entry.nick:{wide}}  {address:{far}}  {entry.state}")
+        self._write(self.lines.clients([(entry.nick, show_address((entry.host, entry.port)), entry.state)
+                                        for entry in sorted(self.table.entries.values())]).encode())
 
     def _do_help(self, name: str, words: List[str]) -> None:
         if self._wants(name, words):
-            self._write(HELP.encode())
+            self._write(self.lines.help(HELP).encode())
 
     def _do_quit(self, name: str, words: List[str]) -> None:
         if self._wants(name, words):
             self._quit = name
 
-    def _do_send(self) -> bool:
-        """Queues the next line and those behind it that go to the same nick; False if it has to wait."""
-        nick, blank, _ = self._lines[0][5:].partition(" ")
+    def _do_send(self, line: str) -> bool:
+        """Queues what a line sends; False if it has to wait."""
+        nick, blank, _ = line[5:].partition(" ")
         if not blank or not nick:
-            self._lines.popleft()
-            self.say("[Usage: send NICK MESSAGE]")
+            self.tell("usage", usage="send NICK MESSAGE")
             return True
         prefix = f"send {nick} "
         nick = unicodedata.normalize("NFC", nick)
+        ref = line.ref if isinstance(line, Sends) else None
         if self.table.get(nick) is None:
-            texts = self._take_texts(prefix, protocol.QUEUE_LIMIT)
+            texts = self._take_texts(line, prefix, protocol.QUEUE_LIMIT)
             self._failed = True
-            self.say(f"[Unknown client {clean(nick)}.]", len(texts))
+            if self.lines.is_for_programs:
+                for text in texts:
+                    self.tell("unknown", to=clean(nick), text=text, ref=ref)
+            else:
+                self.tell("unknown", len(texts), to=clean(nick))
             return True
         room = self._outbox.room(nick)
         if not room and not self._outbox.is_stuck(nick):
+            self._lines.appendleft(line)
             return False
-        texts = self._take_texts(prefix, room or protocol.QUEUE_LIMIT)
+        texts = self._take_texts(line, prefix, room or protocol.QUEUE_LIMIT)
         if texts and room:
-            if nick not in self._outbox.conversations:
-                self._outbox.open(self.loop.now(), nick, self._place(nick), new_id(self.loop))
-            self._outbox.send(self.loop.now(), nick, texts, self.loop.wall())
+            self._queue(nick, texts, ref)
         for text in texts if not room else ():
-            self._hand_back(nick, text)
+            self._hand_back(nick, text, None, ref)
         return True
 
-    def _take_texts(self, prefix: str, most: int) -> List[str]:
-        """The texts of the next lines with that prefix, as many as may be queued; says which are too long."""
-        first = self._lines[0]
-        if not isinstance(first, Sends):
-            texts = [self._lines.popleft()[len(prefix):]]
-        elif len(first.texts) <= max(1, most):
-            self._lines.popleft()
-            texts = first.texts
-        else:
-            texts, first.texts = first.texts[:max(1, most)], first.texts[max(1, most):]
-        if len(max(texts, key=len)) * 4 <= protocol.MAX_TEXT:
-            return texts
-        size = first.size - len(prefix.encode()) if isinstance(first, LongLine) else 0
-        return [text for text in texts if self._fits(max(size, len(text.encode())))]
+    def _queue(self, nick: str, texts: List[str], ref: object) -> None:
+        if nick not in self._outbox.conversations:
+            self._outbox.open(self.loop.now(), nick, self._place(nick), new_id(self.loop))
+        if self._keeps_track:
+            self._track(self._outbox.conversations[nick].stream, nick, texts, ref)
+        self._outbox.send(self.loop.now(), nick, texts, self.loop.wall())
+        self.queued += len(texts)
 
-    def _fits(self, size: int) -> bool:
+    def _track(self, stream: SendStream, nick: str, texts: List[str], ref: object) -> None:
+        """Takes note of what is to be sent, to say later of which message an event is."""
+        number = stream.end
+        sent = self._on_its_way.setdefault(nick, deque())
+        for text in texts:
+            sent.append(Sent(number, f"{stream.stream}:{number}", ref, self.loop.now()))
+            number += len(protocol.split_text(text))
+
+    def _take_texts(self, line: str, prefix: str, most: int) -> List[str]:
+        """The texts of a line, as many as may be queued; the rest is put back. Says which are too long."""
+        if isinstance(line, Sends):
+            texts, size = line.texts, line.size
+            if len(texts) > max(1, most):
+                texts, line.texts = texts[:max(1, most)], texts[max(1, most):]
+                self._lines.appendleft(line)
+        else:
+            texts = [line[len(prefix):]]
+            size = line.size - len(prefix.encode()) if isinstance(line, LongLine) else 0
+        if len(max(texts, key=len)) * 4 <= protocol.MAX_TEXT and not size:
+            return texts
+        return [text for text in texts if self._fits(max(size, len(text.encode())), line)]
+
+    def _fits(self, size: int, line: str) -> bool:
         if size > protocol.MAX_TEXT:
             self._failed = True
-            self.say(f"[Message too long: {size} bytes, at most {protocol.MAX_TEXT}.]")
+            self.tell("too-long", size=size, to=line[5:].split(" ")[0], ref=getattr(line, "ref", None))
         return size <= protocol.MAX_TEXT
 
     # settling
@@ -2142,7 +2264,7 @@ class Client:
         self._send_messages()
         if self._table_news and self._has_output_room():
             self._table_news = False
-            self.say("[Client table updated.]")
+            self.tell("table")
         if self._inbox.has_news:
             self._show()
         self.output.flush()
@@ -2152,8 +2274,8 @@ class Client:
         waiting = self.output.pending
         if waiting:
             self.output.flush()
-        if self._interactive:
-            self._prompt()
+        if self._prompt is not None:
+            self._ask(self._prompt)
         moved = self.output.pending < waiting      # what waited for that has not seen it yet
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
@@ -2200,19 +2322,59 @@ class Client:
         if event.kind == protocol.SILENT:
             self._server_silent()
             return
-        line = EVENT_LINES.get(event.kind)
-        if line is None:
+        name = event.kind
+        if name == protocol.REFUSED:
             self._failed = True
-            line = REFUSALS.get(event.reason, REFUSALS["disk"])
-        self.say(line.format(nick), event.messages)
+            name = event.reason if event.reason in REFUSALS else "disk"
+        if event.kind in CLOSINGS:
+            self.closed += event.messages
+        if not self._keeps_track:
+            self.tell(name, event.messages, to=nick)
+            return
+        for sent in self._meant(nick, event):
+            self.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(nick, event.kind, sent))
 
-    def _prompt(self) -> None:
-        """On a terminal, once all lines are written: asks for the next command."""
-        if not (self._prompt_shown or self.output.pending or self._quit or self._ending) \
-                and self._may_command():
-            self.output.write(ERASE_LINE + PROMPT)
-            self._prompt_shown = self._line_is_used = True
+    def _meant(self, nick: str, event: protocol.Event) -> List[Sent]:
+        """The messages that an event is about; forgets those that it closes."""
+        sent = self._on_its_way[nick]
+        if event.kind not in CLOSINGS:
+            return [message for message in sent if message.number >= event.first][:event.messages]
+        found = [sent.popleft() for _ in range(event.messages)]
+        if not sent:
+            del self._on_its_way[nick]
+        return found
+
+    def _outcome(self, nick: str, kind: str, sent: Sent) -> Dict[str, Any]:
+        """On which way a message went, and how many milliseconds it took, once it is closed."""
+        if kind not in CLOSINGS:
+            return {}
+        relayed = self._outbox.conversations[nick].route == protocol.RELAY
+        return {"via": "direct" if kind == protocol.RECEIVED else "relay" if relayed else "mail",
+                "ms": round((self.loop.now() - sent.began) * 1000, 3)}
+
+    def _ask(self, prompt: Prompt) -> None:
+        """On a terminal, once all lines are written: draws what waits, and asks for the next command."""
+        if not (self.output.pending or self._ending or self._quit == "quit"):
+            self.output.write(prompt.draw(self._waits(), self._asking()))
             self.output.flush()
+
+    def _waits(self) -> List[str]:
+        """A line for each recipient whose messages wait for longer than one thinks that they should."""
+        now, late, next_ = self.loop.now(), [], NEVER
+        for nick, sent in self._on_its_way.items():
+            if now >= sent[0].began + WAIT_SHOWN:
+                late.append(nick)
+            else:
+                next_ = min(next_, sent[0].began + WAIT_SHOWN)
+        self._wait_alarm.set(next_)
+        lines = [self._wait(nick, len(self._on_its_way[nick])) for nick in late[:WAITS_SHOWN]]
+        others = len(late) - WAITS_SHOWN
+        return lines + [f"[{others} more recipient{'s' * (others > 1)} to wait for.]"] * (others > 0)
+
+    def _wait(self, nick: str, count: int) -> str:
+        direct = self._outbox.conversations[nick].route == protocol.DIRECT
+        waiting = f"{count} message{'s' * (count > 1)}"
+        return f"[Waiting for {nick}: {waiting}.]" if direct else f"[Waiting for the server: {waiting} for {nick}.]"
 
     # leaving
 
@@ -2261,6 +2423,13 @@ class Client:
         if self.state == JOINING:
             self._conclude()
 
+    def time_is_over(self) -> None:
+        """Ends: what is not closed by now counts as not delivered."""
+        if not self._ending or self._deadline == NEVER:
+            self._end("signal", 0.0)
+            if self.state == JOINING:
+                self._conclude()
+
     def reader_gone(self) -> None:
         """Nobody reads stdout any more."""
         self.output.give_up()
@@ -2308,12 +2477,12 @@ class Client:
         self.state = AWAY
         self._outbox.away = True
         self._quit = ""
-        self.say("[You are Offline. Bye.]")
+        self.tell("left", nick=self.nick)
 
     def _give_up(self, code: int) -> None:
         """Ends the program over something: says so."""
         self._report()
-        self.say("[Exiting]")
+        self.tell("exiting")
         self._stop(code)
 
     def _conclude(self) -> None:
@@ -2332,20 +2501,21 @@ class Client:
         """Names every message that was not delivered: on stderr, as the line that would send it again."""
         self._tell_events()
         for nick, text in self._outbox.undelivered():
-            self._hand_back(nick, text)
+            sent = self._on_its_way.get(nick)
+            self._hand_back(nick, text, sent.popleft() if sent else None)
+        self._on_its_way.clear()
         self._hand_back_lines()
         if self._undelivered:
-            self.say(f"[{self._undelivered} message{'s' * (self._undelivered > 1)} not delivered.]")
+            self.tell("one-undelivered" if self._undelivered == 1 else "more-undelivered", count=self._undelivered)
 
     def _hand_back_lines(self) -> None:
         """Names the messages of the lines that were read, but not carried out any more."""
         while self._lines:
-            nick, blank, _ = self._lines[0][5:].partition(" ")
-            if self._lines[0].startswith("send ") and nick and blank:
-                for text in self._take_texts(f"send {nick} ", protocol.QUEUE_LIMIT):
-                    self._hand_back(nick, text)
-            else:
-                self._lines.popleft()
+            line = self._command(self._lines.popleft())
+            nick, blank, _ = line[5:].partition(" ")
+            if line.startswith("send ") and nick and blank:
+                for text in self._take_texts(line, f"send {nick} ", protocol.QUEUE_LIMIT):
+                    self._hand_back(nick, text, None, getattr(line, "ref", None))
 
 
 # --- identity -------------------------------------------------------------------------------------------------
@@ -2450,18 +2620,28 @@ def nick_argument(text: str) -> str:
     return nick
 
 
-def build_parser() -> Parser:
-    """The command line of the program."""
+def nicks_argument(text: str) -> List[str]:
+    """An argument type: nicks, with commas between them; each counts once."""
+    return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
+
+
+def build_parser(mode: str = "") -> Parser:
+    """The command line of the program; only the arguments of ``mode`` are there, to start sooner."""
     parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
                     epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client.")
     parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
-    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True)
-    common = Parser(add_help=False)
-    add_log_options(common)
-    port = number(0, 65535, "a port")
+    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True, prog="udpchat")
+    for name, (purpose, add_options) in MODES.items():
+        options = modes.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+        if name == mode:
+            add_options(options)
+            add_log_options(options)
+    return parser
 
-    server = modes.add_parser("server", parents=[common], help="keep the list of clients and the mail of those offline")
-    server.add_argument("port", nargs="?", type=port, default=DEFAULT_PORT, metavar="PORT",
+
+def add_server_options(server: Parser) -> None:
+    """The arguments of ``udpchat server``."""
+    server.add_argument("port", nargs="?", type=number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
                         help="default: %(default)s; 0: any")
     server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
     server.add_argument("--store", metavar="PATH", help="SQLite file (default: in the user's state directory);"
@@ -2480,32 +2660,66 @@ def build_parser() -> Parser:
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
                         help="free a nick, with its mail, and end; while no server has the store open")
 
-    client = modes.add_parser("client", parents=[common], help="chat")
-    client.add_argument("nick", nargs="?", metavar="NICK", help="default: the login name")
-    client.add_argument("server_host", nargs="?", default="127.0.0.1", metavar="SERVER-HOST",
-                        help="default: %(default)s")
-    client.add_argument("server_port", nargs="?", type=number(1, 65535, "a port"), default=DEFAULT_PORT,
-                        metavar="SERVER-PORT", help="default: %(default)s")
-    client.add_argument("client_port", nargs="?", type=port, default=0, metavar="CLIENT-PORT",
+
+def add_client_options(client: Parser) -> None:
+    """The arguments of ``udpchat client``."""
+    client.add_argument("nick", nargs="?", metavar="NICK", help="default: UDPCHAT_NICK, or the login name")
+    client.add_argument("server_host", nargs="?", metavar="SERVER-HOST",
+                        help="default: UDPCHAT_SERVER (HOST[:PORT]), or 127.0.0.1")
+    client.add_argument("server_port", nargs="?", type=number(1, 65535, "a port"), metavar="SERVER-PORT",
+                        help=f"default: {DEFAULT_PORT}")
+    client.add_argument("client_port", nargs="?", type=number(0, 65535, "a port"), default=0, metavar="CLIENT-PORT",
                         help="default: %(default)s, any")
-    client.add_argument("--ack-timeout", type=number(1, 60000, "a number of milliseconds"), metavar="MS",
+    client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
+    client.add_argument("--time", action="store_true", default=None,
+                        help="show the time of day before each line (default: on a terminal)")
+    client.add_argument("--no-time", action="store_false", dest="time", help="do not")
+    client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
+    add_chat_options(client)
+
+
+def add_send_options(send: Parser) -> None:
+    """The arguments of ``udpchat send``."""
+    send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
+    send.add_argument("text", nargs="*", metavar="TEXT", help="the message (default: all of stdin)")
+    send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
+    send.add_argument("--nick", metavar="NICK", help="one's own; default: UDPCHAT_NICK, or the login name")
+    send.add_argument("--timeout", type=number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
+                      help="after which what is not closed counts as not delivered (default: none)")
+    send.set_defaults(client_port=0, stay=False, time=False, bell=False)
+    add_chat_options(send)
+
+
+def add_chat_options(parser: Parser) -> None:
+    """The arguments of everybody who chats."""
+    parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
+    parser.add_argument("--quiet", action="store_true", help="show messages only, no status lines")
+    parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
+                        help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
+    parser.add_argument("--ack-timeout", type=number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(protocol.ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
-    client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
-    client.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
+    parser.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
                         default=protocol.MAX_DATAGRAM, help="largest datagram to send (default: %(default)s)")
-    client.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
+    parser.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
-    client.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
-    return parser
+    parser.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
+
+
+MODES: Dict[str, Tuple[str, Callable[[Parser], None]]] = {
+    "server": ("keep the list of clients and the mail of those offline", add_server_options),
+    "client": ("chat", add_client_options),
+    "send": ("send one message, and end", add_send_options),
+}
+SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line as options; raises Usage."""
     words = list(arguments)
-    if words and words[0] in ("-s", "-c"):
-        words[0] = {"-s": "server", "-c": "client"}[words[0]]
-    return build_parser().parse_args(words)
+    if words and words[0] in SHORT_FORMS:
+        words[0] = SHORT_FORMS[words[0]]
+    return build_parser(words[0] if words else "").parse_args(words)
 
 
 def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.AddressFamily, Address]:
@@ -2672,13 +2886,68 @@ def login_name() -> str:
         raise Usage("your login name is not a nick: give one") from None
 
 
-def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
-    """Runs a client; gives the exit code."""
+def own_nick(given: Optional[str]) -> str:
+    """The nick of this client: as given, as UDPCHAT_NICK says, or the login name; raises Usage if that is none."""
+    wanted = given if given is not None else os.environ.get("UDPCHAT_NICK")
     try:
-        nick = nick_argument(options.nick) if options.nick is not None else login_name()
+        return nick_argument(wanted) if wanted is not None else login_name()
     except argparse.ArgumentTypeError as error:
         raise Usage(str(error)) from None
-    family, server = resolve(options.server_host, options.server_port)
+
+
+def server_of(host: Optional[str], port: Optional[int]) -> Tuple[str, int]:
+    """Where the server is: as given, or as UDPCHAT_SERVER says (HOST[:PORT]), or here; raises Usage."""
+    if host is not None:
+        return host, port if port is not None else DEFAULT_PORT
+    return server_argument(os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
+
+
+def server_argument(text: str) -> Tuple[str, int]:
+    """``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address; raises Usage."""
+    parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
+    if parts is None:
+        return text, DEFAULT_PORT       # an IPv6 address
+    host, port = parts.group(1) or parts.group(3) or "", parts.group(2) if parts.group(1) else parts.group(4)
+    try:
+        return host, number(1, 65535, "a port")(port) if port is not None else DEFAULT_PORT
+    except argparse.ArgumentTypeError as error:
+        raise Usage(str(error)) from None
+
+
+def lines_for(options: argparse.Namespace, nick: str, loop: Loop, is_terminal: bool, style: Style) -> Lines:
+    """How events are told: as objects, as plain lines, or as lines for people."""
+    hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
+    if options.json:
+        return JsonLines(nick, loop.wall, hidden)
+    timed = options.time if options.time is not None else is_terminal and options.mode == "client"
+    return Lines(style, loop.wall if timed else None, hidden if is_terminal else hidden | FOR_PEOPLE,
+                 options.bell and is_terminal)
+
+
+def text_to_send(options: argparse.Namespace) -> str:
+    """What ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end."""
+    if options.text:
+        return " ".join(options.text).encode("utf-8", "replace").decode()
+    data = b""
+    while len(data) <= STDIN_LIMIT:
+        try:
+            more = os.read(STDIN, READ_SIZE)
+        except OSError:
+            break
+        if not more:
+            break
+        data += more
+    return data.decode("utf-8", "replace").rstrip("\n")
+
+
+def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
+    """Runs a client, or sends one message; gives the exit code."""
+    nick = own_nick(options.nick)
+    sending = options.mode == "send"
+    family, server = resolve(*(server_argument(options.server) if sending and options.server
+                               else server_of(None if sending else options.server_host,
+                                              None if sending else options.server_port)))
+    text = text_to_send(options) if sending else ""
     secret = secret_of(options)
     loop = Loop()
     try:
@@ -2687,27 +2956,141 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         complain(f"cannot use port {options.client_port}: {error.strerror}")
         return EXIT_FAILED
     port, reader, writer = Port(sock, loop), Reader(STDIN), Writer(STDOUT)
-    client = Client(loop, port.send, Output(writer.put), nick, normal(server), secret, options.ack_timeout / 1000,
-                    options.stay, options.mtu, errors, reader.is_terminal and writer.is_terminal)
+    output = Output(writer.put)
+    is_terminal = reader.is_terminal and writer.is_terminal and not options.json
+    style = Style(wants_color(options.color, is_terminal, os.environ))
+    prompt = desk = None
+    if is_terminal and not sending:
+        if os.environ.get("TERM") == "dumb":
+            prompt = Prompt()
+        else:
+            prompt = desk = Desk(lambda: client, output, Terminal(STDIN, STDOUT), style,
+                                 History(os.path.join(state_home(), "history")))
+    client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000,
+                    not sending and options.stay, options.mtu, errors,
+                    lines_for(options, nick, loop, is_terminal, style), prompt)
     port.receive = client.receive
-    loop.on_signal(signal.SIGINT, client.interrupt)
-    loop.on_signal(signal.SIGTERM, client.interrupt)
-    Console(loop, client, reader, writer, error_writer).start()
-    client.start()
-    loop.run()
-    loop.close()
+    console = Console(loop, client, reader, writer, error_writer, desk)
+    for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number_) is not signal.SIG_IGN:
+            loop.on_signal(number_, client.interrupt)
+    if sending:
+        for recipient in options.nicks:
+            client.put(recipient, text)
+        client.end_of_input()
+        if options.timeout is not None:
+            loop.call_at(loop.now() + options.timeout, client.time_is_over)
+    try:
+        console.start()
+        client.start()
+        loop.run()
+    finally:
+        console.close()
+        loop.close()
     return client.exit_code or 0
+
+
+class Desk(Prompt):
+    """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
+
+    def __init__(self, client: Callable[[], "Client"], output: Output, terminal: Terminal, style: Style,
+                 history: History) -> None:
+        super().__init__()
+        self._client = client
+        self._output = output
+        self._terminal = terminal
+        self._editor = Editor(history, lambda before: client().complete(before))
+        self._screen = Screen(*terminal.size(), style)
+        self._actions: Dict[str, Callable[[Action], None]] = {
+            "submit": lambda action: client().enter(action.lines, action.pasted),
+            "interrupt": lambda action: client().interrupt(),
+            "end": lambda action: client().end_of_input(),
+            "suspend": lambda action: self.suspend(),
+            "clear": lambda action: output.write(self._screen.clear_screen()),
+            "bell": lambda action: output.write(b"\a")}
+
+    def open(self) -> None:
+        """From now on, the terminal is ours."""
+        self._terminal.enter()
+        self._output.write(PASTE_ON)
+
+    def close(self) -> None:
+        """Gives the terminal back as it was, with the cursor below what was said."""
+        self._output.write(self._screen.erase() + PASTE_OFF)
+        self._output.flush()
+        self._terminal.leave()
+
+    def erase(self) -> bytes:
+        """Makes room for a line."""
+        return self._screen.erase()
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Shows what is typed, and above it the notices."""
+        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor)
+
+    def type(self, data: bytes) -> None:
+        """Takes what was typed."""
+        for action in self._editor.feed(data):
+            self._actions[action.kind](action)
+
+    def resize(self) -> None:
+        """The window has another size now."""
+        self._output.write(self._screen.resize(*self._terminal.size()))
+
+    def suspend(self) -> None:
+        """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
+        self.close()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self.resume()
+
+    def resume(self) -> None:
+        """Continued: whoever had the terminal meanwhile has left it in another state."""
+        self._terminal.leave()
+        self._screen.forget()
+        self.resize()
+        self.open()
+
+
+class Progress:
+    """How far a long pipe is, on a terminal that is not in its way."""
+
+    def __init__(self, loop: Loop, client: "Client") -> None:
+        self._loop = loop
+        self._client = client
+        self._began = loop.now()
+        self._alarm = Alarm(loop, self._show)
+        self._alarm.set(self._began + PROGRESS_INTERVAL)
+
+    def _show(self) -> None:
+        client, now = self._client, self._loop.now()
+        self._alarm.set(now + PROGRESS_INTERVAL)
+        if client.queued > PROGRESS_LINES and not client.errors.pending:
+            rate = client.closed / (now - self._began)
+            client.errors.write(f"\r{client.queued:,} sent, {client.closed:,} done, {rate:,.0f}/s\x1b[K".encode())
+
+    def close(self) -> None:
+        """Takes it off."""
+        self._alarm.cancel()
+        if self._client.queued > PROGRESS_LINES:
+            self._client.errors.write(b"\r\x1b[K")
+            self._client.errors.flush()
 
 
 class Console:
     """Connects a client to the standard streams: each is watched only while something is wanted of it."""
 
-    def __init__(self, loop: Loop, client: Client, reader: Reader, writer: Writer, errors: Writer) -> None:
+    def __init__(self, loop: Loop, client: Client, reader: Reader, writer: Writer, errors: Writer,
+                 desk: Optional[Desk] = None) -> None:
         self._loop = loop
         self._client = client
         self._reader = reader
         self._writer = writer
         self._errors = errors
+        self._desk = desk
+        self._progress = Progress(loop, client) if errors.is_terminal and not reader.is_terminal else None
+        self._is_open = True                    # the terminal, as long as it has not hung up
         self._wanted = (False, False, False)    # of stdin, stdout and stderr
 
     def start(self) -> None:
@@ -2715,6 +3098,18 @@ class Console:
         self._loop.settle = self._settle
         if self._writer.is_pipe and sys.platform == "linux":    # no event but the error when the last reader is gone
             self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
+        if self._desk is not None:
+            self._loop.on_signal(signal.SIGWINCH, self._desk.resize)
+            self._loop.on_signal(signal.SIGTSTP, self._desk.suspend)
+            self._loop.on_signal(signal.SIGCONT, self._desk.resume)
+            self._desk.open()
+
+    def close(self) -> None:
+        """Leaves the terminal as it was, whatever has happened."""
+        if self._desk is not None:
+            self._desk.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def _settle(self) -> None:
         client = self._client
@@ -2722,7 +3117,8 @@ class Console:
         if client.exit_code is not None:
             self._loop.stop()
             return
-        wanted = (client.hungry, client.output.pending > 0, client.errors.pending > 0)
+        wanted = (client.hungry if self._desk is None else self._is_open,
+                  client.output.pending > 0, client.errors.pending > 0)
         if wanted != self._wanted:
             self._watch(wanted)
 
@@ -2737,7 +3133,10 @@ class Console:
 
     def _on_readable(self) -> None:
         data = self._reader.read()
-        if data is not None:
+        if data and self._desk is not None:
+            self._desk.type(data)
+        elif data is not None:
+            self._is_open = bool(data)
             self._client.feed(data)
 
     def _on_writable(self) -> None:
@@ -2785,7 +3184,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         errors = set_up_log(options)
         if errors is None:
             return EXIT_FAILED
-        if options.mode == "client":
+        if options.mode != "server":
             return run_client(options, *errors)
         return run_server(options) if options.forget is None else forget(options)
     except Usage as error:

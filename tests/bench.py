@@ -64,6 +64,7 @@ import udpchat                                                          # noqa: 
 from protocol import (FOR_SIZE, Conversation, Decoder, Info, Place, ReceiveStream, addressed, encode,     # noqa: E402
                       padded, since_of)
 from registry import ONLINE, Page, Table                                # noqa: E402
+from terminal import show_time                                          # noqa: E402
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
 
 HOST = "127.0.0.1"
@@ -347,7 +348,7 @@ def deliver_lines(chat: Chat, lines: Sequence[str]) -> float:
         TIME.left(0.0)
         time.sleep(0.001)
     began = time.monotonic()
-    size = len(lines) * len(f"alice: <{udpchat.show_time(0.0)}> {lines[0]}\n")
+    size = len(lines) * len(f"alice: <{show_time(0.0)}> {lines[0]}\n")
     end = began + TIME.left(PATIENCE)
     while out.stat().st_size < size and time.monotonic() < end:
         time.sleep(0.001)

@@ -303,7 +303,7 @@ class Chat:
         """Starts the program with a pseudo-terminal as stdin and stdout; stderr is a pipe."""
         master, slave = pty.openpty()
         try:
-            process = self.run(*arguments, stdin=slave, stdout=slave, terminal=slave)
+            process = self.run(*arguments, stdin=slave, stdout=slave, terminal=slave, environment={"TERM": "xterm"})
         finally:
             os.close(slave)
         os.set_blocking(master, False)

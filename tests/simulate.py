@@ -38,8 +38,9 @@ import msgpack
 import protocol
 from protocol import Address, Inbox, Incoming, encode
 from registry import Mailbox, Registry
+from terminal import clean
 from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, NEVER, Client, Output,
-                     Server, Timer, TimerHeap, clean, log)
+                     Server, Timer, TimerHeap, log)
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -514,13 +515,13 @@ class SimClient(Client):
         return conversation.messages + sum(event.messages for event in conversation.events
                                            if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED))
 
-    def say(self, line: str, times: int = 1) -> None:
-        """Shows a line (that often)."""
-        if line.startswith("[Unknown client ") and self.life.hears_unknown(line[16:-2]):
-            self.life.ledger.closed(self.life, line[16:-2], "unknown", times, self._queued_for(line[16:-2]))
-        elif line.startswith("[Message too long"):
+    def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
+        """Shows a line for an event (that often)."""
+        if event == "unknown" and self.life.hears_unknown(fields["to"]):
+            self.life.ledger.closed(self.life, fields["to"], "unknown", times, self._queued_for(fields["to"]))
+        elif event == "too-long":
             self.life.ledger.too_long(self.life)
-        super().say(line, times)
+        super().tell(event, times, **fields)
 
 
 class SimInbox(Inbox):

@@ -592,7 +592,7 @@ def test_help_names_every_command(chat: Chat) -> None:
     alice.feed("help\n")
     assert alice.finish() == 0
     words = [line.split()[0] for line in alice.events[1:-1]]
-    assert words == ["send", "dereg", "reg", "who", "help", "quit"]
+    assert words == ["send", "talk", "dereg", "reg", "who", "help", "quit"]
 
 
 def test_who_shows_everybody_in_columns_in_the_order_of_the_names(chat: Chat) -> None:
@@ -910,6 +910,9 @@ def test_second_signal_ends_at_once_and_names_what_was_not_delivered(chat: Chat)
 
 # --- terminals ------------------------------------------------------------------------------------------------
 
+PLAIN = ("--no-time", "--color", "never")
+
+
 def screen(process: Process) -> Tuple[List[str], Tuple[int, int]]:
     """What a terminal of 80 columns shows, and where the cursor is (line, column)."""
     terminal = pyte.Screen(80, 40)
@@ -930,7 +933,7 @@ def shows(process: Process, *wanted: str) -> None:
 
 def test_terminal_has_a_prompt_and_lines_go_above_it(chat: Chat) -> None:
     bob = chat.client("bob")
-    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port))
+    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), *PLAIN)
     shows(alice, WELCOME, UPDATED, ">>> ")
     alice.feed("send bob hello\n")
     shows(alice, ">>> send bob hello", received("bob"), ">>> ")
@@ -941,11 +944,11 @@ def test_terminal_has_a_prompt_and_lines_go_above_it(chat: Chat) -> None:
     shows(alice, "bob: hi there", ">>>", ">>> ")
     alice.feed("dance\n")
     shows(alice, ">>> dance", "[Unknown command dance, try help.]", ">>> ")
-    assert not re.search(rb"\x1b\[[0-9;]*m", alice.out.data), "no colour was promised"
+    assert not re.search(rb"\x1b\[[0-9;]*m", alice.out.data), "no colour was asked for"
 
 
 def test_terminal_says_its_last_line_on_a_line_of_its_own(chat: Chat) -> None:
-    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port))
+    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), *PLAIN)
     shows(alice, UPDATED, ">>> ")
     alice.feed("quit\n")
     assert alice.wait() == 0
@@ -954,7 +957,7 @@ def test_terminal_says_its_last_line_on_a_line_of_its_own(chat: Chat) -> None:
 
 
 def test_control_d_on_a_terminal_ends_in_order(chat: Chat) -> None:
-    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port))
+    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), *PLAIN)
     shows(alice, UPDATED, ">>> ")
     alice.feed("\x04")
     assert alice.wait() == 0
@@ -962,7 +965,7 @@ def test_control_d_on_a_terminal_ends_in_order(chat: Chat) -> None:
 
 
 def test_control_c_on_a_terminal_ends_in_order(chat: Chat) -> None:
-    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port))
+    alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), *PLAIN)
     shows(alice, UPDATED, ">>> ")
     began = time.monotonic()
     alice.feed("\x03")

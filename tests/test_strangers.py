@@ -30,6 +30,7 @@ from hypothesis import given, settings, strategies as st
 
 import protocol
 import registry
+import terminal
 import udpchat
 from protocol import Address, Decoder, Inbox, Info, addressed, encode, padded
 from registry import DAY, Mailbox, Registry, Table
@@ -1392,7 +1393,7 @@ def test_mutants_of_the_chat_itself_end_nobody_and_leave_every_line_clean() -> N
     with_no_account(world, 60)
     for life in lives:
         for line in life.lines:
-            assert udpchat.clean(line) == line, "nothing raw"
+            assert terminal.clean(line) == line, "nothing raw"
             assert line.startswith("[") or protocol.is_nick(line.partition(": ")[0]), line
     dave = world.client("dave")
     with_no_account(world, 3)

@@ -155,7 +155,7 @@ def test_signal_ends_a_client_whose_output_is_stalled(chat: Chat, phase: str) ->
 
 
 def test_terminal_that_is_stopped_with_control_s_holds_the_sender_and_loses_nothing(chat: Chat) -> None:
-    bob = chat.run_on_terminal("client", "bob", "127.0.0.1", str(chat.port))
+    bob = chat.run_on_terminal("client", "bob", "127.0.0.1", str(chat.port), "--no-time", "--color=never")
     chat.until(lambda: b">>> " in bob.out.data, "the prompt")
     alice = chat.client("alice")
     bob.feed("\x13")
@@ -363,11 +363,11 @@ def test_descriptors_that_others_share_stay_blocking(chat: Chat, kind: str) -> N
     os.write(ours[0], b"send bob hello\n")
     bob.see("alice: hello")
     assert all(map(is_blocking, theirs))
-    if kind == "terminal":
-        assert termios.tcgetattr(theirs[0]) == settings
     os.write(ours[0], b"quit\n")
     assert alice.wait() == 0
     assert all(map(is_blocking, theirs))
+    if kind == "terminal":
+        assert termios.tcgetattr(theirs[0]) == settings
     assert OFFLINE.encode() in os.read(ours[1], 65536)
     for fd in {*theirs, *ours}:
         os.close(fd)
