@@ -522,7 +522,7 @@ def ended(chat: Chat, *arguments: str, command: Sequence[str]) -> float:
     began = time.monotonic()
     popen = subprocess.Popen([*command, *arguments], env=chat.environment, stdin=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL)
-    popen.wait(PATIENCE)
+    popen.wait()        # with a limit, it would look only after 1, 3, 7, 15, 31 ms and so on
     return time.monotonic() - began
 
 
