@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +28,15 @@ TERMINAL_LINE = re.compile(rb"\[Join with: (.*) client NICK (\S+) (\d+)\]\r\n")
 def world_of_one_test(tmp_path: Path) -> Iterator[Chat]:
     with Chat(tmp_path) as chat:
         yield chat
+
+
+class World:
+    """A loop in which nothing happens."""
+
+    random = udpchat.SystemRandom()
+
+    def now(self) -> float:
+        return 0.0
 
 
 def messages(path: Path) -> List[str]:
@@ -249,11 +259,6 @@ def test_refused_nicks_are_counted(chat: Chat) -> None:
 
 
 def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
-    class World:
-        random = udpchat.SystemRandom()
-
-        def now(self) -> float:
-            return 0.0
     server = udpchat.Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
     counters = server.counters()
     assert all(type(count) is int and count == 0 for count in counters.values())
@@ -323,3 +328,69 @@ def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
         server = chat.run("server", "0", "--store", str(chat.directory / f"{step}.db"), str(step / 1000),
                           command=command, environment=paths)
         assert server.wait() == 0 and not server.err.data, server.err.data
+
+
+# --- what the README says of it ---------------------------------------------------------------------------------
+
+def test_store_of_a_stopped_server_is_one_file_that_can_be_copied(chat: Chat) -> None:
+    server = chat.server()
+    chat.absent("bob")
+    alice = chat.client("alice")
+    alice.feed("send bob for later\n")
+    alice.see(SAVED)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert [path.name for path in chat.directory.glob(chat.store.name + "*")] == [chat.store.name]
+    copy = chat.directory / "copy.db"
+    copy.write_bytes(chat.store.read_bytes())
+    chat.server(store=str(copy))
+    chat.client("bob").see_match("alice: <.*> for later")
+
+
+def test_every_counter_is_in_the_readme() -> None:
+    server = udpchat.Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    told = set(re.findall("`([a-z_]+)`", (ROOT / "README.md").read_text()))
+    assert {"uptime", "datagrams_in", "bytes_in", "datagrams_out", "bytes_out", "not_sent"} <= told
+    assert set(server.counters()) <= told
+
+
+# --- the unit file of the README ------------------------------------------------------------------------------
+
+HARDENING = ["NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes",
+             "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX", "CapabilityBoundingSet=",
+             "SystemCallFilter=@system-service", "MemoryDenyWriteExecute=yes", "LockPersonality=yes",
+             "Restart=on-failure", "DynamicUser=yes", "StateDirectory=udpchat", "LogsDirectory=udpchat"]
+
+
+def unit_file() -> str:
+    """The unit in the README."""
+    found = re.search(r"```ini\n(\[Unit\]\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_unit_file_is_hardened_and_keeps_its_store_where_it_may_write() -> None:
+    lines = unit_file().splitlines()
+    assert [line for line in HARDENING if line not in lines] == []
+    [start] = [line for line in lines if line.startswith("ExecStart=")]
+    assert "--store %S/udpchat/server.db" in start and "--log-file %L/udpchat/server.log" in start
+    assert "ExecReload=kill -HUP $MAINPID" in lines
+
+
+def test_unit_file_starts_the_server_with_options_that_it_has(chat: Chat) -> None:
+    [start] = [line for line in unit_file().splitlines() if line.startswith("ExecStart=")]
+    words = start.split(" ")[1:]
+    assert words[0] == "server"
+    shown = chat.complete("server", "--help").out.data.decode()
+    assert all(word in shown for word in words if word.startswith("--"))
+
+
+def test_unit_file_is_one_for_systemd(tmp_path: Path) -> None:
+    try:
+        subprocess.run(["systemd-analyze", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no systemd-analyze on this machine")
+    unit = tmp_path / "udpchat.service"
+    unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", unit_file()))
+    checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert checked.returncode == 0 and str(unit) not in checked.stderr, checked.stderr
