@@ -269,8 +269,8 @@ def test_a_file_that_grows_too_long_is_cut_and_keeps_the_lines_of_others(path: P
 
 
 def test_only_as_many_lines_as_are_kept_are_written_at_once(path: Path) -> None:
-    History(str(path)).add(*map(str, range(5 * HISTORY_LINES)))
-    assert path.read_text().split() == [str(number) for number in range(4 * HISTORY_LINES, 5 * HISTORY_LINES)]
+    History(str(path)).add(*map(str, range(HISTORY_LINES + 5)))
+    assert path.read_text().split() == [str(number) for number in range(5, HISTORY_LINES + 5)]
 
 
 def test_what_is_damaged_in_a_file_is_left_out(path: Path) -> None:
@@ -523,7 +523,7 @@ def test_a_killed_block_can_be_yanked_behind_a_send(editor: Editor) -> None:
     assert press(editor, "enter")[0].lines == ["send bob one", "send bob two"]
 
 
-def test_many_lines_are_submitted_and_kept_without_delay(editor: Editor, path: Path) -> None:
+def test_many_lines_are_submitted_and_kept_without_delay(path: Path) -> None:
     editor = Editor(History(str(path)), complete)
     editor.feed(b"send bob " + pasted("a\nb\n" * (EDIT_LIMIT // 4)))
     assert len(press(editor, "enter")[0].lines) > EDIT_LIMIT // 2 - 10
@@ -628,6 +628,11 @@ class Xterm(pyte.Screen):
             for column in [column for column in line if column >= columns]:
                 del line[column]
         self.lines, self.columns = lines, columns
+
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        """Behind a full row the cursor is still on its last character, so that is erased, too."""
+        self.cursor.x = min(self.cursor.x, self.columns - 1)
+        super().erase_in_line(how, private)
 
 
 class Glass:
@@ -1025,17 +1030,19 @@ def test_the_terminal_is_given_back_exactly_as_it_was(line: Pty) -> None:
     for _ in range(2):
         ours.enter()
         ours.enter()
-        assert line.attributes() != before
+        characters = line.attributes()[6]
+        assert (characters[termios.VMIN], characters[termios.VTIME]) == (1, 0)
         ours.leave()
         ours.leave()
         assert line.attributes() == before
 
 
-def test_stop_and_go_on_stay_with_the_terminal(line: Pty) -> None:
+def test_nothing_else_changes_ctrl_s_and_ctrl_q_stay_with_the_terminal(line: Pty) -> None:
     before = line.attributes()
     Terminal(line.side, line.side).enter()
     assert line.attributes()[0] == before[0] & ~termios.ICRNL
     assert line.attributes()[1] == before[1]
+    assert line.attributes()[3] == before[3] & ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
 
 
 def test_a_terminal_that_has_hung_up_is_no_error(line: Pty) -> None:
