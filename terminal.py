@@ -7,7 +7,8 @@ Rules of this file
 - It does not know what is chatted, nor any command but ``send NICK``.
 - Whatever bytes come, however they are cut: nothing raises, and the cuts change nothing.
 - Nothing that is drawn moves the cursor on its own: control characters are drawn as two printable ones.
-- It is imported whenever the program starts: nothing that takes long to import.
+- It is imported whenever the program starts, which is to be quick: what only a terminal needs is imported late, and
+  a pattern is compiled when it is first used (``re`` remembers it).
 
 From bytes to lines
 -------------------
@@ -35,10 +36,8 @@ import os
 import re
 import signal
 import stat
-import termios
 import time
 import unicodedata
-import zlib
 from typing import Any, Callable, Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from protocol import Delivery
@@ -107,6 +106,7 @@ class Style:
 
     def nick(self, nick: str) -> str:
         """``nick`` in its colour, which is the same in every process."""
+        import zlib
         color = NICK_COLORS[zlib.crc32(nick.encode("utf-8", "replace")) % len(NICK_COLORS)]
         return self._styled(f"38;5;{color}", nick, "39")
 
@@ -152,10 +152,10 @@ for _modifier in "3", "5", "7":  # Alt, Ctrl, both
     SEQUENCES[f"[1;{_modifier}C"] = "word-right"
 
 _CONTROL = "\x00-\x1f\x7f-\x9f"
-_PRINTABLE = re.compile(f"[^{_CONTROL}]+")
+_PRINTABLE = f"[^{_CONTROL}]+"
 _PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"    # "[[": Linux's F1 to F5
-_SEQUENCE = re.compile(rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\x7f])")      # control, or Alt and a key
-_BEGINNING = re.compile(rf"{_PARAMETERS}|\x1b")
+_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\x7f])"      # control, or Alt and a key
+_BEGINNING = rf"{_PARAMETERS}|\x1b"
 
 
 class Keys:
@@ -182,7 +182,7 @@ class Keys:
 
     def _key(self, text: str, position: int, keys: List[Key]) -> int:
         """Adds the key at ``position`` to ``keys``; gives where the next one is."""
-        run = _PRINTABLE.match(text, position)
+        run = re.compile(_PRINTABLE).match(text, position)
         if run is not None:
             keys.append(Key("text", run.group()))
             return run.end()
@@ -194,9 +194,9 @@ class Keys:
         return position + 1
 
     def _sequence(self, text: str, position: int, keys: List[Key]) -> int:
-        whole = _SEQUENCE.match(text, position)
+        whole = re.compile(_SEQUENCE).match(text, position)
         if whole is None:
-            beginning = _BEGINNING.match(text, position)
+            beginning = re.compile(_BEGINNING).match(text, position)
             end = beginning.end() if beginning is not None else position + 1
             if end == len(text):
                 self._rest = text[position:]
@@ -238,7 +238,7 @@ def _overlap(text: str, mark: str, start: int) -> int:
 
 # --- history --------------------------------------------------------------------------------------------------
 
-_CONTROLS = re.compile(f"[{_CONTROL}]+")
+_CONTROLS = f"[{_CONTROL}]+"
 
 
 class History:
@@ -288,7 +288,7 @@ class History:
         """
         count = len(self._lines)
         for line in lines:
-            kept = _CONTROLS.sub("", line.replace("\t", " "))
+            kept = re.sub(_CONTROLS, "", line.replace("\t", " "))
             if kept.strip() and len(kept) <= HISTORY_LINE_LIMIT and self._lines[-1:] != [kept]:
                 self._lines.append(kept)
         added = self._lines[count:][-HISTORY_LINES:]
@@ -362,7 +362,7 @@ def _valid_lines(rows: Iterable[bytes]) -> Iterable[str]:
             line = row.decode()
         except UnicodeDecodeError:
             continue
-        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not _CONTROLS.search(line):
+        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(_CONTROLS, line):
             yield line
 
 
@@ -398,9 +398,9 @@ class Action(NamedTuple):
 
 Complete = Callable[[str], Tuple[int, List[str]]]
 
-SEND = re.compile(r"/?send {1,8}\S{1,64} ")         # bounded, for it is repeated before each line of a paste
-_LINE_END = re.compile("\r\n?")
-_NOT_IN_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]+")
+SEND = r"/?send {1,8}\S{1,64} "         # bounded, for it is repeated before each line of a paste
+_LINE_END = "\r\n?"
+_NOT_IN_TEXT = "[\x00-\x08\x0b-\x1f\x7f-\x9f]+"
 
 
 def previous_unit(text: str, cursor: int) -> int:
@@ -519,7 +519,7 @@ class Editor:
     def _insert(self, text: str) -> Optional[Action]:
         piece = text[:EDIT_LIMIT - len(self.text)]
         if "\n" in piece and "\n" not in self.text:
-            self._behind_send = SEND.match(self.text, 0, self.cursor) is not None
+            self._behind_send = re.match(SEND, self.text[:self.cursor]) is not None
         self._replace(self.cursor, self.cursor, piece)
         return Action("bell", []) if len(piece) < len(text) else None
 
@@ -562,7 +562,7 @@ class Editor:
 
     def _submit(self) -> Action:
         lines = self.text.split("\n")
-        start = SEND.match(lines[0]) if self._behind_send else None
+        start = re.match(SEND, lines[0]) if self._behind_send else None
         if start is not None:
             lines[1:] = [start.group() + line for line in lines[1:]]
         pasted = len(lines) > 1 and start is None
@@ -589,7 +589,7 @@ class Editor:
 
 def _cleaned(paste: str) -> str:
     """A paste as text: lines end with a newline, but the last one; of the other control characters, only tabs."""
-    text = _NOT_IN_TEXT.sub("", _LINE_END.sub("\n", paste))
+    text = re.sub(_NOT_IN_TEXT, "", re.sub(_LINE_END, "\n", paste))
     return text[:-1] if text.endswith("\n") else text
 
 
@@ -598,7 +598,7 @@ def _cleaned(paste: str) -> str:
 _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 _ERASE_ROW, _ERASE_BELOW = "\x1b[K", "\x1b[J"       # from the cursor on: on a full row, its last character, too
 _CLEAR = "\x1b[H\x1b[2J"
-_CHUNK = re.compile("[ -~]+|[^ -~]")
+_CHUNK = "[ -~]+|[^ -~]"
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SHOWN = {"\n": ("↵", 1), "\u2028": ("↵", 1), "\u2029": ("↵", 1), "\t": (" ", 1)}
 
@@ -625,7 +625,7 @@ class Rows:
 
     def add(self, text: str) -> None:
         """Goes on with ``text``."""
-        for chunk in _CHUNK.findall(text):
+        for chunk in re.findall(_CHUNK, text):
             if " " <= chunk[0] <= "~":
                 self._add_plain(chunk)
             else:
@@ -789,6 +789,7 @@ class Terminal:
 
     def enter(self) -> None:
         """From now on every key comes as bytes, at once, and is not shown. Ctrl-S and Ctrl-Q stay as they are."""
+        import termios
         if self._saved is not None:
             return
         try:
@@ -810,6 +811,7 @@ class Terminal:
 
     def _set(self, attributes: List[Any]) -> None:
         """Sets them at once (a drain waits, on a terminal that Ctrl-S has stopped); in the background, too."""
+        import termios
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         try:
             termios.tcsetattr(self._fd_in, termios.TCSANOW, attributes)
@@ -818,12 +820,12 @@ class Terminal:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def is_foreground(self) -> bool:
-        """Whether this process may read the terminal: not one that the shell has in the background."""
+    def is_background(self) -> bool:
+        """Whether it is another job's now: the shell has this process in the background."""
         try:
-            return os.tcgetpgrp(self._fd_in) == os.getpgrp()
+            return os.tcgetpgrp(self._fd_in) not in (0, os.getpgrp())   # 0: of another PID namespace
         except OSError:
-            return False
+            return False                 # not the terminal of this session: no shell shares it out
 
     def size(self) -> Tuple[int, int]:
         """Columns and rows."""
@@ -837,7 +839,7 @@ class Terminal:
 # --- what is said ---------------------------------------------------------------------------------------------
 
 # what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls
-CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+CONTROL = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 
 NEWS, GOOD, BAD = "news", "good", "bad"     # what an event is to its reader
 
@@ -892,7 +894,7 @@ def clean(text: str) -> str:
     """``text`` with every control character as its escape: fit for one line of a terminal."""
     if text.isprintable():
         return text
-    return CONTROL.sub(lambda match: ("\\x%02x" if match.group() < "\u0100" else "\\u%04x") % ord(match.group()), text)
+    return re.sub(CONTROL, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -916,7 +918,7 @@ def rfc3339(at: float) -> str:
 def as_json(value: Dict[str, Any]) -> str:
     """One line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
     import json
-    return CONTROL.sub(lambda match: "\\u%04x" % ord(match.group()), json.dumps(value, ensure_ascii=False))
+    return re.sub(CONTROL, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
 
 
 class Lines:

@@ -1400,6 +1400,10 @@ class LongLine(str):
     size = 0
 
 
+class Typed(str):
+    """A line from a terminal that does not show what is typed by itself."""
+
+
 class Sends(str):
     """Texts for one nick. The string is what such a line begins with.
 
@@ -1423,7 +1427,7 @@ def sends(nick: str, text: str, ref: object = None, size: int = 0) -> Sends:
     return command
 
 
-SURROGATES = re.compile("[\ud800-\udfff]")      # that JSON can name, and UTF-8 cannot
+SURROGATES = "[\ud800-\udfff]"     # that JSON can name, and UTF-8 cannot
 
 
 def command_of(line: str) -> Optional[str]:
@@ -1437,10 +1441,10 @@ def command_of(line: str) -> Optional[str]:
         return None
     nick, text = found.get("send"), found.get("text")
     if type(nick) is str and type(text) is str and len(nick.split()) == 1:
-        return sends(SURROGATES.sub("\ufffd", nick), SURROGATES.sub("\ufffd", text), found.get("ref"))
+        return sends(re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text), found.get("ref"))
     for name in ("dereg", "reg"):
         if type(found.get(name)) is str:
-            return Command(name + " " + SURROGATES.sub("?", found[name]))
+            return Command(name + " " + re.sub(SURROGATES, "?", found[name]))
     return next((Command(name) for name in ("who", "help", "quit") if found.get(name) is True), None)
 
 
@@ -2019,6 +2023,8 @@ class Client:
             return
         head, newline, tail = data.rpartition(b"\n")
         if newline:
+            if self._prompt is not None:
+                self._prompt.answered()
             self._take_lines(self._buffer + head)
             self._buffer = tail
             self._skipped = 0
@@ -2043,7 +2049,11 @@ class Client:
         for _ in range(LINES_PER_TURN):
             if not self._lines or self._quit or self._ending or not (self._may_command() and self._has_room()):
                 return
-            line = self._command(self._lines.popleft())
+            line = self._lines.popleft()
+            if isinstance(line, Typed):
+                self._write((self._asking() + clean(line) + "\n").encode("utf-8", "replace"))
+                line = str(line)
+            line = self._command(line)
             if line.startswith("send ") and self.state == ACTIVE:
                 if not self._do_send(line):
                     return
@@ -2053,7 +2063,7 @@ class Client:
                 self._do(words[0], line, words[1:])
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Takes lines that somebody typed at a terminal, and leaves them there to be seen.
+        """Takes lines that somebody typed at a terminal; they are left there to be seen when they are carried out.
 
         ``pasted``: all but the first are from another place, where a ``/`` meant nothing.
         """
@@ -2062,8 +2072,7 @@ class Client:
         for count, line in enumerate(lines):
             if count and pasted and self._talk and line.startswith("/"):
                 line = "/" + line
-            self._write((self._asking() + clean(line) + "\n").encode("utf-8", "replace"))
-            self._lines.append(line)
+            self._lines.append(Typed(line))
 
     def put(self, nick: str, text: str) -> None:
         """Takes one text for one nick, as if it had come in by ``feed``."""
@@ -3001,6 +3010,7 @@ class Desk(Prompt):
         self._terminal = terminal
         self._editor = Editor(history, lambda before: client().complete(before))
         self._screen = Screen(*terminal.size(), style)
+        self._is_ours = False       # the terminal
         self._actions: Dict[str, Callable[[Action], None]] = {
             "submit": lambda action: client().enter(action.lines, action.pasted),
             "interrupt": lambda action: client().interrupt(),
@@ -3010,15 +3020,22 @@ class Desk(Prompt):
             "bell": lambda action: output.write(b"\a")}
 
     def open(self) -> None:
-        """From now on, the terminal is ours."""
+        """The terminal is ours, from now on or from when the shell has it no more."""
+        if self._terminal.is_background():
+            return
+        self._is_ours = True
+        self._terminal.leave()
         self._terminal.enter()
+        self.resize()
         self._output.write(PASTE_ON)
 
     def close(self) -> None:
         """Gives the terminal back as it was, with the cursor below what was said."""
-        self._output.write(self._screen.erase() + PASTE_OFF)
-        self._output.flush()
-        self._terminal.leave()
+        if self._is_ours:
+            self._is_ours = False
+            self._output.write(self._screen.erase() + PASTE_OFF)
+            self._output.flush()
+            self._terminal.leave()
 
     def erase(self) -> bytes:
         """Makes room for a line."""
@@ -3026,7 +3043,9 @@ class Desk(Prompt):
 
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
         """Shows what is typed, and above it the notices."""
-        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor)
+        if not self._is_ours:
+            self.open()
+        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
 
     def type(self, data: bytes) -> None:
         """Takes what was typed."""
@@ -3040,16 +3059,16 @@ class Desk(Prompt):
     def suspend(self) -> None:
         """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
         self.close()
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        handlers = [(number_, signal.signal(number_, signal.SIG_DFL)) for number_ in (signal.SIGTSTP, signal.SIGCONT)]
         os.kill(0, signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, handler)
+        for number_, handler in handlers:
+            signal.signal(number_, handler)
         self.resume()
 
     def resume(self) -> None:
         """Continued: whoever had the terminal meanwhile has left it in another state."""
-        self._terminal.leave()
+        self._is_ours = False
         self._screen.forget()
-        self.resize()
         self.open()
 
 
