@@ -1053,7 +1053,7 @@ def test_a_terminal_that_has_hung_up_is_no_error(line: Pty) -> None:
     ours.enter()
     ours.leave()
     assert ours.size() == DEFAULT_SIZE
-    assert not ours.is_foreground()
+    assert not ours.is_background()
 
 
 def test_what_is_no_terminal_has_no_settings() -> None:
@@ -1062,7 +1062,7 @@ def test_what_is_no_terminal_has_no_settings() -> None:
     ours.enter()
     ours.leave()
     assert ours.size() == DEFAULT_SIZE
-    assert not ours.is_foreground()
+    assert not ours.is_background()
     os.close(read)
     os.close(write)
     ours.enter()
@@ -1081,12 +1081,12 @@ import fcntl, os, sys, termios
 from terminal import Terminal
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 ours = Terminal(0, 0)
-assert ours.is_foreground()
+assert not ours.is_background()
 before = termios.tcgetattr(0)
 child = os.fork()
 if not child:
     os.setpgid(0, 0)
-    assert not ours.is_foreground()
+    assert ours.is_background()
     ours.enter()
     assert termios.tcgetattr(0) != before
     ours.leave()

@@ -1,0 +1,956 @@
+"""The client at a terminal: what somebody who types there sees, by real processes on pseudo-terminals.
+
+A ``Window`` is such a terminal; ``pyte`` draws what it shows. A test says what is in its last rows, with a ``▮``
+where the cursor is.
+"""
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import socket
+import stat
+import struct
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import pyte
+import pytest
+
+from terminal import NICK_COLORS, PASTE_OFF, PASTE_ON
+from tests.processes import (NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
+                             Process, is_offline, received, sends)
+from tests.test_terminal import Xterm
+
+CURSOR = "▮"
+PLAIN = ("--no-time", "--color", "never")
+SGR = re.compile(rb"\x1b\[[0-9;:]*m")
+ORDERLY = 4.0             # s; two are promised, the rest is for a machine that is busy with other tests
+PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
+
+UP, DOWN, RIGHT, LEFT = "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
+HOME, END, KILL_START, KILL_END, KILL_WORD, YANK = "\x01", "\x05", "\x15", "\x0b", "\x17", "\x19"
+CONTROL_C, CONTROL_D, CONTROL_L, CONTROL_Z, BACKSPACE, DELETE = "\x03", "\x04", "\x0c", "\x1a", "\x7f", "\x1b[3~"
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Chat]:
+    with Chat(tmp_path) as world:
+        yield world
+
+
+def pasted(text: str) -> str:
+    """``text`` as a terminal brackets it."""
+    return f"\x1b[200~{text}\x1b[201~"
+
+
+class Glass(Xterm):
+    """A terminal's screen, that keeps what goes off it, counts bells, and shows what is dim as blinking."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.gone: List[str] = []
+        self.bells = 0
+        super().__init__(columns, rows)
+
+    def index(self) -> None:
+        """Scrolls, if the cursor is in the last row."""
+        if self.cursor.y == self.lines - 1:
+            self.gone.append(self.display[0].rstrip())
+        super().index()
+
+    def bell(self, *_: object) -> None:
+        """Rings."""
+        self.bells += 1
+
+    def select_graphic_rendition(self, *codes: int, **options: Any) -> None:
+        """pyte does not know what is dim."""
+        if codes == (2,):
+            codes = (5,)
+        elif codes == (22,):
+            codes = (22, 25)
+        super().select_graphic_rendition(*codes, **options)
+
+
+class Window:
+    """A terminal on which a process runs (that leads a session of its own)."""
+
+    def __init__(self, chat: Chat, *arguments: str, columns: int = 60, rows: int = 24, stderr: int = PIPE,
+                 command: Sequence[str] = PROGRAM, **environment: str) -> None:
+        self.chat = chat
+        self.glass = Glass(columns, rows)
+        self._stream = pyte.ByteStream(self.glass)
+        self._shown = 0
+        master, slave = pty.openpty()
+        self._master = os.dup(master)       # the process closes the other one
+        self._set_size(columns, rows)
+        self.settings = termios.tcgetattr(slave)
+        try:
+            self.process = chat.run(*arguments, stdin=slave, stdout=slave, stderr=stderr, terminal=slave,
+                                    command=command, environment={"TERM": "xterm", "NO_COLOR": "", **environment})
+        finally:
+            os.close(slave)
+        os.set_blocking(master, False)
+        self.process.out.fd = master
+        self.process._stdin = os.dup(master)
+
+    def close(self) -> None:
+        """Gives back its own descriptor."""
+        os.close(self._master)
+
+    def _set_size(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Gives the window another size; the process hears of it by a signal."""
+        self._look()
+        self.glass.resize(rows, columns)
+        self._set_size(columns, rows)
+
+    @property
+    def data(self) -> bytes:
+        """All that the process has written."""
+        return bytes(self.process.out.data)
+
+    @property
+    def has_its_settings(self) -> bool:
+        """Whether the terminal is set as it was before the process began."""
+        return termios.tcgetattr(self._master) == self.settings
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether keys come one by one."""
+        return not termios.tcgetattr(self._master)[3] & termios.ICANON
+
+    @property
+    def pastes_are_bracketed(self) -> bool:
+        """Whether the terminal was told to bracket pastes."""
+        return self.data.rfind(PASTE_ON) > self.data.rfind(PASTE_OFF)
+
+    def type(self, text: str) -> None:
+        """Types."""
+        self.process.feed(text)
+
+    def _look(self) -> None:
+        new = self.process.out.data[self._shown:]
+        self._shown += len(new)
+        self._stream.feed(bytes(new))
+
+    def _row(self, y: int) -> str:
+        line, text = self.glass.buffer[y], ""
+        for x in range(self.glass.columns):
+            text += (CURSOR if (x, y) == (self.glass.cursor.x, self.glass.cursor.y) else "") + line[x].data
+        if (self.glass.columns, y) == (self.glass.cursor.x, self.glass.cursor.y):
+            text += CURSOR
+        return text.rstrip()
+
+    @property
+    def picture(self) -> List[str]:
+        """The rows that are seen, without blank ones at the end."""
+        self._look()
+        rows = [self._row(y) for y in range(self.glass.lines)]
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+    @property
+    def rows(self) -> List[str]:
+        """The rows that were ever seen, from the first one on, without the cursor."""
+        picture = [row.replace(CURSOR, "").rstrip() for row in self.picture]
+        return self.glass.gone + picture
+
+    def shows(self, *wanted: str) -> None:
+        """Waits until ``wanted`` are the last rows."""
+        def is_there() -> bool:
+            return self.picture[-len(wanted):] == list(wanted)
+        try:
+            self.chat.until(is_there, "the screen")
+        except AssertionError:
+            assert self.picture == list(wanted)
+            raise
+
+    def shows_row(self, pattern: str) -> str:
+        """Waits until some row is ``pattern``; gives it."""
+        found: List[str] = []
+
+        def is_there() -> bool:
+            found[:] = [row for row in self.rows if re.fullmatch(pattern, row)]
+            return bool(found)
+        self.chat.until(is_there, f"a row {pattern}")
+        return found[-1]
+
+    def cells(self, text: str) -> List[pyte.screens.Char]:
+        """How the last row that has ``text`` in it draws it."""
+        self._look()
+        y = max(y for y in range(self.glass.lines) if text in self._row(y).replace(CURSOR, ""))
+        start = self._row(y).replace(CURSOR, "").index(text)
+        return [self.glass.buffer[y][x] for x in range(start, start + len(text))]
+
+    def ends(self, code: int = 0) -> None:
+        """Waits for the end of the process; the terminal is as it was before."""
+        assert self.process.wait() == code
+        assert self.has_its_settings, "the terminal has its settings again"
+        assert not self.pastes_are_bracketed
+
+
+Open = Callable[..., Window]
+
+
+@pytest.fixture
+def open_window(chat: Chat) -> Iterator[Open]:
+    """Opens windows on which alice chats; the prompt is there."""
+    windows: List[Window] = []
+
+    def open_(*options: str, nick: str = "alice", ready: bool = True, arguments: Sequence[str] = (),
+              **keywords: Any) -> Window:
+        windows.append(Window(chat, *(arguments or ("client", nick, "127.0.0.1", str(chat.port))), *(options or PLAIN),
+                              **keywords))
+        if ready:
+            windows[-1].shows(WELCOME, UPDATED, f">>> {CURSOR}")
+        return windows[-1]
+
+    yield open_
+    for window in windows:
+        window.close()
+
+
+def meet(alice: Window, bob: Process) -> None:
+    """Waits until both know each other."""
+    bob.wait_for("alice")
+    alice.chat.until(lambda: alice.rows.count(UPDATED) > 0, "a table")
+
+
+# --- what comes while somebody types --------------------------------------------------------------------------
+
+def test_a_message_goes_above_what_is_being_typed(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("send bob hello" + LEFT * 2)
+    alice.shows(f">>> send bob hel{CURSOR}lo")
+    bob.feed("send alice hi there\n")
+    alice.shows(UPDATED, "bob: hi there", f">>> send bob hel{CURSOR}lo")
+    alice.type("p me, Ha\r")
+    bob.see("alice: help me, Halo")
+    alice.shows("bob: hi there", ">>> send bob help me, Halo", received("bob"), f">>> {CURSOR}")
+
+
+WRAPPED = [
+    ("abcdefghijklmnopqrstuvwxyz" * 3, 0, 26),
+    ("abcdefghijklmnopqrstuvwxyz" * 3, 40, 26),
+    ("x" * 16, 0, 20),                  # full to the last column
+    ("x" * 36, 4, 20),
+    ("日本語" * 10, 0, 25),              # no room for half a character
+    ("日本語" * 10, 7, 24),
+    ("e\u0301" * 50, 0, 20),
+    ("e\u0301日" * 14, 12, 21),
+    ("x" * 77, 77, 20),
+]
+
+
+@pytest.mark.parametrize("text, left, columns", WRAPPED)
+def test_a_text_of_several_rows_stays_whole_when_messages_come(chat: Chat, open_window: Open, text: str, left: int,
+                                                               columns: int) -> None:
+    bob = chat.client("bob")
+    alice = open_window(columns=columns, ready=False)
+    alice.shows(f">>> {CURSOR}")
+    bob.wait_for("alice")
+    alice.type(text + LEFT * left)
+    rows = wrapped(">>> " + text, columns, left)
+    alice.shows(*rows)
+    for number in range(3):
+        bob.feed(f"send alice {number}\n")
+        alice.shows(*[f"bob: {shown}" for shown in range(number + 1)], *rows)
+    assert sum(">>>" in row for row in alice.rows) == 1
+
+
+def wrapped(text: str, columns: int, left: int) -> List[str]:
+    """The rows that ``text`` takes, with the cursor so many characters before its end."""
+    units = re.findall("[^\u0301]\u0301?", text)
+    units = [unit.replace("e\u0301", "é") for unit in units] + [""]
+    rows, width = [""], 0
+    for number, unit in enumerate(units):
+        takes = 2 if unit >= "\u1100" else 1
+        if width + takes > columns:
+            rows.append("")
+            width = 0
+        if number == len(units) - 1 - left:
+            rows[-1] += CURSOR
+        rows[-1] += unit
+        width += takes
+    return [row.rstrip() for row in rows if row]
+
+
+def test_a_burst_of_messages_comes_whole_and_in_order_while_somebody_types(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(columns=30)
+    meet(alice, bob)
+    text = "this text is typed while five hundred messages come in"
+    bob.feed(sends("alice", [f"message {number}" for number in range(500)]))
+    for c in text:
+        alice.type(c)
+        chat.pump(0.001)
+    alice.shows("bob: message 499", *wrapped(">>> " + text, 30, 0))
+    rows = alice.rows[alice.rows.index("bob: message 0"):]
+    assert rows[:500] == [f"bob: message {number}" for number in range(500)]
+    assert sum(">>>" in row for row in alice.rows) == 1
+
+
+RESIZED = [
+    ("narrower", [(20, 24)]),
+    ("wider", [(55, 24)]),
+    ("narrower, then wider", [(17, 24), (60, 24)]),
+    ("again and again", [(12, 24), (31, 20), (30, 10), (29, 24), (80, 30)]),
+    ("lower", [(40, 8)]),
+    ("higher", [(40, 40)]),
+]
+
+
+@pytest.mark.parametrize("sizes", [sizes for _, sizes in RESIZED], ids=[name for name, _ in RESIZED])
+def test_a_wrapped_text_fits_a_window_that_gets_another_size(chat: Chat, open_window: Open,
+                                                             sizes: List[Tuple[int, int]]) -> None:
+    bob = chat.client("bob")
+    alice = open_window(columns=40)
+    meet(alice, bob)
+    bob.feed("send alice before\n")
+    text = "the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it is asleep"
+    alice.type(text + LEFT * 30)
+    alice.shows("bob: before", *wrapped(">>> " + text, 40, 30))
+    for columns, rows in sizes:
+        alice.resize(columns, rows)
+        alice.shows("bob: before", *wrapped(">>> " + text, columns, 30))
+    bob.feed("send alice after\n")
+    alice.shows("bob: before", "bob: after", *wrapped(">>> " + text, sizes[-1][0], 30))
+    assert sum(row.startswith(">>>") for row in alice.rows) == 1
+    alice.type(END + "!")
+    alice.shows("bob: after", *wrapped(f">>> {text}!", sizes[-1][0], 0))
+
+
+def test_a_text_that_is_higher_than_the_window_is_shown_around_the_cursor(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(columns=10, rows=4, ready=False)
+    alice.shows(f">>> {CURSOR}")
+    bob.wait_for("alice")
+    alice.type("0123456789" * 10)
+    alice.shows("6789012345", "6789012345", f"6789{CURSOR}")
+    bob.feed("send alice hi\n")
+    alice.shows("bob: hi", "6789012345", "6789012345", f"6789{CURSOR}")
+    alice.type(HOME)
+    alice.shows("bob: hi", f">>> {CURSOR}012345", "6789012345", "6789012345")
+
+
+# --- editing --------------------------------------------------------------------------------------------------
+
+EDITED = [
+    ("send bob hllo" + LEFT * 3 + "e", f"send bob he{CURSOR}llo"),
+    ("helllo" + LEFT * 2 + BACKSPACE, f"hel{CURSOR}lo"),
+    ("hello" + LEFT * 3 + RIGHT + DELETE, f"hel{CURSOR}o"),
+    ("bob hi" + HOME + "send ", f"send {CURSOR}bob hi"),
+    ("bob" + HOME + "send " + END + " hi", f"send bob hi{CURSOR}"),
+    ("hello there" + LEFT * 5 + KILL_START, f"{CURSOR}there"),
+    ("hello there" + LEFT * 6 + KILL_END, f"hello{CURSOR}"),
+    ("send bob hello" + KILL_WORD * 2, f"send {CURSOR}"),
+    ("one two" + KILL_WORD + HOME + YANK + " ", f"two {CURSOR}one"),
+    ("日本語" + LEFT + BACKSPACE, f"日{CURSOR}語"),
+    ("ne\u0301e" + LEFT + BACKSPACE, f"n{CURSOR}e"),
+    ("grüße 😀", f"grüße 😀{CURSOR}"),
+    ("a\x1b[15~\x1b[<0;1;1Mb", f"ab{CURSOR}"),
+]
+
+
+def test_keys_edit_the_line(open_window: Open) -> None:
+    alice = open_window()
+    for keys, line in EDITED:
+        alice.type(keys)
+        alice.shows(UPDATED, f">>> {line}".rstrip())
+        alice.type(CONTROL_C)
+        alice.shows(UPDATED, f">>> {CURSOR}")
+
+
+def test_control_l_clears_the_screen_but_not_the_line(open_window: Open) -> None:
+    alice = open_window()
+    alice.type("hello" + LEFT + CONTROL_L)
+    alice.chat.until(lambda: alice.picture == [f">>> hell{CURSOR}o"], "an empty screen")
+
+
+def test_lines_are_remembered_when_the_program_runs_again(chat: Chat, open_window: Open) -> None:
+    alice = open_window()
+    alice.type("first\r")
+    alice.shows(">>> first", "[Unknown command first, try help.]", f">>> {CURSOR}")
+    alice.type("second\rquit\r")
+    alice.ends()
+    history = chat.state / "udpchat" / "history"
+    assert history.read_text() == "first\nsecond\nquit\n"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+    alice = open_window()
+    alice.type("half a line" + UP)
+    alice.shows(UPDATED, f">>> quit{CURSOR}")
+    alice.type(UP * 2)
+    alice.shows(UPDATED, f">>> first{CURSOR}")
+    alice.type(DOWN)
+    alice.shows(UPDATED, f">>> second{CURSOR}")
+    alice.type(DOWN * 2)
+    alice.shows(UPDATED, f">>> half a line{CURSOR}")
+
+
+def test_tab_completes_commands_and_nicks_and_those_online_first(chat: Chat, open_window: Open) -> None:
+    chat.absent("bea")
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("s\t")
+    alice.shows(f">>> send {CURSOR}")
+    alice.type("b\t")
+    alice.shows(f">>> send bob {CURSOR}")
+    alice.type("\t")
+    alice.shows(f">>> send bea {CURSOR}")
+    alice.type("\t")
+    alice.shows(f">>> send bob {CURSOR}")
+    alice.type("hello\r")
+    bob.see("alice: hello")
+    alice.type("dereg \t")
+    alice.shows(f">>> dereg alice {CURSOR}")
+    alice.type(KILL_START + "x\t")
+    alice.chat.until(lambda: alice.picture[-1] == f">>> x{CURSOR}" and alice.glass.bells == 1, "a bell")
+
+
+def test_a_paste_does_nothing_until_enter(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.chat.until(lambda: alice.pastes_are_bracketed, "bracketed paste")
+    alice.type(pasted("send bob one\r\nsend bob two\r\n"))
+    alice.shows(f">>> send bob one↵send bob two{CURSOR}")
+    chat.rest(0.2)
+    assert not any(line.startswith("alice:") for line in bob.lines)
+    alice.shows(f">>> send bob one↵send bob two{CURSOR}")
+    alice.type("\r")
+    bob.see("alice: one", "alice: two")
+    alice.shows(received("bob"), f">>> {CURSOR}")
+    alice.shows_row(">>> send bob two")
+
+
+def test_a_block_that_is_pasted_behind_send_goes_there_line_by_line(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("send bob " + pasted("def f():\n\n    quit\n  dereg alice\n\x1b[Aend"))
+    alice.shows(f">>> send bob def f():↵↵    quit↵  dereg alice↵[Aend{CURSOR}")
+    alice.type("\r")
+    bob.see("alice: def f():", "alice: ", "alice:     quit", "alice:   dereg alice", "alice: [Aend")
+    alice.shows(received("bob"), f">>> {CURSOR}")
+
+
+# --- Ctrl-C and Ctrl-D ----------------------------------------------------------------------------------------
+
+def test_control_c_takes_back_a_line_and_then_ends_in_order(open_window: Open) -> None:
+    alice = open_window()
+    alice.type("send bob something that I would not say" + CONTROL_C)
+    alice.shows(UPDATED, f">>> {CURSOR}")
+    began = time.monotonic()
+    alice.type(CONTROL_C)
+    alice.ends()
+    assert time.monotonic() - began < ORDERLY
+    assert alice.picture[-2:] == [OFFLINE, CURSOR]
+
+
+def test_control_d_ends_on_an_empty_line_only(open_window: Open) -> None:
+    alice = open_window()
+    alice.type("hello" + HOME + CONTROL_D)
+    alice.shows(UPDATED, f">>> {CURSOR}ello")
+    alice.type(CONTROL_C + CONTROL_D)
+    alice.ends()
+    assert [row for row in alice.rows if row] == [WELCOME, UPDATED, OFFLINE]
+
+
+def test_a_second_control_c_does_not_wait(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN, *PATIENT)
+    meet(alice, bob)
+    bob.signal(signal.SIGSTOP)
+    alice.type("send bob hello\r")
+    alice.shows(">>> send bob hello", f">>> {CURSOR}")
+    began = time.monotonic()
+    alice.type(CONTROL_C + CONTROL_C)
+    alice.ends(1)
+    assert time.monotonic() - began < 1.2, "an orderly end takes 1.5 s here"
+    assert alice.process.errors == ["send bob hello"]
+
+
+def test_control_d_waits_for_what_was_sent_and_control_c_for_nothing_more(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN, *PATIENT)
+    meet(alice, bob)
+    bob.signal(signal.SIGSTOP)
+    alice.type("send bob hello\r")
+    alice.shows(">>> send bob hello", f">>> {CURSOR}")
+    alice.type(CONTROL_D)
+    chat.rest(0.3)
+    assert alice.process.popen.poll() is None
+    alice.type(CONTROL_C + CONTROL_C)
+    alice.ends(1)
+
+
+def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_window: Open) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        alice = open_window(arguments=("client", "alice", "127.0.0.1", str(nobody.getsockname()[1])), ready=False)
+        alice.chat.until(lambda: alice.is_raw, "the line editor")
+        alice.type("hello")
+        alice.shows(f">>> hello{CURSOR}")
+        began = time.monotonic()
+        alice.type(CONTROL_C + CONTROL_C)
+        alice.ends()
+        assert time.monotonic() - began < 1.5, "five attempts would take 2.5 s"
+        assert not any(alice.rows)
+
+
+# --- the terminal's own settings ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_in_order_and_leaves_the_terminal_as_it_was(open_window: Open, number: int) -> None:
+    alice = open_window()
+    assert alice.is_raw and alice.pastes_are_bracketed and not alice.has_its_settings
+    alice.type("half a line")
+    alice.shows(f">>> half a line{CURSOR}")
+    alice.process.signal(number)
+    alice.ends()
+    assert [row for row in alice.rows if row] == [WELCOME, UPDATED, OFFLINE]
+    assert alice.picture[-1] == CURSOR
+
+
+FAILS = """\
+import sys
+import udpchat
+
+def settle(client, work=udpchat.Client.settle):
+    work(client)
+    if client.table.entries:
+        raise RuntimeError
+
+udpchat.Client.settle = settle
+try:
+    udpchat.main()
+except RuntimeError:
+    sys.exit(7)
+"""
+
+
+def test_a_fault_of_the_program_leaves_the_terminal_as_it_was(open_window: Open) -> None:
+    alice = open_window(command=[sys.executable, "-c", FAILS], PYTHONPATH=str(ROOT), ready=False)
+    alice.ends(7)
+    assert PASTE_ON in alice.data
+
+
+SHELL = """\
+import os, signal, sys, termios
+mine = termios.tcgetattr(0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+wishes = {signal.SIGUSR1, signal.SIGUSR2}
+signal.pthread_sigmask(signal.SIG_BLOCK, wishes)
+job = os.fork()
+if not job:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, wishes)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while True:
+    status = os.waitpid(job, os.WUNTRACED)[1]
+    os.tcsetpgrp(0, os.getpgrp())
+    settings = "its settings" if termios.tcgetattr(0) == mine else "other settings"
+    if not os.WIFSTOPPED(status):
+        print(f"ended with {os.waitstatus_to_exitcode(status)}, {settings}", file=sys.stderr)
+        break
+    print(f"stopped, {settings}", file=sys.stderr, flush=True)
+    print("$ typed to the shell", flush=True)
+    if signal.sigwait(wishes) == signal.SIGUSR1:
+        os.tcsetpgrp(0, job)
+    os.kill(-job, signal.SIGCONT)
+"""
+FG, BG = signal.SIGUSR1, signal.SIGUSR2
+
+
+def open_shell(open_window: Open, **keywords: Any) -> Window:
+    """A window with a shell on it, that has started the client as its job; the signals FG and BG continue that."""
+    alice = open_window(command=[sys.executable, "-c", SHELL, PROGRAM[1]], ready=False, **keywords)
+    alice.shows(WELCOME, UPDATED, f">>> {CURSOR}")
+    return alice
+
+
+def see_error(window: Window, *lines: str) -> None:
+    window.chat.until(lambda: window.process.errors == list(lines), f"{lines} on stderr")
+
+
+def test_control_z_stops_the_job_and_the_line_is_there_again_when_it_goes_on(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_shell(open_window)
+    meet(alice, bob)
+    alice.type("send bob hello")
+    alice.shows(UPDATED, f">>> send bob hello{CURSOR}")
+    alice.type(CONTROL_Z)
+    see_error(alice, "stopped, its settings")
+    assert not alice.pastes_are_bracketed
+    alice.shows(UPDATED, "$ typed to the shell", CURSOR)
+    alice.process.signal(FG)
+    alice.shows(UPDATED, "$ typed to the shell", f">>> send bob hello{CURSOR}")
+    assert alice.is_raw and alice.pastes_are_bracketed
+    alice.type(" again\r")
+    bob.see("alice: hello again")
+    alice.shows("$ typed to the shell", ">>> send bob hello again", received("bob"), f">>> {CURSOR}")
+    alice.type("quit\r")
+    see_error(alice, "stopped, its settings", "ended with 0, its settings")
+    alice.ends()
+
+
+def test_a_wrapped_line_is_there_once_after_control_z(open_window: Open) -> None:
+    alice = open_shell(open_window, columns=30)
+    text = "this takes more than one row, and the cursor is in the second"
+    alice.type(text + LEFT * 10 + CONTROL_Z)
+    see_error(alice, "stopped, its settings")
+    alice.shows(UPDATED, "$ typed to the shell", CURSOR)
+    alice.process.signal(FG)
+    rows = wrapped(">>> " + text, 30, 10)
+    alice.shows(UPDATED, "$ typed to the shell", *rows)
+    alice.chat.rest(0.1)
+    alice.type(END + "!")
+    alice.shows(UPDATED, "$ typed to the shell", *wrapped(f">>> {text}!", 30, 0))
+    alice.type(CONTROL_Z)
+    see_error(alice, *["stopped, its settings"] * 2)
+    alice.process.signal(FG)
+    alice.shows(UPDATED, *["$ typed to the shell"] * 2, *wrapped(f">>> {text}!", 30, 0))
+
+
+def test_messages_that_came_while_it_was_stopped_are_shown_when_it_goes_on(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob", *PATIENT)
+    alice = open_shell(open_window)
+    meet(alice, bob)
+    alice.type("half" + CONTROL_Z)
+    see_error(alice, "stopped, its settings")
+    bob.feed("send alice one\nsend alice two\n")
+    bob.sync()
+    alice.process.signal(FG)
+    alice.shows("$ typed to the shell", "bob: one", "bob: two", f">>> half{CURSOR}")
+
+
+def test_a_job_that_is_stopped_from_outside_gives_the_terminal_back(open_window: Open) -> None:
+    alice = open_shell(open_window)
+    alice.type("half")
+    alice.shows(f">>> half{CURSOR}")
+    client = int(re.findall(r"(\d+)", Path(f"/proc/{alice.process.pid}/task/{alice.process.pid}/children")
+                            .read_text())[0]) if sys.platform == "linux" else 0
+    if not client:
+        pytest.skip("finds its job as Linux tells it")
+    os.kill(client, signal.SIGTSTP)
+    see_error(alice, "stopped, its settings")
+    alice.process.signal(FG)
+    alice.shows("$ typed to the shell", f">>> half{CURSOR}")
+    alice.type(CONTROL_C)
+    alice.shows("$ typed to the shell", f">>> {CURSOR}")
+
+
+def test_a_job_in_the_background_leaves_the_terminal_to_the_shell(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_shell(open_window)
+    meet(alice, bob)
+    alice.type("half" + CONTROL_Z)
+    see_error(alice, "stopped, its settings")
+    alice.process.signal(BG)
+    bob.feed("send alice in the background\n")
+    bob.see(received("alice"))
+    alice.shows("$ typed to the shell", "bob: in the background", CURSOR)
+    assert alice.has_its_settings, "it is the shell's"
+    assert not alice.pastes_are_bracketed
+    alice.type("x\r")                # whoever reads in the background is stopped
+    see_error(alice, *["stopped, its settings"] * 2)
+    alice.process.signal(FG)
+    alice.shows("[Unknown command halfx, try help.]", f">>> {CURSOR}")
+    alice.chat.until(lambda: alice.is_raw and alice.pastes_are_bracketed, "the line editor")
+    alice.type("hre" + LEFT * 2 + "e\r")
+    alice.shows(">>> here", "[Unknown command here, try help.]", f">>> {CURSOR}")
+    alice.type("quit\r")
+    see_error(alice, *["stopped, its settings"] * 2, "ended with 0, its settings")
+
+
+# --- times, colours, bells ------------------------------------------------------------------------------------
+
+CLOCK = r"\d\d:\d\d:\d\d "
+
+
+def test_each_line_has_its_time_unless_nobody_wants_it(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window("--color", "never", ready=False)
+    alice.shows_row(CLOCK + re.escape(WELCOME))
+    bob.wait_for("alice")
+    bob.feed("send alice hello\n")
+    alice.shows_row(CLOCK + "bob: hello")
+    alice.type("who\r")
+    alice.shows_row("alice  127.0.0.1:.*")
+    alice.shows_row(">>> who")
+    assert all(re.match(CLOCK, row) for row in alice.rows if row[0] != ">" and "127.0.0.1:" not in row)
+
+
+def test_a_script_gets_times_if_it_asks_for_them(chat: Chat) -> None:
+    alice = chat.start("alice", "--time")
+    alice.feed("send alice hello\n")
+    assert alice.finish() == 0
+    assert all(re.match(CLOCK, line) for line in alice.lines)
+    shown = [line for line in re.sub(CLOCK, "", "\n".join(alice.lines)).split("\n") if line != UPDATED]
+    assert shown == [WELCOME, "alice: hello", received("alice"), OFFLINE]
+
+
+def test_nicks_have_colours_that_stay_and_what_is_not_a_message_has_none(chat: Chat, open_window: Open) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = open_window("--no-time", ready=True)
+    meet(alice, bob)
+    carol.wait_for("alice")
+    bob.feed("send alice hello\n")
+    alice.shows("bob: hello", f">>> {CURSOR}")
+    carol.feed("send alice hello\n")
+    alice.shows("carol: hello", f">>> {CURSOR}")
+    alice.type("send nobody hello\rwho\r")
+    alice.shows_row(r"bob    127.0.0.1:\d+ +online")
+    alice.shows(f">>> {CURSOR}")
+    mine, theirs, others = alice.cells("alice"), alice.cells("bob:"), alice.cells("carol:")
+    assert {len({cell.fg for cell in cells[:3]}) for cells in (mine, theirs, others)} == {1}
+    assert theirs[0].fg == alice.cells("bob ")[0].fg != others[0].fg == alice.cells("carol ")[0].fg
+    assert theirs[-1].fg == others[-1].fg == "default" and not theirs[0].blink
+    assert {cell.fg for cell in alice.cells("hello")} == {"default"}
+    assert {(cell.fg, cell.blink) for cell in alice.cells("[Unknown client nobody.]")} == {("red", False)}
+    assert {(cell.fg, cell.blink) for cell in alice.cells(WELCOME)} == {("default", True)}
+    assert {(cell.fg, cell.blink) for cell in alice.cells(">>> who")} == {("default", False)}
+    shown = set(re.findall(rb"\x1b\[38;5;(\d+)m", alice.data))
+    assert shown <= {str(color).encode() for color in NICK_COLORS}
+
+
+@pytest.mark.parametrize("options, environment", [
+    (("--no-time",), {"NO_COLOR": "1"}), (("--no-time", "--color=never"), {}), (PLAIN, {"COLORTERM": "truecolor"})])
+def test_nothing_is_coloured_for_who_wants_no_colours(chat: Chat, open_window: Open, options: Tuple[str, ...],
+                                                      environment: Dict[str, str]) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*options, **environment)
+    meet(alice, bob)
+    bob.feed("send alice hello\n")
+    alice.shows("bob: hello", f">>> {CURSOR}")
+    alice.type("send nobody hello\r")
+    alice.shows("[Unknown client nobody.]", f">>> {CURSOR}")
+    alice.type("quit\r")
+    alice.ends(1)
+    assert not SGR.search(alice.data)
+
+
+def test_a_script_gets_colours_if_it_asks_for_them(chat: Chat) -> None:
+    assert SGR.search(chat.complete("client", "alice", "127.0.0.1", str(chat.port), "--color", "always").out.data)
+    assert not SGR.search(chat.complete("client", "alice", "127.0.0.1", str(chat.port)).out.data)
+
+
+def test_a_dumb_terminal_gets_a_prompt_and_no_escape_at_all(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window("--no-time", TERM="dumb", ready=False)
+    alice.shows_row(re.escape(UPDATED))
+    alice.shows(f">>> {CURSOR}")
+    assert alice.has_its_settings, "it edits its lines itself"
+    meet(alice, bob)
+    alice.type("send bob hello\r")
+    alice.shows(received("bob"), f">>> {CURSOR}")
+    bob.feed("send alice hi\n")
+    alice.shows(received("bob"), ">>>", "bob: hi", f">>> {CURSOR}")
+    assert "" not in alice.rows, "a line that was typed leaves no blank one"
+    alice.type(CONTROL_D)
+    alice.ends()
+    assert b"\x1b" not in alice.data and b"\a" not in alice.data
+    assert alice.picture[-2:] == [OFFLINE, CURSOR]
+
+
+def test_the_bell_rings_for_messages_and_for_nothing_else(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice, quiet = open_window(*PLAIN, "--bell"), open_window(nick="quiet")
+    meet(alice, bob)
+    bob.wait_for("quiet")
+    alice.type("send bob hello\r")
+    alice.shows(received("bob"), f">>> {CURSOR}")
+    alice.type("send nobody hello\rdance\r")
+    alice.shows("[Unknown command dance, try help.]", f">>> {CURSOR}")
+    assert alice.glass.bells == 0
+    bob.feed("send alice one\nsend alice two\nsend quiet hello\n")
+    alice.shows("bob: one", "bob: two", f">>> {CURSOR}")
+    quiet.shows("bob: hello", f">>> {CURSOR}")
+    assert (alice.glass.bells, quiet.glass.bells) == (2, 0)
+
+
+# --- talk -----------------------------------------------------------------------------------------------------
+
+def test_talk_sends_every_line_to_one_nick_until_it_ends(chat: Chat, open_window: Open) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = open_window()
+    meet(alice, bob)
+    carol.wait_for("alice")
+    alice.type("talk bob\r")
+    alice.shows(">>> talk bob", f"bob>>> {CURSOR}")
+    alice.type("quit\r")
+    bob.see("alice: quit")
+    alice.shows("bob>>> quit", received("bob"), f"bob>>> {CURSOR}")
+    alice.type("/send carol hi\r")
+    carol.see("alice: hi")
+    alice.shows("bob>>> /send carol hi", received("carol"), f"bob>>> {CURSOR}")
+    alice.type("//text\r")
+    bob.see("alice: /text")
+    alice.shows("bob>>> //text", received("bob"), f"bob>>> {CURSOR}")
+    alice.type("/foo\r")
+    alice.shows("bob>>> /foo", "[Unknown command /foo, try /help.]", f"bob>>> {CURSOR}")
+    alice.type("/s\tca\t")
+    alice.shows(f"bob>>> /send carol {CURSOR}")
+    alice.type(CONTROL_C + "\r/who\r")
+    alice.shows_row(r"carol +127.0.0.1:\d+ +online")
+    alice.shows(f"bob>>> {CURSOR}")
+    alice.type("/talk nobody\r")
+    alice.shows("[Unknown client nobody.]", f"bob>>> {CURSOR}")
+    alice.type("/end\r")
+    alice.shows("bob>>> /end", f">>> {CURSOR}")
+    alice.type("send carol bye\r")
+    carol.see("alice: bye")
+    alice.shows(">>> send carol bye", received("carol"), f">>> {CURSOR}")
+    alice.type("talk nobody\r")
+    alice.shows(">>> talk nobody", "[Unknown client nobody.]", f">>> {CURSOR}")
+    assert [line for line in bob.lines if line.startswith("alice:")] == ["alice: quit", "alice: /text"]
+
+
+def test_a_block_that_is_pasted_while_one_talks_goes_there_as_it_is(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("talk bob\r")
+    alice.shows(f"bob>>> {CURSOR}")
+    alice.type(pasted("see\n/etc/passwd\n/quit\nquit") + "\r")
+    bob.see("alice: see", "alice: /etc/passwd", "alice: /quit", "alice: quit")
+
+
+def test_a_script_can_talk_too(chat: Chat) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = chat.client("alice")
+    alice.feed("talk bob\nhello\nsend carol no\n\n//slash\n/send carol yes\n/foo\n/talk nobody\n/end\nsend carol end\n")
+    assert alice.finish() == 1, "one nick was unknown"
+    carol.see("alice: yes", "alice: end")
+    assert [line for line in bob.events if line[:1] == "a"] == ["alice: hello", "alice: send carol no", "alice: /slash"]
+    assert [line for line in alice.events if "Unknown" in line] == ["[Unknown command /foo, try /help.]",
+                                                                    "[Unknown client nobody.]"]
+
+
+# --- waiting --------------------------------------------------------------------------------------------------
+
+def test_who_waits_for_somebody_sees_for_whom(chat: Chat, open_window: Open) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = open_window(*PLAIN, *PATIENT)
+    meet(alice, bob)
+    bob.signal(signal.SIGSTOP)
+    alice.type("send bob hello\r")
+    alice.shows(">>> send bob hello", "[Waiting for bob: 1 message.]", f">>> {CURSOR}")
+    alice.type("send bob again\r")
+    alice.shows(">>> send bob again", "[Waiting for bob: 2 messages.]", f">>> {CURSOR}")
+    alice.type("send carol hello\rhalf")
+    alice.shows(">>> send carol hello", received("carol"), "[Waiting for bob: 2 messages.]", f">>> half{CURSOR}")
+    carol.feed("send alice hi\n")
+    alice.shows("carol: hi", "[Waiting for bob: 2 messages.]", f">>> half{CURSOR}")
+    bob.signal(signal.SIGCONT)
+    alice.shows("carol: hi", received("bob"), received("bob"), f">>> half{CURSOR}")
+    assert not any("Waiting" in row for row in alice.rows)
+
+
+def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> None:
+    chat.absent("bob")
+    server = chat.processes[0]
+    alice = open_window()
+    server.signal(signal.SIGSTOP)
+    alice.type("send bob hello\r")
+    alice.shows(is_offline("bob"), "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
+    server.signal(signal.SIGCONT)
+    alice.shows(is_offline("bob"), SAVED, f">>> {CURSOR}")
+    assert not any("Waiting" in row for row in alice.rows)
+
+
+def test_a_short_wait_is_not_shown(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("send bob hello\r")
+    alice.shows(received("bob"), f">>> {CURSOR}")
+    assert b"Waiting" not in alice.data
+
+
+# --- the server comes and goes --------------------------------------------------------------------------------
+
+def test_a_server_that_restarts_is_one_line_when_it_goes_and_one_when_it_is_back(chat: Chat, open_window: Open) -> None:
+    chat.absent("bob")
+    alice = open_window()
+    chat.processes[0].kill()
+    alice.type("send bob hello\r")
+    alice.shows(is_offline("bob"), NOT_RESPONDING, "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
+    chat.restart()
+    alice.shows_row(re.escape(SAVED))
+    alice.shows(f">>> {CURSOR}")
+    alice.chat.rest(0.3)
+    assert [row for row in alice.picture if row != UPDATED] == [
+        WELCOME, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING, WELCOME, SAVED, f">>> {CURSOR}"]
+
+
+def test_a_server_that_stops_for_a_while_is_one_line_then_and_one_when_it_goes_on(chat: Chat,
+                                                                                  open_window: Open) -> None:
+    chat.absent("bob")
+    alice = open_window()
+    chat.processes[0].signal(signal.SIGSTOP)
+    alice.type("send bob hello\r")
+    alice.shows(is_offline("bob"), NOT_RESPONDING, "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
+    chat.processes[0].signal(signal.SIGCONT)
+    alice.shows_row(re.escape(SAVED))
+    alice.shows(f">>> {CURSOR}")
+    alice.chat.rest(0.3)
+    assert alice.picture == [WELCOME, UPDATED, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING,
+                             "[Server is responding again]", SAVED, f">>> {CURSOR}"]
+
+
+# --- how far a long pipe is -----------------------------------------------------------------------------------
+
+def see_terminal(chat: Chat, process: Process, pattern: bytes) -> None:
+    chat.until(lambda: re.search(pattern, process.err.data) is not None, f"{pattern!r} on stderr")
+
+
+def run_with_terminal_for_errors(chat: Chat, lines: int) -> Process:
+    """A client that sends so many lines to bob, through a pipe."""
+    master, slave = pty.openpty()
+    try:
+        alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), "0", *PATIENT, stderr=slave)
+    finally:
+        os.close(slave)
+    alice.err.fd = master
+    alice.feed(sends("bob", [str(number) for number in range(lines)]))
+    alice.end_input()
+    return alice
+
+
+def test_a_long_pipe_tells_on_a_terminal_how_far_it_is(chat: Chat) -> None:
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    alice = run_with_terminal_for_errors(chat, 2500)
+    see_terminal(chat, alice, rb"\r2,500 sent, 0 done, 0/s\x1b\[K")
+    bob.signal(signal.SIGCONT)
+    assert alice.wait() == 0
+    assert alice.err.data.endswith(b"\r\x1b[K"), "it takes its line off"
+    assert alice.events[1:-1] == [received("bob")] * 2500, "stdout has no part of it"
+
+
+def test_a_short_pipe_tells_nothing_and_none_does_without_a_terminal(chat: Chat) -> None:
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    short = run_with_terminal_for_errors(chat, 1000)
+    logged = chat.start("logged", *PATIENT)
+    logged.feed(sends("bob", [str(number) for number in range(2500)]))
+    logged.end_input()
+    chat.rest(0.8)                   # it looks every half second
+    bob.signal(signal.SIGCONT)
+    assert (short.wait(), logged.wait()) == (0, 0)
+    assert not short.err.data and not logged.err.data
