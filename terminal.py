@@ -38,9 +38,11 @@ import signal
 import stat
 import time
 import unicodedata
-from typing import Any, Callable, Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections import deque
+from typing import (Any, Callable, Collection, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence,
+                    Tuple, Union)
 
-from protocol import Delivery
+from protocol import MAX_TEXT, Delivery
 
 EDIT_LIMIT = 128 * 1024          # characters in the line that is edited
 PASTE_LIMIT = 1024 * 1024        # characters of one paste that are looked at; the rest is dropped
@@ -836,10 +838,228 @@ class Terminal:
         return columns or DEFAULT_SIZE[0], rows or DEFAULT_SIZE[1]
 
 
+# --- what is asked for ----------------------------------------------------------------------------------------
+
+LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the rest is only counted
+JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
+SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot
+REF_LIMIT = 256                         # characters of what a sender calls a message
+
+
+class Sends:
+    """Texts for one nick; ``ref``: what their sender calls them; ``size``: the bytes of a text that was cut off."""
+
+    __slots__ = ("nick", "texts", "ref", "size")
+
+    def __init__(self, nick: str, texts: List[str], ref: object = None, size: int = 0) -> None:
+        self.nick = nick
+        self.texts = texts
+        self.ref = ref
+        self.size = size
+
+    def take(self, most: int) -> "Sends":
+        """The first ``most`` of the texts, which are here no more."""
+        taken, self.texts = self.texts[:most], self.texts[most:]
+        return Sends(self.nick, taken, self.ref, self.size)
+
+
+class Command(NamedTuple):
+    """Something to do: texts to send, or else the words of a command.
+
+    ``shown``: the line, where the terminal does not show what is typed by itself. ``broken``: one that means nothing.
+    """
+
+    sends: Optional[Sends] = None
+    words: Sequence[str] = ()
+    shown: str = ""
+    broken: str = ""
+
+
+class LongLine(str):
+    """A line that was cut off because it is too long; ``size`` are the bytes that it had."""
+
+    size = 0
+
+
+class Typed(str):
+    """A line from a terminal that does not show what is typed by itself."""
+
+
+class Block(str):
+    """Lines that all begin with the same ``send NICK ``, which is the string: a read of a pipe mostly is that."""
+
+    texts: List[str]
+
+
+def group_sends(text: str) -> List[str]:
+    """Lines as a list, or as one ``Block`` if they all begin with the same ``send NICK ``. At the speed of C."""
+    if "\n" not in text:
+        return [text]
+    end = text.find(" ", 5) + 1
+    if end > 6 and text.startswith("send "):
+        start = text[:end]
+        if "\n" not in start and text.count("\n" + start) == text.count("\n"):
+            block = Block(start)
+            block.texts = text[end:].split("\n" + start)
+            return [block]
+    return text.split("\n")
+
+
+class Commands:
+    """What is asked for on stdin: bytes or lines go in, commands come out, in order.
+
+    While one ``talk``s to somebody, every line is a text for that nick; commands then begin with a slash, and a text
+    that begins with one has two. With ``reads_json``, a line may also be a JSON object.
+    """
+
+    def __init__(self, reads_json: bool = False) -> None:
+        self.talk = ""
+        self.ended = False          # nothing more will come
+        self._reads_json = reads_json
+        self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
+        self._waiting: Deque[Union[str, Sends]] = deque()
+        self._buffer = b""
+        self._skipped = 0           # bytes of a line that is too long
+
+    def __bool__(self) -> bool:
+        """Whether a command waits."""
+        return bool(self._waiting)
+
+    @property
+    def prompt(self) -> str:
+        """What asks for the next line."""
+        return f"{self.talk}>>> "
+
+    @property
+    def slash(self) -> str:
+        """What a command begins with."""
+        return "/" if self.talk else ""
+
+    # in
+
+    def feed(self, data: bytes) -> None:
+        """Takes what was read; b"" at the end."""
+        head, newline, tail = data.rpartition(b"\n")
+        if not data:
+            self.ended = True
+            if self._buffer or self._skipped:
+                self._take_lines(self._buffer)
+            self._buffer, self._skipped = b"", 0
+        elif newline:
+            self._take_lines(self._buffer + head)
+            self._buffer, self._skipped = tail, 0
+        else:
+            self._buffer += data
+        if len(self._buffer) > self._limit:
+            self._skipped += len(self._buffer) - self._limit
+            self._buffer = self._buffer[:self._limit]
+
+    def _take_lines(self, data: bytes) -> None:
+        if self._skipped:
+            first, newline, data = data.partition(b"\n")
+            line = LongLine(first[:self._limit].decode("utf-8", "replace"))
+            line.size = len(first) + self._skipped
+            self._waiting.append(line)
+            if not newline:
+                return
+        self._waiting.extend(group_sends(data.decode("utf-8", "replace")))
+
+    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
+        """Takes lines that were typed; ``pasted``: all but the first come from where a slash means nothing."""
+        for count, line in enumerate(lines):
+            escape = "/" if count and pasted and self.talk and line.startswith("/") else ""
+            self._waiting.append(Typed(escape + line))
+
+    def put(self, sends: Sends) -> None:
+        """Takes texts to send."""
+        self._waiting.append(sends)
+
+    def clear(self) -> None:
+        """Forgets what waits."""
+        self._waiting.clear()
+
+    # out
+
+    def put_back(self, sends: Sends) -> None:
+        """These come first again."""
+        self._waiting.appendleft(sends)
+
+    def take(self) -> Command:
+        """The next command."""
+        line = self._waiting.popleft()
+        if isinstance(line, Sends):
+            return Command(line)
+        if isinstance(line, Typed):
+            return self._meaning(str(line))._replace(shown=self.prompt + line)
+        return self._meaning(line)
+
+    def _meaning(self, line: str) -> Command:
+        if self._reads_json and line.startswith("{"):
+            return command_of(line)
+        if self.talk:
+            return self._meaning_in_talk(line)
+        if line.startswith("send "):
+            nick, blank, text = line[5:].partition(" ")
+            if isinstance(line, Block):
+                return Command(Sends(nick, line.texts))
+            if nick and blank:
+                return Command(Sends(nick, [text], None, _size(line, text)))
+        return Command(words=line.split())
+
+    def _meaning_in_talk(self, line: str) -> Command:
+        if isinstance(line, Block):
+            first, *others = [line + text for text in line.texts]
+            self._waiting.extendleft(reversed(others))
+            return self._meaning_in_talk(first)
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            nick, blank, text = rest.partition(" ")
+            if name == "send" and nick and blank:
+                return Command(Sends(nick, [text], None, _size(line, text)))
+            return Command(words=line[1:].split())
+        if not line:
+            return Command()
+        text = line[1:] if line.startswith("//") else line
+        return Command(Sends(self.talk, [text], None, _size(line, text)))
+
+
+def _size(line: str, text: str) -> int:
+    """The bytes of the text at the end of a line that was cut off; 0 for one that was not."""
+    return line.size - len(line[:len(line) - len(text)].encode()) if isinstance(line, LongLine) else 0
+
+
+def _is_ref(ref: object) -> bool:
+    """Whether an event can name a message by ``ref``, and it is small: they are kept as long as the messages wait."""
+    if isinstance(ref, str):
+        return len(ref) <= REF_LIMIT
+    return ref is None or isinstance(ref, (int, float)) and -math.inf < ref < math.inf     # nor NaN: JSON has none
+
+
+def command_of(line: str) -> Command:
+    """What a JSON object asks for."""
+    import json
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return Command(broken=line)
+    if type(found) is dict:
+        nick, text, ref = found.get("send"), found.get("text"), found.get("ref")
+        if type(nick) is str and type(text) is str and nick and _is_ref(ref):
+            nick, text = re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text)
+            return Command(Sends(nick, [text], ref))
+        for name in ("dereg", "reg"):
+            if type(found.get(name)) is str:
+                return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
+        for name in ("who", "help", "quit"):
+            if found.get(name) is True:
+                return Command(words=[name])
+    return Command(broken=line)
+
+
 # --- what is said ---------------------------------------------------------------------------------------------
 
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls
-CONTROL = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
+CONTROL = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 NEWS, GOOD, BAD = "news", "good", "bad"     # what an event is to its reader
 
@@ -863,7 +1083,7 @@ SAYINGS: Dict[str, Saying] = {
     "offline": Saying("[{to} is offline, message sent to server.]", NEWS, "offline"),
     "exists": Saying("[Client {to} exists!!]", NEWS, "exists"),
     "unknown": Saying("[Unknown client {to}.]", BAD, "failed", "unknown"),
-    "too-long": Saying("[Message too long: {size} bytes, at most 65536.]", BAD, "failed", "too-long"),
+    "too-long": Saying("[Message too long: {size} bytes, at most {most}.]", BAD, "failed", "too-long"),
     "full": Saying("[Mailbox of {to} is full, message not saved.]", BAD, "failed", "full"),
     "disk": Saying("[The server cannot save messages now, message for {to} not saved.]", BAD, "failed", "disk"),
     "undelivered": Saying("", BAD, "failed", "not-delivered"),

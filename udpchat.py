@@ -52,8 +52,8 @@ from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNO
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
 
-from terminal import (FOR_PEOPLE, PASTE_OFF, PASTE_ON, ROUTINE, STATUS, Action, Editor, History, JsonLines, Lines,
-                      Prompt, Screen, Style, Terminal, clean, wants_color)
+from terminal import (FOR_PEOPLE, PASTE_OFF, PASTE_ON, ROUTINE, STATUS, Action, Commands, Editor, History, JsonLines,
+                      Lines, Prompt, Screen, Sends, Style, Terminal, clean, wants_color)
 gc.freeze()
 gc.enable()
 
@@ -304,7 +304,8 @@ class Alarm:
 
 READ_SIZE = 65536         # bytes read from stdin in one turn
 WRITE_SIZE = 65536        # bytes offered to stdout at once
-OUTPUT_LIMIT = 65536      # bytes that wait for stdout before nothing more is shown, and no command is read
+OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
+ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not be reading just then
 DATAGRAMS_PER_TURN = 128  # read from the socket before timers and acks get their turn
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
@@ -1364,7 +1365,6 @@ PING_INTERVAL = 15.0      # s between pings
 LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
-LINE_LIMIT = protocol.MAX_TEXT + 1024   # bytes of a line that are kept; the rest is only counted
 LINES_PER_TURN = 512      # of stdin that are carried out before the network gets its turn; sends to one nick are one
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
@@ -1376,7 +1376,7 @@ STDIN_LIMIT = 4 * protocol.MAX_TEXT     # bytes that ``send`` reads; that is too
 LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
-JSON_LIMIT = 6 * protocol.MAX_TEXT + 4096   # bytes of a line that is a JSON object: every character may be escaped
+
 
 JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
 
@@ -1392,74 +1392,6 @@ who                 show everybody who is known
 help                show this
 quit                go offline and end
 """
-
-
-class LongLine(str):
-    """A line that was cut off because it is too long; ``size`` are the bytes that it had."""
-
-    size = 0
-
-
-class Typed(str):
-    """A line from a terminal that does not show what is typed by itself."""
-
-
-class Sends(str):
-    """Texts for one nick. The string is what such a line begins with.
-
-    Lines that all send to one nick become one of these: a read of a pipe mostly is that.
-    """
-
-    texts: List[str]
-    typed = True            # as lines, which mean something else while one talks to somebody
-    ref: object = None      # what the sender calls it
-    size = 0                # bytes of a text that was cut off because it is too long
-
-
-class Command(str):
-    """A command, whether one talks to somebody or not."""
-
-
-def sends(nick: str, text: str, ref: object = None, size: int = 0) -> Sends:
-    """One text for ``nick``, whatever is in it."""
-    command = Sends(f"send {nick} ")
-    command.texts, command.typed, command.ref, command.size = [text], False, ref, size
-    return command
-
-
-SURROGATES = "[\ud800-\udfff]"     # that JSON can name, and UTF-8 cannot
-
-
-def command_of(line: str) -> Optional[str]:
-    """What a JSON object on stdin asks for: ``Sends`` or a ``Command``; None if that is nothing that there is."""
-    import json
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if type(found) is not dict:
-        return None
-    nick, text = found.get("send"), found.get("text")
-    if type(nick) is str and type(text) is str and len(nick.split()) == 1:
-        return sends(re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text), found.get("ref"))
-    for name in ("dereg", "reg"):
-        if type(found.get(name)) is str:
-            return Command(name + " " + re.sub(SURROGATES, "?", found[name]))
-    return next((Command(name) for name in ("who", "help", "quit") if found.get(name) is True), None)
-
-
-def group_sends(text: str) -> List[str]:
-    """Lines as a list, or as one ``Sends`` if they all begin with the same ``send NICK ``. At the speed of C."""
-    if "\n" not in text:
-        return [text]
-    end = text.find(" ", 5) + 1
-    if end > 6 and text.startswith("send "):
-        start = text[:end]
-        if "\n" not in start and text.count("\n" + start) == text.count("\n"):
-            sends = Sends(start)
-            sends.texts = text[end:].split("\n" + start)
-            return [sends]
-    return text.split("\n")
 
 
 class Sent(NamedTuple):
@@ -1574,12 +1506,7 @@ class Client:
         self._outbox = Outbox(nick, mtu, ack_timeout)
         self._outbox_alarm = Alarm(loop, lambda: None)      # the end of the turn polls it
         # commands
-        self._talk = ""                         # to whom every line goes
-        self._buffer = b""
-        self._line_limit = JSON_LIMIT if self.lines.is_for_programs else LINE_LIMIT
-        self._skipped = 0                       # bytes of a line that is too long
-        self._lines: Deque[str] = deque()
-        self._input_ended = False
+        self._input = Commands(self.lines.is_for_programs)
         self._quit = ""                         # "dereg" or "quit", once that command waits for its turn
         self._ending = ""                       # "end", "quit", "signal", "reader"
         self._interrupted = False
@@ -1589,7 +1516,7 @@ class Client:
         self.queued = self.closed = 0           # messages, in all
         self._result = 0
         self._wait_alarm = Alarm(loop, lambda: None)        # the end of the turn shows who waits
-        self._commands: Dict[str, Callable[[str, List[str]], None]] = {
+        self._commands: Dict[str, Callable[[str, Sequence[str]], None]] = {
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
             "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
         self._from_server: Dict[str, Callable[[Info], None]] = {
@@ -2004,11 +1931,11 @@ class Client:
     @property
     def hungry(self) -> bool:
         """Whether stdin is to be read."""
-        return (not (self._lines or self._input_ended or self._ending or self._quit)
+        return (not (self._input or self._input.ended or self._ending or self._quit)
                 and self._may_command() and self._has_room() and not self._outbox.is_full)
 
     def _has_room(self) -> bool:
-        return self.output.pending < OUTPUT_LIMIT and self.errors.pending < OUTPUT_LIMIT
+        return self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
     def _may_command(self) -> bool:
         """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
@@ -2016,122 +1943,60 @@ class Client:
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
-        if not data:
-            self._input_ended = True
-            if self._buffer or self._skipped:
-                self._take_lines(self._buffer)
-            return
-        head, newline, tail = data.rpartition(b"\n")
-        if newline:
-            if self._prompt is not None:
-                self._prompt.answered()
-            self._take_lines(self._buffer + head)
-            self._buffer = tail
-            self._skipped = 0
-        else:
-            self._buffer += data
-        if len(self._buffer) > self._line_limit:
-            self._skipped += len(self._buffer) - self._line_limit
-            self._buffer = self._buffer[:self._line_limit]
+        if b"\n" in data and self._prompt is not None:
+            self._prompt.answered()
+        self._input.feed(data)
 
-    def _take_lines(self, data: bytes) -> None:
-        if self._skipped:
-            first, newline, data = data.partition(b"\n")
-            line = LongLine(first[:self._line_limit].decode("utf-8", "replace"))
-            line.size = len(first) + self._skipped
-            self._lines.append(line)
-            if not newline:
-                return
-        self._lines.extend(group_sends(data.decode("utf-8", "replace")))
+    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
+        """Takes lines that somebody typed at a terminal, see ``Commands``."""
+        if not self._ending:
+            self._input.enter(lines, pasted)
+
+    def put(self, nick: str, text: str) -> None:
+        """Takes one text for one nick, as if it had come in by ``feed``."""
+        self._input.put(Sends(nick, [text]))
 
     def _carry_out(self) -> None:
         """Carries out the commands that wait, in order, as far as that is possible now."""
         for _ in range(LINES_PER_TURN):
-            if not self._lines or self._quit or self._ending or not (self._may_command() and self._has_room()):
+            if not self._input or self._quit or self._ending or not (self._may_command() and self._has_room()):
                 return
-            line = self._lines.popleft()
-            if isinstance(line, Typed):
-                self._write((self._asking() + clean(line) + "\n").encode("utf-8", "replace"))
-                line = str(line)
-            line = self._command(line)
-            if line.startswith("send ") and self.state == ACTIVE:
-                if not self._do_send(line):
+            command = self._input.take()
+            if command.shown:
+                self._write((clean(command.shown) + "\n").encode("utf-8", "replace"))
+            if command.sends is not None:
+                if not self._do_sends(command.sends):
                     return
-                continue
-            words = line.split()
-            if words:
-                self._do(words[0], line, words[1:])
-
-    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Takes lines that somebody typed at a terminal; they are left there to be seen when they are carried out.
-
-        ``pasted``: all but the first are from another place, where a ``/`` meant nothing.
-        """
-        if self._ending:
-            return
-        for count, line in enumerate(lines):
-            if count and pasted and self._talk and line.startswith("/"):
-                line = "/" + line
-            self._lines.append(Typed(line))
-
-    def put(self, nick: str, text: str) -> None:
-        """Takes one text for one nick, as if it had come in by ``feed``."""
-        self._lines.append(sends(nick, text))
-
-    def end_of_input(self) -> None:
-        """No more commands come."""
-        self.feed(b"")
-
-    def _command(self, line: str) -> str:
-        """What a line asks for: as it is, or what it means while one talks to somebody, or what its JSON says."""
-        if isinstance(line, Command) or isinstance(line, Sends) and not line.typed:
-            return line
-        if self._talk:
-            return self._command_in_talk(line)
-        if self.lines.is_for_programs and line.startswith("{"):
-            command = command_of(line)
-            if command is None:
+            elif command.broken:
                 self._failed = True
-                self.tell("object", line=clean(line[:SHOWN_OF_LINE]))
-            return command if command is not None else Command("")
-        return line
+                self.tell("object", line=clean(command.broken[:SHOWN_OF_LINE]))
+            elif command.words:
+                self._do(*command.words)
 
-    def _command_in_talk(self, line: str) -> str:
-        """A text for whom one talks to; with ``/``, a command; with ``//``, a text that begins with one."""
-        if isinstance(line, Sends):
-            first, *others = [line + text for text in line.texts]
-            self._lines.extendleft(reversed(others))
-            return self._command_in_talk(first)
-        if line.startswith("/") and not line.startswith("//"):
-            return Command(line[1:])
-        if not line:
-            return Command("")
-        size = line.size if isinstance(line, LongLine) else 0
-        return sends(self._talk, line[1:] if line.startswith("//") else line, None, size)
-
-    def _asking(self) -> str:
-        """What stands before the line that is typed."""
-        return f"{self._talk}>>> "
-
-    def _do(self, name: str, line: str, words: List[str]) -> None:
-        slash = "/" if self._talk else ""
-        if name == "send" and self.state == ACTIVE:
-            self.tell("usage", usage=f"{slash}send NICK MESSAGE")
-        elif self.state == AWAY and name not in ("reg", "help", "quit", "end"):
-            for _ in line.texts if isinstance(line, Sends) else ("",):
-                self.tell("away", usage=f"{slash}reg {self.nick}")
-        elif name not in self._commands or name == "end" and not self._talk:
+    def _do(self, name: str, *words: str) -> None:
+        if self.state == AWAY and name not in ("reg", "help", "quit", "end"):
+            self._tell_away()
+        elif name == "send":
+            self._tell_usage("send NICK MESSAGE")
+        elif name not in self._commands or name == "end" and not self._input.talk:
+            slash = self._input.slash
             self.tell("command", name=clean(slash + name), help=slash + "help")
         else:
             self._commands[name](name, words)
+
+    def _tell_away(self, ref: object = None) -> None:
+        self.tell("away", usage=f"{self._input.slash}reg {self.nick}", ref=ref)
+
+    def _tell_usage(self, usage: str) -> None:
+        self.tell("usage", usage=self._input.slash + usage)
 
     def complete(self, before: str) -> Tuple[int, List[str]]:
         """What the word at the end of ``before`` may become: where it begins, and the candidates, best first."""
         start = before.rfind(" ") + 1
         words, word = before[:start].split(), before[start:]
-        slash = "/" if self._talk else ""
+        slash = self._input.slash
         if not words:
-            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or self._talk]
+            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or slash]
             return start, [name for name in found if slash + word and name.startswith(word)]
         if len(words) > 1 or words[0] not in [slash + name for name in ("send", "talk", "dereg", "reg")]:
             return start, []
@@ -2140,34 +2005,34 @@ class Client:
         known = sorted((entry.state != ONLINE, nick) for nick, entry in self.table.entries.items() if nick != self.nick)
         return start, [nick for _, nick in known if nick.startswith(word)]
 
-    def _wants(self, name: str, words: List[str], usage: str = "") -> bool:
+    def _wants(self, name: str, words: Sequence[str], usage: str = "") -> bool:
         """Whether a command has the words that its usage asks for; says so if not."""
         if len(words) == len(usage.split()):
             return True
-        self.tell("usage", usage=("/" if self._talk else "") + f"{name} {usage}".rstrip())
+        self._tell_usage(f"{name} {usage}".rstrip())
         return False
 
-    def _do_talk(self, name: str, words: List[str]) -> None:
+    def _do_talk(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words, "NICK"):
             nick = unicodedata.normalize("NFC", words[0])
             if self.table.get(nick) is None:
                 self._failed = True     # whoever talks on would talk to nobody
                 self.tell("unknown", to=clean(nick))
             else:
-                self._talk = nick
+                self._input.talk = nick
 
-    def _do_end(self, name: str, words: List[str]) -> None:
+    def _do_end(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words):
-            self._talk = ""
+            self._input.talk = ""
 
-    def _do_dereg(self, name: str, words: List[str]) -> None:
+    def _do_dereg(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words, "NICK"):
             if unicodedata.normalize("NFC", words[0]) != self.nick:
                 self.tell("dereg-other")
             else:
                 self._quit = name
 
-    def _do_reg(self, name: str, words: List[str]) -> None:
+    def _do_reg(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words, "NICK"):
             if unicodedata.normalize("NFC", words[0]) != self.nick:
                 self.tell("reg-other", nick=self.nick)
@@ -2180,48 +2045,50 @@ class Client:
             else:
                 self.tell("registered-already")
 
-    def _do_who(self, name: str, words: List[str]) -> None:
+    def _do_who(self, name: str, words: Sequence[str]) -> None:
         if not self._wants(name, words):
             return
         self._write(self.lines.clients([(entry.nick, show_address((entry.host, entry.port)), entry.state)
                                         for entry in sorted(self.table.entries.values())]).encode())
 
-    def _do_help(self, name: str, words: List[str]) -> None:
+    def _do_help(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words):
             self._write(self.lines.help(HELP).encode())
 
-    def _do_quit(self, name: str, words: List[str]) -> None:
+    def _do_quit(self, name: str, words: Sequence[str]) -> None:
         if self._wants(name, words):
             self._quit = name
 
-    def _do_send(self, line: str) -> bool:
-        """Queues what a line sends; False if it has to wait."""
-        nick, blank, _ = line[5:].partition(" ")
-        if not blank or not nick:
-            self.tell("usage", usage="send NICK MESSAGE")
+    def _do_sends(self, sends: Sends) -> bool:
+        """Queues texts; False if they have to wait."""
+        if self.state == AWAY:
+            for _ in sends.texts:
+                self._tell_away(sends.ref)
             return True
-        prefix = f"send {nick} "
-        nick = unicodedata.normalize("NFC", nick)
-        ref = line.ref if isinstance(line, Sends) else None
+        nick = unicodedata.normalize("NFC", sends.nick)
         if self.table.get(nick) is None:
-            texts = self._take_texts(line, prefix, protocol.QUEUE_LIMIT)
             self._failed = True
-            if self.lines.is_for_programs:
-                for text in texts:
-                    self.tell("unknown", to=clean(nick), text=text, ref=ref)
-            else:
-                self.tell("unknown", len(texts), to=clean(nick))
+            self._tell_unknown(nick, self._fitting(sends), sends.ref)
             return True
         room = self._outbox.room(nick)
-        if not room and not self._outbox.is_stuck(nick):
-            self._lines.appendleft(line)
-            return False
-        texts = self._take_texts(line, prefix, room or protocol.QUEUE_LIMIT)
-        if texts and room:
-            self._queue(nick, texts, ref)
-        for text in texts if not room else ():
-            self._hand_back(nick, text, None, ref)
-        return True
+        stuck = not room and self._outbox.is_stuck(nick)
+        if stuck:
+            for text in self._fitting(sends):
+                self._hand_back(nick, text, None, sends.ref)
+        elif room:
+            texts = self._fitting(sends.take(room))
+            if texts:
+                self._queue(nick, texts, sends.ref)
+        if sends.texts and not stuck:
+            self._input.put_back(sends)
+        return stuck or room > 0
+
+    def _tell_unknown(self, nick: str, texts: List[str], ref: object) -> None:
+        if not self.lines.is_for_programs:
+            self.tell("unknown", len(texts), to=clean(nick))
+            return
+        for text in texts:
+            self.tell("unknown", to=nick, text=text, ref=ref)
 
     def _queue(self, nick: str, texts: List[str], ref: object) -> None:
         if nick not in self._outbox.conversations:
@@ -2239,24 +2106,17 @@ class Client:
             sent.append(Sent(number, f"{stream.stream}:{number}", ref, self.loop.now()))
             number += len(protocol.split_text(text))
 
-    def _take_texts(self, line: str, prefix: str, most: int) -> List[str]:
-        """The texts of a line, as many as may be queued; the rest is put back. Says which are too long."""
-        if isinstance(line, Sends):
-            texts, size = line.texts, line.size
-            if len(texts) > max(1, most):
-                texts, line.texts = texts[:max(1, most)], texts[max(1, most):]
-                self._lines.appendleft(line)
-        else:
-            texts = [line[len(prefix):]]
-            size = line.size - len(prefix.encode()) if isinstance(line, LongLine) else 0
+    def _fitting(self, sends: Sends) -> List[str]:
+        """The texts that are not too long; says which are."""
+        texts, size = sends.texts, sends.size
         if len(max(texts, key=len)) * 4 <= protocol.MAX_TEXT and not size:
             return texts
-        return [text for text in texts if self._fits(max(size, len(text.encode())), line)]
+        return [text for text in texts if self._fits(max(size, len(text.encode())), sends)]
 
-    def _fits(self, size: int, line: str) -> bool:
+    def _fits(self, size: int, sends: Sends) -> bool:
         if size > protocol.MAX_TEXT:
             self._failed = True
-            self.tell("too-long", size=size, to=line[5:].split(" ")[0], ref=getattr(line, "ref", None))
+            self.tell("too-long", size=size, most=protocol.MAX_TEXT, to=clean(sends.nick), ref=sends.ref)
         return size <= protocol.MAX_TEXT
 
     # settling
@@ -2265,7 +2125,7 @@ class Client:
         """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
         if self.exit_code is not None:
             return
-        if self._lines:
+        if self._input:
             self._carry_out()
         if self._heard:
             self._heard = False
@@ -2278,7 +2138,7 @@ class Client:
             self._show()
         self.output.flush()
         self._ack()
-        if self._quit or self._ending or self._input_ended:
+        if self._quit or self._ending or self._input.ended:
             self._proceed()
         waiting = self.output.pending
         if waiting:
@@ -2299,11 +2159,9 @@ class Client:
 
     def _has_more_to_do(self) -> bool:
         """Whether this turn's limits left something undone that nothing else will bring back to mind."""
-        if self.output.pending >= OUTPUT_LIMIT:
-            return False    # the output will become writable
-        if self._inbox.is_ready:
+        if self._inbox.is_ready and self._has_output_room():    # if not, the output will become writable
             return True
-        return bool(self._lines) and (not self._quit and not self._ending and self._may_command()
+        return bool(self._input) and self._has_room() and (not self._quit and not self._ending and self._may_command()
                                       and not self._outbox.is_full and not self.errors.pending)
 
     def _ack(self) -> None:
@@ -2364,7 +2222,7 @@ class Client:
     def _ask(self, prompt: Prompt) -> None:
         """On a terminal, once all lines are written: draws what waits, and asks for the next command."""
         if not (self.output.pending or self._ending or self._quit == "quit"):
-            self.output.write(prompt.draw(self._waits(), self._asking()))
+            self.output.write(prompt.draw(self._waits(), self._input.prompt))
             self.output.flush()
 
     def _waits(self) -> List[str]:
@@ -2391,7 +2249,7 @@ class Client:
         """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
         if self._quit == "quit" and not self._ending:
             self._end("quit")
-        if self._input_ended and not (self._lines or self._stay or self._quit or self._ending) and self._may_command():
+        if self._input.ended and not (self._input or self._stay or self._quit or self._ending) and self._may_command():
             self._end("end")
         if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
             return
@@ -2409,7 +2267,7 @@ class Client:
         """Begins the orderly end, which takes at most about ``limit`` seconds."""
         self._ending = why
         if why == "quit":
-            self._lines.clear()     # what stands behind ``quit`` is for nobody; else, it was meant to be done
+            self._input.clear()     # what stands behind ``quit`` is for nobody; else, it was meant to be done
         if limit < NEVER:
             self._deadline = self.loop.now() + limit
             self.loop.call_at(self._deadline, lambda: None)
@@ -2519,12 +2377,11 @@ class Client:
 
     def _hand_back_lines(self) -> None:
         """Names the messages of the lines that were read, but not carried out any more."""
-        while self._lines:
-            line = self._command(self._lines.popleft())
-            nick, blank, _ = line[5:].partition(" ")
-            if line.startswith("send ") and nick and blank:
-                for text in self._take_texts(line, f"send {nick} ", protocol.QUEUE_LIMIT):
-                    self._hand_back(nick, text, None, getattr(line, "ref", None))
+        while self._input:
+            sends = self._input.take().sends
+            if sends is not None:
+                for text in self._fitting(sends):
+                    self._hand_back(sends.nick, text, None, sends.ref)
 
 
 # --- identity -------------------------------------------------------------------------------------------------
@@ -2986,7 +2843,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     if sending:
         for recipient in options.nicks:
             client.put(recipient, text)
-        client.end_of_input()
+        client.feed(b"")
         if options.timeout is not None:
             loop.call_at(loop.now() + options.timeout, client.time_is_over)
     try:
@@ -3014,7 +2871,7 @@ class Desk(Prompt):
         self._actions: Dict[str, Callable[[Action], None]] = {
             "submit": lambda action: client().enter(action.lines, action.pasted),
             "interrupt": lambda action: client().interrupt(),
-            "end": lambda action: client().end_of_input(),
+            "end": lambda action: client().feed(b""),
             "suspend": lambda action: self.suspend(),
             "clear": lambda action: output.write(self._screen.clear_screen()),
             "bell": lambda action: output.write(b"\a")}
