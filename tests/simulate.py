@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
+import json
 import multiprocessing
 import random
 import re
@@ -38,7 +39,7 @@ import msgpack
 import protocol
 from protocol import Address, Inbox, Incoming, encode
 from registry import Mailbox, Registry
-from terminal import clean
+from terminal import SAYINGS, JsonLines, clean
 from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, NEVER, Client, Output,
                      Server, Timer, TimerHeap, log)
 
@@ -57,6 +58,7 @@ HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fa
 SERVER: Address = ("10.0.0.1", 4119)
 
 CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
+SPEECHES = ("plain", "plain", "json", "plain", "talk", "plain", "json")     # of those who chat in a storm
 CLOSINGS = ("received", "saved", "refused", "unknown", "too long", "not delivered")
 
 
@@ -136,7 +138,11 @@ class Ledger:
 
     def handed_back(self, life: "Life", line: str) -> None:
         """A ``send`` line on stderr: that message was not delivered."""
-        command, to, text = line.split(" ", 2)
+        if life.speech == "json":
+            found = json.loads(line)
+            command, to, text = "send", found["send"], found["text"]
+        else:
+            command, to, text = line.split(" ", 2)
         message = self.messages.get(text.split(" ")[0])
         if command != "send" or message is None or message.life is not life or message.to != to \
                 or message.text != text:
@@ -171,6 +177,7 @@ class Ledger:
         for message in life.typed:
             if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
                 raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
+        self.check_outcomes(life)
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
         exited = life.lines[-1:] == ["[Exiting]"]
         unanswered = exited and "[Server not responding]" in life.lines     # 1 only if a command asked for it
@@ -196,6 +203,14 @@ class Ledger:
         lost = sum(count for (_, kind), count in closings.items() if kind == "not delivered")
         if lost and said[f"[{lost} message{'s' * (lost > 1)} not delivered.]"] != 1:
             raise Violation(f"{life.name} does not say that {lost} messages were not delivered")
+
+    def check_outcomes(self, life: "Life") -> None:
+        """Each closing object was about the message that its ``ref`` named."""
+        for message in life.typed:
+            said = life.outcomes.get(message.serial, message.closing).replace("-", " ")
+            refused = message.closing == "refused" and said in ("unknown", "full", "disk")
+            if not message.away and said != message.closing and not refused:
+                raise Violation(f"{life.name} says {said} of {message!r}, which is closed as {message.closing}")
 
     def check_saved(self) -> None:
         """What was saved was shown by somebody by the end."""
@@ -539,8 +554,10 @@ class Life(Node):
     """A process that runs a client, with a standard input that somebody types into."""
 
     def __init__(self, world: "World", nick: str, address: Address, secret: Optional[bytes], stay: bool = False,
-                 name: str = "") -> None:
+                 name: str = "", speech: str = "plain") -> None:
         self.nick: str = nick
+        self.speech = speech                # "json": objects, to and fro; "talk": commands begin with a slash
+        self.outcomes: Dict[int, str] = {}  # what the closing object of a message said, by its ``ref``
         before = [life for life in world.lives if life.nick == nick]
         super().__init__(world, name or f"{nick}#{len(before) + 1}", nick, address)
         self.ledger = world.ledger
@@ -566,11 +583,14 @@ class Life(Node):
         world.trace("%s starts at %s:%d", self.name, *address)
         world.lives.append(self)
         self.client = SimClient(self.loop, self.send, Output(self.screen.put), nick, SERVER, secret, stay=stay,
-                                errors=Output(self._put_error))
+                                errors=Output(self._put_error),
+                                lines=JsonLines(nick, self.loop.wall) if speech == "json" else None)
         self.client.life = self
         self.client._inbox = inbox = SimInbox()
         inbox.life = self
         self.client.start()
+        if speech == "talk":
+            self._put_in(f"talk {nick}")
         self.wake(world.now)
 
     def __hash__(self) -> int:
@@ -583,10 +603,8 @@ class Life(Node):
         if self._eof:
             return
         self.world.trace("%s < %s", self.name, line[:100])
-        data = line.encode() + b"\n"
-        self._stdin += data
-        self._written_at += len(data)
         words = line.split(" ", 2)
+        self._put_in(self._spoken(line, words))
         if words[0] == "send" and len(words) == 3:
             self.ledger.typed(self, words[1], words[2], self._written_at, self.is_away)
         elif words == ["dereg", self.nick]:
@@ -596,6 +614,21 @@ class Life(Node):
         elif words == ["quit"]:
             self.quit_at = min(self.quit_at, self._written_at)
         self.wake(self.world.now)
+
+    def _put_in(self, line: str) -> None:
+        data = line.encode() + b"\n"
+        self._stdin += data
+        self._written_at += len(data)
+
+    def _spoken(self, line: str, words: List[str]) -> str:
+        """A line as it is typed in the speech of this life."""
+        if self.speech == "json" and words[0] == "send" and len(words) == 3:
+            return json.dumps({"send": words[1], "text": words[2], "ref": len(self.ledger.messages)})
+        if self.speech == "talk":
+            if words[0] == "send" and len(words) == 3 and words[1] == self.nick:
+                return words[2].replace("/", "//", 1) if words[2].startswith("/") else words[2]
+            return "/" + line if line else line
+        return line
 
     def end_input(self) -> None:
         """Ctrl-D."""
@@ -683,6 +716,8 @@ class Life(Node):
     def on_line(self, line: str) -> None:
         """A line was written to stdout."""
         self.world.trace("%s > %s", self.name, line[:100])
+        if self.speech == "json":
+            line = self._understood(json.loads(line))
         self.lines.append(line)
         if line == "[You are Offline. Bye.]":
             self._offline = True
@@ -697,6 +732,24 @@ class Life(Node):
             if self._offline:
                 raise Violation(f"{self.name} is offline and shows {line[:80]}")
             self.ledger.shown(self, found.group(1), found.group(3))
+
+    def _understood(self, told: Dict[str, Any]) -> str:
+        """An object as the line that others get for it."""
+        if told["type"] == "message":
+            return f"{told['from']}: {clean(told['text'])}"
+        names = [name for name, saying in SAYINGS.items()
+                 if (saying.type, saying.reason) == (told["type"], told.get("reason"))]
+        if not names:
+            return str(told["type"])
+        if told["type"] in ("received", "saved", "failed"):
+            self._note_outcome(told)
+        name = names[told.get("count", 1) != 1] if told["type"] == "undelivered" else names[0]
+        return SAYINGS[name].line.format(**{"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": "", **told})
+
+    def _note_outcome(self, told: Dict[str, Any]) -> None:
+        if told["ref"] in self.outcomes:
+            raise Violation(f"{self.name} closes {told['ref']} as {self.outcomes[told['ref']]}, and again: {told}")
+        self.outcomes[told["ref"]] = told.get("reason", told["type"])
 
     def _put_error(self, data: bytes) -> int:
         *lines, self._errors = (self._errors + data).split(b"\n")
@@ -908,10 +961,11 @@ class World:
         return host, self._ports
 
     def client(self, nick: str, address: Optional[Address] = None, stay: bool = False,
-               secret: Optional[bytes] = None, name: str = "") -> Life:
+               secret: Optional[bytes] = None, name: str = "", speech: str = "plain") -> Life:
         """Starts a client; its secret is the nick's own unless another one is given."""
         own = zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
-        return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name)
+        return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name,
+                    speech)
 
     def running(self) -> Iterator[Life]:
         """The clients that run, in the order of their start."""
@@ -933,6 +987,7 @@ class Storm:
     """One random run: users and faults for a while, then quiet, then the account."""
 
     def __init__(self, seed: int, tracing: bool = False) -> None:
+        self.seed = seed
         self.random = random.Random(f"storm {seed}")
         pick = self.random
         self.world = World(seed, tracing, mailbox=pick.choice((100_000, 100_000, 100_000, 12)))
@@ -984,7 +1039,7 @@ class Storm:
             address = pick.choice(old)
             if address in self.world.at:
                 address = None
-        life = self.world.client(nick, address)
+        life = self.world.client(nick, address, speech=SPEECHES[(self.seed + len(self.world.lives)) % len(SPEECHES)])
         self.lives[nick] += 1
         self.ports[nick].append(life.address)
 
