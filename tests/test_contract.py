@@ -770,7 +770,7 @@ def test_script_goes_on_behind_messages_that_are_stuck(chat: Chat) -> None:
     server = chat.server()
     chat.absent("bob")
     carol, alice = chat.clients("carol", "alice")
-    alice.sync()
+    carol.wait_for("alice")
     server.kill()
     texts = [f"text {number}" for number in range(10000)]
     alice.feed(sends("bob", texts) + "send carol hello\n")
