@@ -305,7 +305,7 @@ class Alarm:
 READ_SIZE = 65536         # bytes read from stdin in one turn
 WRITE_SIZE = 65536        # bytes offered to stdout at once
 OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
-ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not be reading just then
+ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
 DATAGRAMS_PER_TURN = 128  # read from the socket before timers and acks get their turn
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
@@ -2161,8 +2161,8 @@ class Client:
         """Whether this turn's limits left something undone that nothing else will bring back to mind."""
         if self._inbox.is_ready and self._has_output_room():    # if not, the output will become writable
             return True
-        return bool(self._input) and self._has_room() and (not self._quit and not self._ending and self._may_command()
-                                      and not self._outbox.is_full and not self.errors.pending)
+        return (bool(self._input) and self._has_room() and not self._quit and not self._ending and self._may_command()
+                and not self._outbox.is_full and not self.errors.pending)
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -2585,7 +2585,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     words = list(arguments)
     if words and words[0] in SHORT_FORMS:
         words[0] = SHORT_FORMS[words[0]]
-    return build_parser(words[0] if words else "").parse_args(words)
+    options, rest = build_parser(words[0] if words else "").parse_known_args(words)
+    if options.mode == "send":      # argparse finds no TEXT behind an option
+        end = rest.index("--") if "--" in rest else len(rest)
+        if not any(word.startswith("-") for word in rest[:end]):
+            options.text, rest = options.text + rest[:end] + rest[end + 1:], []
+    if rest:
+        raise Usage(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.AddressFamily, Address]:
@@ -2754,7 +2761,7 @@ def login_name() -> str:
 
 def own_nick(given: Optional[str]) -> str:
     """The nick of this client: as given, as UDPCHAT_NICK says, or the login name; raises Usage if that is none."""
-    wanted = given if given is not None else os.environ.get("UDPCHAT_NICK")
+    wanted = given if given is not None else os.environ.get("UDPCHAT_NICK") or None
     try:
         return nick_argument(wanted) if wanted is not None else login_name()
     except argparse.ArgumentTypeError as error:

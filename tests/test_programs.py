@@ -1,0 +1,621 @@
+"""What programs get: JSON events and commands, ``--quiet``, ``udpchat send``, the bots of the README; real processes.
+
+``Program`` runs a client with ``--json``: each of its events must be as the schema in the README says.
+"""
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+
+import jsonschema
+import pytest
+
+from protocol import MAX_TEXT
+from terminal import ROUTINE, SAYINGS, JsonLines
+from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat, Process,
+                             is_offline, received, sends)
+
+README = (ROOT / "README.md").read_text()
+PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
+Event = Dict[str, Any]
+
+
+def block(heading: str, language: str) -> str:
+    """The code in ``language`` below a heading of the README."""
+    section = re.split(r"(?m)^#+ ", README.split(f"\n{heading}\n", 1)[1])[0]
+    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found is not None, f"the README has {language} under {heading}"
+    return found.group(1)
+
+
+SCHEMA = json.loads(block("### The events", "json"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Chat]:
+    with Chat(tmp_path) as world:
+        yield world
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def events_of(process: Process) -> List[Event]:
+    """Its events so far; all are valid."""
+    found = [json.loads(line, parse_constant=no_constant) for line in process.lines]
+    for event in found:
+        VALIDATOR.validate(event)
+    return found
+
+
+def kind(event: Event) -> Tuple[str, Optional[str]]:
+    """What an event is, and why."""
+    return event["type"], event.get("reason")
+
+
+class Program:
+    """A client that speaks JSON."""
+
+    def __init__(self, chat: Chat, nick: str, *options: str, port: Optional[int] = None, ready: bool = True) -> None:
+        self.chat = chat
+        self.process = chat.start(nick, "--json", *options, port=port)
+        if ready:
+            self.see("table")
+
+    def tell(self, **command: Any) -> None:
+        """Writes a command."""
+        self.process.feed(json.dumps(command) + "\n")
+
+    def send(self, nick: str, text: str, ref: Any = None) -> None:
+        """Sends; its ``ref`` comes back."""
+        self.tell(send=nick, text=text, **({} if ref is None else {"ref": ref}))
+
+    @property
+    def events(self) -> List[Event]:
+        """Its events so far; all are valid."""
+        return events_of(self.process)
+
+    def see(self, type_: str, **fields: Any) -> Event:
+        """Waits for an event with these fields; gives the first one."""
+        found: List[Event] = []
+
+        def is_there() -> bool:
+            found[:] = [event for event in self.events
+                        if event["type"] == type_ and fields.items() <= event.items()]
+            return bool(found)
+        self.chat.until(is_there, f"{type_} {fields}")
+        return found[0]
+
+    def knows(self, nick: str, state: str = "online") -> None:
+        """Waits until it knows ``nick`` in that state."""
+        def does() -> bool:
+            count = len([event for event in self.events if event["type"] == "help"])
+            self.process.feed('{"who": true}\n{"help": true}\n')
+            self.chat.until(lambda: len([event for event in self.events if event["type"] == "help"]) > count, "help")
+            known = {event["nick"]: event["state"] for event in self.events if event["type"] == "client"}
+            return known.get(nick) == state
+        self.chat.until(does, f"{nick} to be {state}")
+
+    def closings(self, ref: Any) -> List[Event]:
+        """The events that end the send with that ``ref``."""
+        return [event for event in self.events
+                if event.get("ref") == ref and event["type"] in ("received", "saved", "failed")]
+
+    def finish(self) -> int:
+        """Ends its input and waits; gives the exit code."""
+        return self.process.finish()
+
+
+def without_time(event: Event) -> Event:
+    return {name: value for name, value in event.items() if name != "time"}
+
+
+# --- every event ----------------------------------------------------------------------------------------------
+
+Kinds = Set[Tuple[str, Optional[str]]]
+ALL: Kinds = {(saying.type, saying.reason) for saying in SAYINGS.values()} | {
+    ("message", None), ("client", None), ("help", None)}
+
+
+def test_the_schema_is_one_and_lets_nothing_in_that_is_not_in_it() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["additionalProperties"] is False
+    assert all(set(case["propertyNames"]["enum"]) <= set(SCHEMA["properties"]) for case in SCHEMA["oneOf"])
+    left = {"type": "left", "time": "2026-11-22T08:41:07.250Z", "nick": "alice"}
+    assert VALIDATOR.is_valid(left)
+    assert not VALIDATOR.is_valid({**left, "text": "more"}) and not VALIDATOR.is_valid({**left, "nick": 1})
+    assert not VALIDATOR.is_valid({**left, "type": "gone"}) and not VALIDATOR.is_valid({"type": "table"})
+
+
+def test_the_schema_and_the_table_of_the_readme_have_every_event() -> None:
+    section = README.split("\n### The events\n", 1)[1]
+    table = "\n".join(line for line in section.split("\n") if line.startswith("|"))
+    for type_, reason in ALL:
+        assert f"`{type_}`" in table and (reason is None or f"`{reason}`" in table)
+    cases = json.dumps(SCHEMA["oneOf"])
+    assert all(f'"{name}"' in cases for pair in ALL for name in pair if name is not None)
+
+
+def messages(chat: Chat) -> List[Event]:
+    """Direct, by the server, as mail; with all that is said meanwhile."""
+    bob = Program(chat, "bob")
+    alice = Program(chat, "alice")
+    alice.knows("bob")
+    alice.send("bob", "hello", 1)
+    alice.see("received", ref=1)
+    bob.tell(dereg="bob")
+    bob.see("left")
+    bob.send("alice", "from afar", 9)
+    bob.tell(dereg="alice")
+    alice.knows("bob", "offline")
+    alice.send("bob", "later", 2)
+    alice.see("saved", ref=2, via="mail")
+    bob.tell(reg="bob")
+    bob.see("message", text="later", via="mail")
+    bob.tell(reg="bob")
+    bob.tell(reg="alice")
+    alice.tell(dereg="bob")
+    alice.process.feed("send bob\ndance\n{1}\n")
+    alice.send("nobody", "hello", 3)
+    alice.send("bob", "x" * (MAX_TEXT + 1), 4)
+    alice.see("failed", reason="too-long", ref=4)
+    assert (alice.finish(), bob.finish()) == (1, 0)
+    return alice.events + bob.events
+
+
+def relays(chat: Chat) -> List[Event]:
+    """Two behind routers that let only the server in."""
+    bob = Program(chat, "bob", port=chat.proxy().port)
+    alice = Program(chat, "alice", port=chat.proxy().port)
+    alice.knows("bob")
+    alice.send("bob", "hello", 1)
+    sent = alice.see("saved", ref=1, via="relay")
+    assert bob.see("message", via="relay")["id"] == sent["id"] == alice.see("exists", ref=1)["id"]
+    return alice.events + bob.events
+
+
+def silence(chat: Chat) -> List[Event]:
+    """The server stops, and goes on; it stops once more, and that is the end."""
+    chat.absent("bob")
+    alice = Program(chat, "alice")
+    chat.processes[0].signal(signal.SIGSTOP)
+    alice.send("bob", "one", "first")
+    alice.see("server-silent")
+    chat.processes[0].signal(signal.SIGCONT)
+    alice.see("server-back")
+    alice.see("saved", ref="first")
+    chat.processes[0].kill()
+    alice.send("bob", "two\nlines", "second")
+    alice.see("offline", ref="second")
+    alice.tell(quit=True)
+    assert alice.process.wait() == 1
+    assert [json.loads(line) for line in alice.process.errors] == [{"send": "bob", "text": "two\nlines",
+                                                                    "ref": "second"}]
+    assert [kind(event) for event in alice.events[-4:]] == [
+        ("server-silent", None), ("failed", "not-delivered"), ("undelivered", None), ("exiting", None)]
+    return alice.events
+
+
+def limits(chat: Chat) -> List[Event]:
+    """A server that takes two, and keeps one message."""
+    chat.server("--max-clients", "2", "--mailbox-limit", "1")
+    chat.absent("bob")
+    alice = Program(chat, "alice", "--anonymous")
+    alice.knows("bob", "offline")
+    alice.send("bob", "one", 1)
+    alice.send("bob", "two", 2)
+    alice.see("failed", reason="full", ref=2)
+    carol = Program(chat, "carol")
+    again, more = Program(chat, "alice", "--anonymous", ready=False), Program(chat, "dave", ready=False)
+    assert (again.process.wait(), more.process.wait()) == (1, 1)
+    carol.finish()
+    thief = Program(chat, "carol", "--identity", str(chat.directory / "other"), ready=False)
+    assert thief.process.wait() == 1
+    return alice.events + again.events + more.events + thief.events
+
+
+def by_itself(_: Chat) -> List[Event]:
+    """A disk that fails only the simulated world has."""
+    line = JsonLines("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
+    event: Event = json.loads(line)
+    assert event == {"type": "failed", "reason": "disk", "time": "1970-01-01T00:00:01.500Z", "to": "bob", "id": "1:2",
+                     "via": "mail", "ms": 0.5}
+    VALIDATOR.validate(event)
+    return [event]
+
+
+PRODUCED: Dict[Any, Kinds] = {
+    messages: {("message", None), ("received", None), ("saved", None), ("offline", None), ("registered", None),
+               ("left", None), ("table", None), ("mail", None), ("client", None), ("help", None), ("failed", "unknown"),
+               ("failed", "too-long"), ("error", "usage"), ("error", "unknown-command"), ("error", "not-a-command"),
+               ("error", "offline"), ("error", "not-yours"), ("error", "registered-already")},
+    relays: {("no-ack", None), ("exists", None)},
+    silence: {("server-silent", None), ("server-back", None), ("failed", "not-delivered"), ("undelivered", None),
+              ("exiting", None)},
+    limits: {("failed", "full"), ("refused", "full"), ("refused", "taken"), ("refused", "owned")},
+    by_itself: {("failed", "disk")},
+}
+
+
+@pytest.mark.parametrize("story", PRODUCED)
+def test_every_event_is_as_the_readme_says(chat: Chat, story: Any) -> None:
+    seen = {kind(event) for event in story(chat)}
+    assert PRODUCED[story] <= seen <= ALL
+
+
+def test_no_event_is_left_out() -> None:
+    assert set().union(*PRODUCED.values()) == ALL
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+TEXTS = ["two\nlines\r\nand\n", 'quotes " and \\ and \'', "".join(map(chr, range(0x20))) + "\x7f\x80\x9f", "😀 e\u0301",
+         "", " blanks  ", "\u2028\u2029\u202e\ufeff", "{\"send\": \"bob\"}", "/end", "日本語" * 5000, "\U0010ffff"]
+
+
+def test_every_text_comes_as_it_went(chat: Chat) -> None:
+    bob, alice = Program(chat, "bob"), Program(chat, "alice")
+    alice.knows("bob")
+    for ref, text in enumerate(TEXTS):
+        alice.process.feed(json.dumps({"send": "bob", "text": text, "ref": ref}, ensure_ascii=ref % 2 == 0) + "\n")
+    assert alice.finish() == 0
+    assert [event["text"] for event in bob.events if event["type"] == "message"] == TEXTS
+    raw = bytes(bob.process.out.data + alice.process.out.data)
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", raw), "what could drive a terminal is escaped"
+
+
+def test_an_id_and_a_ref_tell_which_message_an_event_is_about(chat: Chat) -> None:
+    bob, alice = Program(chat, "bob"), Program(chat, "alice")
+    alice.knows("bob")
+    refs = [0, 1, -5, 2.5, "text", "", "😀\n", "\ud800", True, 10 ** 30]
+    for number, ref in enumerate(refs):
+        alice.send("bob", "long " * 2000 + str(number), ref)
+    alice.send("bob", "none")
+    assert alice.finish() == 0
+    sent = [event for event in alice.events if event["type"] == "received"]
+    came = [event for event in bob.events if event["type"] == "message"]
+    assert [event.get("ref") for event in sent] == refs + [None] and "ref" not in sent[-1]
+    assert [event["id"] for event in sent] == [event["id"] for event in came]
+    assert len({event["id"] for event in sent}) == len(refs) + 1
+    assert all(event["to"] == "bob" and 0 < event["ms"] < 20_000 for event in sent)
+    assert {(event["from"], event["to"], event["via"]) for event in came} == {("alice", "bob", "direct")}
+
+
+WRONG = ['{', '{}', '{"send": "bob"}', '{"text": "hello"}', '{"send": "bob", "text": 7}',
+         '{"send": 7, "text": "hello"}', '{"send": "", "text": "hello"}', '{"send": "bob", "text": null}',
+         '{"who": false}', '{"who": 1}', '{"quit": "yes"}', '{"dereg": true}', '{"dance": true}',
+         '{"send": "bob", "text": "hello"} more', '{"send": "bob", "text": "\x01"}',
+         '{"send": "bob", "text": "hello", "ref": [1]}', '{"send": "bob", "text": "hello", "ref": {}}',
+         '{"send": "bob", "text": "hello", "ref": NaN}', '{"send": "bob", "text": "hello", "ref": 1e999}',
+         '{"send": "bob", "text": "hello", "ref": "%s"}' % ("x" * 257),
+         '{"send": "bob", "text": "hello", "ref": %s}' % ("[" * 985 + "]" * 985),
+         '{"a": ' * 2000, '{"ref": ' + "1" * 5000 + '}', '{' + " " * 500_000 + '}']
+
+
+def test_an_object_that_is_no_command_is_an_error_and_the_rest_goes_on(chat: Chat) -> None:
+    bob, alice = Program(chat, "bob"), Program(chat, "alice")
+    alice.knows("bob")
+    before = len(alice.events)
+    for line in WRONG:
+        alice.process.feed(line + "\n")
+    alice.send("bob", "last", "last")
+    assert alice.finish() == 1
+    told = [kind(event) for event in alice.events[before:] if event["type"] == "error"]
+    assert told == [("error", "not-a-command")] * len(WRONG)
+    assert alice.closings("last")[0]["type"] == "received"
+    assert [event["text"] for event in bob.events if event["type"] == "message"] == ["last"]
+
+
+@pytest.mark.parametrize("nick", ["no body", " bob", "bob ", "b\nob", "nobody", "\ud800", "x" * 100, "\x1b[2J"])
+def test_a_send_to_nobody_fails_and_says_so(chat: Chat, nick: str) -> None:
+    alice = Program(chat, "alice")
+    alice.send(nick, "hello\nthere", 1)
+    assert alice.finish() == 1
+    failed, = alice.closings(1)
+    assert (failed["reason"], failed["text"]) == ("unknown", "hello\nthere")
+    assert all(event["type"] != "error" for event in alice.events)
+
+
+def test_half_a_surrogate_becomes_a_replacement_character(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed('{"send": "alice", "text": "a\\ud800b\\udc00\\ud83d\\ude00"}\n')
+    assert alice.finish() == 0
+    assert alice.see("message")["text"] == "a\ufffdb\ufffd😀"
+
+
+def test_the_longest_text_may_be_escaped_whole(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed('{"send": "alice", "text": "' + "\\u0041" * MAX_TEXT + '", "ref": 1}\n')
+    alice.send("alice", "A" * MAX_TEXT + "A", 2)
+    alice.send("alice", "é" * (MAX_TEXT // 2) + "A", 3)
+    assert alice.finish() == 1
+    assert alice.see("message")["text"] == "A" * MAX_TEXT
+    assert [(event["type"], event.get("size")) for ref in (1, 2, 3) for event in alice.closings(ref)] == [
+        ("received", None), ("failed", MAX_TEXT + 1), ("failed", MAX_TEXT + 1)]
+
+
+def test_plain_commands_and_objects_may_be_mixed(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed('send alice plain\n{"send": "alice", "text": "object"}\nwho\n{"who": true}\nsend alice {}\n')
+    assert alice.finish() == 0
+    assert [event["text"] for event in alice.events if event["type"] == "message"] == ["plain", "object", "{}"]
+    assert len([event for event in alice.events if event["type"] == "client"]) == 2
+
+
+def test_an_object_is_a_line_like_others_without_json(chat: Chat) -> None:
+    alice = chat.client("alice")
+    alice.feed('{"who": true}\n')
+    alice.see('[Unknown command {"who":, try help.]')
+
+
+def test_a_command_while_offline_names_the_send(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.tell(dereg="alice")
+    alice.send("alice", "hello", 5)
+    assert alice.see("error", reason="offline")["ref"] == 5
+
+
+# --- quiet ----------------------------------------------------------------------------------------------------
+
+def test_quiet_shows_messages_and_what_was_asked_for_only(chat: Chat) -> None:
+    alice = chat.start("alice", "--quiet")
+    alice.feed("send alice hello\nsend nobody hello\ndance\nwho\n")
+    assert alice.finish() == 1
+    assert alice.lines[0].startswith("alice  127.0.0.1:") or alice.lines[0] == "alice: hello"
+    assert len(alice.lines) == 2 and "alice: hello" in alice.lines and not alice.err.data
+
+
+def test_quiet_shows_only_objects_that_are_messages(chat: Chat) -> None:
+    alice = chat.start("alice", "--quiet", "--json")
+    alice.feed("send alice hello\nsend nobody hello\n{}\n")
+    assert alice.finish() == 1
+    assert [event["type"] for event in events_of(alice)] == ["message"]
+
+
+# --- one message ----------------------------------------------------------------------------------------------
+
+def run_send(chat: Chat, *arguments: str, stdin: Union[str, bytes] = "", **environment: str) -> Process:
+    """Runs ``udpchat send`` as carl until it ends."""
+    defaults = {"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"}
+    process = chat.run("send", *arguments, environment={**defaults, **environment})
+    process.feed(stdin)
+    process.finish()
+    return process
+
+
+def result(process: Process) -> Tuple[int, List[str], List[str]]:
+    return process.popen.returncode, process.lines, process.errors
+
+
+def test_send_says_what_became_of_the_message_and_nothing_else(chat: Chat) -> None:
+    bob = chat.client("bob")
+    assert result(run_send(chat, "bob", "hello", " there")) == (0, [received("bob")], [])
+    bob.see("carl: hello  there")
+    assert result(run_send(chat, "bob", "--quiet", "more")) == (0, [], [])
+    assert result(run_send(chat, "--quiet", "bob", "and", "--mtu", "1500", "more")) == (0, [], [])
+    assert result(run_send(chat, "bob", "--quiet", "--", "-x")) == (0, [], [])
+    assert result(run_send(chat, "bob", "--quiet", "--", "x", "--")) == (0, [], [])
+    bob.see("carl: more", "carl: and more", "carl: -x")
+
+
+def test_send_sends_all_of_stdin_as_one_message(chat: Chat) -> None:
+    bob = Program(chat, "bob")
+    assert result(run_send(chat, "bob", stdin=b"two\n lines \xff\n\n")) == (0, [received("bob")], [])
+    assert bob.see("message")["text"] == "two\n lines \ufffd"
+    assert result(run_send(chat, "bob")) == (0, [received("bob")], [])
+    bob.see("message", text="")
+    code, lines, errors = result(run_send(chat, "bob", stdin="x" * (MAX_TEXT + 1)))
+    assert (code, lines) == (1, [f"[Message too long: {MAX_TEXT + 1} bytes, at most {MAX_TEXT}.]"])
+    assert result(run_send(chat, "bob", "text", stdin="more\n")) == (0, [received("bob")], [])
+    bob.see("message", text="text")
+
+
+def test_send_may_go_to_several_each_of_them_once(chat: Chat) -> None:
+    bob, dora = chat.clients("bob", "dora")
+    chat.absent("erin")
+    sent = run_send(chat, "bob,dora,bob,erin", "hello")
+    assert sent.popen.returncode == 0
+    assert sorted(sent.lines) == sorted([received("bob"), received("dora"), is_offline("erin"), SAVED])
+    for process in (bob, dora):
+        process.see("carl: hello")
+        assert process.lines.count("carl: hello") == 1
+
+
+def test_send_to_nobody_fails_and_to_the_others_it_goes(chat: Chat) -> None:
+    bob = chat.client("bob")
+    sent = run_send(chat, "nobody,bob", "hello")
+    assert result(sent) == (1, ["[Unknown client nobody.]", received("bob")], [])
+    bob.see("carl: hello")
+
+
+def test_send_to_who_is_away_is_kept(chat: Chat) -> None:
+    chat.absent("bob")
+    assert result(run_send(chat, "bob", "hello")) == (0, [is_offline("bob"), SAVED], [])
+    bob = chat.client("bob")
+    assert bob.see_match(r"carl: <.*> hello")
+
+
+@pytest.mark.parametrize("timeout, least, most", [((), 2.0, 5.0), (("--timeout", "1"), 0.9, 2.0)])
+def test_send_fails_when_the_server_is_silent(chat: Chat, timeout: Sequence[str], least: float, most: float) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        sent = run_send(chat, "bob", "hello", *timeout, UDPCHAT_SERVER=f"127.0.0.1:{nobody.getsockname()[1]}")
+        took = time.monotonic() - began
+    assert least < took < most
+    said = ["[1 message not delivered.]"] if timeout else [NOT_RESPONDING, "[1 message not delivered.]", EXITING]
+    assert result(sent) == (1, said, ["send bob hello"])
+
+
+@pytest.mark.parametrize("who", ["bob", "server"])
+def test_send_waits_no_longer_than_its_timeout(chat: Chat, who: str) -> None:
+    server, bob = chat.server(), chat.client("bob")
+    stopped = server if who == "server" else bob
+    if who == "server":                  # so that something waits for it
+        bob.finish()
+        sent = chat.run("send", "bob", "--timeout", "2", "two\nlines",
+                        environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"})
+        server.signal(signal.SIGSTOP)
+    else:
+        bob.signal(signal.SIGSTOP)
+        sent = chat.run("send", "bob", "--timeout", "1", *PATIENT, "two\nlines",
+                        environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"})
+    began = time.monotonic()
+    assert sent.wait() == 1
+    assert time.monotonic() - began < 3.5
+    stopped.signal(signal.SIGCONT)
+    assert "[1 message not delivered.]" in sent.lines
+    assert [json.loads(line) for line in sent.errors] == [{"send": "bob", "text": "two\nlines"}]
+
+
+def test_arguments_win_over_the_environment(chat: Chat) -> None:
+    bob = chat.client("bob")
+    sent = run_send(chat, "bob", "hello", "--nick", "dora", "--server", f"localhost:{chat.port}",
+                    UDPCHAT_SERVER="192.0.2.1:9")
+    assert result(sent) == (0, [received("bob")], [])
+    bob.see("dora: hello")
+    erin = chat.run("client", "erin", "127.0.0.1", str(chat.port),
+                    environment={"UDPCHAT_NICK": "carl", "UDPCHAT_SERVER": "192.0.2.1:9"})
+    erin.see(WELCOME)
+    bob.wait_for("erin")
+
+
+def test_a_client_finds_its_nick_and_its_server_in_the_environment(chat: Chat) -> None:
+    bob = chat.client("bob")
+    environment = {"UDPCHAT_NICK": "carl", "UDPCHAT_SERVER": f"127.0.0.1:{chat.port}"}
+    chat.run("client", environment=environment).see(WELCOME)
+    bob.wait_for("carl")
+    assert result(run_send(chat, "bob", "hello", UDPCHAT_NICK="", LOGNAME="dora")) == (0, [received("bob")], [])
+    bob.see("dora: hello")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
+def test_a_server_may_be_named_by_its_ipv6_address(chat: Chat) -> None:
+    chat.server(host="::1")
+    bob = chat.client("bob", host="::1")
+    assert result(run_send(chat, "bob", "one", UDPCHAT_SERVER=f"[::1]:{chat.port}")) == (0, [received("bob")], [])
+    assert result(run_send(chat, "bob", "two", "--server", f"[::1]:{chat.port}")) == (0, [received("bob")], [])
+    bob.see("carl: one", "carl: two")
+
+
+WRONG_SENDS: List[Tuple[List[str], Dict[str, str]]] = [
+    ([], {}), (["two words", "hello"], {}), (["bob,", "hello"], {}), ([",", "hello"], {}), (["a/b", "hello"], {}),
+    (["bob", "hello", "--server", "127.0.0.1:0"], {}), (["bob", "hello", "--server", "127.0.0.1:x"], {}),
+    (["bob", "hello", "--server", "127.0.0.1:"], {}), (["bob", "hello", "--server", "[::1"], {}),
+    (["bob", "hello", "--server", "no..host"], {}), (["bob", "hello", "--server", "[::1]:99999"], {}),
+    (["bob", "hello", "--timeout", "0"], {}), (["bob", "hello", "--timeout", "soon"], {}),
+    (["bob", "hello", "--nick", "two words"], {}), (["bob", "hello", "--stay"], {}), (["bob", "hello", "--bogus"], {}),
+    (["bob", "hello"], {"UDPCHAT_NICK": "two words"}), (["bob", "hello"], {"UDPCHAT_SERVER": "127.0.0.1:x"}),
+]
+
+
+@pytest.mark.parametrize("arguments, environment", WRONG_SENDS, ids=repr)
+def test_send_with_wrong_arguments_is_one_line_on_stderr(chat: Chat, arguments: List[str],
+                                                         environment: Dict[str, str]) -> None:
+    sent = chat.complete("send", *arguments, environment={"UDPCHAT_NICK": "carl", **environment})
+    assert sent.popen.returncode == 2 and not sent.out.data
+    assert len(sent.errors) == 1 and sent.err.data.endswith(b"\n")
+
+
+def test_send_can_say_it_in_json(chat: Chat) -> None:
+    bob = Program(chat, "bob")
+    sent = run_send(chat, "bob", "--json", stdin="two\nlines\n")
+    event, = events_of(sent)
+    assert sent.popen.returncode == 0 and event["type"] == "received"
+    assert bob.see("message", text="two\nlines")["id"] == event["id"]
+    assert not {"registered", "table", "left"} & {SAYINGS[name].type for name in set(SAYINGS) - ROUTINE}
+
+
+# --- what stays as it was -------------------------------------------------------------------------------------
+
+def test_without_options_a_script_reads_what_it_always_read(chat: Chat) -> None:
+    chat.absent("bob")
+    alice = chat.start("alice")
+    alice.feed("send alice hello\nsend bob hello\nsend nobody hello\ntwo words\nsend bob\ndereg bob\nreg alice\n")
+    assert alice.finish() == 1
+    lines = alice.events
+    assert lines[0] == WELCOME and lines[-1] == OFFLINE
+    assert sorted(lines[1:-1]) == sorted([
+        "alice: hello", received("alice"), is_offline("bob"), SAVED, "[Unknown client nobody.]",
+        "[Unknown command two, try help.]", "[Usage: send NICK MESSAGE]", "[You can only deregister yourself.]",
+        "[You are registered already.]"])
+    assert b"\x1b" not in alice.out.data and not alice.err.data
+
+
+def test_scripts_are_not_told_that_the_server_is_back(chat: Chat) -> None:
+    chat.absent("bob")
+    alice = chat.client("alice")
+    alice.sync()
+    chat.processes[0].signal(signal.SIGSTOP)
+    alice.feed("send bob hello\n")
+    alice.see(NOT_RESPONDING)
+    chat.processes[0].signal(signal.SIGCONT)
+    alice.see(SAVED)
+    assert [line for line in alice.lines if line != UPDATED][2:] == [is_offline("bob"), NOT_RESPONDING, SAVED]
+
+
+# --- the bots of the README -----------------------------------------------------------------------------------
+
+def install(chat: Chat) -> Dict[str, str]:
+    """The environment of somebody who has installed the program."""
+    program = chat.directory / "bin" / "udpchat"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{chat.environment['PATH']}", "UDPCHAT_SERVER": f"127.0.0.1:{chat.port}"}
+
+
+def start_echo(chat: Chat) -> Process:
+    code = block("### A bot", "python")
+    assert len(code.strip().split("\n")) <= 10
+    return chat.run("-c", code, command=[sys.executable], environment=install(chat))
+
+
+def test_the_echo_of_the_readme_says_it_again_and_leaves_in_order(chat: Chat) -> None:
+    bot = start_echo(chat)
+    alice = Program(chat, "alice")
+    alice.knows("echo")
+    for text in ("hello", "two\nlines", "\x1b[2J 😀"):
+        alice.send("echo", text)
+        assert alice.see("message", text=text)["from"] == "echo"
+    bot.kill()
+    alice.knows("echo", "offline")
+
+
+def test_the_echo_of_the_readme_withstands_a_flood(chat: Chat) -> None:
+    start_echo(chat)
+    alice = chat.client("alice")
+    alice.wait_for("echo")
+    texts = [f"{number:0100}" for number in range(10_000)]
+    alice.feed(sends("echo", texts))
+    chat.until(lambda: alice.out.data.count(b"echo: ") == len(texts), "all to come back")
+    assert [line[6:] for line in alice.lines if line.startswith("echo: ")] == texts
+
+
+def test_the_clock_of_the_readme_tells_the_time(chat: Chat) -> None:
+    bot = chat.run("-c", block("### A bot", "sh"), command=["sh"], environment=install(chat))
+    alice = chat.client("alice")
+    alice.wait_for("clock")
+    alice.feed("send clock time?\nsend clock what else?\nsend clock time?\n")
+    for _ in range(2):
+        alice.see_match(r"clock: it is \d\d:\d\d")
+    bot.feed("")
+    (chat.directory / "answers").write_text("quit\n")
+    assert bot.wait() == 0
