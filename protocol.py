@@ -44,7 +44,7 @@ import heapq
 import unicodedata
 from bisect import bisect_right
 from collections import deque
-from itertools import accumulate, islice
+from itertools import accumulate, islice, repeat
 from typing import (Any, Callable, Collection, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional,
                     Sequence, Set, Tuple)
 
@@ -166,19 +166,23 @@ def rows(check: Check, most: int = MAX_ITEMS) -> Check:
 
 
 def letters(value: Any) -> bool:
-    """A check for the items of a ``mail``: [from, stream, n, at, text, more] each. By columns: it is a hot path."""
-    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS:
+    """A check for the items of a ``mail``: runs of letters, [from, stream, n, at, texts, more] each."""
+    return (type(value) is list and 0 < len(value) <= MAX_ITEMS and all(map(_is_run, value))
+            and sum([len(run[4]) for run in value]) <= MAX_ITEMS)
+
+
+def _is_run(run: Any) -> bool:
+    """Whether ``run`` are texts of consecutive numbers of one stream that were sent at the same time."""
+    if type(run) is not list or len(run) != 6:
         return False
-    if set(map(type, value)) != {list} or set(map(len, value)) != {6}:
-        return False
-    nicks, streams, numbers, times, texts, mores = zip(*value)
-    return (set(map(type, nicks)) == {str} and all(map(is_nick, set(nicks)))
-            and set(map(type, streams + numbers)) == {int} and min(streams) >= 0 and max(streams) <= MAX_NUMBER
-            and min(numbers) >= 1 and max(numbers) <= MAX_NUMBER
-            and set(map(type, times)) == {float} and pieces(list(texts)) and set(map(type, mores)) == {bool})
+    nick, stream, first, at, texts, more = run
+    return (is_nick(nick) and COUNT(stream) and NUMBER(first) and type(at) is float and pieces(texts)
+            and first <= MAX_NUMBER - len(texts) and NUMBERS(more)
+            and (not more or first <= min(more) and max(more) < first + len(texts)))
 
 
 TIME: Check = lambda value: type(value) is float
+NUMBERS = rows(NUMBER)
 ENTRY = row(NICK, HOST, PORT, STATE)
 RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
 
@@ -196,8 +200,7 @@ REQUIRED: Dict[str, Dict[str, Check]] = {
     "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": pieces,
              "at": rows(TIME), "relay": boolean},
     "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
-    "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER,
-             "items": letters},
+    "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "items": letters},
     "probe": {"id": COUNT, "to": NICK},
     "alive": {"id": COUNT, "nick": NICK},
     "ping": {"id": COUNT, "session": SESSION, "version": COUNT},
@@ -209,8 +212,8 @@ OPTIONAL: Dict[str, Dict[str, Check]] = {
     "reg": {"token": TOKEN, "cookie": SESSION},
     "refused": {"id": COUNT, "session": SESSION},
     "table": {"since": COUNT},
-    "chat": {"more": rows(NUMBER)},
-    "save": {"more": rows(NUMBER)},
+    "chat": {"more": NUMBERS},
+    "save": {"more": NUMBERS},
     "alive": {"session": SESSION},
 }
 
@@ -230,7 +233,7 @@ TOGETHER: Dict[str, Check] = {  # what fields must be to each other
     "table": lambda info: 0 <= since_of(info) <= info["version"],
     "chat": lambda info: _numbered(info, len(info["text"])),
     "save": lambda info: _numbered(info, len(info["text"])) and len(info["at"]) == len(info["text"]),
-    "mail": lambda info: _numbered(info, len(info["items"])),
+    "mail": lambda info: _numbered(info, sum([len(run[4]) for run in info["items"]])),
     "nack": lambda info: bool(info["first"] <= info["last"]),
 }
 SCHEMA = {tag: (list(fields.items()), list(OPTIONAL.get(tag, {}).items()), TOGETHER.get(tag))
@@ -1636,9 +1639,9 @@ class Inbox:
         if self._mail is None or self._mail.stream.stream != info["stream"]:
             self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), None)
-        items = info["items"]
+        items, more = letters_of(info)
         stream = self._mail.stream
-        stream.on_data(info["n"], items, [n for n, item in enumerate(items, info["n"]) if item[5]], info["base"])
+        stream.on_data(info["n"], items, more, info["base"])
         stream.advance(info["base"])
         self._unacked[self._mail] = None
         self._arrived(self._mail)
@@ -1788,7 +1791,7 @@ class Inbox:
                 yield Delivery("", [], [], functools.partial(self._written, mail))
         self._count(mail)
 
-    def _take_letters(self, mail: Incoming, items: List[Any], texts: List[str]) -> Iterator[Delivery]:
+    def _take_letters(self, mail: Incoming, items: Sequence[Any], texts: List[str]) -> Iterator[Delivery]:
         """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
         sender, stream, number = items[0][:3]
         incoming = self._incoming(sender, stream, number)
@@ -1813,8 +1816,54 @@ class Inbox:
             self._unacked[incoming] = None
 
 
-def _of_one_stream(items: List[Any]) -> Iterator[List[Any]]:
-    """Items of mail in groups that belong to one stream and have consecutive numbers in it."""
+Letter = Tuple[str, int, int, float, str]   # one number of a mail: sender, and stream, number, time and text of his
+
+
+def letters_of(info: Info) -> Tuple[List[Letter], List[int]]:
+    """The letters of a ``mail``, and the numbers (of the mail) that the next one continues."""
+    found: List[Letter] = []
+    more: List[int] = []
+    for sender, stream, first, at, texts, continued in info["items"]:
+        more += [info["n"] + len(found) + number - first for number in continued]
+        found += zip(repeat(sender), repeat(stream), range(first, first + len(texts)), repeat(at), texts)
+    return found, more
+
+
+MAIL_RUN = 40             # bytes of a run of letters beside its texts and its sender
+
+
+def mail_runs(letters_: Sequence[Any]) -> List[List[object]]:
+    """Letters, [sender, stream, n, at, text, whether the next continues it] each, as the items of a ``mail``."""
+    runs: List[List[object]] = []
+    for group in _of_one_stream(letters_):
+        sender, stream, first = group[0][:3]
+        start = 0
+        for end in range(1, len(group) + 1):
+            if end == len(group) or group[end][3] != group[start][3]:
+                part = group[start:end]
+                runs.append([sender, stream, first + start, part[0][3], [letter[4] for letter in part],
+                             [letter[2] for letter in part if letter[5]]])
+                start = end
+    return runs
+
+
+def mail_sizes(letters_: Sequence[Any]) -> List[int]:
+    """The most bytes that each letter takes in a ``mail``, if there are ``MAIL_RUN_SIZE`` bytes more for the first."""
+    sizes, before = [], None
+    for sender, stream, number, at, text, more in letters_:
+        size = len(text.encode()) + 3 + 9 * more
+        if before != (sender, stream, number - 1, at):
+            size += len(sender.encode()) + MAIL_RUN
+        sizes.append(size)
+        before = sender, stream, number, at
+    return sizes
+
+
+MAIL_RUN_SIZE = MAIL_RUN + MAX_NICK_BYTES   # bytes of a run that goes on in the next datagram: it is named there again
+
+
+def _of_one_stream(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Letters in groups that belong to one stream and have consecutive numbers in it."""
     start = 0
     for index in range(1, len(items) + 1):
         if index < len(items):

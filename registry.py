@@ -425,14 +425,18 @@ class Mailbox:
         if known.first < first <= known.last + 1:
             known.first = first
             self._acked.add(known.nick)
-            self._changed.add(known.nick)
 
     # the transaction
 
     @property
+    def urgent(self) -> bool:
+        """Whether there is anything to commit before it is told; what was acked need not be deleted at once."""
+        return bool(self._rows or self._streams or self._changed or self._forgotten)
+
+    @property
     def pending(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._rows or self._streams or self._changed or self._acked or self._forgotten)
+        return self.urgent or bool(self._acked)
 
     def commit(self, wall: float) -> bool:
         """Writes everything since the last commit. If that fails, the mail of this turn is undone, and False given."""
@@ -469,7 +473,7 @@ class Mailbox:
         freed = []
         for nick in self._acked:
             freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
-        changed = [self.known[nick] for nick in self._changed]
+        changed = [self.known[nick] for nick in self._changed | self._acked]
         many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
              " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
              " first = excluded.first, last = excluded.last",

@@ -47,7 +47,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTup
 
 import protocol
 from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed, encode,
-                      padded, since_of, table_map)
+                      mail_runs, mail_sizes, padded, since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table)
@@ -648,13 +648,13 @@ COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is goo
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
 NOTICE_SLICE = 10         # datagrams in each: 500 a second
-MAIL_AHEAD = 1024         # numbers of one client's mail in memory
+MAIL_AHEAD = 4096         # numbers of one client's mail in memory
 MAIL_TOTAL = 65536        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
 MAIL_STEP = 64            # numbers: these
 MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
-MAIL_OVERHEAD = 40        # bytes of one item of mail on the wire beside its text and its sender
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48 MiB of text at most
+DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
 STORE_CALM = 1.0          # s without a failure after which the store counts as good again
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 JITTER = 0.25             # part by which every repeated request varies, up and down
@@ -717,8 +717,9 @@ class MailStream:
     """The server's end of the stream of one client's mail."""
 
     def __init__(self, server: "Server", session: Session, id_: int) -> None:
-        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(encode("mail", {
-            "to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER, "base": protocol.MAX_NUMBER, "items": []})) - 4
+        frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
+                                "base": protocol.MAX_NUMBER, "items": []})
+        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - 4 - protocol.MAIL_RUN_SIZE
         self.session = session
         self.stream = SendStream(id_, capacity)
         self.alarm = Alarm(server.loop, functools.partial(server.send_mail, session))
@@ -762,6 +763,7 @@ class Server:
         self._telling: Optional[Iterator[Tuple[Session, bytes]]] = None     # who is still to be told what
         self._broadcast_alarm = Alarm(loop, lambda: None)      # the end of the turn tells
         self._silence_alarm = Alarm(loop, self._probe_silent)
+        self._deletion_alarm = Alarm(loop, self._delete_acked)
         self._stranger_second = 0
         self._stranger_replies = 0
         self._most_replies = stranger_replies
@@ -783,7 +785,7 @@ class Server:
 
     def stop(self) -> bool:
         """Writes and closes the store; gives whether that went well."""
-        committed = self._commit()
+        committed = self._commit_all()
         self.registry.mailbox.close()
         return committed
 
@@ -1229,9 +1231,18 @@ class Server:
         self._broadcast()
 
     def _commit(self) -> bool:
+        """Writes what must be on the disk before it is told; what may be deleted waits for that, or for a while."""
+        if self.registry.mailbox.urgent:
+            return self._commit_all()
+        if self.registry.mailbox.pending and not self._deletion_alarm.is_set:
+            self._deletion_alarm.set(self.loop.now() + DELETION_GAP)
+        return True
+
+    def _delete_acked(self) -> None:
+        self._commit_all()
+
+    def _commit_all(self) -> bool:
         mailbox = self.registry.mailbox
-        if not mailbox.pending:
-            return True
         committed = mailbox.commit(self.loop.wall())
         now = self.loop.now()
         if not committed:
@@ -1291,13 +1302,13 @@ class Server:
         mail.counted = stream.held
         for packet in stream.poll(self.loop.now()):
             self._send(session, encode("mail", {"to": session.nick, "stream": stream.stream, "n": packet.first,
-                                                "base": stream.base, "items": packet.items}))
+                                                "base": stream.base, "items": mail_runs(packet.items)}))
         cannot_read = not stream.held and mail.loaded < session.known.last
         mail.alarm.set(self.loop.now() + MAIL_RETRY if cannot_read else stream.due())
 
     def _load_mail(self, mail: MailStream, step: int) -> None:
         letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
-        sizes = [len(letter[4].encode()) + len(letter[0].encode()) + MAIL_OVERHEAD for letter in letters]
+        sizes = mail_sizes(letters)
         continued = [number for number, letter in enumerate(letters, mail.stream.end) if letter[5]]
         mail.stream.queue(letters, sizes, continued)
         mail.loaded += len(letters)

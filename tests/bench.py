@@ -62,7 +62,7 @@ if str(ROOT) not in sys.path:
 import protocol                                                         # noqa: E402
 import udpchat                                                          # noqa: E402
 from protocol import (FOR_SIZE, Conversation, Decoder, Info, Place, ReceiveStream, addressed, encode,     # noqa: E402
-                      padded, since_of)
+                      letters_of, padded, since_of)
 from registry import ONLINE, Page, Table                                # noqa: E402
 from terminal import show_time                                          # noqa: E402
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
@@ -847,8 +847,7 @@ class Swarm:
     def _on_mail(self, member: Member, info: Info) -> None:
         if member.mail is None or member.mail.stream != info["stream"]:
             member.mail = ReceiveStream(info["stream"])
-        items = info["items"]
-        member.mail.on_data(info["n"], items, [n for n, item in enumerate(items, info["n"]) if item[5]], info["base"])
+        member.mail.on_data(info["n"], *letters_of(info), info["base"])
         member.mail.advance(info["base"])
         for run in member.mail.take():
             self.shown += 1 if run.more else len(run.items)

@@ -1233,7 +1233,7 @@ class Storm:
             lambda: encode("chat", {"from": sender, "to": to, "stream": number, "n": 1, "base": 1, "text": ["forged"]}),
             lambda: encode("ack", {"stream": number, "next": 1000, "have": [], "room": 0}),
             lambda: encode("mail", {"to": to, "stream": number, "n": 1, "base": 1,
-                                    "items": [[sender, number, 1, 0.0, "forged", False]]}),
+                                    "items": [[sender, number, 1, 0.0, ["forged"], []]]}),
             lambda: encode("pong", {"id": number, "boot": number, "version": 99, "mail": 99}),
             lambda: encode("refused", {"nick": to, "reason": "replaced", "session": session}),
             lambda: protocol.padded("ping", {"id": number, "session": session, "version": 0}, 184),

@@ -42,7 +42,7 @@ EXAMPLES: Dict[str, Info] = {   # one of each tag, with every optional field
     "save": {"session": SESSION, "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""],
              "at": [1.5, 2.5], "relay": False, "more": [5]},
     "exists": {"stream": STREAM, "n": 5, "version": 9, "entry": ENTRY},
-    "mail": {"to": "bob", "stream": STREAM, "n": 5, "base": 5, "items": [["alice", STREAM, 1, 1.5, "hi", False]]},
+    "mail": {"to": "bob", "stream": STREAM, "n": 5, "base": 5, "items": [["alice", STREAM, 1, 1.5, ["hi"], []]]},
     "probe": {"id": ID, "to": "bob"},
     "alive": {"id": ID, "nick": "bob", "session": SESSION},
     "ping": {"id": ID, "session": SESSION, "version": 9},
@@ -172,11 +172,19 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("nack", {"last": 4}, False),
     ("exists", {"entry": ENTRY[:3]}, False),
     ("mail", {"items": []}, False),
-    ("mail", {"items": [["alice", STREAM, 0, 1.5, "hi", False]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 1.5, "x" * 769, False]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 1, "hi", False]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 1.5, "hi", 0]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 1.5, "hi", False]] * 1024}, True),
+    ("mail", {"items": [["alice", STREAM, 0, 1.5, ["hi"], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 1.5, ["x" * 769], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 1.5, [], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 1, ["hi"], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 1.5, ["hi"], [False]]]}, False),
+    ("mail", {"items": [["alice", STREAM, 4, 1.5, ["hi", "ho"], [5]]]}, True),
+    ("mail", {"items": [["alice", STREAM, 4, 1.5, ["hi", "ho"], [6]]]}, False),
+    ("mail", {"items": [["alice", STREAM, 4, 1.5, ["hi", "ho"], [3]]]}, False),
+    ("mail", {"items": [["alice", STREAM, 2 ** 63 - 2, 1.5, ["hi"], []]]}, True),
+    ("mail", {"items": [["alice", STREAM, 2 ** 63 - 2, 1.5, ["hi", "ho"], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 1.5, ["hi"], []]] * 1024}, True),
+    ("mail", {"items": [["alice", STREAM, 1, 1.5, ["hi"] * 2, []]] * 513}, False),
+    ("mail", {"n": 2 ** 63 - 2, "items": [["alice", STREAM, 1, 1.5, ["hi"] * 2, []]]}, False),
 ])
 def test_a_map_is_taken_up_to_its_bounds_and_dropped_beyond(tag: str, change: Info, good: bool) -> None:
     assert accepts(tag, {**EXAMPLES[tag], **change}) == good
@@ -1498,6 +1506,27 @@ def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
     world.conversation.on_ack(0.2, 6, [], 4096, protocol.SAVE)
     assert world.conversation.events == [Event(RECEIVED, 2, "", 1), Event(protocol.NO_ACK, 2, "", 3),
                                          Event(SAVED, 1, "", 3)]
+
+
+LETTERS_KEPT = st.lists(st.tuples(st.sampled_from(["bob", "a" * 32, "é" * 32]), st.sampled_from([1, 2 ** 62]),
+                                  st.integers(1, 9), st.sampled_from([1.5, 2.5]),
+                                  st.text(max_size=20).filter(lambda text: text.isprintable()), st.booleans()),
+                        min_size=1, max_size=30)
+
+
+@given(LETTERS_KEPT, st.integers(1, 30))
+def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_counted(
+        kept: List[Tuple[str, int, int, float, str, bool]], start: int) -> None:
+    start = min(start, len(kept)) - 1           # where the datagram begins: within a run, maybe
+    sizes, sent = protocol.mail_sizes(kept)[start:], kept[start:]
+    info = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": protocol.mail_runs(sent)}
+    datagram = encode("mail", info)
+    (_, found), = decode(datagram)
+    letters, more = protocol.letters_of(found)
+    assert letters == [letter[:5] for letter in sent]
+    assert more == [number for number, letter in enumerate(sent, 5) if letter[5]]
+    empty = len(encode("mail", {**info, "items": []}))
+    assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + sum(sizes)
 
 
 # --- outboxes -------------------------------------------------------------------------------------------------

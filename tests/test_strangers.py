@@ -248,7 +248,7 @@ def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
         "nack": {"stream": number, "first": 1, "last": 100, "reason": "full"},
         "exists": {"stream": number, "n": 1, "version": 9, "entry": [other, *EVE, "online"]},
         "mail": {"to": nick, "stream": number, "n": 1, "base": 1,
-                 "items": [[other, number, 1, EPOCH, "forged", False]]},
+                 "items": [[other, number, 1, EPOCH, ["forged"], []]]},
         "probe": {"id": number, "to": nick},
         "pong": {"id": number, "boot": number, "version": 2 ** 40, "mail": 99},
         "bye": {"session": secret},
@@ -1414,8 +1414,8 @@ def test_no_control_character_reaches_the_terminal_raw_by_chat_or_by_mail() -> N
     with_no_account(world, 1)
     assert bob.client._session is not None
     mail = encode("mail", {"to": "bob", "stream": 3, "n": 1, "base": 1,
-                           "items": [["alice", 8, 1, EPOCH, text, False], ["alice", 8, 2, float("nan"), text, False],
-                                     ["alice", 8, 3, 1e300, "\u202eok", False]]})
+                           "items": [["alice", 8, 1, EPOCH, [text], []], ["alice", 8, 2, float("nan"), [text], []],
+                                     ["alice", 8, 3, 1e300, ["\u202eok"], []]]})
     forge(world, SERVER, addressed(bob.client._session, mail), bob)
     with_no_account(world, 1)
     shown = bob.lines[lines:]
@@ -1431,7 +1431,7 @@ def test_a_nick_that_could_forge_a_line_is_dropped_wherever_it_stands(control: s
                 encode("chat", {"from": nick, "to": "bob", "stream": 1, "n": 1, "base": 1, "text": ["x"]}),
                 encode("reg", {"id": 1, "nick": nick}), encode("welcome", {
                     "id": 1, "nick": nick, "boot": 1, "session": NOBODYS, "version": 1}),
-                encode("mail", {"to": "bob", "stream": 1, "n": 1, "base": 1, "items": [[nick, 1, 1, 0.0, "x", False]]}),
+                encode("mail", {"to": "bob", "stream": 1, "n": 1, "base": 1, "items": [[nick, 1, 1, 0.0, ["x"], []]]}),
                 encode("table", {"since": 0, "version": 1, "set": [[nick, "1.2.3.4", 1, "online"]]}),
                 encode("exists", {"stream": 1, "n": 1, "version": 1, "entry": [nick, "1.2.3.4", 1, "online"]})):
             assert maps_of(datagram) == []
