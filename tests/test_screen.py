@@ -79,7 +79,7 @@ class Glass(Xterm):
 class Window:
     """A terminal on which a process runs (that leads a session of its own)."""
 
-    def __init__(self, chat: Chat, *arguments: str, columns: int = 60, rows: int = 24, stderr: int = PIPE,
+    def __init__(self, chat: Chat, *arguments: str, columns: int = 60, rows: int = 24, shows_errors: bool = False,
                  command: Sequence[str] = PROGRAM, **environment: str) -> None:
         self.chat = chat
         self.glass = Glass(columns, rows)
@@ -90,8 +90,9 @@ class Window:
         self._set_size(columns, rows)
         self.settings = termios.tcgetattr(slave)
         try:
-            self.process = chat.run(*arguments, stdin=slave, stdout=slave, stderr=stderr, terminal=slave,
-                                    command=command, environment={"TERM": "xterm", "NO_COLOR": "", **environment})
+            self.process = chat.run(*arguments, stdin=slave, stdout=slave, stderr=slave if shows_errors else PIPE,
+                                    command=command, terminal=slave,
+                                    environment={"TERM": "xterm", "NO_COLOR": "", **environment})
         finally:
             os.close(slave)
         os.set_blocking(master, False)
@@ -494,6 +495,20 @@ def test_control_d_waits_for_what_was_sent_and_control_c_for_nothing_more(chat: 
     assert alice.process.popen.poll() is None
     alice.type(CONTROL_C + CONTROL_C)
     alice.ends(1)
+
+
+def test_what_was_not_delivered_stands_below_on_lines_of_its_own(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN, *PATIENT, shows_errors=True)
+    meet(alice, bob)
+    bob.signal(signal.SIGSTOP)
+    alice.type("send bob one\rsend bob two\r")
+    alice.shows("[Waiting for bob: 2 messages.]", f">>> {CURSOR}")
+    alice.type(CONTROL_C)
+    alice.ends(1)
+    assert [row for row in alice.rows if row][2:] == [">>> send bob one", ">>> send bob two",
+                                                      OFFLINE, "[2 messages not delivered.]", "send bob one",
+                                                      "send bob two"]
 
 
 def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_window: Open) -> None:
