@@ -3,7 +3,8 @@
 Rules of this file
 ------------------
 - No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
-  seconds, come in as arguments; so do random ids. The one side effect is the SQLite file of the ``Mailbox``.
+  seconds, come in as arguments; so do random ids. The side effects are the SQLite file of the ``Mailbox``, and the
+  file of one's own secret.
 - It knows nothing of datagrams: it decides, its owner tells the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
@@ -23,11 +24,12 @@ when the recipient has acked it. Everything that one turn of the loop changes is
 ``Registry`` is what the server decides on these two: who gets a nick, when somebody goes online (not before the
 mail that waited is acked) and offline, what happens to a message that should be kept.
 
-A nick belongs to its first owner: whoever registers it with a token (see ``udpchat``) owns it, and the store
+A nick belongs to its first owner: whoever registers it with a token (see ``token_for``) owns it, and the store
 keeps a hash of that token. Without a token it is nobody's, and its mail goes to whoever comes.
 """
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 from collections import OrderedDict
@@ -525,6 +527,45 @@ class Mailbox:
     def close(self) -> None:
         """Closes the file; what is not committed is lost."""
         self._db.close()
+
+
+# --- identity -------------------------------------------------------------------------------------------------
+
+SECRET_BYTES = 32
+
+
+def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
+    """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
+    import hmac
+    return hmac.digest(secret, server_id + nick.encode(), "sha256")
+
+
+def load_secret(path: str) -> bytes:
+    """The secret in the file ``path``, which is made (0600, whole or not at all) if there is none. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            secret = bytes.fromhex(file.read(1024).decode("ascii", "replace").strip())
+        if len(secret) != SECRET_BYTES:
+            raise ValueError
+        return secret
+    except ValueError:
+        raise OSError(errno.EINVAL, "is not a udpchat identity") from None
+    except FileNotFoundError:
+        pass
+    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+    draft = f"{path}.{os.urandom(8).hex()}"    # not the process's number: a container gives the same to each
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(os.urandom(SECRET_BYTES).hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)        # fails if another process was faster: then its secret is ours
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(draft)
+    return load_secret(path)
 
 
 # --- the registry ---------------------------------------------------------------------------------------------

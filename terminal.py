@@ -1,17 +1,23 @@
-"""What somebody at a terminal sees and types: keys, the line that is edited, its history, and how both are drawn.
+"""What goes in and out of the standard streams: what is typed and asked for, what is said, and how it is drawn.
 
 Rules of this file
 ------------------
-- Nothing waits. What was typed comes in as bytes, what to draw goes out as bytes; who owns the descriptors reads
-  and writes them. Only ``Terminal`` (its settings) and ``History`` (its file) touch the world.
-- It does not know what is chatted, nor any command but ``send NICK``.
+- Nothing waits. Bytes come in, bytes to write go out. Only ``Reader``, ``Writer``, ``Terminal`` (its settings) and
+  ``History`` (its file) touch the world.
+- It does not decide anything: what a command means is the client's affair, and so is when an event is told.
 - Whatever bytes come, however they are cut: nothing raises, and the cuts change nothing.
 - Nothing that is drawn moves the cursor on its own: control characters are drawn as two printable ones.
 - It is imported whenever the program starts, which is to be quick: what only a terminal needs is imported late, and
   a pattern is compiled when it is first used (``re`` remembers it).
 
-From bytes to lines
--------------------
+What is asked for and said
+--------------------------
+``Commands`` turns stdin into commands: plain lines, lines of a talk with somebody, or JSON objects. ``SAYINGS`` names
+every event and how it is told; ``Lines`` tells them to people and to scripts that read what people read, ``JsonLines``
+to programs.
+
+From keys to lines
+------------------
 ``Keys`` turns bytes into keys. A run of printable characters is one key, and so is a bracketed paste; what is
 unfinished (a character, an escape sequence, a paste) waits for the next bytes. There is no timer: an Escape by itself
 goes with whatever is typed next, as in readline. ``Editor`` turns keys into a changed line and into actions for
@@ -24,7 +30,8 @@ The *area* is the lowest part of what is on the screen: notices, below them the 
 it belongs to the owner, who takes it off (``erase``), writes whole lines, and puts it back (``draw``), in one write.
 The area is laid out here, in *hard* rows: each ends with a newline, and while they are written the terminal's own
 wrapping is off. So a terminal that knows other widths than we do, or that flows lines anew when its window changes,
-still has as many rows as we count. All movements are relative to the row in which the area begins.
+still has as many rows as we count. All movements are relative to the row in which the area begins. ``Desk`` puts
+all of that together: somebody at a terminal.
 """
 from __future__ import annotations
 
@@ -34,13 +41,15 @@ import functools
 import math
 import os
 import re
+import select
 import signal
+import socket
 import stat
 import time
 import unicodedata
 from collections import deque
-from typing import (Any, Callable, Collection, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence,
-                    Tuple, Union)
+from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, Tuple, Union)
 
 from protocol import MAX_TEXT, Delivery
 
@@ -838,6 +847,150 @@ class Terminal:
         return columns or DEFAULT_SIZE[0], rows or DEFAULT_SIZE[1]
 
 
+# --- the standard streams --------------------------------------------------------------------------------------
+
+READ_SIZE = 65536         # bytes read from stdin in one turn
+WRITE_SIZE = 65536        # bytes offered to stdout at once
+OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
+ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
+TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
+
+
+def reopen(fd: int, flags: int) -> int:
+    """A non-blocking descriptor of one's own for an inherited one, or that one itself where there is no such thing.
+
+    O_NONBLOCK belongs to the open file description, which other processes share: it must not be set on theirs.
+    Opening /proc/self/fd anew (Linux) or the terminal by its name gives a description of one's own.
+    """
+    mode = os.fstat(fd).st_mode
+    path = f"/proc/self/fd/{fd}"
+    try:
+        if stat.S_ISCHR(mode) and os.isatty(fd):
+            path = os.ttyname(fd)
+        elif not stat.S_ISFIFO(mode) or not os.path.exists(path):
+            return fd
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return fd
+
+
+class Reader:
+    """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd        # to be watched: a FIFO whose writers have left does not tell that to who opens it anew
+        try:
+            self._own = reopen(fd, os.O_RDONLY)
+        except OSError:     # closed
+            self.fd = self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.is_terminal = os.isatty(fd)
+
+    def read(self) -> Optional[bytes]:
+        """At most ``READ_SIZE`` bytes."""
+        try:
+            return os.read(self._own, READ_SIZE)
+        except OSError as error:
+            return None if error.errno in TRANSIENT else b""
+
+
+class Writer:
+    """A standard stream to write to, of any kind: ``put`` takes what goes without blocking."""
+
+    def __init__(self, fd: int) -> None:
+        try:
+            self.fd = reopen(fd, os.O_WRONLY)
+            mode = os.fstat(self.fd).st_mode
+        except OSError:     # closed
+            self.fd, mode = fd, 0
+        self.is_terminal = os.isatty(self.fd)
+        self.is_pipe = stat.S_ISFIFO(mode)
+        self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
+        self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
+
+    def put(self, data: bytes) -> int:
+        """Writes; gives how many bytes were taken, 0 if none can be now. Raises OSError if the reader is gone."""
+        try:
+            if self._socket is not None:
+                return self._socket.send(data, socket.MSG_DONTWAIT)
+            if not self._may_block:
+                return os.write(self.fd, data)
+            if select.select([], [self.fd], [], 0)[1]:
+                return os.write(self.fd, data[:select.PIPE_BUF])    # a writable pipe takes so much
+            return 0
+        except OSError as error:
+            if error.errno in TRANSIENT:
+                return 0
+            raise
+
+
+class Output:
+    """What waits to be written to one stream, in order, and who is told when it is.
+
+    ``put`` takes bytes and gives how many were taken. ``broken`` tells that the reader is gone.
+    """
+
+    def __init__(self, put: Callable[[bytes], int]) -> None:
+        self._put = put
+        self._chunks: Deque[Tuple[bytes, Optional[Callable[[int], None]]]] = deque()
+        self.pending = 0        # bytes
+        self.broken = False
+
+    def write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
+        """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
+
+        For empty data, it is told (0) when all that was appended before is written.
+        """
+        if not self.broken:
+            self._chunks.append((data, written))
+            self.pending += len(data)
+
+    def give_up(self) -> None:
+        """Takes nothing any more: nobody reads it."""
+        self.broken = True
+        self._chunks.clear()
+        self.pending = 0
+
+    def flush(self) -> None:
+        """Writes what can be written now."""
+        while self._chunks and not self.broken:
+            data = self._batch()
+            taken = 0
+            if data:
+                try:
+                    taken = self._put(data)
+                except OSError:
+                    self.give_up()
+                    return
+                self.pending -= taken
+            self._account(taken)
+            if taken < len(data):
+                return
+
+    def _batch(self) -> bytes:
+        if len(self._chunks) == 1:
+            return self._chunks[0][0]
+        batch, size = [], 0
+        for data, _ in self._chunks:
+            batch.append(data)
+            size += len(data)
+            if size >= WRITE_SIZE:
+                break
+        return b"".join(batch)
+
+    def _account(self, taken: int) -> None:
+        """Tells whoever waits for the first ``taken`` bytes."""
+        while self._chunks and len(self._chunks[0][0]) <= taken:
+            data, written = self._chunks.popleft()
+            taken -= len(data)
+            if written is not None:
+                written(data.count(b"\n"))
+        if taken:
+            data, written = self._chunks[0]
+            self._chunks[0] = data[taken:], written
+            if written is not None:
+                written(data.count(b"\n", 0, taken))
+
+
 # --- what is asked for ----------------------------------------------------------------------------------------
 
 LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the rest is only counted
@@ -1263,3 +1416,75 @@ class Prompt:
     def answered(self) -> None:
         """Somebody has typed a line: the terminal has gone to the next one."""
         self._is_shown = False
+
+
+class Desk(Prompt):
+    """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
+
+    def __init__(self, output: Output, terminal: Terminal, style: Style, history: History,
+                 complete: Complete) -> None:
+        super().__init__()
+        self._output = output
+        self._terminal = terminal
+        self._editor = Editor(history, complete)
+        self._screen = Screen(*terminal.size(), style)
+        self._is_ours = False       # the terminal
+
+    def open(self) -> None:
+        """The terminal is ours, from now on or from when the shell has it no more."""
+        if self._terminal.is_background():
+            return
+        self._is_ours = True
+        self._terminal.leave()
+        self._terminal.enter()
+        self.resize()
+        self._output.write(PASTE_ON)
+
+    def close(self) -> None:
+        """Gives the terminal back as it was, with the cursor below what was said."""
+        if self._is_ours:
+            self._is_ours = False
+            self._output.write(self._screen.erase() + PASTE_OFF)
+            self._output.flush()
+            self._terminal.leave()
+
+    def erase(self) -> bytes:
+        """Makes room for a line."""
+        return self._screen.erase()
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Shows what is typed, and above it the notices."""
+        if not self._is_ours:
+            self.open()
+        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
+
+    def type(self, data: bytes) -> Iterator[Action]:
+        """Takes what was typed; gives what is left to do about it."""
+        for action in self._editor.feed(data):
+            if action.kind == "suspend":
+                self.suspend()
+            elif action.kind == "clear":
+                self._output.write(self._screen.clear_screen())
+            elif action.kind == "bell":
+                self._output.write(b"\a")
+            else:
+                yield action
+
+    def resize(self) -> None:
+        """The window has another size now."""
+        self._output.write(self._screen.resize(*self._terminal.size()))
+
+    def suspend(self) -> None:
+        """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
+        self.close()
+        handlers = [(number_, signal.signal(number_, signal.SIG_DFL)) for number_ in (signal.SIGTSTP, signal.SIGCONT)]
+        os.kill(0, signal.SIGTSTP)
+        for number_, handler in handlers:
+            signal.signal(number_, handler)
+        self.resume()
+
+    def resume(self) -> None:
+        """Continued: whoever had the terminal meanwhile has left it in another state."""
+        self._is_ours = False
+        self._screen.forget()
+        self.open()

@@ -34,11 +34,9 @@ import heapq
 import itertools
 import os
 import re
-import select
 import selectors
 import signal
 import socket
-import stat
 import sys
 import time
 import unicodedata
@@ -50,10 +48,10 @@ from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStrea
                       mail_runs, mail_sizes, padded, since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
-                      Table)
-
-from terminal import (FOR_PEOPLE, PASTE_OFF, PASTE_ON, ROUTINE, STATUS, Action, Commands, Editor, History, JsonLines,
-                      Lines, Prompt, Screen, Sends, Style, Terminal, clean, wants_color)
+                      Table, load_secret, token_for)
+from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, READ_SIZE, ROUTINE, STATUS, TRANSIENT, Action, Commands,
+                      Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer, clean,
+                      wants_color)
 gc.freeze()
 gc.enable()
 
@@ -302,149 +300,8 @@ class Alarm:
 
 # --- descriptors ----------------------------------------------------------------------------------------------
 
-READ_SIZE = 65536         # bytes read from stdin in one turn
-WRITE_SIZE = 65536        # bytes offered to stdout at once
-OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
-ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
 DATAGRAMS_PER_TURN = 128  # read from the socket before timers and acks get their turn
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
-TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
-
-
-def reopen(fd: int, flags: int) -> int:
-    """A non-blocking descriptor of one's own for an inherited one, or that one itself where there is no such thing.
-
-    O_NONBLOCK belongs to the open file description, which other processes share: it must not be set on theirs.
-    Opening /proc/self/fd anew (Linux) or the terminal by its name gives a description of one's own.
-    """
-    mode = os.fstat(fd).st_mode
-    path = f"/proc/self/fd/{fd}"
-    try:
-        if stat.S_ISCHR(mode) and os.isatty(fd):
-            path = os.ttyname(fd)
-        elif not stat.S_ISFIFO(mode) or not os.path.exists(path):
-            return fd
-        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return fd
-
-
-class Reader:
-    """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd        # to be watched: a FIFO whose writers have left does not tell that to who opens it anew
-        try:
-            self._own = reopen(fd, os.O_RDONLY)
-        except OSError:     # closed
-            self.fd = self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.is_terminal = os.isatty(fd)
-
-    def read(self) -> Optional[bytes]:
-        """At most ``READ_SIZE`` bytes."""
-        try:
-            return os.read(self._own, READ_SIZE)
-        except OSError as error:
-            return None if error.errno in TRANSIENT else b""
-
-
-class Writer:
-    """A standard stream to write to, of any kind: ``put`` takes what goes without blocking."""
-
-    def __init__(self, fd: int) -> None:
-        try:
-            self.fd = reopen(fd, os.O_WRONLY)
-            mode = os.fstat(self.fd).st_mode
-        except OSError:     # closed
-            self.fd, mode = fd, 0
-        self.is_terminal = os.isatty(self.fd)
-        self.is_pipe = stat.S_ISFIFO(mode)
-        self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
-        self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
-
-    def put(self, data: bytes) -> int:
-        """Writes; gives how many bytes were taken, 0 if none can be now. Raises OSError if the reader is gone."""
-        try:
-            if self._socket is not None:
-                return self._socket.send(data, socket.MSG_DONTWAIT)
-            if not self._may_block:
-                return os.write(self.fd, data)
-            if select.select([], [self.fd], [], 0)[1]:
-                return os.write(self.fd, data[:select.PIPE_BUF])    # a writable pipe takes so much
-            return 0
-        except OSError as error:
-            if error.errno in TRANSIENT:
-                return 0
-            raise
-
-
-class Output:
-    """What waits to be written to one stream, in order, and who is told when it is.
-
-    ``put`` takes bytes and gives how many were taken. ``broken`` tells that the reader is gone.
-    """
-
-    def __init__(self, put: Callable[[bytes], int]) -> None:
-        self._put = put
-        self._chunks: Deque[Tuple[bytes, Optional[Callable[[int], None]]]] = deque()
-        self.pending = 0        # bytes
-        self.broken = False
-
-    def write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
-        """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
-
-        For empty data, it is told (0) when all that was appended before is written.
-        """
-        if not self.broken:
-            self._chunks.append((data, written))
-            self.pending += len(data)
-
-    def give_up(self) -> None:
-        """Takes nothing any more: nobody reads it."""
-        self.broken = True
-        self._chunks.clear()
-        self.pending = 0
-
-    def flush(self) -> None:
-        """Writes what can be written now."""
-        while self._chunks and not self.broken:
-            data = self._batch()
-            taken = 0
-            if data:
-                try:
-                    taken = self._put(data)
-                except OSError as error:
-                    self.give_up()      # first: the log may be what cannot be written
-                    log.info("cannot write: %s", error.strerror)
-                    return
-                self.pending -= taken
-            self._account(taken)
-            if taken < len(data):
-                return
-
-    def _batch(self) -> bytes:
-        if len(self._chunks) == 1:
-            return self._chunks[0][0]
-        batch, size = [], 0
-        for data, _ in self._chunks:
-            batch.append(data)
-            size += len(data)
-            if size >= WRITE_SIZE:
-                break
-        return b"".join(batch)
-
-    def _account(self, taken: int) -> None:
-        """Tells whoever waits for the first ``taken`` bytes."""
-        while self._chunks and len(self._chunks[0][0]) <= taken:
-            data, written = self._chunks.popleft()
-            taken -= len(data)
-            if written is not None:
-                written(data.count(b"\n"))
-        if taken:
-            data, written = self._chunks[0]
-            self._chunks[0] = data[taken:], written
-            if written is not None:
-                written(data.count(b"\n", 0, taken))
 
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -2395,54 +2252,15 @@ class Client:
                     self._hand_back(sends.nick, text, None, sends.ref)
 
 
-# --- identity -------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------------------
 
-SECRET_BYTES = 32
+EXIT_FAILED, EXIT_USAGE = 1, 2
+STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 def state_home() -> str:
     """The user's directory for state (XDG_STATE_HOME, or ~/.local/state), with ours in it."""
     return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "udpchat")
-
-
-def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
-    """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    import hmac
-    return hmac.digest(secret, server_id + nick.encode(), "sha256")
-
-
-def load_secret(path: str) -> bytes:
-    """The secret in the file ``path``, which is made (0600, whole or not at all) if there is none. Raises OSError."""
-    try:
-        with open(path, "rb") as file:
-            secret = bytes.fromhex(file.read(1024).decode("ascii", "replace").strip())
-        if len(secret) != SECRET_BYTES:
-            raise ValueError
-        return secret
-    except ValueError:
-        raise OSError(errno.EINVAL, "is not a udpchat identity") from None
-    except FileNotFoundError:
-        pass
-    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-    draft = f"{path}.{os.urandom(8).hex()}"    # not the process's number: a container gives the same to each
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(fd, "w") as file:
-            file.write(os.urandom(SECRET_BYTES).hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)        # fails if another process was faster: then its secret is ours
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(draft)
-    return load_secret(path)
-
-
-# --- the command line -----------------------------------------------------------------------------------------
-
-EXIT_FAILED, EXIT_USAGE = 1, 2
-STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 class Usage(Exception):
@@ -2848,8 +2666,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         if os.environ.get("TERM") == "dumb":
             prompt = Prompt()
         else:
-            prompt = desk = Desk(lambda: client, output, Terminal(STDIN, STDOUT), style,
-                                 History(os.path.join(state_home(), "history")))
+            prompt = desk = Desk(output, Terminal(STDIN, STDOUT), style,
+                                 History(os.path.join(state_home(), "history")), lambda before: client.complete(before))
     client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000,
                     not sending and options.stay, options.mtu, errors,
                     lines_for(options, nick, loop, is_terminal, style), prompt)
@@ -2872,79 +2690,6 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         console.close()
         loop.close()
     return client.exit_code or 0
-
-
-class Desk(Prompt):
-    """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
-
-    def __init__(self, client: Callable[[], "Client"], output: Output, terminal: Terminal, style: Style,
-                 history: History) -> None:
-        super().__init__()
-        self._client = client
-        self._output = output
-        self._terminal = terminal
-        self._editor = Editor(history, lambda before: client().complete(before))
-        self._screen = Screen(*terminal.size(), style)
-        self._is_ours = False       # the terminal
-        self._actions: Dict[str, Callable[[Action], None]] = {
-            "submit": lambda action: client().enter(action.lines, action.pasted),
-            "interrupt": lambda action: client().interrupt(),
-            "end": lambda action: client().feed(b""),
-            "suspend": lambda action: self.suspend(),
-            "clear": lambda action: output.write(self._screen.clear_screen()),
-            "bell": lambda action: output.write(b"\a")}
-
-    def open(self) -> None:
-        """The terminal is ours, from now on or from when the shell has it no more."""
-        if self._terminal.is_background():
-            return
-        self._is_ours = True
-        self._terminal.leave()
-        self._terminal.enter()
-        self.resize()
-        self._output.write(PASTE_ON)
-
-    def close(self) -> None:
-        """Gives the terminal back as it was, with the cursor below what was said."""
-        if self._is_ours:
-            self._is_ours = False
-            self._output.write(self._screen.erase() + PASTE_OFF)
-            self._output.flush()
-            self._terminal.leave()
-
-    def erase(self) -> bytes:
-        """Makes room for a line."""
-        return self._screen.erase()
-
-    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
-        """Shows what is typed, and above it the notices."""
-        if not self._is_ours:
-            self.open()
-        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
-
-    def type(self, data: bytes) -> None:
-        """Takes what was typed."""
-        for action in self._editor.feed(data):
-            self._actions[action.kind](action)
-
-    def resize(self) -> None:
-        """The window has another size now."""
-        self._output.write(self._screen.resize(*self._terminal.size()))
-
-    def suspend(self) -> None:
-        """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
-        self.close()
-        handlers = [(number_, signal.signal(number_, signal.SIG_DFL)) for number_ in (signal.SIGTSTP, signal.SIGCONT)]
-        os.kill(0, signal.SIGTSTP)
-        for number_, handler in handlers:
-            signal.signal(number_, handler)
-        self.resume()
-
-    def resume(self) -> None:
-        """Continued: whoever had the terminal meanwhile has left it in another state."""
-        self._is_ours = False
-        self._screen.forget()
-        self.open()
 
 
 class Progress:
@@ -3028,10 +2773,19 @@ class Console:
     def _on_readable(self) -> None:
         data = self._reader.read()
         if data and self._desk is not None:
-            self._desk.type(data)
+            for action in self._desk.type(data):
+                self._act(action)
         elif data is not None:
             self._is_open = bool(data)
             self._client.feed(data)
+
+    def _act(self, action: Action) -> None:
+        if action.kind == "submit":
+            self._client.enter(action.lines, action.pasted)
+        elif action.kind == "interrupt":
+            self._client.interrupt()
+        else:
+            self._client.feed(b"")
 
     def _on_writable(self) -> None:
         """Nothing to do here: the turn ends with a write."""

@@ -7,7 +7,8 @@ from typing import Iterator, List
 
 import pytest
 
-from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Alarm, Log, Loop, Output, TimerHeap
+from terminal import OUTPUT_LIMIT, Output
+from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, Alarm, Log, Loop, TimerHeap
 
 
 class Paper:

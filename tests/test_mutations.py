@@ -8,7 +8,8 @@ import pytest
 from protocol import Conversation, Delivery, Inbox, Incoming, Info, ReceiveStream, SendStream
 from registry import ONLINE, Registry, Session, Table
 from tests.simulate import run_seed
-from udpchat import Client, Output, Server
+from terminal import Output
+from udpchat import Client, Server
 
 SEEDS = 300
 

@@ -33,12 +33,13 @@ import registry
 import terminal
 import udpchat
 from protocol import Address, Decoder, Inbox, Info, addressed, encode, padded
-from registry import DAY, Mailbox, Registry, Table
+from registry import DAY, Mailbox, Registry, Table, load_secret, token_for
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
+from terminal import Output
 from udpchat import (ACTIVE, AWAY, COOKIE_TIME, DATAGRAMS_PER_TURN, LEAVING, PING_INTERVAL, SYNC_INTERVAL, SYNC_PAGES,
-                     Client, Loop, Output, Port, Server, TimerHeap, Timer, load_secret, token_for)
+                     Client, Loop, Port, Server, TimerHeap, Timer)
 
 settings.register_profile("strangers", deadline=None, database=None, derandomize=True, max_examples=100)
 
