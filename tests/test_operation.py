@@ -318,8 +318,9 @@ def test_on_a_pipe_the_server_says_one_line(chat: Chat) -> None:
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
     """A signal at any moment from the first line of ``main`` on; before, Python itself is what starts."""
     script = ("import os, signal, sys, threading, time, udpchat\n"
+              "delay = float(sys.argv.pop())\n"
               "def later():\n"
-              "    time.sleep(float(sys.argv.pop()))\n"
+              "    time.sleep(delay)\n"
               "    os.kill(os.getpid(), signal.SIGINT)\n"
               "threading.Thread(target=later, daemon=True).start()\n"
               "sys.exit(udpchat.main())\n")
