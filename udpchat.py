@@ -2825,7 +2825,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     keep_standard_descriptors()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
-        complain("usage: udpchat server|client ... (see --help)")
+        complain("usage: udpchat server|client|send ... (see --help)")
         return EXIT_USAGE
     try:
         options = parse(words)

@@ -316,17 +316,18 @@ def test_on_a_pipe_the_server_says_one_line(chat: Chat) -> None:
 
 
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
-    """A signal at any moment from the first line of ``main`` on; before, Python itself is what starts."""
-    script = ("import os, signal, sys, threading, time, udpchat\n"
-              "delay = float(sys.argv.pop())\n"
-              "def later():\n"
-              "    time.sleep(delay)\n"
-              "    os.kill(os.getpid(), signal.SIGINT)\n"
-              "threading.Thread(target=later, daemon=True).start()\n"
+    """A signal at any moment from when the arguments are looked at; before, Python itself is what starts."""
+    script = ("import signal, sys, udpchat\n"
+              "delay, parse = float(sys.argv.pop()), udpchat.parse\n"
+              "def timed(words):\n"
+              "    signal.setitimer(signal.ITIMER_REAL, delay)\n"
+              "    return parse(words)\n"
+              "udpchat.parse = timed\n"
+              "signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))\n"
               "sys.exit(udpchat.main())\n")
     command, paths = [sys.executable, "-c", script], {"PYTHONPATH": str(ROOT)}
     for step in range(12):
-        server = chat.run("server", "0", "--store", str(chat.directory / f"{step}.db"), str(step / 1000),
+        server = chat.run("server", "0", "--store", str(chat.directory / f"{step}.db"), str((step + 1) / 1000),
                           command=command, environment=paths)
         assert server.wait() == 0 and not server.err.data, server.err.data
 
