@@ -707,7 +707,9 @@ def test_each_line_has_its_time_unless_nobody_wants_it(chat: Chat, open_window: 
     alice.type("who\r")
     alice.shows_row("alice  127.0.0.1:.*")
     alice.shows_row(">>> who")
-    assert all(re.match(CLOCK, row) for row in alice.rows if row[0] != ">" and "127.0.0.1:" not in row)
+    alice.shows_row(r"bob +127.0.0.1:.*")
+    alice.shows(f">>> {CURSOR}")
+    assert all(re.match(CLOCK, row) for row in alice.rows if row[:1] != ">" and "127.0.0.1:" not in row)
 
 
 def test_a_script_gets_times_if_it_asks_for_them(chat: Chat) -> None:
