@@ -1239,6 +1239,7 @@ SAYINGS: Dict[str, Saying] = {
     "too-long": Saying("[Message too long: {size} bytes, at most {most}.]", BAD, "failed", "too-long"),
     "full": Saying("[Mailbox of {to} is full, message not saved.]", BAD, "failed", "full"),
     "disk": Saying("[The server cannot save messages now, message for {to} not saved.]", BAD, "failed", "disk"),
+    "not-sent": Saying("[You are offline. Use: {usage}]", BAD, "failed", "offline"),
     "undelivered": Saying("", BAD, "failed", "not-delivered"),
     "one-undelivered": Saying("[1 message not delivered.]", BAD, "undelivered"),
     "more-undelivered": Saying("[{count} messages not delivered.]", BAD, "undelivered"),

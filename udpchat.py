@@ -1843,7 +1843,7 @@ class Client:
 
     def _do(self, name: str, *words: str) -> None:
         if self.state == AWAY and name not in ("reg", "help", "quit", "end"):
-            self._tell_away()
+            self.tell("away", usage=self._way_back())
         elif name == "send":
             self._tell_usage("send NICK MESSAGE")
         elif name not in self._commands or name == "end" and not self._input.talk:
@@ -1852,8 +1852,9 @@ class Client:
         else:
             self._commands[name](name, words)
 
-    def _tell_away(self, ref: object = None) -> None:
-        self.tell("away", usage=f"{self._input.slash}reg {self.nick}", ref=ref)
+    def _way_back(self) -> str:
+        """What to say to come online."""
+        return f"{self._input.slash}reg {self.nick}"
 
     def _tell_usage(self, usage: str) -> None:
         self.tell("usage", usage=self._input.slash + usage)
@@ -1930,8 +1931,8 @@ class Client:
     def _do_sends(self, sends: Sends) -> bool:
         """Queues texts; False if they have to wait."""
         if self.state == AWAY:
-            for _ in sends.texts:
-                self._tell_away(sends.ref)
+            for text in sends.texts:
+                self.tell("not-sent", usage=self._way_back(), to=sends.nick, text=text, ref=sends.ref)
             return True
         nick = unicodedata.normalize("NFC", sends.nick)
         if self.table.get(nick) is None:

@@ -235,8 +235,9 @@ def by_itself(_: Chat) -> List[Event]:
 PRODUCED: Dict[Any, Kinds] = {
     messages: {("message", None), ("received", None), ("saved", None), ("offline", None), ("registered", None),
                ("left", None), ("table", None), ("mail", None), ("client", None), ("help", None), ("failed", "unknown"),
-               ("failed", "too-long"), ("error", "usage"), ("error", "unknown-command"), ("error", "not-a-command"),
-               ("error", "offline"), ("error", "not-yours"), ("error", "registered-already")},
+               ("failed", "too-long"), ("failed", "offline"), ("error", "usage"), ("error", "unknown-command"),
+               ("error", "not-a-command"), ("error", "offline"), ("error", "not-yours"),
+               ("error", "registered-already")},
     relays: {("no-ack", None), ("exists", None)},
     silence: {("server-silent", None), ("server-back", None), ("failed", "not-delivered"), ("undelivered", None),
               ("exiting", None)},
@@ -360,7 +361,7 @@ def test_a_command_while_offline_names_the_send(chat: Chat) -> None:
     alice = Program(chat, "alice")
     alice.tell(dereg="alice")
     alice.send("alice", "hello", 5)
-    assert alice.see("error", reason="offline")["ref"] == 5
+    assert alice.see("failed", reason="offline")["ref"] == 5
 
 
 # --- quiet ----------------------------------------------------------------------------------------------------
