@@ -1397,6 +1397,13 @@ class Client:
         """Shows a line for an event (that often)."""
         self._write(self.lines.event(event, **fields).encode() * times)
 
+    def show_log(self, data: bytes) -> int:
+        """Shows lines of the log, which would go to the same terminal; gives how many bytes were taken."""
+        if not self._has_output_room():
+            return 0
+        self._write(data)
+        return len(data)
+
     def _write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
         """Appends to the output; on a terminal, above the prompt."""
         if data and self._prompt is not None:
@@ -2672,6 +2679,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000,
                     not sending and options.stay, options.mtu, errors,
                     lines_for(options, nick, loop, is_terminal, style), prompt)
+    if desk is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
+        log.output = Output(client.show_log)
     port.receive = client.receive
     console = Console(loop, client, reader, writer, error_writer, desk)
     for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -511,6 +511,19 @@ def test_what_was_not_delivered_stands_below_on_lines_of_its_own(chat: Chat, ope
                                                       "send bob two"]
 
 
+def test_the_log_goes_above_what_is_being_typed(chat: Chat, open_window: Open) -> None:
+    chat.absent("bob")
+    alice = open_window(*PLAIN, "--log-level", "info", columns=120, shows_errors=True)
+    alice.type("send bob hello\r")
+    alice.shows(is_offline("bob"), SAVED, f">>> {CURSOR}")
+    chat.processes[0].kill()
+    chat.restart()
+    alice.type("half" + LEFT)
+    alice.shows_row(".* INFO the server does not know this session any more: registering again")
+    alice.shows(f">>> hal{CURSOR}f")
+    assert [row for row in alice.rows if "half" in row] == [">>> half"]
+
+
 def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_window: Open) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
         nobody.bind(("127.0.0.1", 0))
