@@ -310,16 +310,14 @@ class Decoder:
         start = end = unpacker.tell()
         try:
             unpacker.feed(datagram)
-            for value in unpacker:
-                end = unpacker.tell()   # behind a whole map; at the end, tell() is behind the part of one, too
+            while end - start < len(datagram):
+                value = unpacker.unpack()
+                end = unpacker.tell()
                 if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
                     messages.append((value["tag"], value["info"]))
                 else:
                     self.dropped += 1
-            whole = end - start == len(datagram)
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
-            whole = False
-        if not whole:
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException):    # of the last one, only a part came
             self.dropped += 1
             self._unpacker = self._new_unpacker()
         return messages
