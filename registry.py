@@ -339,6 +339,7 @@ class Mailbox:
         execute("COMMIT")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
+        execute("PRAGMA fullfsync = ON")        # macOS: through the cache of the drive, too
 
     def _load(self) -> None:
         execute = self._db.execute

@@ -1319,6 +1319,13 @@ class Lines:
         line = saying.line.format(**fields)
         return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
+    def complaint(self, name: str, /, **fields: Any) -> str:
+        """What has gone wrong, where ``event`` does not tell it: for stderr, as a line for people."""
+        saying = SAYINGS[name]
+        if name not in self._hidden or saying.tone != BAD or not saying.line:
+            return ""
+        return saying.line.format(**fields) + "\n"
+
     def _clock(self) -> str:
         return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 

@@ -1396,6 +1396,9 @@ class Client:
     def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
         """Shows a line for an event (that often)."""
         self._write(self.lines.event(event, **fields).encode() * times)
+        complaint = self.lines.complaint(event, **fields).encode()
+        if complaint:
+            (self.errors.write if self._prompt is None else self._write)(complaint * times)
 
     def show_log(self, data: bytes) -> int:
         """Shows lines of the log, which would go to the same terminal; gives how many bytes were taken."""
@@ -1855,6 +1858,7 @@ class Client:
             self._tell_usage("send NICK MESSAGE")
         elif name not in self._commands or name == "end" and not self._input.talk:
             slash = self._input.slash
+            self._failed = self._failed or bool(slash)      # it may have been meant as a text
             self.tell("command", name=clean(slash + name), help=slash + "help")
         else:
             self._commands[name](name, words)

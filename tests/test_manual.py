@@ -137,7 +137,7 @@ def test_a_job_succeeds_if_one_of_two_people_is_told(shell: Shell) -> None:
     shell.chat.absent("bob")
     job = shell.run(REPORT)
     assert job.wait() == 0
-    assert job.errors == ["alice was not told"]
+    assert job.errors == ["[Unknown client alice.]", "alice was not told"]
     assert shell.mail("bob") == ["job: backup done"]
 
 

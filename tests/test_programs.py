@@ -371,7 +371,8 @@ def test_quiet_shows_messages_and_what_was_asked_for_only(chat: Chat) -> None:
     alice.feed("send alice hello\nsend nobody hello\ndance\nwho\n")
     assert alice.finish() == 1
     assert alice.lines[0].startswith("alice  127.0.0.1:") or alice.lines[0] == "alice: hello"
-    assert len(alice.lines) == 2 and "alice: hello" in alice.lines and not alice.err.data
+    assert len(alice.lines) == 2 and "alice: hello" in alice.lines
+    assert alice.errors == ["[Unknown client nobody.]", "[Unknown command dance, try help.]"]
 
 
 def test_quiet_shows_only_objects_that_are_messages(chat: Chat) -> None:
@@ -379,6 +380,7 @@ def test_quiet_shows_only_objects_that_are_messages(chat: Chat) -> None:
     alice.feed("send alice hello\nsend nobody hello\n{}\n")
     assert alice.finish() == 1
     assert [event["type"] for event in events_of(alice)] == ["message"]
+    assert alice.errors == ["[Unknown client nobody.]", "[Not a command: {}]"]
 
 
 # --- one message ----------------------------------------------------------------------------------------------
@@ -405,6 +407,7 @@ def test_send_says_what_became_of_the_message_and_nothing_else(chat: Chat) -> No
     assert result(run_send(chat, "bob", "--quiet", "--", "-x")) == (0, [], [])
     assert result(run_send(chat, "bob", "--quiet", "--", "x", "--")) == (0, [], [])
     bob.see("carl: more", "carl: and more", "carl: -x")
+    assert result(run_send(chat, "nobody", "--quiet", "more")) == (1, [], ["[Unknown client nobody.]"])
 
 
 def test_send_sends_all_of_stdin_as_one_message(chat: Chat) -> None:

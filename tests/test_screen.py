@@ -813,6 +813,19 @@ def test_the_bell_rings_for_messages_and_for_nothing_else(chat: Chat, open_windo
     assert (alice.glass.bells, quiet.glass.bells) == (2, 0)
 
 
+def test_who_wants_it_quiet_sees_messages_and_above_the_line_what_went_wrong(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window("--quiet", *PLAIN, ready=False)
+    bob.wait_for("alice")
+    bob.feed("send alice hello\n")
+    alice.shows("bob: hello", f">>> {CURSOR}")
+    alice.type("send bob hi\r")
+    alice.shows(">>> send bob hi", f">>> {CURSOR}")
+    alice.type("send nobody hi\rhalf")
+    bob.see("alice: hi")
+    alice.shows("bob: hello", ">>> send bob hi", ">>> send nobody hi", "[Unknown client nobody.]", f">>> half{CURSOR}")
+
+
 # --- talk -----------------------------------------------------------------------------------------------------
 
 def test_talk_sends_every_line_to_one_nick_until_it_ends(chat: Chat, open_window: Open) -> None:
@@ -865,6 +878,9 @@ def test_a_script_can_talk_too(chat: Chat) -> None:
     alice = chat.client("alice")
     alice.feed("talk bob\nhello\nsend carol no\n\n//slash\n/send carol yes\n/foo\n/talk nobody\n/end\nsend carol end\n")
     assert alice.finish() == 1, "one nick was unknown"
+    dora = chat.client("dora")
+    dora.feed("talk bob\n/etc/hosts\n")
+    assert dora.finish() == 1, "what may have been meant as a text went to nobody"
     carol.see("alice: yes", "alice: end")
     assert [line for line in bob.events if line[:1] == "a"] == ["alice: hello", "alice: send carol no", "alice: /slash"]
     assert [line for line in alice.events if "Unknown" in line] == ["[Unknown command /foo, try /help.]",
