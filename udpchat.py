@@ -155,7 +155,7 @@ class Loop:
         self._waker, self._wake = socket.socketpair()
         for end in (self._waker, self._wake):
             end.setblocking(False)
-        self.watch(self._waker.fileno(), selectors.EVENT_READ, self._on_wake)
+        self.watch(self._waker.fileno(), selectors.EVENT_READ, self.take_signals)
         self._signals: Dict[int, Callable[[], None]] = {}
 
     def now(self) -> float:
@@ -205,8 +205,13 @@ class Loop:
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(number, lambda *_: None)
 
-    def _on_wake(self) -> None:
-        for number in self._waker.recv(64):
+    def take_signals(self) -> None:
+        """Calls back for the signals that have come until now."""
+        try:
+            numbers = self._waker.recv(64)
+        except BlockingIOError:
+            return
+        for number in numbers:
             if number in self._signals:
                 self._signals[number]()
 
@@ -2787,6 +2792,7 @@ class Console:
     def _on_readable(self) -> None:
         data = self._reader.read()
         if data and self._desk is not None:
+            self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first
             for action in self._desk.type(data):
                 self._act(action)
         elif data is not None:

@@ -350,7 +350,10 @@ class Chat:
 
     def clients(self, *nicks: str) -> List[Process]:
         """Starts clients, each of which knows those before it."""
-        return [self.client(nick) for nick in nicks]
+        clients = [self.client(nick) for nick in nicks]
+        for client in clients:
+            client.see(UPDATED)
+        return clients
 
     def absent(self, nick: str) -> None:
         """Makes ``nick`` known and offline."""
