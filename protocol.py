@@ -149,7 +149,11 @@ ONLY_TEXTS = {str}
 
 def pieces(value: Any) -> bool:
     """A check for the texts of a ``chat`` or ``save``: at least one, each short enough for one number."""
-    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS or set(map(type, value)) != ONLY_TEXTS:
+    if type(value) is not list or not 0 < len(value) <= MAX_ITEMS:
+        return False
+    if len(value) == 1:
+        return type(value[0]) is str and fits_piece(value[0])
+    if set(map(type, value)) != ONLY_TEXTS:
         return False
     return len(max(value, key=len)) * 4 <= MAX_PIECE or all(map(fits_piece, value))
 
@@ -249,9 +253,10 @@ def is_valid(tag: Any, info: Any) -> bool:
     for name, check in required:
         if not check(info.get(name)):       # None, for a missing one, passes no check
             return False
-    for name, check in optional:
-        if name in info and not check(info[name]):
-            return False
+    if len(info) > len(required):
+        for name, check in optional:
+            if name in info and not check(info[name]):
+                return False
     return together is None or together(info)
 
 
@@ -573,7 +578,10 @@ class SendStream:
             if packet is None:
                 self._window_was_full = False
                 break
-            self._transmit(packet, now)
+            self._order += 1
+            packet.state, packet.sent, packet.order = SENT, now, self._order
+            packet.tries += 1
+            self.in_flight += 1
             packets.append(packet)
         else:
             self._window_was_full = True
@@ -594,12 +602,6 @@ class SendStream:
             return packet
         return None
 
-    def _transmit(self, packet: Packet, now: float) -> None:
-        self._order += 1
-        packet.state, packet.sent, packet.order = SENT, now, self._order
-        packet.tries += 1
-        self.in_flight += 1
-
     def _arm(self, now: float) -> None:
         if self.in_flight:
             self.ask = NEVER
@@ -617,6 +619,8 @@ class SendStream:
         plain = self._initial_timeout
         if self.smoothed is not None:
             plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
+        if self.backoff == 1.0:
+            return min(plain, MAX_TIMEOUT)
         return min(plain * self.backoff, max(plain, self.longest), MAX_TIMEOUT)
 
     def _timed_out(self) -> None:
@@ -856,7 +860,12 @@ class ReceiveStream:
         """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
         if base > self.base:
             self.base = base
-        end, reached = first + len(items), self.reached
+        end = first + len(items)
+        if first == self.ready and end <= self.next + MAX_EARLY and not (
+                self._pieces or self._early or self.shown.spans):
+            self._append(items, frozenset(more) if more else NONE)      # mostly: it is what comes next
+            return
+        reached = self.reached
         if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
             return
         if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
@@ -865,9 +874,6 @@ class ReceiveStream:
             self.drop_early()       # what fills the gap is worth more than what came behind it
             if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
                 return
-        if first == reached and not self._early and not self.shown.spans:
-            self._append(items, frozenset(more) if more else NONE)
-            return
         if self._keep(first, items, frozenset(more)) and (first <= reached or self.shown.spans):
             self._merge()
 
@@ -957,8 +963,9 @@ class ReceiveStream:
             self._merge()
         return True
 
-    def take(self, numbers: int = MAX_EARLY) -> Iterator[Run]:
+    def take(self, numbers: int = MAX_EARLY) -> List[Run]:
         """Hands out runs until they hold ``numbers`` numbers or more, or nothing is ready."""
+        runs = []
         while self._runs and numbers > 0:
             run = self._runs.popleft()
             self._waiting -= len(run.items)
@@ -970,7 +977,8 @@ class ReceiveStream:
                 self._handed.append([run.numbers, 1])
             else:
                 self._handed.append([0, run.numbers])
-            yield run
+            runs.append(run)
+        return runs
 
     @property
     def ready_to_take(self) -> bool:
@@ -1017,11 +1025,12 @@ class ReceiveStream:
 
     def ack(self, more: bool = True) -> Info:
         """The ``ack`` to send now; ``more``: whether the owner has memory for more than it promised before."""
-        if more:
-            self.edge = max(self.edge, self.next + MAX_EARLY)
+        if more and self.edge < self.next + MAX_EARLY:
+            self.edge = self.next + MAX_EARLY
         room = max(0, self.edge - self.next)
-        spans = [[self.next, self.reached - 1]] if self.reached > self.next else []
-        for first in sorted(self._early):
+        reached = self.reached
+        spans = [[self.next, reached - 1]] if reached > self.next else []
+        for first in sorted(self._early) if self._early else ():
             last = first + len(self._early[first][0]) - 1
             if spans and first <= spans[-1][1] + 1:
                 spans[-1][1] = max(last, spans[-1][1])
@@ -1122,11 +1131,12 @@ class Conversation:
 
     def _frame(self, route: str, first: int, base: int, texts: List[str], more: List[int],
                times: List[float]) -> bytes:
-        info: Info = {"to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
+        info: Info = {"from": self.me, "to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
         if more:
             info["more"] = more
         if route == DIRECT:
-            return encode("chat", {"from": self.me, **info})
+            return encode("chat", info)
+        del info["from"]        # the session says it
         return encode("save", {"session": self.session, **info, "at": times, "relay": route == RELAY})
 
     def _encode(self, packet: Packet) -> bytes:
@@ -1156,15 +1166,18 @@ class Conversation:
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
-        if self.stream.end == self.stream.base:
-            self._pick_route(now)
+        stream, place = self.stream, self.place
+        if stream.end == stream.base:
+            if not (self.route == DIRECT and place is not None and place.online
+                    and place.address == self._address is not None):
+                self._pick_route(now)
             self._moved = now
         self._note_time(at)
         if len(max(texts, key=len)) * 4 <= MAX_PIECE:
-            self.stream.queue(texts, self._sizes(texts, 0, ()))
+            stream.queue(texts, self._sizes(texts, 0, ()))
         else:
             self._queue_long(texts)
-        if self.route != DIRECT and self.place is not None and not self.place.online:
+        if self.route != DIRECT and place is not None and not place.online:
             self._say(OFFLINE)
 
     def _note_time(self, at: float) -> None:
@@ -1355,6 +1368,9 @@ class Conversation:
         self.events.append(event)
         self.stuck = False
         self._moved = now
+        if self.stream.end == self.stream.base:     # what is sent next starts afresh
+            self._silent_since = NEVER
+            self._last_try = False
 
 
 # --- what goes out --------------------------------------------------------------------------------------------
@@ -1383,7 +1399,7 @@ class Outbox:
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: Dict[str, Conversation] = {}     # to be polled next
-        self._polled: Dict[str, Conversation] = {}      # that may have events
+        self._eventful: Dict[str, Conversation] = {}    # to which something happened that is to be told, or counted
         self._due: Dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: List[Tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
         self._numbers = [0, 0]                          # that wait: what moves, and what is stuck
@@ -1557,17 +1573,19 @@ class Outbox:
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
         for nick in list(islice(self._touched, POLLS_PER_TURN)):
-            conversation = self._polled[nick] = self._touched.pop(nick)
+            conversation = self._touched.pop(nick)
             if conversation.stream.end > conversation.stream.base:
                 yield from conversation.poll(now, calm)
                 self._schedule(nick, conversation.due())
+            if conversation.events or conversation.stuck != conversation.counted[0]:
+                self._eventful[nick] = conversation
 
     def take_events(self) -> Iterator[Tuple[str, Event]]:
         """What has happened to messages since the last time: recipient and event."""
-        if not (self._polled or self._touched):
+        if not (self._eventful or self._touched):
             return
-        polled, self._polled = {**self._polled, **self._touched}, {}
-        for nick, conversation in polled.items():
+        eventful, self._eventful = {**self._eventful, **self._touched}, {}
+        for nick, conversation in eventful.items():
             events, conversation.events = conversation.events, []
             for event in events:
                 yield nick, event
@@ -1781,14 +1799,15 @@ class Inbox:
                 if incoming.mail is not None and reached > incoming.mail:
                     self._release(now, incoming)
 
-    def _take_chat(self, incoming: Incoming) -> Iterator[Delivery]:
+    def _take_chat(self, incoming: Incoming) -> List[Delivery]:
         written = functools.partial(self._written, incoming)
-        for run in incoming.stream.take(MAX_ITEMS):
-            yield Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written,
-                           incoming.stream.stream, run.first)
+        stream = incoming.stream
+        deliveries = [Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written,
+                               stream.stream, run.first) for run in stream.take(MAX_ITEMS)]
         self._count(incoming)
-        if not incoming.stream.ready_to_take:
+        if not stream.ready_to_take:
             self._readable.pop(incoming, None)
+        return deliveries
 
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
         for run in mail.stream.take(MAX_ITEMS):

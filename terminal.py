@@ -117,6 +117,8 @@ class Style:
 
     def nick(self, nick: str) -> str:
         """``nick`` in its colour, which is the same in every process."""
+        if not self.enabled:
+            return nick
         import zlib
         color = NICK_COLORS[zlib.crc32(nick.encode("utf-8", "replace")) % len(NICK_COLORS)]
         return self._styled(f"38;5;{color}", nick, "39")
@@ -1012,7 +1014,10 @@ class Sends:
 
     def take(self, most: int) -> "Sends":
         """The first ``most`` of the texts, which are here no more."""
-        taken, self.texts = self.texts[:most], self.texts[most:]
+        if most < len(self.texts):
+            taken, self.texts = self.texts[:most], self.texts[most:]
+        else:
+            taken, self.texts = self.texts, []
         return Sends(self.nick, taken, self.ref, self.size)
 
 
@@ -1068,15 +1073,11 @@ class Commands:
     def __init__(self, reads_json: bool = False) -> None:
         self.talk = ""
         self.ended = False          # nothing more will come
+        self.waiting: Deque[Union[str, Sends]] = deque()    # lines and texts of which ``take`` makes commands
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
-        self._waiting: Deque[Union[str, Sends]] = deque()
         self._buffer = b""
         self._skipped = 0           # bytes of a line that is too long
-
-    def __bool__(self) -> bool:
-        """Whether a command waits."""
-        return bool(self._waiting)
 
     @property
     def prompt(self) -> str:
@@ -1112,34 +1113,34 @@ class Commands:
             first, newline, data = data.partition(b"\n")
             line = LongLine(first[:self._limit].decode("utf-8", "replace"))
             line.size = len(first) + self._skipped
-            self._waiting.append(line)
+            self.waiting.append(line)
             if not newline:
                 return
-        self._waiting.extend(group_sends(data.decode("utf-8", "replace")))
+        self.waiting.extend(group_sends(data.decode("utf-8", "replace")))
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
         """Takes lines that were typed; ``pasted``: all but the first come from where a slash means nothing."""
         for count, line in enumerate(lines):
             escape = "/" if count and pasted and self.talk and line.startswith("/") else ""
-            self._waiting.append(Typed(escape + line))
+            self.waiting.append(Typed(escape + line))
 
     def put(self, sends: Sends) -> None:
         """Takes texts to send."""
-        self._waiting.append(sends)
+        self.waiting.append(sends)
 
     def clear(self) -> None:
         """Forgets what waits."""
-        self._waiting.clear()
+        self.waiting.clear()
 
     # out
 
     def put_back(self, sends: Sends) -> None:
         """These come first again."""
-        self._waiting.appendleft(sends)
+        self.waiting.appendleft(sends)
 
     def take(self) -> Command:
         """The next command."""
-        line = self._waiting.popleft()
+        line = self.waiting.popleft()
         if isinstance(line, Sends):
             return Command(line)
         if isinstance(line, Typed):
@@ -1162,7 +1163,7 @@ class Commands:
     def _meaning_in_talk(self, line: str) -> Command:
         if isinstance(line, Block):
             first, *others = [line + text for text in line.texts]
-            self._waiting.extendleft(reversed(others))
+            self.waiting.extendleft(reversed(others))
             return self._meaning_in_talk(first)
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].partition(" ")
@@ -1310,6 +1311,7 @@ class Lines:
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
+        self._is_bare = wall is None and not style.enabled      # nothing stands before a line, or around it
 
     def event(self, name: str, /, **fields: Any) -> str:
         """What has happened; an empty string where that is not told."""
@@ -1317,14 +1319,14 @@ class Lines:
         if name in self._hidden or not saying.line:
             return ""
         line = saying.line.format(**fields)
+        if self._is_bare:
+            return line + "\n"
         return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
-        """What has gone wrong, where ``event`` does not tell it: for stderr, as a line for people."""
+        """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
         saying = SAYINGS[name]
-        if name not in self._hidden or saying.tone != BAD or not saying.line:
-            return ""
-        return saying.line.format(**fields) + "\n"
+        return saying.line.format(**fields) + "\n" if saying.tone == BAD and saying.line else ""
 
     def _clock(self) -> str:
         return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "

@@ -62,6 +62,7 @@ VERSION = "1.0.0"
 
 NEVER = float("inf")
 LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
+WAITED = 0.00002          # s; a selector that returns sooner had something to return at once
 MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
@@ -144,6 +145,7 @@ class Loop:
     def __init__(self) -> None:
         self.random = SystemRandom()
         self.calm = True            # every descriptor that was ready was read empty
+        self.waited = True          # for what is read in this turn: most likely, there is only one of it
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
@@ -231,6 +233,7 @@ class Loop:
         timeout = 0.0 if self._always else None if first == NEVER else min(max(0.0, first - self._now), MAX_WAIT)
         events = self._selector.select(timeout)
         self._woken = woken = time.monotonic()
+        self.waited = woken - before > WAITED
         if timeout is not None and woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
         self._now = self._began = woken - self._lost
@@ -242,7 +245,7 @@ class Loop:
         if self._always:
             for callback in list(self._always.values()):
                 callback()
-        if self._timers.next_time() <= self._began:
+        if first <= self._began:
             self._timers.run(self._began)
         self._refresh()
         self.settle()
@@ -466,6 +469,8 @@ class Port:
             self.datagrams_in += 1
             self.bytes_in += len(datagram)
             receive(datagram, normal(address) if mapped else address)
+            if self._loop.waited:
+                break       # to look for more would cost as much; if there is more, the next turn begins at once
         self._loop.calm = False
 
     def send(self, datagram: bytes, address: Address) -> None:
@@ -1400,10 +1405,13 @@ class Client:
 
     def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
         """Shows a line for an event (that often)."""
-        self._write(self.lines.event(event, **fields).encode() * times)
-        complaint = self.lines.complaint(event, **fields).encode()
-        if complaint:
-            (self.errors.write if self._prompt is None else self._write)(complaint * times)
+        line = self.lines.event(event, **fields)
+        if line:
+            self._write(line.encode() * times)
+        else:
+            complaint = self.lines.complaint(event, **fields).encode() * times
+            if complaint:
+                (self.errors.write if self._prompt is None else self._write)(complaint)
 
     def show_log(self, data: bytes) -> int:
         """Shows lines of the log, which would go to the same terminal; gives how many bytes were taken."""
@@ -1791,13 +1799,12 @@ class Client:
     def _show(self) -> None:
         """Hands to the output what is ready, as long as it has room."""
         for delivery in self._inbox.take(self.loop.now(), self._has_output_room):
-            if delivery.texts:
-                via = "direct" if not delivery.times else "relay" if self._visible else "mail"
-                if delivery.times:
-                    self._greet()
-                self._write(self.lines.messages(delivery, via).encode(), delivery.written)
-            else:
-                self._write(b"", delivery.written)
+            via = "direct"
+            if delivery.times:
+                via = "relay" if self._visible else "mail"
+                self._greet()
+            shown = self.lines.messages(delivery, via) if delivery.texts else ""
+            self._write(shown.encode(), delivery.written)
         self._ask_about_mail()
 
     def _greet(self) -> None:
@@ -1814,7 +1821,7 @@ class Client:
     @property
     def hungry(self) -> bool:
         """Whether stdin is to be read."""
-        return (not (self._input or self._input.ended or self._ending or self._quit)
+        return (not (self._input.waiting or self._input.ended or self._ending or self._quit)
                 and self._may_command() and self._has_room() and not self._outbox.is_full)
 
     def _has_room(self) -> bool:
@@ -1842,7 +1849,7 @@ class Client:
     def _carry_out(self) -> None:
         """Carries out the commands that wait, in order, as far as that is possible now."""
         for _ in range(LINES_PER_TURN):
-            if not self._input or self._quit or self._ending or not (self._may_command() and self._has_room()):
+            if not self._input.waiting or self._quit or self._ending or not (self._may_command() and self._has_room()):
                 return
             command = self._input.take()
             if command.shown:
@@ -2010,7 +2017,7 @@ class Client:
         """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
         if self.exit_code is not None:
             return
-        if self._input:
+        if self._input.waiting:
             self._carry_out()
         if self._heard:
             self._heard = False
@@ -2046,8 +2053,8 @@ class Client:
         """Whether this turn's limits left something undone that nothing else will bring back to mind."""
         if self._inbox.is_ready and self._has_output_room():    # if not, the output will become writable
             return True
-        return (bool(self._input) and self._has_room() and not self._quit and not self._ending and self._may_command()
-                and not self._outbox.is_full and not self.errors.pending)
+        return (bool(self._input.waiting) and self._has_room() and not self._quit and not self._ending
+                and self._may_command() and not self._outbox.is_full and not self.errors.pending)
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -2134,7 +2141,8 @@ class Client:
         """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
         if self._quit == "quit" and not self._ending:
             self._end("quit")
-        if self._input.ended and not (self._input or self._stay or self._quit or self._ending) and self._may_command():
+        if (self._input.ended and not (self._input.waiting or self._stay or self._quit or self._ending)
+                and self._may_command()):
             self._end("end")
         if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
             return
@@ -2262,7 +2270,7 @@ class Client:
 
     def _hand_back_lines(self) -> None:
         """Names the messages of the lines that were read, but not carried out any more."""
-        while self._input:
+        while self._input.waiting:
             sends = self._input.take().sends
             if sends is not None:
                 for text in self._fitting(sends):
