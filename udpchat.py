@@ -504,7 +504,8 @@ DEFAULT_PORT = 4119
 PROBE_TIMEOUT = 0.5       # s; who does not answer a probe in this time is offline
 PROBE_INTERVAL = 0.1      # s between repetitions inside that time
 BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
-BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n)
+BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
+BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: its table would be wrong for so long
 BROADCAST_DATAGRAMS = 500     # that tell clients of it in one turn
 SYNC_PAGES = 32           # datagrams that answer one sync
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
@@ -1197,7 +1198,8 @@ class Server:
         """Tells every client what changed, so many datagrams in each turn, after all else that was to be sent."""
         now = self.loop.now()
         if self._telling is None:
-            due = self._broadcast_end + max(BROADCAST_GAP, BROADCAST_SHARE * self._broadcast_cost)
+            rest = min(BROADCAST_SHARE * self._broadcast_cost, BROADCAST_WAIT)
+            due = self._broadcast_end + max(BROADCAST_GAP, rest)
             if self.registry.table.version <= self._told:
                 return
             if due > now:
