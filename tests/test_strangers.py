@@ -598,25 +598,6 @@ def test_many_small_requests_in_one_datagram_are_not_each_answered_for_the_whole
         desk.turn()
 
 
-def test_a_change_of_the_table_is_told_soon_however_long_it_took_to_tell_the_last() -> None:
-    desk = Desk()
-    desk.register("alice", home(1))
-    desk.wait(1)
-
-    def slowly(datagram: bytes, address: Address) -> None:
-        desk.loop.time += 5.0 * any(tag == "table" for tag, _ in maps_of(datagram))
-        desk.sent.append((datagram, address))
-    desk.server._send_now = slowly
-    desk.register("bob", home(2))
-    desk.wait(1)
-    before = len(desk.sent)
-    desk.register("carol", home(3))
-    desk.wait(udpchat.BROADCAST_WAIT + 0.1)
-    told = [info for datagram, to in desk.sent[before:] if to == home(1) for tag, info in maps_of(datagram)
-            if tag == "table"]
-    assert [row[0] for info in told for row in info["set"]] == ["carol"]
-
-
 def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_no_more_bytes_than_came() -> None:
     desk = Desk()
     sessions = [desk.register(f"eve{number}", home(number)) for number in range(40)]
@@ -682,6 +663,25 @@ def test_a_request_for_a_cookie_that_is_shorter_than_the_answer_may_be_is_not_an
 
 
 # --- exhaustion: the server -----------------------------------------------------------------------------------
+
+def test_a_change_of_the_table_is_told_soon_however_long_it_took_to_tell_the_last() -> None:
+    desk = Desk()
+    desk.register("alice", home(1))
+    desk.wait(1)
+
+    def slowly(datagram: bytes, address: Address) -> None:
+        desk.loop.time += 5.0 * any(tag == "table" for tag, _ in maps_of(datagram))
+        desk.sent.append((datagram, address))
+    desk.server._send_now = slowly
+    desk.register("bob", home(2))
+    desk.wait(1)
+    before = len(desk.sent)
+    desk.register("carol", home(3))
+    desk.wait(udpchat.BROADCAST_WAIT + 0.1)
+    told = [info for datagram, to in desk.sent[before:] if to == home(1) for tag, info in maps_of(datagram)
+            if tag == "table"]
+    assert [row[0] for info in told for row in info["set"]] == ["carol"]
+
 
 def noise(random: Random, sessions: List[bytes]) -> bytes:
     """One datagram of a flood."""
