@@ -753,6 +753,11 @@ class Screen:
         self.forget()
         return _CLEAR.encode()
 
+    def begin_anew(self) -> bytes:
+        """The cursor is in some row, in which part of the area may still be: takes that off."""
+        self.forget()
+        return ("\r" + _ERASE_BELOW).encode()
+
     def forget(self) -> None:
         """The area is not drawn (any more), wherever the cursor may be."""
         self._drawn, self._at, self._of = [], (0, 0), None
@@ -1496,5 +1501,7 @@ class Desk(Prompt):
     def resume(self) -> None:
         """Continued: whoever had the terminal meanwhile has left it in another state."""
         self._is_ours = False
-        self._screen.forget()
+        cleared = self._screen.begin_anew()
         self.open()
+        if self._is_ours:
+            self._output.write(cleared)

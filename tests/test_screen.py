@@ -666,6 +666,19 @@ def test_messages_that_came_while_it_was_stopped_are_shown_when_it_goes_on(chat:
     alice.shows("$ typed to the shell", "bob: one", "bob: two", f">>> half{CURSOR}")
 
 
+def test_a_client_that_is_frozen_and_goes_on_shows_what_came_on_lines_of_its_own(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob", *PATIENT)
+    alice = open_window()
+    meet(alice, bob)
+    alice.type("half")
+    alice.shows(f">>> half{CURSOR}")
+    alice.process.signal(signal.SIGSTOP)
+    bob.feed("send alice one\nsend alice two\n")
+    bob.sync()
+    alice.process.signal(signal.SIGCONT)
+    alice.shows(UPDATED, "bob: one", "bob: two", f">>> half{CURSOR}")
+
+
 def test_a_job_that_is_stopped_from_outside_gives_the_terminal_back(open_window: Open) -> None:
     alice = open_shell(open_window)
     alice.type("half")
