@@ -579,7 +579,9 @@ class Editor:
         if start is not None:
             lines[1:] = [start.group() + line for line in lines[1:]]
         pasted = len(lines) > 1 and start is None
-        self._history.add(*lines)
+        # a pasted line with a slash may have been a text: in the history it would be a command
+        self._history.add(*[line for count, line in enumerate(lines)
+                            if not (pasted and count and line.startswith("/"))])
         self._start_anew()
         return Action("submit", lines, pasted)
 
@@ -939,6 +941,7 @@ class Output:
     def __init__(self, put: Callable[[bytes], int]) -> None:
         self._put = put
         self._chunks: Deque[Tuple[bytes, Optional[Callable[[int], None]]]] = deque()
+        self.before: Optional[Callable[[], None]] = None    # called before anything is written
         self.pending = 0        # bytes
         self.broken = False
 
@@ -963,6 +966,8 @@ class Output:
             data = self._batch()
             taken = 0
             if data:
+                if self.before is not None:
+                    self.before()
                 try:
                     taken = self._put(data)
                 except OSError:
@@ -1029,13 +1034,15 @@ class Sends:
 class Command(NamedTuple):
     """Something to do: texts to send, or else the words of a command.
 
-    ``shown``: the line, where the terminal does not show what is typed by itself. ``broken``: one that means nothing.
+    ``shown``: the line, where the terminal does not show what is typed by itself. ``broken``: one that means nothing,
+    and the ``ref`` in it.
     """
 
     sends: Optional[Sends] = None
     words: Sequence[str] = ()
     shown: str = ""
     broken: str = ""
+    ref: object = None
 
 
 class LongLine(str):
@@ -1153,7 +1160,7 @@ class Commands:
         return self._meaning(line)
 
     def _meaning(self, line: str) -> Command:
-        if self._reads_json and line.startswith("{"):
+        if self._reads_json and line.lstrip().startswith("{"):
             return command_of(line)
         if self.talk:
             return self._meaning_in_talk(line)
@@ -1212,6 +1219,7 @@ def command_of(line: str) -> Command:
         for name in ("who", "help", "quit"):
             if found.get(name) is True:
                 return Command(words=[name])
+        return Command(broken=line, ref=ref if _is_ref(ref) else None)
     return Command(broken=line)
 
 
@@ -1256,6 +1264,7 @@ SAYINGS: Dict[str, Saying] = {
     "server-full": Saying("[The server is full.]", BAD, "refused", "full"),
     "taken": Saying("[Nickname {nick} is taken.]", BAD, "refused", "taken"),
     "owned": Saying("[Nickname {nick} belongs to someone else.]", BAD, "refused", "owned"),
+    "talk-unknown": Saying("[Unknown client {nick}.]", BAD, "error", "unknown-client"),
     "usage": Saying("[Usage: {usage}]", BAD, "error", "usage"),
     "command": Saying("[Unknown command {name}, try {help}.]", BAD, "error", "unknown-command"),
     "object": Saying("[Not a command: {line}]", BAD, "error", "not-a-command"),
@@ -1331,7 +1340,7 @@ class Lines:
     def complaint(self, name: str, /, **fields: Any) -> str:
         """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
         saying = SAYINGS[name]
-        return saying.line.format(**fields) + "\n" if saying.tone == BAD and saying.line else ""
+        return clean(saying.line.format(**fields)) + "\n" if saying.tone == BAD and saying.line else ""
 
     def _clock(self) -> str:
         return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "

@@ -34,6 +34,7 @@ import heapq
 import itertools
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -1247,7 +1248,7 @@ SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 LINES_PER_TURN = 512      # of stdin that are carried out before the network gets its turn; sends to one nick are one
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
-LAST_TIME = 2.0           # s after Ctrl-C until the program has ended, whatever happens
+LAST_TIME = 1.9           # s after Ctrl-C until the program ends, whatever is not written yet: two are promised
 COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
 PROGRESS_INTERVAL = 0.5   # s between looks at how far a long pipe is
 PROGRESS_LINES = 1000     # sends from which on it is long
@@ -1532,7 +1533,7 @@ class Client:
         if self._outbox.lost:
             self._outbox.lost = False
             self._plan_ping()
-            if same:
+            if same or self.lines.is_for_programs:      # people see the welcome
                 self.tell("back")
 
     def _server_silent(self, always: bool = False) -> None:
@@ -1861,7 +1862,7 @@ class Client:
                     return
             elif command.broken:
                 self._failed = True
-                self.tell("object", line=clean(command.broken[:SHOWN_OF_LINE]))
+                self.tell("object", line=clean(command.broken[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
 
@@ -1911,7 +1912,7 @@ class Client:
             nick = unicodedata.normalize("NFC", words[0])
             if self.table.get(nick) is None:
                 self._failed = True     # whoever talks on would talk to nobody
-                self.tell("unknown", to=clean(nick))
+                self.tell("talk-unknown", nick=clean(nick))
             else:
                 self._input.talk = nick
 
@@ -2047,8 +2048,7 @@ class Client:
             self.errors.flush()
         if moved or self._has_more_to_do():
             self._next_turn.set(self.loop.now())
-        if self.state == ENDED and (not self.output.pending + self.errors.pending
-                                    or self.loop.now() >= self._deadline):
+        if self.state == ENDED and not self.output.pending + self.errors.pending:
             self.exit_code = self._result
 
     def _has_more_to_do(self) -> bool:
@@ -2273,16 +2273,22 @@ class Client:
     def _hand_back_lines(self) -> None:
         """Names the messages of the lines that were read, but not carried out any more."""
         while self._input.waiting:
-            sends = self._input.take().sends
-            if sends is not None:
-                for text in self._fitting(sends):
-                    self._hand_back(sends.nick, text, None, sends.ref)
+            command = self._input.take()
+            if command.sends is not None:
+                for text in self._fitting(command.sends):
+                    self._hand_back(command.sends.nick, text, None, command.sends.ref)
+            elif command.words and (command.words[0] == "talk" or command.words[0] == "end" and self._input.talk):
+                self._commands[command.words[0]](command.words[0], command.words[1:])
+            elif command.words and command.words[0] == "quit":
+                self._input.clear()
 
 
 # --- the command line -----------------------------------------------------------------------------------------
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 STDIN, STDOUT, STDERR = 0, 1, 2
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
+                  signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client at once, and leave its terminal as it is
 
 
 def state_home() -> str:
@@ -2403,7 +2409,7 @@ def add_client_options(client: Parser) -> None:
 def add_send_options(send: Parser) -> None:
     """The arguments of ``udpchat send``."""
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
-    send.add_argument("text", nargs="*", metavar="TEXT", help="the message (default: all of stdin)")
+    send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
     send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
     send.add_argument("--nick", metavar="NICK", help="one's own; default: UDPCHAT_NICK, or the login name")
     send.add_argument("--timeout", type=number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
@@ -2653,20 +2659,38 @@ def lines_for(options: argparse.Namespace, nick: str, loop: Loop, is_terminal: b
                  options.bell and is_terminal)
 
 
-def text_to_send(options: argparse.Namespace) -> str:
-    """What ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end."""
+class NoText(Exception):
+    """What is to be sent did not come whole; the text says why."""
+
+
+def text_to_send(options: argparse.Namespace, end: float) -> str:
+    """What ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end.
+
+    ``end``: when that must be there, by the monotonic clock. Raises NoText.
+    """
     if options.text:
         return " ".join(options.text).encode("utf-8", "replace").decode()
     data = b""
-    while len(data) <= STDIN_LIMIT:
-        try:
-            more = os.read(STDIN, READ_SIZE)
-        except OSError:
-            break
-        if not more:
-            break
-        data += more
+    try:
+        while len(data) <= STDIN_LIMIT:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([STDIN], [], [], min(left, MAX_WAIT))[0]:
+                raise NoText("the text did not come in time")
+            more = read_some(STDIN)
+            if not more and more is not None:
+                break
+            data += more or b""
+    except OSError as error:
+        raise NoText(f"cannot read stdin: {error.strerror}") from None
     return data.decode("utf-8", "replace").rstrip("\n")
+
+
+def read_some(fd: int) -> Optional[bytes]:
+    """What is there to be read, None if there is nothing now (somebody may have made it non-blocking)."""
+    try:
+        return os.read(fd, READ_SIZE)
+    except BlockingIOError:
+        return None
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
@@ -2676,7 +2700,14 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     family, server = resolve(*(server_argument(options.server) if sending and options.server
                                else server_of(None if sending else options.server_host,
                                               None if sending else options.server_port)))
-    text = text_to_send(options) if sending else ""
+    end = NEVER
+    if sending:
+        end = time.monotonic() + (options.timeout if options.timeout is not None else NEVER)
+        try:
+            text = text_to_send(options, end)
+        except NoText as error:
+            complain(f"nothing was sent: {error}")
+            return EXIT_FAILED
     secret = secret_of(options)
     loop = Loop()
     try:
@@ -2702,15 +2733,15 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         log.output = Output(client.show_log)
     port.receive = client.receive
     console = Console(loop, client, reader, writer, error_writer, desk)
-    for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number_ in ENDING_SIGNALS:
         if signal.getsignal(number_) is not signal.SIG_IGN:
             loop.on_signal(number_, client.interrupt)
     if sending:
         for recipient in options.nicks:
             client.put(recipient, text)
         client.feed(b"")
-        if options.timeout is not None:
-            loop.call_at(loop.now() + options.timeout, client.time_is_over)
+        if end < NEVER:
+            loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.time_is_over)
     try:
         console.start()
         client.start()
@@ -2722,11 +2753,16 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
 
 
 class Progress:
-    """How far a long pipe is, on a terminal that is not in its way."""
+    """How far a long pipe is, in the last row of a terminal; it is taken off before anything else is written there."""
 
-    def __init__(self, loop: Loop, client: "Client") -> None:
+    def __init__(self, loop: Loop, client: "Client", terminal: Writer, others: Sequence[Output]) -> None:
+        """``others``: all that goes to the same terminal."""
         self._loop = loop
         self._client = client
+        self._terminal = terminal
+        self._is_shown = False
+        for output in others:
+            output.before = self._take_off
         self._began = loop.now()
         self._alarm = Alarm(loop, self._show)
         self._alarm.set(self._began + PROGRESS_INTERVAL)
@@ -2736,14 +2772,24 @@ class Progress:
         self._alarm.set(now + PROGRESS_INTERVAL)
         if client.queued > PROGRESS_LINES and not client.errors.pending:
             rate = client.closed / (now - self._began)
-            client.errors.write(f"\r{client.queued:,} sent, {client.closed:,} done, {rate:,.0f}/s\x1b[K".encode())
+            self._is_shown = True
+            self._put(f"\r{client.queued:,} sent, {client.closed:,} done, {rate:,.0f}/s\x1b[K")
+
+    def _put(self, text: str) -> None:
+        try:
+            self._terminal.put(text.encode())
+        except OSError:
+            pass        # it has hung up
+
+    def _take_off(self) -> None:
+        if self._is_shown:
+            self._is_shown = False
+            self._put("\r\x1b[K")
 
     def close(self) -> None:
-        """Takes it off."""
+        """Takes it off for good."""
         self._alarm.cancel()
-        if self._client.queued > PROGRESS_LINES:
-            self._client.errors.write(b"\r\x1b[K")
-            self._client.errors.flush()
+        self._take_off()
 
 
 class Console:
@@ -2757,7 +2803,10 @@ class Console:
         self._writer = writer
         self._errors = errors
         self._desk = desk
-        self._progress = Progress(loop, client) if errors.is_terminal and not reader.is_terminal else None
+        self._progress = None
+        if errors.is_terminal and not reader.is_terminal:
+            outputs = [client.errors, client.output] if writer.is_terminal else [client.errors]
+            self._progress = Progress(loop, client, errors, outputs)
         self._is_open = True                    # the terminal, as long as it has not hung up
         self._wanted = (False, False, False)    # of stdin, stdout and stderr
 
@@ -2853,6 +2902,8 @@ def keep_standard_descriptors() -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The program; gives the exit code."""
     keep_standard_descriptors()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # until the loop takes signals
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
         complain("usage: udpchat server|client|send ... (see --help)")
@@ -2868,8 +2919,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
-    except KeyboardInterrupt:       # while a name is looked up, or a file opened: the loop is not there yet
-        return 0
+    except KeyboardInterrupt:       # while a name is looked up, or a file read: the loop is not there yet
+        if words[0] != "send":
+            return 0
+        complain("nothing was sent: interrupted")
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

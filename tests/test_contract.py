@@ -781,6 +781,23 @@ def test_script_goes_on_behind_messages_that_are_stuck(chat: Chat) -> None:
     assert sorted(alice.errors) == sorted(f"send bob {text}" for text in texts)
 
 
+def test_lines_that_were_not_carried_out_are_handed_back_for_whom_they_were_meant(chat: Chat) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = chat.client("alice", "--ack-timeout", "60000")
+    bob.signal(signal.SIGSTOP)
+    texts = [f"text {number}" for number in range(4200)]        # more than are queued, but all of it is one read
+    alice.signal(signal.SIGSTOP)
+    alice.feed("talk bob\n" + "".join(text + "\n" for text in texts) +
+               "/who\n/end\nsend carol one\ntalk carol\ntwo\n/quit\nthree\n")
+    chat.rest(0.5)
+    alice.signal(signal.SIGCONT)
+    chat.rest(1.0)
+    alice.signal(signal.SIGINT)
+    assert alice.wait() == 1
+    assert alice.errors == [f"send bob {text}" for text in texts] + ["send carol one", "send carol two"]
+    assert alice.lines[-1] == "[4202 messages not delivered.]"
+
+
 def test_messages_wait_for_a_server_that_was_away_and_the_outage_is_said_once(chat: Chat) -> None:
     chat.absent("bob")
     proxy = chat.proxy()

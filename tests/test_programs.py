@@ -4,11 +4,14 @@
 """
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import signal
 import socket
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -163,7 +166,7 @@ def messages(chat: Chat) -> List[Event]:
     bob.tell(reg="bob")
     bob.tell(reg="alice")
     alice.tell(dereg="bob")
-    alice.process.feed("send bob\ndance\n{1}\n")
+    alice.process.feed("send bob\ndance\n{1}\ntalk nobody\n")
     alice.send("nobody", "hello", 3)
     alice.send("bob", "x" * (MAX_TEXT + 1), 4)
     alice.see("failed", reason="too-long", ref=4)
@@ -237,7 +240,7 @@ PRODUCED: Dict[Any, Kinds] = {
                ("left", None), ("table", None), ("mail", None), ("client", None), ("help", None), ("failed", "unknown"),
                ("failed", "too-long"), ("failed", "offline"), ("error", "usage"), ("error", "unknown-command"),
                ("error", "not-a-command"), ("error", "offline"), ("error", "not-yours"),
-               ("error", "registered-already")},
+               ("error", "registered-already"), ("error", "unknown-client")},
     relays: {("no-ack", None), ("exists", None)},
     silence: {("server-silent", None), ("server-back", None), ("failed", "not-delivered"), ("undelivered", None),
               ("exiting", None)},
@@ -313,6 +316,32 @@ def test_an_object_that_is_no_command_is_an_error_and_the_rest_goes_on(chat: Cha
     assert told == [("error", "not-a-command")] * len(WRONG)
     assert alice.closings("last")[0]["type"] == "received"
     assert [event["text"] for event in bob.events if event["type"] == "message"] == ["last"]
+
+
+def test_an_object_may_be_indented_and_a_wrong_one_is_named_by_its_ref(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed('  {"send": "alice", "text": "hello", "ref": 1}\n{"send": "alice", "text": 5, "ref": 2}\n')
+    assert alice.see("received")["ref"] == 1
+    assert alice.see("error", reason="not-a-command")["ref"] == 2
+
+
+def test_who_talks_to_nobody_is_told_by_an_error(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed("talk nobody\n")
+    assert alice.see("error", reason="unknown-client")["nick"] == "nobody"
+    assert alice.finish() == 1
+
+
+def test_a_server_that_was_restarted_is_back(chat: Chat) -> None:
+    chat.absent("bob")
+    alice = Program(chat, "alice")
+    chat.processes[0].kill()
+    alice.send("bob", "hello")
+    alice.see("server-silent")
+    chat.restart()
+    alice.see("saved")
+    kinds = [event["type"] for event in alice.events]
+    assert kinds.count("server-back") == 1 and kinds.index("server-silent") < kinds.index("server-back")
 
 
 @pytest.mark.parametrize("nick", ["no body", " bob", "bob ", "b\nob", "nobody", "\ud800", "x" * 100, "\x1b[2J"])
@@ -420,6 +449,57 @@ def test_send_sends_all_of_stdin_as_one_message(chat: Chat) -> None:
     assert (code, lines) == (1, [f"[Message too long: {MAX_TEXT + 1} bytes, at most {MAX_TEXT}.]"])
     assert result(run_send(chat, "bob", "text", stdin="more\n")) == (0, [received("bob")], [])
     bob.see("message", text="text")
+
+
+def test_send_waits_for_its_text_also_where_stdin_does_not_block(chat: Chat) -> None:
+    bob = chat.client("bob")
+    ours, its = socket.socketpair()
+    with ours, its:
+        its.setblocking(False)
+        sent = chat.run("send", "bob", stdin=its.fileno(),
+                        environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"})
+        for part in (b"in two ", b"parts\n"):
+            chat.rest(0.3)
+            ours.sendall(part)
+        ours.shutdown(socket.SHUT_WR)
+        assert sent.wait() == 0
+    bob.see("carl: in two parts")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat: Chat, number: int) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        sent = chat.run("send", "bob", "--nick", "carl", stdin=read_end)
+        os.write(write_end, b"half a text")
+        chat.until(lambda: fcntl.ioctl(read_end, termios.FIONREAD, bytes(4)) == bytes(4), "the text to be read")
+        sent.signal(number)
+        assert sent.wait() == 1
+        assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: interrupted"])
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_send_waits_for_its_text_no_longer_than_its_timeout(chat: Chat) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        sent = chat.run("send", "bob", "--nick", "carl", "--timeout", "1", stdin=read_end)
+        assert sent.wait() == 1
+        assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: the text did not come in time"])
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_send_that_cannot_read_its_text_fails_and_says_so(chat: Chat) -> None:
+    unreadable = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sent = chat.run("send", "bob", "--nick", "carl", stdin=unreadable)
+        assert sent.wait() == 1
+        assert (sent.lines, len(sent.errors)) == ([], 1) and "cannot read stdin" in sent.errors[0]
+    finally:
+        os.close(unreadable)
 
 
 def test_send_may_go_to_several_each_of_them_once(chat: Chat) -> None:

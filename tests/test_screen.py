@@ -1002,6 +1002,29 @@ def test_a_long_pipe_tells_on_a_terminal_how_far_it_is(chat: Chat) -> None:
     assert alice.events[1:-1] == [received("bob")] * 2500, "stdout has no part of it"
 
 
+def test_the_line_that_tells_how_far_it_is_mixes_with_no_other(chat: Chat) -> None:
+    bob = chat.client("bob")
+    master, slave = pty.openpty()
+    try:
+        alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), "0", *PATIENT, stdout=slave, stderr=slave)
+    finally:
+        os.close(slave)
+    alice.out.fd = master
+    bob.wait_for("alice")
+    bob.signal(signal.SIGSTOP)
+    alice.feed(sends("bob", [str(number) for number in range(1500)]))
+    chat.until(lambda: b"1,500 sent" in alice.out.data, "how far it is")
+    alice.feed("send nobody hello\n")
+    chat.until(lambda: b"nobody.]" in alice.out.data, "an unknown client")
+    bob.signal(signal.SIGCONT)
+    alice.end_input()
+    assert alice.wait() == 1
+    for row in bytes(alice.out.data).split(b"\n"):
+        before, _, last = row.rpartition(b"\r\x1b[K")
+        assert b" sent, " not in last, row
+        assert b"[" not in before.replace(b"\x1b[K", b""), row
+
+
 def test_a_short_pipe_tells_nothing_and_none_does_without_a_terminal(chat: Chat) -> None:
     bob = chat.client("bob")
     bob.signal(signal.SIGSTOP)
