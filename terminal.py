@@ -1421,8 +1421,10 @@ class JsonLines(Lines):
 class Prompt:
     """What stands at the bottom of a terminal on which nothing can be drawn: it does its own editing.
 
-    ``erase`` makes room for a line, ``draw`` shows the prompt below the last one.
+    ``erase`` makes room for a line, ``draw`` shows the prompt below the last one. ``asks``: somebody is to answer it.
     """
+
+    asks = True
 
     def __init__(self) -> None:
         self._is_shown = False
@@ -1442,16 +1444,35 @@ class Prompt:
         self._is_shown = False
 
 
-class Desk(Prompt):
+class Board(Prompt):
+    """A terminal on which somebody looks on: what is waited for stands at the bottom of the screen."""
+
+    asks = False
+
+    def __init__(self, terminal: Terminal, style: Style) -> None:
+        super().__init__()
+        self._screen = Screen(*terminal.size(), style)
+
+    def erase(self) -> bytes:
+        """Makes room for a line."""
+        return self._screen.erase()
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Shows the notices, if there are any."""
+        return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
+
+
+class Desk(Board):
     """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
+
+    asks = True
 
     def __init__(self, output: Output, terminal: Terminal, style: Style, history: History,
                  complete: Complete) -> None:
-        super().__init__()
+        super().__init__(terminal, style)
         self._output = output
         self._terminal = terminal
         self._editor = Editor(history, complete)
-        self._screen = Screen(*terminal.size(), style)
         self._is_ours = False       # the terminal
 
     def open(self) -> None:
@@ -1471,10 +1492,6 @@ class Desk(Prompt):
             self._output.write(self._screen.erase() + PASTE_OFF)
             self._output.flush()
             self._terminal.leave()
-
-    def erase(self) -> bytes:
-        """Makes room for a line."""
-        return self._screen.erase()
 
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
         """Shows what is typed, and above it the notices."""

@@ -50,9 +50,9 @@ from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStrea
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
-from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, READ_SIZE, ROUTINE, STATUS, TRANSIENT, Action, Commands,
-                      Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer, clean,
-                      wants_color)
+from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, READ_SIZE, ROUTINE, STATUS, TRANSIENT, Action, Board,
+                      Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
+                      clean, wants_color)
 gc.freeze()
 gc.enable()
 
@@ -2115,7 +2115,7 @@ class Client:
 
     def _ask(self, prompt: Prompt) -> None:
         """On a terminal, once all lines are written: draws what waits, and asks for the next command."""
-        if not (self.output.pending or self._ending or self._quit == "quit"):
+        if not (self.output.pending or prompt.asks and (self._ending or self._quit == "quit")):
             self.output.write(prompt.draw(self._waits(), self._input.prompt))
             self.output.flush()
 
@@ -2719,9 +2719,14 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = Style(wants_color(options.color, is_terminal, os.environ))
-    prompt = desk = None
-    if is_terminal and not sending:
-        if os.environ.get("TERM") == "dumb":
+    prompt: Optional[Prompt] = None
+    desk = None
+    is_dumb = os.environ.get("TERM") == "dumb"
+    if sending:
+        if writer.is_terminal and not (is_dumb or options.json or options.quiet):
+            prompt = Board(Terminal(STDIN, STDOUT), style)
+    elif is_terminal:
+        if is_dumb:
             prompt = Prompt()
         else:
             prompt = desk = Desk(output, Terminal(STDIN, STDOUT), style,

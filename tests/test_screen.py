@@ -540,7 +540,7 @@ def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_wi
 
 # --- the terminal's own settings ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
 def test_a_signal_ends_in_order_and_leaves_the_terminal_as_it_was(open_window: Open, number: int) -> None:
     alice = open_window()
     assert alice.is_raw and alice.pastes_are_bracketed and not alice.has_its_settings
@@ -930,6 +930,17 @@ def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> No
     server.signal(signal.SIGCONT)
     alice.shows(is_offline("bob"), SAVED, f">>> {CURSOR}")
     assert not any("Waiting" in row for row in alice.rows)
+
+
+def test_who_sends_one_message_sees_for_whom_it_waits(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    server = f"127.0.0.1:{chat.port}"
+    carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
+    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    bob.signal(signal.SIGCONT)
+    carl.shows(received("bob"), CURSOR)
+    carl.ends()
 
 
 def test_a_short_wait_is_not_shown(chat: Chat, open_window: Open) -> None:
