@@ -146,7 +146,7 @@ class Loop:
     def __init__(self) -> None:
         self.random = SystemRandom()
         self.calm = True            # every descriptor that was ready was read empty
-        self.waited = True          # for what is read in this turn: most likely, there is only one of it
+        self.waited = True          # for what is to be read in this turn: most likely, there is only one of it
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
@@ -234,10 +234,10 @@ class Loop:
         timeout = 0.0 if self._always else None if first == NEVER else min(max(0.0, first - self._now), MAX_WAIT)
         events = self._selector.select(timeout)
         self._woken = woken = time.monotonic()
-        self.waited = woken - before > WAITED
         if timeout is not None and woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
         self._now = self._began = woken - self._lost
+        self.waited = woken - before > WAITED and first > self._now     # a timer that is due wants to know of all
         self.calm = True
         for key, mask in events:
             for event, callback in key.data:

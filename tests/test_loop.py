@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import re
+import selectors
+import socket
 import time
-from typing import Iterator, List
+from typing import Iterator, List, Optional, Tuple
 
 import pytest
 
 from terminal import OUTPUT_LIMIT, Output
-from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, Alarm, Log, Loop, TimerHeap
+from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, Alarm, Log, Loop, Port, TimerHeap
 
 
 class Paper:
@@ -108,6 +110,40 @@ def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop:
     hands.time += 0.01
     loop._turn()
     assert loop.now() <= before + 2 * LOST_TIME
+
+
+@pytest.fixture(name="read")
+def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[List[bytes]]:
+    """What was read of the three datagrams that are there when the selector has waited: a second, or for a timer."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours, socket.socket(
+            socket.AF_INET, socket.SOCK_DGRAM) as theirs:
+        ours.bind(("127.0.0.1", 0))
+        port, read = Port(ours, loop), []
+        port.receive = lambda datagram, _: read.append(datagram)
+        ready = loop._selector.get_key(ours)
+
+        def select(timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+            hands.time += 1.0 if timeout is None else timeout
+            return [(ready, selectors.EVENT_READ)]
+        monkeypatch.setattr(loop._selector, "select", select)
+        for number in range(3):
+            theirs.sendto(b"%d" % number, ours.getsockname())
+        yield read
+
+
+def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: Loop, read: List[bytes]) -> None:
+    loop._turn()
+    assert read == [b"0"] and not loop.calm
+    loop.call_at(loop.now(), lambda: None)      # the next turn does not wait
+    loop._turn()
+    assert read == [b"0", b"1", b"2"] and loop.calm
+
+
+def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: Loop, read: List[bytes]) -> None:
+    calm = []
+    loop.call_at(loop.now() + 0.5, lambda: calm.append(loop.calm))
+    loop._turn()
+    assert read == [b"0", b"1", b"2"] and calm == [True]
 
 
 def test_an_output_tells_of_each_line_when_its_last_byte_is_written() -> None:
