@@ -1088,12 +1088,10 @@ class Server:
         committed = self._commit()
         for save in dirty.values():
             self._answer_save(save, committed)
-        for id_ in list(self._to_mail):
-            session = self.registry.sessions.get(id_)
-            if session is not None:
-                self.send_mail(session)
-        self._to_mail.clear()
-        self._answer_syncs()
+        if self._to_mail:
+            self._send_mails()
+        if self._to_sync:
+            self._answer_syncs()
         outbox, self._outbox = self._outbox, []
         for datagram, address in outbox:
             self._send_now(datagram, address)
@@ -1175,6 +1173,14 @@ class Server:
         cannot_read = not stream.held and mail.loaded < session.known.last
         mail.alarm.set(self.loop.now() + MAIL_RETRY if cannot_read else stream.due())
 
+    def _send_mails(self) -> None:
+        """Sends what is due to those to whose mail something has happened."""
+        for id_ in list(self._to_mail):
+            session = self.registry.sessions.get(id_)
+            if session is not None:
+                self.send_mail(session)
+        self._to_mail.clear()
+
     def _load_mail(self, mail: MailStream, step: int) -> None:
         letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
         sizes = mail_sizes(letters)
@@ -1197,12 +1203,12 @@ class Server:
 
     def _broadcast(self) -> None:
         """Tells every client what changed, so many datagrams in each turn, after all else that was to be sent."""
+        if self._telling is None and self.registry.table.version <= self._told:
+            return
         now = self.loop.now()
         if self._telling is None:
             rest = min(BROADCAST_SHARE * self._broadcast_cost, BROADCAST_WAIT)
             due = self._broadcast_end + max(BROADCAST_GAP, rest)
-            if self.registry.table.version <= self._told:
-                return
             if due > now:
                 self._broadcast_alarm.set(due)
                 return
