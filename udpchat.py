@@ -2680,12 +2680,13 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
     try:
         while len(data) <= STDIN_LIMIT:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([STDIN], [], [], min(left, MAX_WAIT))[0]:
+            if left <= 0:
                 raise NoText("the text did not come in time")
-            more = read_some(STDIN)
-            if not more and more is not None:
-                break
-            data += more or b""
+            if select.select([STDIN], [], [], min(left, MAX_WAIT))[0]:
+                more = read_some(STDIN)
+                if more == b"":
+                    break
+                data += more or b""
     except OSError as error:
         raise NoText(f"cannot read stdin: {error.strerror}") from None
     return data.decode("utf-8", "replace").rstrip("\n")
