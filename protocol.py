@@ -1577,7 +1577,7 @@ class Outbox:
             if conversation.stream.end > conversation.stream.base:
                 yield from conversation.poll(now, calm)
                 self._schedule(nick, conversation.due())
-            if conversation.events or conversation.stuck != conversation.counted[0]:
+            if conversation.events or self._is_stuck(conversation) != conversation.counted[0]:
                 self._eventful[nick] = conversation
 
     def take_events(self) -> Iterator[Tuple[str, Event]]:

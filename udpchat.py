@@ -2741,7 +2741,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000,
                     not sending and options.stay, options.mtu, errors,
                     lines_for(options, nick, loop, is_terminal, style), prompt)
-    if desk is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
+    if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(client.show_log)
     port.receive = client.receive
     console = Console(loop, client, reader, writer, error_writer, desk)

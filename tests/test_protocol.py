@@ -1596,3 +1596,26 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     outbox.send(0.2, "bob", ["again"], 0.0)
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2)]
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2 + INITIAL_TIMEOUT)], "it is repeated in time"
+
+
+def test_messages_that_change_their_route_while_the_server_is_silent_count_as_stuck_at_once() -> None:
+    outbox, now = Outbox("alice"), 0.0
+    outbox.open(now, "bob", Place(True, ("192.0.2.1", 9)), 7)
+    outbox.send(now, "bob", ["text"] * QUEUE_LIMIT, now)
+    kinds: List[str] = []
+
+    def poll() -> None:
+        list(outbox.poll(now))
+        kinds.extend(event.kind for _, event in outbox.take_events())
+    poll()
+    now = 0.6
+    poll()
+    outbox.on_exists(now, {"stream": 7, "n": 1, "version": 1, "entry": ["bob", "192.0.2.1", 9, "online"]},
+                     ("192.0.2.1", 9))
+    poll()
+    outbox.lost = True
+    assert outbox.is_full and not outbox.is_stuck("bob"), "they go straight to bob"
+    now = 1.3
+    poll()
+    assert kinds == ["no-ack", "exists"], "it was said already that they go to the server"
+    assert outbox.is_stuck("bob") and not outbox.is_full
