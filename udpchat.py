@@ -1183,7 +1183,8 @@ class Server:
 
     def _load_mail(self, mail: MailStream, step: int) -> None:
         letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
-        sizes = mail_sizes(letters)
+        # the longest letter between the longest nicks is more than that, but fits alone: its run is counted twice
+        sizes = [min(size, mail.stream.capacity) for size in mail_sizes(letters)]
         continued = [number for number, letter in enumerate(letters, mail.stream.end) if letter[5]]
         mail.stream.queue(letters, sizes, continued)
         mail.loaded += len(letters)

@@ -781,6 +781,19 @@ def test_script_goes_on_behind_messages_that_are_stuck(chat: Chat) -> None:
     assert sorted(alice.errors) == sorted(f"send bob {text}" for text in texts)
 
 
+def test_long_mail_between_the_longest_nicks_is_delivered(chat: Chat) -> None:
+    sender, recipient = "字" * 32, "文" * 32
+    chat.absent(recipient)
+    alice = chat.client(sender)
+    alice.wait_for(recipient, "offline")
+    texts = ["x" * 768, "y" * 768, "z" * 5000, "end"]
+    alice.feed(sends(recipient, texts))
+    assert alice.finish() == 0
+    bob = chat.client(recipient)
+    for text in texts:
+        bob.see_match(re.escape(sender) + f": <.*> {text}")
+
+
 def test_lines_that_were_not_carried_out_are_handed_back_for_whom_they_were_meant(chat: Chat) -> None:
     bob, carol = chat.clients("bob", "carol")
     alice = chat.client("alice", "--ack-timeout", "60000")
