@@ -334,7 +334,7 @@ class Decoder:
                     messages.append((value["tag"], value["info"]))
                 else:
                     self.dropped += 1
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException):    # of the last one, only a part came
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException):    # broken, or only a part of it came
             self.dropped += 1
             self._unpacker = self._new_unpacker()
         return messages
@@ -619,8 +619,6 @@ class SendStream:
         plain = self._initial_timeout
         if self.smoothed is not None:
             plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
-        if self.backoff == 1.0:
-            return min(plain, MAX_TIMEOUT)
         return min(plain * self.backoff, max(plain, self.longest), MAX_TIMEOUT)
 
     def _timed_out(self) -> None:
@@ -1131,13 +1129,14 @@ class Conversation:
 
     def _frame(self, route: str, first: int, base: int, texts: List[str], more: List[int],
                times: List[float]) -> bytes:
-        info: Info = {"from": self.me, "to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
+        info: Info = {"to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
         if more:
             info["more"] = more
         if route == DIRECT:
+            info["from"] = self.me
             return encode("chat", info)
-        del info["from"]        # the session says it
-        return encode("save", {"session": self.session, **info, "at": times, "relay": route == RELAY})
+        info.update(session=self.session, at=times, relay=route == RELAY)       # the session says from whom
+        return encode("save", info)
 
     def _encode(self, packet: Packet) -> bytes:
         continued = self.stream.continued
@@ -1166,18 +1165,14 @@ class Conversation:
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
-        stream, place = self.stream, self.place
-        if stream.end == stream.base:
-            if not (self.route == DIRECT and place is not None and place.online
-                    and place.address == self._address is not None):
-                self._pick_route(now)
-            self._moved = now
+        if self.stream.end == self.stream.base:
+            self._pick_route(now)
         self._note_time(at)
         if len(max(texts, key=len)) * 4 <= MAX_PIECE:
-            stream.queue(texts, self._sizes(texts, 0, ()))
+            self.stream.queue(texts, self._sizes(texts, 0, ()))
         else:
             self._queue_long(texts)
-        if self.route != DIRECT and place is not None and not place.online:
+        if self.route != DIRECT and self.place is not None and not self.place.online:
             self._say(OFFLINE)
 
     def _note_time(self, at: float) -> None:
@@ -1368,9 +1363,6 @@ class Conversation:
         self.events.append(event)
         self.stuck = False
         self._moved = now
-        if self.stream.end == self.stream.base:     # what is sent next starts afresh
-            self._silent_since = NEVER
-            self._last_try = False
 
 
 # --- what goes out --------------------------------------------------------------------------------------------

@@ -883,6 +883,16 @@ def reopen(fd: int, flags: int) -> int:
         return fd
 
 
+def read_some(fd: int) -> Optional[bytes]:
+    """At most ``READ_SIZE`` bytes, b"" at the end, None where there is nothing now. Raises OSError."""
+    try:
+        return os.read(fd, READ_SIZE)
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            return None
+        raise
+
+
 class Reader:
     """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
 
@@ -897,9 +907,9 @@ class Reader:
     def read(self) -> Optional[bytes]:
         """At most ``READ_SIZE`` bytes."""
         try:
-            return os.read(self._own, READ_SIZE)
-        except OSError as error:
-            return None if error.errno in TRANSIENT else b""
+            return read_some(self._own)
+        except OSError:
+            return b""
 
 
 class Writer:
@@ -1024,10 +1034,7 @@ class Sends:
 
     def take(self, most: int) -> "Sends":
         """The first ``most`` of the texts, which are here no more."""
-        if most < len(self.texts):
-            taken, self.texts = self.texts[:most], self.texts[most:]
-        else:
-            taken, self.texts = self.texts, []
+        taken, self.texts = self.texts[:most], self.texts[most:]
         return Sends(self.nick, taken, self.ref, self.size)
 
 
@@ -1325,7 +1332,6 @@ class Lines:
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
-        self._is_bare = wall is None and not style.enabled      # nothing stands before a line, or around it
 
     def event(self, name: str, /, **fields: Any) -> str:
         """What has happened; an empty string where that is not told."""
@@ -1333,8 +1339,6 @@ class Lines:
         if name in self._hidden or not saying.line:
             return ""
         line = saying.line.format(**fields)
-        if self._is_bare:
-            return line + "\n"
         return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:

@@ -12,10 +12,10 @@ Rules of this file
 One turn of the loop
 --------------------
     wait     until a descriptor is ready or the first timer is due
-    read     every ready descriptor, bounded, so that no source starves another
+    read     every ready descriptor, bounded, so that no source starves another (of a socket, one datagram after a wait)
     run      every timer that is due
-    settle   once, in this order: commit the store; write stdout; send acks for what those two have really taken,
-             and what windows allow
+    settle   once, in this order: commit the store; send what windows allow; write stdout; send acks for what store
+             and stdout have really taken
 
 "Persist, then show, then acknowledge" is what makes an ack a promise. A timeout that would call somebody dead acts only
 when the socket was read empty (``calm``), and the time in which this process itself did not run does not count.
@@ -50,9 +50,9 @@ from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStrea
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
-from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, READ_SIZE, ROUTINE, STATUS, TRANSIENT, Action, Board,
+from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
                       Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
-                      clean, wants_color)
+                      clean, read_some, wants_color)
 gc.freeze()
 gc.enable()
 
@@ -146,7 +146,7 @@ class Loop:
     def __init__(self) -> None:
         self.random = SystemRandom()
         self.calm = True            # every descriptor that was ready was read empty
-        self.waited = True          # for what is to be read in this turn: most likely, there is only one of it
+        self.reads_one = False      # most likely there is only one datagram, and no timer wants to know of all
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
@@ -237,7 +237,7 @@ class Loop:
         if timeout is not None and woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
         self._now = self._began = woken - self._lost
-        self.waited = woken - before > WAITED and first > self._now     # a timer that is due wants to know of all
+        self.reads_one = woken - before > WAITED and first > self._now
         self.calm = True
         for key, mask in events:
             for event, callback in key.data:
@@ -470,7 +470,7 @@ class Port:
             self.datagrams_in += 1
             self.bytes_in += len(datagram)
             receive(datagram, normal(address) if mapped else address)
-            if self._loop.waited:
+            if self._loop.reads_one:
                 break       # to look for more would cost as much; if there is more, the next turn begins at once
         self._loop.calm = False
 
@@ -2691,14 +2691,6 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
     except OSError as error:
         raise NoText(f"cannot read stdin: {error.strerror}") from None
     return data.decode("utf-8", "replace").rstrip("\n")
-
-
-def read_some(fd: int) -> Optional[bytes]:
-    """What is there to be read, None if there is nothing now (somebody may have made it non-blocking)."""
-    try:
-        return os.read(fd, READ_SIZE)
-    except BlockingIOError:
-        return None
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:

@@ -796,17 +796,16 @@ def test_long_mail_between_the_longest_nicks_is_delivered(chat: Chat) -> None:
 
 def test_lines_that_were_not_carried_out_are_handed_back_for_whom_they_were_meant(chat: Chat) -> None:
     bob, carol = chat.clients("bob", "carol")
-    alice = chat.client("alice", "--ack-timeout", "60000")
     bob.signal(signal.SIGSTOP)
     texts = [f"text {number}" for number in range(4200)]        # more than are queued, but all of it is one read
-    alice.signal(signal.SIGSTOP)
-    alice.feed("talk bob\n" + "".join(text + "\n" for text in texts) +
-               "/who\n/end\nsend carol one\ntalk carol\ntwo\n/quit\nthree\n")
-    chat.rest(0.5)
-    alice.signal(signal.SIGCONT)
-    chat.rest(1.0)
-    alice.signal(signal.SIGINT)
-    assert alice.wait() == 1
+    script = chat.directory / "script"
+    script.write_text("".join(line + "\n" for line in (
+        "talk bob", *texts, "/who", "/end", "send carol one", "talk carol", "two", "/quit", "three")))
+    with script.open("rb") as file:
+        alice = chat.client("alice", "--ack-timeout", "60000", stdin=file.fileno())
+        chat.until(lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR) == script.stat().st_size, "the script to be read")
+        alice.signal(signal.SIGINT)
+        assert alice.wait() == 1
     assert alice.errors == [f"send bob {text}" for text in texts] + ["send carol one", "send carol two"]
     assert alice.lines[-1] == "[4202 messages not delivered.]"
 

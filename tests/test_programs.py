@@ -466,30 +466,31 @@ def test_send_waits_for_its_text_also_where_stdin_does_not_block(chat: Chat) -> 
     bob.see("carl: in two parts")
 
 
+@pytest.fixture
+def open_pipe() -> Iterator[Tuple[int, int]]:
+    """The two ends of a pipe that stays open."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat: Chat, number: int) -> None:
-    read_end, write_end = os.pipe()
-    try:
-        sent = chat.run("send", "bob", "--nick", "carl", stdin=read_end)
-        os.write(write_end, b"half a text")
-        chat.until(lambda: fcntl.ioctl(read_end, termios.FIONREAD, bytes(4)) == bytes(4), "the text to be read")
-        sent.signal(number)
-        assert sent.wait() == 1
-        assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: interrupted"])
-    finally:
-        os.close(read_end)
-        os.close(write_end)
+def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat: Chat, open_pipe: Tuple[int, int],
+                                                                           number: int) -> None:
+    read_end, write_end = open_pipe
+    sent = chat.run("send", "bob", "--nick", "carl", stdin=read_end)
+    os.write(write_end, b"half a text")
+    chat.until(lambda: fcntl.ioctl(read_end, termios.FIONREAD, bytes(4)) == bytes(4), "the text to be read")
+    sent.signal(number)
+    assert sent.wait() == 1
+    assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: interrupted"])
 
 
-def test_send_waits_for_its_text_no_longer_than_its_timeout(chat: Chat) -> None:
-    read_end, write_end = os.pipe()
-    try:
-        sent = chat.run("send", "bob", "--nick", "carl", "--timeout", "1", stdin=read_end)
-        assert sent.wait() == 1
-        assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: the text did not come in time"])
-    finally:
-        os.close(read_end)
-        os.close(write_end)
+def test_send_waits_for_its_text_no_longer_than_its_timeout(chat: Chat, open_pipe: Tuple[int, int]) -> None:
+    sent = chat.run("send", "bob", "--nick", "carl", "--timeout", "1", stdin=open_pipe[0])
+    assert sent.wait() == 1
+    assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: the text did not come in time"])
 
 
 def test_send_that_cannot_read_its_text_fails_and_says_so(chat: Chat) -> None:
