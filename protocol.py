@@ -491,6 +491,8 @@ class SendStream:
         self._asked = 0
         self._order = 0
         self._acked_order = 0
+        self._newest = 0            # the order of the newest transmission that an ack ever told of,
+        self._sample = NEVER        # s; and its round trip, if the ack at hand is the one and it was the only try
         self._recovery = 0          # transmissions up to here belong to a loss that was already answered
         self._lost = 0
         self._window_was_full = False
@@ -633,7 +635,6 @@ class SendStream:
 
     def _forget_have(self) -> None:
         for packet in self._sent:
-            packet.tries += packet.state == HELD    # its round trip was measured when it arrived
             packet.state = LOST
         self._lost = len(self._sent)
         self.in_flight = 0
@@ -641,7 +642,6 @@ class SendStream:
     def _doubt_have(self) -> None:
         for packet in self._sent:
             if packet.state == HELD:
-                packet.tries += 1       # its round trip was measured when it arrived
                 packet.state = SENT
                 self.in_flight += 1
 
@@ -662,11 +662,13 @@ class SendStream:
             self._doubt_have()
             return 0
         closed = next_ - self.base
+        self._sample = NEVER
         newly = self._drop_below(next_, now)
         if have and self._sent:
             newly += self._mark_held(have, now)
             self._detect_loss()
         if newly:
+            self._measure(self._sample)
             self._note_rate(newly, now)
             self._grow(newly)
         if newly or closed:
@@ -700,13 +702,11 @@ class SendStream:
 
     def _drop_below(self, number: int, now: float) -> int:
         packets = 0
-        repeated = False
         for queue in (self._sent, self._unsent):
             while queue and queue[0].end <= number:
                 packet = queue.popleft()
                 self.size -= packet.size
-                repeated = repeated or packet.tries > 1
-                packets += self._settle(packet, now, not repeated)
+                packets += self._settle(packet, now)
             if queue and queue[0].first < number:
                 packet = queue[0]
                 # its size stays: what is left may be as large, and more is packed behind it
@@ -720,8 +720,12 @@ class SendStream:
             self.size = 0
         return packets
 
-    def _settle(self, packet: Packet, now: float, measures: bool = True) -> int:
-        """Takes note that a packet has arrived; 1 if that is news. ``measures``: its ack waited for nothing else."""
+    def _settle(self, packet: Packet, now: float) -> int:
+        """Takes note that a packet has arrived; 1 if that is news.
+
+        Only the newest of all transmissions that have arrived measures the round trip: an older one may have been
+        told of by an ack that got lost (RFC 9002 §5.1); and one that was sent twice never does (Karn, RFC 6298 §3).
+        """
         state = packet.state
         if state == SENT:
             self.in_flight -= 1
@@ -729,15 +733,16 @@ class SendStream:
             self._lost -= 1
         if state in (HELD, UNSENT):
             return 0
-        if packet.tries == 1 and measures:
-            self._measure(now - packet.sent)
         if packet.order > self._acked_order and (   # not the ack of an earlier try (RFC 8985 §6.2)
                 packet.tries == 1 or now - packet.sent >= self.fastest):
             self._acked_order = packet.order
+        if packet.order > self._newest:
+            self._newest = packet.order
+            self._sample = now - packet.sent if packet.tries == 1 else NEVER
         return 1
 
     def _measure(self, sample: float) -> None:
-        """RFC 6298 §2; never called for a packet that was sent twice, nor for one acked together with such (Karn)."""
+        """RFC 6298 §2; ``NEVER`` is no sample."""
         if sample == NEVER or sample < 0:
             return
         if sample < self.fastest:

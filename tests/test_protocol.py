@@ -666,6 +666,20 @@ def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_nex
     assert stream.smoothed == pytest.approx(0.02)
 
 
+def test_an_ack_that_tells_again_what_a_lost_one_had_told_measures_nothing() -> None:
+    stream = singles(9)
+    stream.poll(0.0)                            # 5 is lost, and so is the ack that says 1 to 4 and 6 to 9
+    assert numbers(stream.poll(stream.due())) == [1]
+    stream.on_ack(0.4, 5, [[6, 9]], 4096)
+    assert stream.smoothed is None, "6 to 9 did not take 0.4 s"
+    assert numbers(stream.poll(0.4)) == [5]
+    stream.on_ack(0.41, 10, [], 4096)
+    stream.queue(["x"], [1])
+    stream.poll(1.0)
+    stream.on_ack(1.02, 11, [], 4096)
+    assert stream.smoothed == pytest.approx(0.02)
+
+
 def test_after_a_timeout_one_datagram_goes_out_and_the_window_starts_over() -> None:
     stream = singles(30)
     assert len(stream.poll(0.0)) == 10

@@ -1192,7 +1192,7 @@ def test_a_store_that_becomes_read_only_and_writable_again_costs_only_what_was_r
 
 
 class FaultySocket:
-    """A socket on which many calls fail, each time in another way."""
+    """A socket on which, once it is told so, many calls fail, each time in another way."""
 
     SENDING = (errno.ENOBUFS, errno.EPERM, errno.ENETUNREACH, errno.EMSGSIZE, errno.EHOSTUNREACH, errno.EINVAL)
     RECEIVING = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINTR)
@@ -1200,14 +1200,14 @@ class FaultySocket:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.family = sock.family
-        self.failures = 0
+        self.failing, self.failures = False, 0
         self._random = Random(sock.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
     def _maybe_fail(self, codes: Tuple[int, ...]) -> None:
-        if self._random.random() < 0.3:
+        if self.failing and self._random.random() < 0.2:
             self.failures += 1
             code = self._random.choice(codes)
             raise OSError(code, os.strerror(code))
@@ -1246,12 +1246,14 @@ def test_errors_of_the_network_lose_nothing() -> None:
     while not all(client.table.is_online(nick) for client in clients for nick in ("alice", "bob")):
         assert time.monotonic() < end, screens
         turn_all(loops)
-    clients[0].feed(b"".join(b"send bob %d\n" % number for number in range(300)))
-    while screens[0].count(b"[Message") < 300:
+    for sock in faulty:
+        sock.failing = True
+    clients[0].feed(b"".join(b"send bob %d %500d\n" % (number, number) for number in range(300)))
+    while screens[0].count(b"[Message") < 300 or screens[1].count(b"alice: ") < 300:
         assert time.monotonic() < end, screens
         turn_all(loops)
-    assert [line for line in bytes(screens[1]).split(b"\n") if line.startswith(b"alice: ")] == [
-        b"alice: %d" % number for number in range(300)]
+    assert [line.split(b" ")[-1] for line in bytes(screens[1]).split(b"\n") if line.startswith(b"alice: ")] == [
+        b"%d" % number for number in range(300)]
     assert sum(sock.failures for sock in faulty) > 9
     for loop, sock in zip(loops, faulty):
         loop.close()
