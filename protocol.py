@@ -819,13 +819,16 @@ class Run(NamedTuple):
     numbers: int
 
 
+Memory = Tuple[int, Tuple[Tuple[int, int], ...], Tuple[Tuple[int, int], ...]]
+
+
 class ReceiveStream:
     """The receiver's half of a stream: puts items into order and hands each out once.
 
     ``next <= taken <= ready``: below ``next`` is written for good, below ``taken`` is handed out by ``take``,
     below ``ready`` are whole texts that can be handed out. From ``ready`` on lie the pieces of a text that is not
-    whole yet, and behind a gap what came early. The owner calls ``written(texts)`` when that many of the texts
-    handed out are written, in their order.
+    whole yet, and behind a gap what came early. The owner calls ``written`` when some of what it was handed is
+    written, in its order.
     """
 
     def __init__(self, stream: int, first: int = 1) -> None:
@@ -989,7 +992,10 @@ class ReceiveStream:
         return bool(self._runs)
 
     def written(self, texts: int) -> None:
-        """Takes note that ``texts`` more of the texts handed out are written; skips before the next one pass, too."""
+        """Takes note that ``texts`` more of the texts handed out are written; 0: that the skip that is next has passed.
+
+        A skip stands for what another route shows: it does not pass along with the texts before it.
+        """
         handed = self._handed
         while handed and (texts or not handed[0][0]):
             count = min(handed[0][0], texts)
@@ -998,6 +1004,28 @@ class ReceiveStream:
             handed[0][0] -= count
             if not handed[0][0]:
                 handed.popleft()
+            if not texts:
+                break
+
+    def all_written(self) -> None:
+        """Takes note that all that was handed out is written."""
+        self._handed.clear()
+        self.next = self.taken
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is handed out that is not written yet."""
+        return self.next == self.taken
+
+    def remember(self) -> Memory:
+        """What must be known of an idle stream so that nothing is shown twice; what was not taken is forgotten."""
+        self.give_back(self.taken)
+        return self.taken, tuple(self.shown.spans), tuple(self.given_up.spans)
+
+    def recall(self, memory: Memory) -> None:
+        """Goes on, new, where a stream of the same number stood when it was to ``remember``."""
+        self.next = self.taken = self.ready = self.edge = memory[0]
+        self.shown.spans, self.given_up.spans = list(memory[1]), list(memory[2])
 
     def give_back(self, first: int) -> None:
         """Undoes taking from the text that begins at ``first`` on, and forgets all that waits behind it.
@@ -1596,6 +1624,7 @@ class Outbox:
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
 STREAMS_PER_SENDER = 8    # remembered, of each peer; the longest silent goes first
 SENDERS_REMEMBERED = 10_000     # whose streams those are; the longest silent goes first
+MAILED_STREAMS = 65_536         # of which mail came last: remembered besides, in about 20 MB
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every number as the longest
 
 
@@ -1644,6 +1673,7 @@ class Inbox:
         self._readable: Dict[Incoming, None] = {}
         self._unacked: Dict[Incoming, None] = {}
         self._holding: Dict[Incoming, None] = {}
+        self._mailed: Dict[Tuple[str, int], Optional[Memory]] = {}  # longest silent first; None: it is in _streams
 
     # what arrives
 
@@ -1682,21 +1712,49 @@ class Inbox:
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
         streams = self._streams[sender] = self._streams.pop(sender, {})
         if len(self._streams) > SENDERS_REMEMBERED:
-            for forgotten in self._streams.pop(next(iter(self._streams))).values():
-                self._forget(forgotten)
+            silent = next(iter(self._streams))
+            others = self._streams.pop(silent)
+            self._forget_idle(others, 0)
+            if others:
+                self._streams[silent] = others
         incoming = streams.pop(stream, None)
         if incoming is None:
             incoming = Incoming(ReceiveStream(stream, first), None)
             incoming.sender = sender
+            memory = self._mailed.get((sender, stream))
+            if memory is not None:
+                incoming.stream.recall(memory)
+                self._mailed[sender, stream] = None
             if len(streams) >= STREAMS_PER_SENDER:
-                self._forget(streams.pop(next(iter(streams))))
+                self._forget_idle(streams, STREAMS_PER_SENDER - 1)
         streams[stream] = incoming
         return incoming
+
+    def _forget_idle(self, streams: Dict[int, Incoming], most: int) -> None:
+        """Forgets the longest silent of a sender's streams until ``most`` are left; none that waits to be written."""
+        for number in list(islice(streams, STREAMS_PER_SENDER)):
+            if len(streams) > most:
+                incoming = streams.pop(number)
+                if incoming.stream.is_idle:
+                    self._forget(incoming)
+                else:
+                    streams[number] = incoming
 
     def _forget(self, incoming: Incoming) -> None:
         for among in (self._readable, self._unacked, self._holding, self._buffering):
             among.pop(incoming, None)
         self.buffered -= incoming.counted
+        key = incoming.sender, incoming.stream.stream
+        if key in self._mailed:
+            self._mailed[key] = incoming.stream.remember()
+
+    def _remember_mailed(self, incoming: Incoming) -> None:
+        """Keeps in mind what was shown of a stream: the server may mail it again when it or a session begins anew."""
+        key = incoming.sender, incoming.stream.stream
+        self._mailed.pop(key, None)
+        self._mailed[key] = None
+        if len(self._mailed) > MAILED_STREAMS:
+            del self._mailed[next(iter(self._mailed))]
 
     def _arrived(self, incoming: Incoming) -> None:
         self._buffering.pop(incoming, None)
@@ -1821,6 +1879,7 @@ class Inbox:
         """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
         sender, stream, number = items[0][:3]
         incoming = self._incoming(sender, stream, number)
+        self._remember_mailed(incoming)
         if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
             incoming.stream.advance(number)
             yield from self._take_chat(incoming)

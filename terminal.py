@@ -1009,8 +1009,9 @@ class Output:
         if taken:
             data, written = self._chunks[0]
             self._chunks[0] = data[taken:], written
-            if written is not None:
-                written(data.count(b"\n", 0, taken))
+            lines = data.count(b"\n", 0, taken)
+            if written is not None and lines:
+                written(lines)
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------

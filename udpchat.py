@@ -1127,7 +1127,7 @@ class Server:
         if save.kept and not committed:
             self._refuse_rest(save, stream.next, "disk")
         elif committed:
-            stream.written(save.kept)
+            stream.all_written()
             recipient = self.registry.by_nick.get(save.to)
             if save.kept and recipient is not None:
                 self._to_mail[recipient.id] = None

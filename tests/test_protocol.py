@@ -885,17 +885,27 @@ def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_
     texts = ["".join(labels(start, length)) for start, length in zip(starts, lengths)]
     more = set(range(1, last + 1)) - {start + length - 1 for start, length in zip(starts, lengths)}
     shown: List[str] = []
-    written = 0         # of those that came on this stream
     direct: List[str] = []
+    handed: List[Tuple[int, int]] = []      # what waits to be written: texts, 0 for a skip, and the number behind
 
     def bring(first: int, count: int) -> None:
         count = min(count, last + 1 - first)
         stream.on_data(first, labels(first, count), [n for n in range(first, first + count) if n in more])
 
     def show_all() -> None:
-        for text in take(stream):
-            shown.append(text)
-            direct.append(text)
+        for run in stream.take():
+            found = join_pieces(run.first, run.items, run.more)
+            shown.extend(found)
+            direct.extend(found)
+            handed.extend((1, run.first + len("".join(found[:i + 1]).split("<")) - 1) for i in range(len(found)))
+            if not found:
+                handed.append((0, run.first + run.numbers))
+
+    def write(most: int) -> None:
+        for text, end in handed[:most]:
+            stream.written(text)
+            assert stream.next == end, "by no more than what was written"
+        del handed[:most]
 
     for step, *arguments in steps + [("data", first, 7, 0) for first in range(0, last, 7)]:
         if step == "data":
@@ -908,13 +918,7 @@ def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_
             assert texts[index] in shown or texts[index] not in direct
             show_all()
         elif step == "write":
-            count = min(arguments[0], len(direct) - written)
-            stream.written(count)
-            written += count
-            if written < len(direct):
-                assert stream.next <= starts[texts.index(direct[written])]
-            if written:
-                assert stream.next > starts[texts.index(direct[written - 1])]
+            write(arguments[0])
             assert stream.next in starts + [last + 1], "never inside a text"
         else:
             stream.drop_early()
@@ -922,7 +926,7 @@ def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_
     for first in range(1, last + 1, 10):
         bring(first, 10)
         show_all()
-    stream.written(len(direct) - written)
+    write(len(handed))
     assert sorted(shown) == sorted(texts)
     assert direct == [text for text in texts if text in set(direct)]
     assert stream.next == last + 1 and stream.buffered == 0
@@ -939,6 +943,36 @@ def test_next_moves_by_what_is_written_and_only_over_whole_texts() -> None:
     for next_ in (3, 6, 7):
         stream.written(1)
         assert stream.next == next_
+
+
+def test_what_another_route_shows_passes_by_itself_and_not_with_the_texts_before_it() -> None:
+    stream = ReceiveStream(1)
+    stream.on_data(1, labels(1, 2))
+    assert take(stream) == labels(1, 2)
+    assert stream.show(3, 2)
+    assert take(stream) == []
+    stream.written(2)
+    assert stream.next == 3, "the other route has not written it"
+    stream.written(0)
+    assert stream.next == 5 and stream.is_idle
+
+
+def test_a_stream_that_was_forgotten_and_remembered_shows_nothing_again() -> None:
+    stream = ReceiveStream(1)
+    stream.on_data(1, labels(1, 3))
+    take(stream)
+    stream.written(3)
+    stream.advance(5)
+    assert stream.show(8, 1)
+    take(stream)
+    stream.written(0)
+    stream.on_data(5, labels(5, 1))
+    again = ReceiveStream(1, 9)
+    again.recall(stream.remember())
+    assert again.ack()["next"] == 5
+    again.on_data(1, labels(1, 9))
+    assert take(again) == labels(5, 3) + labels(9, 1)
+    assert not again.show(2, 1) and again.show(4, 1), "4 was passed: it may come late, once"
 
 
 def test_an_ack_names_what_came_early_lowest_first_and_in_32_ranges_at_most() -> None:

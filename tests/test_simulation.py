@@ -392,6 +392,32 @@ def test_a_message_that_was_saved_survives_a_crash_at_any_step_and_is_shown_once
     assert ends(bob, "hello") == 1 and count(alice, "[Messages received by the server and saved]") == 1
 
 
+def test_mail_of_many_processes_is_shown_once_though_the_server_dies_while_its_reader_pauses() -> None:
+    world, (bob,) = start("bob")
+    bob.type("dereg bob")
+    world.run(1)
+    for number in range(30):
+        alice = world.client("alice")
+        alice.type(f"send bob m{number} " + "x" * 9000)
+        alice.end_input()
+        world.run(2)
+        assert alice.exit_code == 0
+    bob.screen.set_rate(0)
+    bob.type("reg bob")
+    world.run(3)
+    for _ in range(3):
+        assert world.server is not None
+        world.server.crash()
+        mailbox = world.start_server().server.registry.mailbox
+        world.run(20)
+    assert mailbox.known["bob"].messages == 30, "none of them was acked"
+    bob.screen.set_rate(float("inf"))
+    world.run(5)
+    shown = [line.split(" ")[-2] for line in bob.lines if line.startswith("alice: ")]
+    assert shown == [f"m{number}" for number in range(30)]
+    assert mailbox.known["bob"].messages == 0
+
+
 @pytest.mark.parametrize("steps", range(8))
 def test_mail_survives_crashes_of_its_recipient_and_of_the_server_while_it_is_delivered(steps: int) -> None:
     world, (alice, bob) = start("alice", "bob")

@@ -985,6 +985,60 @@ def test_a_client_remembers_few_streams_of_each_sender_and_not_every_sender_ther
     assert len(inbox.acks()) == 40 and inbox.buffered == 0
 
 
+def letter(stream: int, text: str, number: int = 1) -> List[Any]:
+    return ["alice", stream, number, 1e9, [text], []]
+
+
+def texts_of(inbox: Inbox, mail: int, *letters: List[Any], first: int = 1, base: int = 1) -> List[str]:
+    """What is shown, and written, of a mail."""
+    inbox.on_mail(1.0, {"to": "bob", "stream": mail, "n": first, "base": base, "items": list(letters)})
+    shown: List[str] = []
+    for delivery in inbox.take(1.0, lambda: True):
+        shown += delivery.texts
+        delivery.written(len(delivery.texts))
+    return shown
+
+
+def test_mail_of_more_streams_than_a_sender_has_room_for_is_shown_once_however_often_it_comes() -> None:
+    inbox = Inbox()
+    letters = [letter(stream, str(stream)) for stream in range(1, 101)]
+    assert texts_of(inbox, 7, *letters) == [str(stream) for stream in range(1, 101)]
+    assert len(inbox._streams["alice"]) <= protocol.STREAMS_PER_SENDER
+    assert texts_of(inbox, 8, *letters) == []
+    assert inbox.acks()[-1][0]["next"] == 101
+    assert texts_of(inbox, 9, letters[0], letter(1, "more", 2)) == ["more"]
+
+
+def test_a_crowd_does_not_make_a_client_forget_what_the_mail_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SENDERS_REMEMBERED", 20)
+    inbox = Inbox()
+    assert texts_of(inbox, 7, letter(1, "once")) == ["once"]
+    for _ in crowd(inbox, 60, 2, 1, early=False):
+        pass
+    assert "alice" not in inbox._streams
+    assert "once" not in texts_of(inbox, 8, letter(1, "once"))
+
+
+def test_how_many_streams_of_the_mail_are_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAILED_STREAMS", 50)
+    inbox = Inbox()
+    letters = [letter(stream, str(stream)) for stream in range(1, 101)]
+    texts_of(inbox, 7, *letters)
+    assert len(inbox._mailed) == 50
+    assert texts_of(inbox, 8, *letters[50:]) == [], "those that came last"
+
+
+def test_streams_whose_texts_wait_to_be_written_are_not_forgotten() -> None:
+    inbox = Inbox()
+    for _ in crowd(inbox, 1, 30, 1, early=False, texts=1):
+        deliveries = list(inbox.take(1.0, lambda: True))
+        assert len(deliveries) == 1
+    acks = inbox.acks()
+    assert len(acks) == 30 and all(ack["next"] == 1 for ack, _ in acks)
+    for _ in crowd(inbox, 1, 30, 1, early=False, texts=1):
+        assert not list(inbox.take(1.0, lambda: True)), "each once"
+
+
 # --- whose nick it is -----------------------------------------------------------------------------------------
 
 def anonymous(world: World, nick: str) -> Life:
