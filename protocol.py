@@ -1076,7 +1076,8 @@ class ReceiveStream:
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
 SERVER_ATTEMPTS = 5       # times the server is asked before it counts as silent
 SERVER_INTERVAL = 0.5     # s between them
-STALL_TIMEOUT = 30.0      # s without progress, whatever the acks say: so that a script always ends
+STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
+STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
 RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 TIMES_KEPT = 8192         # runs of sending times; more sends than a client queues
@@ -1116,7 +1117,8 @@ class Conversation:
         DIRECT --no progress for 30 s--> RELAY --a minute, or a new address--> DIRECT
 
     Each closing event (RECEIVED, SAVED, REFUSED) counts whole messages; the others come before it, each at
-    most once for a message. ``stuck`` tells that nothing moves: the server is silent, or has no room.
+    most once for a message. ``stuck`` tells that nothing moves: the server is silent, or has no room, or a minute
+    has brought nothing on any route.
     """
 
     def __init__(self, me: str, peer: str, stream: int, mtu: int = MAX_DATAGRAM,
@@ -1135,7 +1137,8 @@ class Conversation:
         self._last_try = False                      # DIRECT is the retry after EXISTS
         self._relay_until = -NEVER
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
-        self._moved = NEVER                         # when the stream last made progress
+        self._progressed = NEVER                    # when the stream last made progress, or began
+        self._moved = NEVER                         # the same, or when it changed its route
         self._announced_silent = False
         self._said: Dict[str, int] = {}             # up to which number an event was told
         self._times: Tuple[List[int], List[float]] = ([], [])    # from which number on, which sending time
@@ -1199,6 +1202,7 @@ class Conversation:
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
         if self.stream.end == self.stream.base:
+            self._moved = self._progressed = now
             self._pick_route(now)
         self._note_time(at)
         if len(max(texts, key=len)) * 4 <= MAX_PIECE:
@@ -1251,7 +1255,7 @@ class Conversation:
         self._silent_since = NEVER
         if self._announced_silent:
             self._announced_silent = self.stuck = False
-            self._moved = now
+            self._moved = self._progressed = now
             self.stream.longest = SERVER_INTERVAL
             self.stream.resume()
 
@@ -1299,7 +1303,8 @@ class Conversation:
             return NEVER
         return min(self.stream.timer, self.stream.ask,
                    NEVER if self._announced_silent else self._silent_since + self._patience(),
-                   NEVER if self.stuck else self._moved + STALL_TIMEOUT,
+                   NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
+                   NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
                    self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
 
     def _patience(self) -> float:
@@ -1321,6 +1326,8 @@ class Conversation:
         """Decides whether silence has lasted long enough to change the route, or to call the messages stuck."""
         silent = now >= self._silent_since + self._patience()
         stalled = now >= self._moved + STALL_TIMEOUT
+        if now >= self._progressed + STUCK_TIMEOUT:
+            self.stuck = True
         if self.route == DIRECT:
             if silent:
                 self._give_up_direct(now)
@@ -1363,6 +1370,8 @@ class Conversation:
 
     def _go(self, now: float, route: str, address: Optional[Address] = None) -> None:
         self._last_try = False
+        if not route == self.route == DIRECT:
+            self._moved = now       # who only moves does not put off the server
         if route != self.route or address != self._address:
             self.route, self._address = route, address
             if address is not None:
@@ -1372,8 +1381,8 @@ class Conversation:
             self.stream.resume()        # the silence is forgotten, so the server is asked at once
         self.stream.longest = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
         self._silent_since = NEVER
-        self._announced_silent = self.stuck = False
-        self._moved = now
+        self._announced_silent = False
+        self.stuck = now >= self._progressed + STUCK_TIMEOUT
 
     def _held_sizes(self, items: List[Any]) -> List[int]:
         return self._sizes(items, self.stream.base, self.stream.continued)
@@ -1395,7 +1404,7 @@ class Conversation:
     def _close(self, now: float, event: Event) -> None:
         self.events.append(event)
         self.stuck = False
-        self._moved = now
+        self._moved = self._progressed = now
 
 
 # --- what goes out --------------------------------------------------------------------------------------------

@@ -1755,7 +1755,7 @@ class Client:
             self._outbox.on_nack(self.loop.now(), info, address)
 
     def _on_probe(self, info: Info, trusted: bool) -> None:
-        if info["to"] == self.nick and self.state == ACTIVE and self._session is not None:
+        if info["to"] == self.nick and self.state in (ACTIVE, LEAVING) and self._session is not None:
             answer: Info = {"id": info["id"], "nick": self.nick}
             if trusted:
                 answer["session"] = self._session

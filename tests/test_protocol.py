@@ -1430,6 +1430,27 @@ def test_a_server_that_answers_but_takes_nothing_for_30_s_leaves_the_messages_st
     assert not world.conversation.stuck and world.events() == [Event(protocol.SAVED, 1)]
 
 
+@pytest.mark.parametrize("seconds", [3, 20, 29, 45])
+def test_a_recipient_that_moves_again_and_again_but_takes_nothing_holds_nobody_up(seconds: int) -> None:
+    world, stuck, relayed = World(), protocol.NEVER, protocol.NEVER
+    world.send("hello")
+    for second in range(1, 200):
+        for _ in range(4):
+            world.run(0.25)
+            world.ack(1, protocol.DIRECT if world.conversation.route == protocol.DIRECT else protocol.SAVE, room=0)
+        if world.conversation.route == protocol.RELAY:
+            relayed = min(relayed, second)
+        if second % seconds == 0:
+            world.conversation.locate(world.now, Place(True, ("127.0.0.1", 1000 + second)))
+        if world.conversation.stuck:
+            stuck = min(stuck, second)
+        assert world.conversation.stuck == (stuck < protocol.NEVER), "it stays so, whichever way is tried"
+    assert 30 <= relayed <= 32 and stuck <= 62
+    assert world.events() == [Event(protocol.NO_ACK, 1)] and world.conversation.texts() == ["hello"]
+    world.ack(2, protocol.DIRECT)
+    assert not world.conversation.stuck and world.events() == [Event(protocol.RECEIVED, 1)]
+
+
 def test_progress_starts_the_30_s_anew() -> None:
     world = World()
     world.send(*map(str, range(10)))

@@ -474,6 +474,16 @@ def test_a_client_that_moved_is_found_again() -> None:
     assert count(bob, "alice: again") == 1
 
 
+@pytest.mark.parametrize("command", ["dereg bob", "quit"])
+def test_a_client_can_leave_from_an_address_to_which_it_has_just_moved(command: str) -> None:
+    world, (bob,) = start("bob")
+    bob.move(world.new_address("10.0.2.1"))
+    bob.type(command)
+    world.run(2)
+    assert bob.lines[-1] == "[You are Offline. Bye.]" and bob.exit_code == (0 if command == "quit" else None)
+    assert world.server is not None and not world.server.server.registry.sessions
+
+
 def test_a_second_client_with_the_same_nick_is_refused_while_the_first_runs() -> None:
     world, (alice, bob) = start("alice", "bob")
     other = world.client("alice")
