@@ -60,6 +60,7 @@ MAX_NUMBER = 2 ** 63 - 1  # ids, versions and stream numbers; SQLite's integers 
 MAX_ITEMS = 1024          # elements of one array on the wire: bounds what a hostile header can allocate
 MAX_FIELDS = 32           # keys of one map on the wire
 MAX_PIECE = 768           # bytes of UTF-8 in one number
+PIECE_MEMORY = 4 * MAX_PIECE    # bytes that they may take here: a text is kept as wide as its widest character
 MAX_TEXT = 65536          # bytes of UTF-8 in one message
 MAX_TEXT_PIECES = -(-MAX_TEXT // (MAX_PIECE - 3))  # numbers; a cut can cost 3 bytes, it never splits a character
 MAX_NICK = 32             # characters
@@ -1634,7 +1635,7 @@ HOLD_TIME = 5.0           # s that a stream waits for the server to say whether 
 STREAMS_PER_SENDER = 8    # remembered, of each peer; the longest silent goes first
 SENDERS_REMEMBERED = 10_000     # whose streams those are; the longest silent goes first
 MAILED_STREAMS = 65_536         # of which mail came last: remembered besides, in about 20 MB
-INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting every number as the longest
+INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting ``PIECE_MEMORY`` for every number
 
 
 class Delivery(NamedTuple):
@@ -1770,7 +1771,7 @@ class Inbox:
         self._count(incoming)
         if incoming.stream.ready_to_take and incoming is not self._mail:
             self._readable[incoming] = None
-        while self.buffered * MAX_PIECE > INBOX_LIMIT:
+        while self.buffered * PIECE_MEMORY > INBOX_LIMIT:
             self._give_back(next(iter(self._buffering)))
 
     def _give_back(self, incoming: Incoming) -> None:
@@ -1793,7 +1794,7 @@ class Inbox:
         if not self._unacked:
             return []
         unacked, self._unacked = self._unacked, {}
-        more = self.buffered * MAX_PIECE < INBOX_LIMIT
+        more = self.buffered * PIECE_MEMORY < INBOX_LIMIT
         return [(incoming.stream.ack(more), incoming.address) for incoming in unacked
                 if incoming.address is not None or incoming is self._mail]      # nobody waits for another ack
 

@@ -518,11 +518,11 @@ STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at 
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
 NOTICE_SLICE = 10         # datagrams in each: 500 a second
 MAIL_AHEAD = 4096         # numbers of one client's mail in memory
-MAIL_TOTAL = 65536        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
+MAIL_TOTAL = 16384        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
 MAIL_STEP = 64            # numbers: these
 MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
-MAX_SAVED_EARLY = 65536   # numbers that came early, in all of them together: 48 MiB of text at most
+MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
 DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
 STORE_CALM = 1.0          # s without a failure after which the store counts as good again
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
@@ -1115,7 +1115,7 @@ class Server:
         if not committed:
             self._store_failures += 1
             if self._disk_failed == NEVER:
-                log.error("the store cannot be written: no mail is kept")
+                log.error("the store cannot be written: no mail is kept, no owner of a new nick is remembered")
             self._disk_failed = now
         elif now >= self._disk_failed + STORE_CALM:
             log.warning("the store can be written again")
@@ -1722,7 +1722,7 @@ class Client:
         if self.state == ENDED:
             return
         messages = self.decoder.decode(datagram)
-        if address != self.server:
+        if address != self.server and not self._is_found_at(address, messages):
             self._allowance = len(datagram)
             for tag, info in messages:
                 self._receive_from_peer(tag, info, address)
@@ -1743,6 +1743,17 @@ class Client:
                 self._on_probe(info, trusted)
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
+
+    def _is_found_at(self, address: Address, messages: Sequence[Tuple[str, Info]]) -> bool:
+        """Whether the server answers a registration from another of its addresses: from now on it is asked there.
+
+        A server that listens on all of them cannot choose. Only who got the request knows its id.
+        """
+        if self._request.is_running and any(tag == "cookie" and info["id"] == self._reg_id for tag, info in messages):
+            log.info("the server answers from %s", show_address(address))
+            self.server = address
+            return True
+        return False
 
     def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
         if self.state not in (ACTIVE, LEAVING):

@@ -315,6 +315,16 @@ def test_on_a_pipe_the_server_says_one_line(chat: Chat) -> None:
     assert bytes(server.out.data) == f"[Server listening on 127.0.0.1:{chat.port}]\n".encode()
 
 
+def test_server_on_all_addresses_is_reached_at_each_of_them(chat: Chat) -> None:
+    chat.server(host="0.0.0.0")
+    alice = chat.client("alice", host="0.0.0.0")        # it answers from 127.0.0.1
+    bob = chat.client("bob")
+    alice.wait_for("bob")
+    alice.feed("send bob hello\n")
+    bob.see("alice: hello")
+    assert alice.finish() == bob.finish() == 0
+
+
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
     """A signal at any moment from when the arguments are looked at; before, Python itself is what starts."""
     script = ("import signal, sys, udpchat\n"

@@ -287,6 +287,18 @@ def test_what_a_stranger_says_in_the_name_of_the_server_changes_nothing(name: st
     assert bob.lines[lines:] == ["alice: hello"] and alice.lines[-1] == received("bob")
 
 
+def test_a_stranger_cannot_pass_for_another_address_of_the_server() -> None:
+    world = World(1)
+    alice = world.client("alice")
+    world.run(0.2)
+    for guess in (True, False):
+        datagram = forgery(Random(7), "cookie", "alice", guess)
+        forge(world, STRANGER, datagram, alice)
+    world.start_server()
+    world.run(1)
+    assert alice.client.server == SERVER and alice.client.state == ACTIVE
+
+
 def test_a_forged_pong_makes_a_ping_and_a_forged_probe_an_answer_to_the_real_server() -> None:
     world, (alice, _) = start("alice", "bob")
     tap = Tap(world)
@@ -926,7 +938,7 @@ def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool,
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.MAX_PIECE)
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
     inbox = Inbox()
     assert max(crowd(inbox, 10, 8, 40, early)) <= 1000
     held = sum(incoming.stream.buffered for streams in inbox._streams.values() for incoming in streams.values())
@@ -935,7 +947,7 @@ def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkey
 
 @pytest.mark.parametrize("early", [False, True])
 def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 300 * protocol.MAX_PIECE)
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 300 * protocol.PIECE_MEMORY)
     inbox = Inbox()
     for sender in range(100):
         inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": 1, "base": 1, "n": 1 + early,
@@ -944,7 +956,7 @@ def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkey
 
 
 def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.MAX_PIECE)
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
     inbox, shown = Inbox(), []
     for number, _ in enumerate(crowd(inbox, 10, 8, 40, early=True)):
         if number % 10 == 0:
@@ -957,7 +969,7 @@ def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monke
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 40 * protocol.MAX_PIECE)
+    monkeypatch.setattr(protocol, "INBOX_LIMIT", 40 * protocol.PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
     bob = lives[1]
     bob.screen.set_rate(0)
