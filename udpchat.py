@@ -1473,6 +1473,16 @@ class Client:
             self._server_id, self._cookie = info["server"], info["cookie"]
             self._emit_reg()
 
+    def _on_cookie_from(self, info: Info, address: Address) -> None:
+        """The server may answer from another of its addresses, and is asked there from now on.
+
+        One that listens on all of them cannot choose. Only who got the request knows its id.
+        """
+        if info["id"] == self._reg_id and self._request.is_running:
+            log.info("the server answers from %s", show_address(address))
+            self.server = address
+            self._on_cookie(info)
+
     def _on_welcome(self, info: Info) -> None:
         if info["id"] != self._reg_id or not self._request.is_running or info["nick"] != self.nick:
             return
@@ -1722,7 +1732,7 @@ class Client:
         if self.state == ENDED:
             return
         messages = self.decoder.decode(datagram)
-        if address != self.server and not self._is_found_at(address, messages):
+        if address != self.server:
             self._allowance = len(datagram)
             for tag, info in messages:
                 self._receive_from_peer(tag, info, address)
@@ -1744,21 +1754,12 @@ class Client:
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
 
-    def _is_found_at(self, address: Address, messages: Sequence[Tuple[str, Info]]) -> bool:
-        """Whether the server answers a registration from another of its addresses: from now on it is asked there.
-
-        A server that listens on all of them cannot choose. Only who got the request knows its id.
-        """
-        if self._request.is_running and any(tag == "cookie" and info["id"] == self._reg_id for tag, info in messages):
-            log.info("the server answers from %s", show_address(address))
-            self.server = address
-            return True
-        return False
-
     def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
-        if self.state not in (ACTIVE, LEAVING):
-            return
-        if tag == "chat":
+        if tag == "cookie":
+            self._on_cookie_from(info, address)
+        elif self.state not in (ACTIVE, LEAVING):
+            pass
+        elif tag == "chat":
             self._on_chat(info, address)
         elif tag == "ack":
             self._outbox.on_ack(self.loop.now(), info, address)
