@@ -131,10 +131,6 @@ class Style:
         """``text`` less bright than others."""
         return self._styled("2", text, "22")
 
-    def bold(self, text: str) -> str:
-        """``text`` bolder than others."""
-        return self._styled("1", text, "22")
-
 
 # --- keys -----------------------------------------------------------------------------------------------------
 
@@ -164,10 +160,10 @@ for _modifier in "3", "5", "7":  # Alt, Ctrl, both
     SEQUENCES[f"[1;{_modifier}D"] = "word-left"
     SEQUENCES[f"[1;{_modifier}C"] = "word-right"
 
-_CONTROL = "\x00-\x1f\x7f-\x9f"
-_PRINTABLE = f"[^{_CONTROL}]+"
+_C0_DEL_C1 = "\x00-\x1f\x7f-\x9f"
+_PRINTABLE = f"[^{_C0_DEL_C1}]+"
 _PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"    # "[[": Linux's F1 to F5
-_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\x7f])"      # control, or Alt and a key
+_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_C0_DEL_C1}\[O]|[\x08\x7f])"      # control, or Alt and a key
 _BEGINNING = rf"{_PARAMETERS}|\x1b"
 
 
@@ -251,9 +247,6 @@ def _overlap(text: str, mark: str, start: int) -> int:
 
 # --- history --------------------------------------------------------------------------------------------------
 
-_CONTROLS = f"[{_CONTROL}]+"
-
-
 class History:
     """The lines that were entered, in memory and (if there is a ``path``) in a file, oldest first.
 
@@ -301,7 +294,7 @@ class History:
         """
         count = len(self._lines)
         for line in lines:
-            kept = re.sub(_CONTROLS, "", line.replace("\t", " "))
+            kept = re.sub(f"[{_C0_DEL_C1}]+", "", line.replace("\t", " "))
             if kept.strip() and len(kept) <= HISTORY_LINE_LIMIT and self._lines[-1:] != [kept]:
                 self._lines.append(kept)
         added = self._lines[count:][-HISTORY_LINES:]
@@ -375,7 +368,7 @@ def _valid_lines(rows: Iterable[bytes]) -> Iterable[str]:
             line = row.decode()
         except UnicodeDecodeError:
             continue
-        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(_CONTROLS, line):
+        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_C0_DEL_C1}]", line):
             yield line
 
 
@@ -1234,9 +1227,9 @@ def command_of(line: str) -> Command:
 # --- what is said ---------------------------------------------------------------------------------------------
 
 # what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
-CONTROL = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
-NEWS, GOOD, BAD = "news", "good", "bad"     # what an event is to its reader
+NEWS, BAD = "news", "bad"       # what an event is to its reader
 
 
 class Saying(NamedTuple):
@@ -1252,8 +1245,8 @@ SAYINGS: Dict[str, Saying] = {
     "registered": Saying("[Welcome, You are registered.]", NEWS, "registered"),
     "table": Saying("[Client table updated.]", NEWS, "table"),
     "mail": Saying("[You have messages]", NEWS, "mail"),
-    "received": Saying("[Message received by {to}.]", GOOD, "received"),
-    "saved": Saying("[Messages received by the server and saved]", GOOD, "saved"),
+    "received": Saying("[Message received by {to}.]", NEWS, "received"),
+    "saved": Saying("[Messages received by the server and saved]", NEWS, "saved"),
     "no-ack": Saying("[No ACK from {to}, message sent to server.]", NEWS, "no-ack"),
     "offline": Saying("[{to} is offline, message sent to server.]", NEWS, "offline"),
     "exists": Saying("[Client {to} exists!!]", NEWS, "exists"),
@@ -1267,7 +1260,7 @@ SAYINGS: Dict[str, Saying] = {
     "more-undelivered": Saying("[{count} messages not delivered.]", BAD, "undelivered"),
     "left": Saying("[You are Offline. Bye.]", NEWS, "left"),
     "silent": Saying("[Server not responding]", BAD, "server-silent"),
-    "back": Saying("[Server is responding again]", GOOD, "server-back"),
+    "back": Saying("[Server is responding again]", NEWS, "server-back"),
     "exiting": Saying("[Exiting]", NEWS, "exiting"),
     "server-full": Saying("[The server is full.]", BAD, "refused", "full"),
     "taken": Saying("[Nickname {nick} is taken.]", BAD, "refused", "taken"),
@@ -1291,7 +1284,7 @@ def clean(text: str) -> str:
     """``text`` with every control character as its escape: fit for one line of a terminal."""
     if text.isprintable():
         return text
-    return re.sub(CONTROL, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1315,7 +1308,7 @@ def rfc3339(at: float) -> str:
 def as_json(value: Dict[str, Any]) -> str:
     """One line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
     import json
-    return re.sub(CONTROL, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
+    return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
 
 
 class Lines:
@@ -1454,8 +1447,10 @@ class Board(Prompt):
 
     asks = False
 
-    def __init__(self, terminal: Terminal, style: Style) -> None:
+    def __init__(self, output: Output, terminal: Terminal, style: Style) -> None:
         super().__init__()
+        self._output = output
+        self._terminal = terminal
         self._screen = Screen(*terminal.size(), style)
 
     def erase(self) -> bytes:
@@ -1466,6 +1461,14 @@ class Board(Prompt):
         """Shows the notices, if there are any."""
         return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
 
+    def resize(self) -> None:
+        """The window has another size now."""
+        self._output.write(self._screen.resize(*self._terminal.size()))
+
+    def resume(self) -> None:
+        """Continued: whoever had the terminal meanwhile has left the cursor below what was shown."""
+        self._output.write(self._screen.begin_anew())
+
 
 class Desk(Board):
     """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
@@ -1474,9 +1477,7 @@ class Desk(Board):
 
     def __init__(self, output: Output, terminal: Terminal, style: Style, history: History,
                  complete: Complete) -> None:
-        super().__init__(terminal, style)
-        self._output = output
-        self._terminal = terminal
+        super().__init__(output, terminal, style)
         self._editor = Editor(history, complete)
         self._is_ours = False       # the terminal
 
@@ -1516,17 +1517,13 @@ class Desk(Board):
             else:
                 yield action
 
-    def resize(self) -> None:
-        """The window has another size now."""
-        self._output.write(self._screen.resize(*self._terminal.size()))
-
     def suspend(self) -> None:
         """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
         self.close()
-        handlers = [(number_, signal.signal(number_, signal.SIG_DFL)) for number_ in (signal.SIGTSTP, signal.SIGCONT)]
+        handlers = [(number, signal.signal(number, signal.SIG_DFL)) for number in (signal.SIGTSTP, signal.SIGCONT)]
         os.kill(0, signal.SIGTSTP)
-        for number_, handler in handlers:
-            signal.signal(number_, handler)
+        for number, handler in handlers:
+            signal.signal(number, handler)
         self.resume()
 
     def resume(self) -> None:

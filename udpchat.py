@@ -45,14 +45,14 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import protocol
-from protocol import (Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed, encode,
-                      mail_runs, mail_sizes, padded, since_of, table_map)
+from protocol import (NEVER, Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed,
+                      encode, mail_runs, mail_sizes, padded, since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
                       REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
 from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
                       Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
-                      clean, read_some, wants_color)
+                      clean, read_some, rfc3339, wants_color)
 gc.freeze()
 gc.enable()
 
@@ -61,7 +61,6 @@ VERSION = "1.0.0"
 
 # --- the loop -------------------------------------------------------------------------------------------------
 
-NEVER = float("inf")
 LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
 WAITED = 0.00002          # s; a selector that returns sooner had something to return at once
 MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
@@ -326,11 +325,9 @@ def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) 
 
 
 def json_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
-    """A record of the log for programs, its time as in RFC 3339."""
+    """A record of the log for programs."""
     import json
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
-    return json.dumps({"time": f"{stamp}.{int(at % 1 * 1000):03d}Z", "level": LEVELS[level], "message": message,
-                       **counters})
+    return json.dumps({"time": rfc3339(at), "level": LEVELS[level], "message": message, **counters})
 
 
 class LogFile:
@@ -1348,6 +1345,7 @@ class Client:
         self.nick = nick
         self.server = server
         self.exit_code: Optional[int] = None
+        self.hungry = False                     # whether stdin is to be read, as of the end of the last turn
         self.decoder = Decoder()
         self.state = JOINING
         self.table = Table()
@@ -1840,12 +1838,6 @@ class Client:
 
     # commands
 
-    @property
-    def hungry(self) -> bool:
-        """Whether stdin is to be read."""
-        return (not (self._input.waiting or self._input.ended or self._ending or self._quit)
-                and self._may_command() and self._has_room() and not self._outbox.is_full)
-
     def _has_room(self) -> bool:
         return self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
@@ -2065,17 +2057,14 @@ class Client:
             moved = True
         if self.errors.pending:
             self.errors.flush()
-        if moved or self._has_more_to_do():
+        able = (not (self._quit or self._ending or self._outbox.is_full) and self._may_command() and self._has_room())
+        self.hungry = able and not (self._input.waiting or self._input.ended)
+        # what this turn's limits left undone, and nothing else will bring back to mind
+        if (moved or able and self._input.waiting and not self.errors.pending
+                or self._inbox.is_ready and self._has_output_room()):   # if not, the output will become writable
             self._next_turn.set(self.loop.now())
         if self.state == ENDED and not self.output.pending + self.errors.pending:
             self.exit_code = self._result
-
-    def _has_more_to_do(self) -> bool:
-        """Whether this turn's limits left something undone that nothing else will bring back to mind."""
-        if self._inbox.is_ready and self._has_output_room():    # if not, the output will become writable
-            return True
-        return (bool(self._input.waiting) and self._has_room() and not self._quit and not self._ending
-                and self._may_command() and not self._outbox.is_full and not self.errors.pending)
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -2341,8 +2330,8 @@ class Parser(argparse.ArgumentParser):
         raise Usage(message)
 
 
-def number(low: int, high: int, what: str) -> Callable[[str], int]:
-    """An argument type: an integer in [low, high]."""
+def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
+    """An argument type: a whole number in [low, high]."""
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
@@ -2388,20 +2377,20 @@ def build_parser(mode: str = "") -> Parser:
 
 def add_server_options(server: Parser) -> None:
     """The arguments of ``udpchat server``."""
-    server.add_argument("port", nargs="?", type=number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
+    server.add_argument("port", nargs="?", type=whole_number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
                         help="default: %(default)s; 0: any")
     server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
     server.add_argument("--store", metavar="PATH", help="SQLite file (default: in the user's state directory);"
                         " :memory: keeps nothing")
-    server.add_argument("--max-clients", type=number(1, 10 ** 6, "a number"), default=MAX_CLIENTS, metavar="N",
+    server.add_argument("--max-clients", type=whole_number(1, 10 ** 6, "a number"), default=MAX_CLIENTS, metavar="N",
                         help="default: %(default)s")
-    server.add_argument("--mailbox-limit", type=number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT, metavar="N",
-                        help="messages that wait for one recipient (default: %(default)s)")
-    server.add_argument("--max-nicks", type=number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
+    server.add_argument("--mailbox-limit", type=whole_number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT,
+                        metavar="N", help="messages that wait for one recipient (default: %(default)s)")
+    server.add_argument("--max-nicks", type=whole_number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
                         help="known nicks; the longest offline without mail goes first (default: %(default)s)")
-    server.add_argument("--stranger-replies", type=number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
+    server.add_argument("--stranger-replies", type=whole_number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
                         metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
-    server.add_argument("--nick-lapse", type=number(0, 10 ** 5, "a number of days"), metavar="DAYS",
+    server.add_argument("--nick-lapse", type=whole_number(0, 10 ** 5, "a number of days"), metavar="DAYS",
                         default=int(NICK_LAPSE),
                         help="offline after which a nick is free again (default: %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
@@ -2413,15 +2402,16 @@ def add_client_options(client: Parser) -> None:
     client.add_argument("nick", nargs="?", metavar="NICK", help="default: UDPCHAT_NICK, or the login name")
     client.add_argument("server_host", nargs="?", metavar="SERVER-HOST",
                         help="default: UDPCHAT_SERVER (HOST[:PORT]), or 127.0.0.1")
-    client.add_argument("server_port", nargs="?", type=number(1, 65535, "a port"), metavar="SERVER-PORT",
+    client.add_argument("server_port", nargs="?", type=whole_number(1, 65535, "a port"), metavar="SERVER-PORT",
                         help=f"default: {DEFAULT_PORT}")
-    client.add_argument("client_port", nargs="?", type=number(0, 65535, "a port"), default=0, metavar="CLIENT-PORT",
-                        help="default: %(default)s, any")
+    client.add_argument("client_port", nargs="?", type=whole_number(0, 65535, "a port"), default=0,
+                        metavar="CLIENT-PORT", help="default: %(default)s, any")
     client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
     client.add_argument("--time", action="store_true", default=None,
                         help="show the time of day before each line (default: on a terminal)")
     client.add_argument("--no-time", action="store_false", dest="time", help="do not")
     client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
+    client.set_defaults(server=None, timeout=None)
     add_chat_options(client)
 
 
@@ -2431,9 +2421,9 @@ def add_send_options(send: Parser) -> None:
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
     send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
     send.add_argument("--nick", metavar="NICK", help="one's own; default: UDPCHAT_NICK, or the login name")
-    send.add_argument("--timeout", type=number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
+    send.add_argument("--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
                       help="after which what is not closed counts as not delivered (default: none)")
-    send.set_defaults(client_port=0, stay=False, time=False, bell=False)
+    send.set_defaults(server_host=None, client_port=0, stay=False, time=False, bell=False)
     add_chat_options(send)
 
 
@@ -2443,10 +2433,10 @@ def add_chat_options(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show messages only, no status lines")
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
                         help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
-    parser.add_argument("--ack-timeout", type=number(1, 60000, "a number of milliseconds"), metavar="MS",
+    parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(protocol.ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
-    parser.add_argument("--mtu", type=number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
+    parser.add_argument("--mtu", type=whole_number(protocol.MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
                         default=protocol.MAX_DATAGRAM, help="largest datagram to send (default: %(default)s)")
     parser.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
@@ -2534,8 +2524,8 @@ def run_server(options: argparse.Namespace) -> int:
         log.count("summary", {"uptime": int(time.monotonic() - began), **server.counters(), **port.counters()})
 
     port.receive, loop.settle = server.receive, settle
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        loop.on_signal(number_, loop.stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.on_signal(number, loop.stop)
     loop.on_signal(signal.SIGUSR1, summarize)
     loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
@@ -2649,11 +2639,11 @@ def own_nick(given: Optional[str]) -> str:
         raise Usage(str(error)) from None
 
 
-def server_of(host: Optional[str], port: Optional[int]) -> Tuple[str, int]:
+def server_of(options: argparse.Namespace) -> Tuple[str, int]:
     """Where the server is: as given, or as UDPCHAT_SERVER says (HOST[:PORT]), or here; raises Usage."""
-    if host is not None:
-        return host, port if port is not None else DEFAULT_PORT
-    return server_argument(os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
+    if options.server_host is not None:
+        return options.server_host, DEFAULT_PORT if options.server_port is None else options.server_port
+    return server_argument(options.server or os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
 
 
 def server_argument(text: str) -> Tuple[str, int]:
@@ -2663,7 +2653,7 @@ def server_argument(text: str) -> Tuple[str, int]:
         return text, DEFAULT_PORT       # an IPv6 address
     host, port = parts.group(1) or parts.group(3) or "", parts.group(2) if parts.group(1) else parts.group(4)
     try:
-        return host, number(1, 65535, "a port")(port) if port is not None else DEFAULT_PORT
+        return host, whole_number(1, 65535, "a port")(port) if port is not None else DEFAULT_PORT
     except argparse.ArgumentTypeError as error:
         raise Usage(str(error)) from None
 
@@ -2705,21 +2695,30 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
     return data.decode("utf-8", "replace").rstrip("\n")
 
 
+def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style,
+               complete: Callable[[str], Tuple[int, List[str]]]) -> Optional[Prompt]:
+    """What stands at the bottom of the terminal; None where there is none. ``is_terminal``: stdin is one, too."""
+    is_dumb = os.environ.get("TERM") == "dumb"
+    if options.mode == "send":
+        is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
+        return Board(output, Terminal(STDIN, STDOUT), style) if is_shown else None
+    if not is_terminal:
+        return None
+    if is_dumb:
+        return Prompt()
+    return Desk(output, Terminal(STDIN, STDOUT), style, History(os.path.join(state_home(), "history")), complete)
+
+
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Runs a client, or sends one message; gives the exit code."""
     nick = own_nick(options.nick)
-    sending = options.mode == "send"
-    family, server = resolve(*(server_argument(options.server) if sending and options.server
-                               else server_of(None if sending else options.server_host,
-                                              None if sending else options.server_port)))
-    end = NEVER
-    if sending:
-        end = time.monotonic() + (options.timeout if options.timeout is not None else NEVER)
-        try:
-            text = text_to_send(options, end)
-        except NoText as error:
-            complain(f"nothing was sent: {error}")
-            return EXIT_FAILED
+    family, server = resolve(*server_of(options))
+    end = time.monotonic() + (options.timeout or NEVER)
+    try:
+        text = text_to_send(options, end) if options.mode == "send" else ""
+    except NoText as error:
+        complain(f"nothing was sent: {error}")
+        return EXIT_FAILED
     secret = secret_of(options)
     loop = Loop()
     try:
@@ -2731,34 +2730,22 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = Style(wants_color(options.color, is_terminal, os.environ))
-    prompt: Optional[Prompt] = None
-    desk = None
-    is_dumb = os.environ.get("TERM") == "dumb"
-    if sending:
-        if writer.is_terminal and not (is_dumb or options.json or options.quiet):
-            prompt = Board(Terminal(STDIN, STDOUT), style)
-    elif is_terminal:
-        if is_dumb:
-            prompt = Prompt()
-        else:
-            prompt = desk = Desk(output, Terminal(STDIN, STDOUT), style,
-                                 History(os.path.join(state_home(), "history")), lambda before: client.complete(before))
-    client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000,
-                    not sending and options.stay, options.mtu, errors,
-                    lines_for(options, nick, loop, is_terminal, style), prompt)
+    prompt = prompt_for(options, is_terminal, output, style, lambda before: client.complete(before))
+    client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000, options.stay,
+                    options.mtu, errors, lines_for(options, nick, loop, is_terminal, style), prompt)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(client.show_log)
     port.receive = client.receive
-    console = Console(loop, client, reader, writer, error_writer, desk)
-    for number_ in ENDING_SIGNALS:
-        if signal.getsignal(number_) is not signal.SIG_IGN:
-            loop.on_signal(number_, client.interrupt)
-    if sending:
+    console = Console(loop, client, reader, writer, error_writer, prompt)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.on_signal(number, client.interrupt)
+    if options.mode == "send":
         for recipient in options.nicks:
             client.put(recipient, text)
         client.feed(b"")
-        if end < NEVER:
-            loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.time_is_over)
+    if end < NEVER:
+        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.time_is_over)
     try:
         console.start()
         client.start()
@@ -2813,13 +2800,14 @@ class Console:
     """Connects a client to the standard streams: each is watched only while something is wanted of it."""
 
     def __init__(self, loop: Loop, client: Client, reader: Reader, writer: Writer, errors: Writer,
-                 desk: Optional[Desk] = None) -> None:
+                 prompt: Optional[Prompt] = None) -> None:
         self._loop = loop
         self._client = client
         self._reader = reader
         self._writer = writer
         self._errors = errors
-        self._desk = desk
+        self._board = prompt if isinstance(prompt, Board) else None
+        self._desk = prompt if isinstance(prompt, Desk) else None
         self._progress = None
         if errors.is_terminal and not reader.is_terminal:
             outputs = [client.errors, client.output] if writer.is_terminal else [client.errors]
@@ -2832,10 +2820,11 @@ class Console:
         self._loop.settle = self._settle
         if self._writer.is_pipe and sys.platform == "linux":    # no event but the error when the last reader is gone
             self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
+        if self._board is not None:
+            self._loop.on_signal(signal.SIGWINCH, self._board.resize)
+            self._loop.on_signal(signal.SIGCONT, self._board.resume)
         if self._desk is not None:
-            self._loop.on_signal(signal.SIGWINCH, self._desk.resize)
             self._loop.on_signal(signal.SIGTSTP, self._desk.suspend)
-            self._loop.on_signal(signal.SIGCONT, self._desk.resume)
             self._desk.open()
 
     def close(self) -> None:

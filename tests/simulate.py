@@ -37,11 +37,11 @@ from unittest import mock
 import msgpack
 
 import protocol
-from protocol import Address, Inbox, Incoming, encode
+from protocol import NEVER, Address, Inbox, Incoming, encode
 from registry import Mailbox, Registry
 from terminal import SAYINGS, JsonLines, Output, clean
-from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, NEVER, Client, Server,
-                     Timer, TimerHeap, log)
+from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, Client, Server, Timer,
+                     TimerHeap, log)
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0

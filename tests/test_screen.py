@@ -943,6 +943,38 @@ def test_who_sends_one_message_sees_for_whom_it_waits(chat: Chat, open_window: O
     carl.ends()
 
 
+def test_what_a_send_waits_for_fits_into_the_window_when_that_gets_another_size(chat: Chat,
+                                                                                open_window: Open) -> None:
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    server = f"127.0.0.1:{chat.port}"
+    carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
+    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    carl.resize(20, 24)
+    carl.shows("[Waiting for bob: 1", CURSOR)
+    carl.resize(60, 24)
+    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    bob.signal(signal.SIGCONT)
+    carl.shows(received("bob"), CURSOR)
+    carl.ends()
+
+
+def test_what_a_send_waits_for_is_shown_again_when_it_goes_on_after_a_stop(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    server = f"127.0.0.1:{chat.port}"
+    carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
+    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    carl.process.signal(signal.SIGSTOP)
+    os.write(carl.process._stdin or 0, b"fg\r")          # echoed by the terminal, as what a shell would write
+    carl.shows("[Waiting for bob: 1 message.]", "fg", CURSOR)
+    carl.process.signal(signal.SIGCONT)
+    carl.shows("[Waiting for bob: 1 message.]", "fg", "[Waiting for bob: 1 message.]", CURSOR)
+    bob.signal(signal.SIGCONT)
+    carl.shows("[Waiting for bob: 1 message.]", "fg", received("bob"), CURSOR)
+    carl.ends()
+
+
 def test_a_short_wait_is_not_shown(chat: Chat, open_window: Open) -> None:
     bob = chat.client("bob")
     alice = open_window()
