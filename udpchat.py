@@ -1345,7 +1345,7 @@ class Client:
         self.nick = nick
         self.server = server
         self.exit_code: Optional[int] = None
-        self.hungry = False                     # whether stdin is to be read, as of the end of the last turn
+        self.hungry = False                     # whether stdin may be read now
         self.decoder = Decoder()
         self.state = JOINING
         self.table = Table()
@@ -2169,6 +2169,7 @@ class Client:
     def _end(self, why: str, limit: float = NEVER) -> None:
         """Begins the orderly end, which takes at most about ``limit`` seconds."""
         self._ending = why
+        self.hungry = False
         if why == "quit":
             self._input.clear()     # what stands behind ``quit`` is for nobody; else, it was meant to be done
         if limit < NEVER:
@@ -2264,6 +2265,7 @@ class Client:
         self._stop_asking()
         self._dereg.stop()
         self._outbox_alarm.cancel()
+        self.hungry = False
         self.state = ENDED
         self._result = code or int(self._failed or self._undelivered > 0)
 
@@ -2855,6 +2857,8 @@ class Console:
         self._wanted = wanted
 
     def _on_readable(self) -> None:
+        if self._desk is None and not self._client.hungry:
+            return      # this very turn has brought its end: what is not read is not lost
         data = self._reader.read()
         if data and self._desk is not None:
             self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first

@@ -611,6 +611,18 @@ def test_the_end_of_stdin_with_a_silent_server_ends_with_0_if_nothing_is_left() 
     assert alice.exit_code == 0 and count(alice, "[Message received by bob.]") == 1
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_lines_that_come_together_with_a_signal_are_not_read(signals: int) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    alice.stop_for(3)
+    for _ in range(signals):
+        alice.interrupt()
+    alice.type("send bob hello")
+    world.run(5)
+    assert not alice.alive and alice.fed == 0 and alice.exit_code == 0
+    assert ends(bob, "hello") == 0 and not alice.complaints
+
+
 def test_a_signal_ends_a_client_within_two_seconds_and_names_everything_that_was_read() -> None:
     world, (alice, bob) = start("alice", "bob")
     bob.type("dereg bob")
