@@ -14,7 +14,7 @@ How it works
 ``Table`` is the dictionary of clients. Every change gives one entry a new version, no two entries share one, and
 an entry remembers the version of its last change. So "what changed since version v" is one question with one kind
 of answer, whether v is the version before (a broadcast) or 0 (a snapshot). The server owns a table, every client
-mirrors it.
+has a ``Mirror`` of it.
 
 ``Mailbox`` is the store: who is known, who owns which nick, the messages that wait, and how far each stream was
 kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is deleted from the low end,
@@ -171,6 +171,70 @@ class Table:
                 self.entries[nick] = entry
             changed.append(nick)
         return changed
+
+
+class Mirror:
+    """A client's copy of the server's table.
+
+    A server that was restarted has another ``boot`` and numbers its table anew: that one grows beside the old one,
+    which stays in force until the new one is whole, and is then dropped with all that the new one does not name.
+    """
+
+    def __init__(self) -> None:
+        self.table = Table()        # in force
+        self.boot = 0
+        self._fresh: Optional[Table] = None     # of a new boot, until it is whole
+        self._target = 0            # the version to reach
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the table in force is that of the server as it runs now."""
+        return self._fresh is None
+
+    @property
+    def version(self) -> int:
+        """Up to which version the server's table, as it runs now, is here."""
+        return (self.table if self._fresh is None else self._fresh).version
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether that is as far as the server is known to be."""
+        return self.version >= self._target
+
+    def register(self, boot: int, version: int) -> None:
+        """A session has begun, with a server whose table has that version."""
+        if boot != self.boot:
+            self.boot = boot
+            self._fresh = Table()
+        self._target = version
+
+    def expect(self, version: int) -> bool:
+        """Takes note of how far the server is; gives whether something is missing here."""
+        self._target = max(self._target, version)
+        return version > self.version
+
+    def apply(self, page: Page) -> Optional[List[str]]:
+        """Takes a page; gives the nicks that it changed in the table in force, None if pages before it are missing."""
+        if self._fresh is None:
+            changed = self.table.apply(page)
+        else:
+            changed = self._fresh.apply(page)
+            if changed is not None:
+                changed = self._swap(self._fresh) if self.is_whole else []
+        if changed is None:
+            self.expect(page.version)
+        return changed
+
+    def _swap(self, fresh: Table) -> List[str]:
+        """Puts the table of the new boot in force."""
+        old, self.table, self._fresh = self.table, fresh, None
+        return [nick for nick in {**old.entries, **fresh.entries}
+                if (old.get(nick) or ())[:4] != (fresh.get(nick) or ())[:4]]
+
+    def distrust(self) -> List[str]:
+        """The table in force is too old to say who is online; gives the nicks that are offline now."""
+        return [nick for nick, host, port, _, _ in list(self.table.entries.values())
+                if self.table.set(nick, host, port, OFFLINE)]
 
 
 # --- the store ------------------------------------------------------------------------------------------------

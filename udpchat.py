@@ -47,8 +47,8 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTup
 import protocol
 from protocol import (NEVER, Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed,
                       encode, mail_runs, mail_sizes, padded, since_of, table_map)
-from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, OFFLINE, ONLINE, PROBE,
-                      REPLACED, SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Page, Parcel, Registry, Session, StoreError,
+from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
+                      SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Mirror, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
 from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
                       Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
@@ -1348,7 +1348,6 @@ class Client:
         self.hungry = False                     # whether stdin may be read now
         self.decoder = Decoder()
         self.state = JOINING
-        self.table = Table()
         self._send_now = send
         self._secret = secret
         self._ack_timeout = ack_timeout
@@ -1359,13 +1358,11 @@ class Client:
         self._keeps_track = self.lines.is_for_programs or prompt is not None
         # what the server gave
         self._session: Optional[bytes] = None
-        self._boot = 0
         self._server_id: Optional[bytes] = None
         self._cookie: Optional[bytes] = None
         self._cookies_left = 0
         self._reg_id = 0
-        self._fresh: Optional[Table] = None     # the table of a new boot, until it is whole
-        self._target = 0                        # the version that the table must reach
+        self._mirror = Mirror()
         self._pages = 0                         # that came since the last sync ...
         self._synced = -NEVER                   # ... and when that was
         self._confirmed = False                 # the server was told, in this session, that the table is here
@@ -1379,7 +1376,7 @@ class Client:
         self._ping = Request(loop, self._send_ping, self._ping_unanswered)
         self._ping_alarm = Alarm(loop, self._ping.start)
         self._sync_alarm = Alarm(loop, self._send_sync)
-        self._swap_alarm = Alarm(loop, self._distrust_table)
+        self._old_table_alarm = Alarm(loop, self._distrust_table)
         self._hold_alarm = Alarm(loop, self._look_after_holds)
         self._next_turn = Alarm(loop, lambda: None)
         self._last_asked = -NEVER
@@ -1492,13 +1489,12 @@ class Client:
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
         self.tell("registered", nick=self.nick)
-        if info["boot"] != self._boot:
-            self._boot = info["boot"]
-            self._fresh = Table()
-            self._swap_alarm.set(self.loop.now() + OLD_TABLE_TIME)
-        self._target = info["version"]
+        restarted = info["boot"] != self._mirror.boot
+        self._mirror.register(info["boot"], info["version"])
+        if restarted:
+            self._old_table_alarm.set(self.loop.now() + OLD_TABLE_TIME)
         self._plan_ping()
-        if self._fresh is None and self.table.version >= self._target:
+        if self._mirror.is_of_this_boot and self._mirror.is_whole:
             self._confirm_table()
             self._look_at_oneself()
         else:
@@ -1575,7 +1571,7 @@ class Client:
         self._pings[id_] = self.loop.now()
         while len(self._pings) > 4 * REQUEST_ATTEMPTS:
             self._pings.popitem(last=False)
-        self._ask_server("ping", {"id": id_, "session": session, "version": self._newest().version})
+        self._ask_server("ping", {"id": id_, "session": session, "version": self._mirror.version})
 
     def _ask_server(self, tag: str, info: Info) -> None:
         self._send_now(padded(tag, info, protocol.SESSION_SIZE), self.server)
@@ -1603,15 +1599,14 @@ class Client:
             elif self.state == LEAVING and self._dereg.is_running:
                 self._leave_check()
             return
-        same = info["boot"] == self._boot
+        same = info["boot"] == self._mirror.boot
         self._server_heard(same)
         if not same:
             self._session_is_gone()
             return
         self._plan_ping()
         self._inbox.answer(sent, info["mail"])
-        if info["version"] > self._newest().version:
-            self._target = max(self._target, info["version"])
+        if self._mirror.expect(info["version"]):
             self._want_sync()
 
     def _leave_check(self) -> None:
@@ -1633,8 +1628,10 @@ class Client:
 
     # the table
 
-    def _newest(self) -> Table:
-        return self._fresh if self._fresh is not None else self.table
+    @property
+    def table(self) -> Table:
+        """Who is known, as far as this client knows."""
+        return self._mirror.table
 
     def _send_sync(self) -> None:
         if self.state != ACTIVE or self._session is None:
@@ -1643,7 +1640,7 @@ class Client:
         self._synced = self.loop.now()
         interval = LOST_PING_INTERVAL if self._outbox.lost else SYNC_INTERVAL
         self._sync_alarm.set(self._synced + jittered(self.loop, interval))
-        self._ask_server("sync", {"session": self._session, "version": self._newest().version})
+        self._ask_server("sync", {"session": self._session, "version": self._mirror.version})
 
     def _want_sync(self) -> None:
         """Asks for what is missing, at once unless that was done just now."""
@@ -1653,18 +1650,15 @@ class Client:
     def _on_table(self, info: Info) -> None:
         if self.state != ACTIVE:
             return
-        table = self._newest()
-        changed = table.apply(Page(since_of(info), info["version"], info["set"]))
+        changed = self._mirror.apply(Page(since_of(info), info["version"], info["set"]))
         if changed is None:
-            self._target = max(self._target, info["version"])
             self._want_sync()
             return
         self._pages += 1
-        if table is self.table:
-            self._note_changes(changed)
-        if table.version >= self._target:
+        self._note_changes(changed)
+        if self._mirror.is_whole:
             self._sync_alarm.cancel()
-            self._swap_table()
+            self._old_table_alarm.cancel()
             self._confirm_table()
             if not self._visible:
                 self._look_at_oneself()
@@ -1681,18 +1675,7 @@ class Client:
 
     def _distrust_table(self) -> None:
         """The table is too old to say who is online, and there is no other: messages go to the server."""
-        self._note_changes([nick for nick, host, port, state, _ in list(self.table.entries.values())
-                            if self.table.set(nick, host, port, OFFLINE)])
-
-    def _swap_table(self) -> None:
-        """Puts the table of the new boot in force, and drops what it does not name."""
-        self._swap_alarm.cancel()
-        if self._fresh is None:
-            return
-        old, self.table, self._fresh = self.table, self._fresh, None
-        self._note_changes([nick for nick in {**old.entries, **self.table.entries}
-                            if (old.get(nick) or ())[:4] != (self.table.get(nick) or ())[:4]])
-        self._look_at_oneself()
+        self._note_changes(self._mirror.distrust())
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
         if not nicks:
@@ -1704,11 +1687,11 @@ class Client:
             self._look_at_oneself()
 
     def _look_at_oneself(self) -> None:
-        visible = self.table.is_online(self.nick) and self._fresh is None
+        visible = self.table.is_online(self.nick) and self._mirror.is_of_this_boot
         if self._visible and not visible:
             self._greeted = False
             self._ping_now()
-        elif not visible and self._fresh is None:
+        elif not visible and self._mirror.is_of_this_boot:
             self._ping_now()
         self._visible = visible
         self._was_visible = self._was_visible or visible
@@ -1792,7 +1775,7 @@ class Client:
                 self._allowance -= len(nack)
                 self._send_now(nack, address)
             return
-        entry = self.table.get(sender)
+        entry = self._mirror.table.get(sender)
         if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
             self._want_sync()
             return
@@ -1800,7 +1783,7 @@ class Client:
         self._ask_about_mail()
 
     def _on_mail(self, info: Info) -> None:
-        if info["to"] == self.nick and self._fresh is None and self._accepting:
+        if info["to"] == self.nick and self._mirror.is_of_this_boot and self._accepting:
             self._inbox.on_mail(self.loop.now(), info)
 
     def _ask_about_mail(self) -> None:
@@ -2218,7 +2201,7 @@ class Client:
         self._dereg.start()
 
     def _stop_asking(self) -> None:
-        for alarm in (self._ping_alarm, self._sync_alarm, self._swap_alarm, self._hold_alarm):
+        for alarm in (self._ping_alarm, self._sync_alarm, self._old_table_alarm, self._hold_alarm):
             alarm.cancel()
         for request in (self._request, self._ping):
             request.stop()

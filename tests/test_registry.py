@@ -23,8 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import registry
 from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
-                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Letter, Mailbox, Page, Parcel, Registry,
-                      Session, StoreError, Table)
+                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Letter, Mailbox, Mirror, Page, Parcel,
+                      Registry, Session, StoreError, Table)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
 settings.load_profile("arguments")
@@ -238,6 +238,53 @@ class Mirroring(RuleBasedStateMachine):
 
 def test_a_mirror_equals_the_table_whatever_the_network_does_to_the_pages() -> None:
     run_state_machine_as_test(Mirroring, settings=settings(max_examples=100, stateful_step_count=30))
+
+
+def test_the_table_of_a_restarted_server_comes_into_force_when_it_is_whole() -> None:
+    mirror, before, after = Mirror(), filled(4), filled(2)
+    after.set("nick-1", "192.0.2.9", 9, ONLINE)
+    after.set("new", "192.0.2.1", 9, ONLINE)
+    mirror.register(1, before.version)
+    assert not mirror.is_whole and not mirror.is_of_this_boot
+    for page in before.pages(0, EVERYTHING):
+        assert mirror.apply(page) == [f"nick-{number}" for number in range(4)]
+    assert mirror.is_whole and mirror.is_of_this_boot and contents(mirror.table) == contents(before)
+    mirror.register(1, before.version)
+    assert mirror.is_whole and mirror.is_of_this_boot, "another session, the same server"
+    mirror.register(2, after.version)
+    pages = list(after.pages(0, 1))
+    assert len(pages) == len(after) and mirror.version == 0
+    assert mirror.apply(pages[1]) is None, "the one before it is missing"
+    for page in pages[:-1]:
+        assert mirror.apply(page) == [] and not mirror.is_whole
+    assert contents(mirror.table) == contents(before), "the old one stays in force"
+    assert mirror.apply(pages[-1]) == ["nick-1", "nick-2", "nick-3", "new"], "those that are not as they were"
+    assert mirror.is_of_this_boot and contents(mirror.table) == contents(after)
+
+
+def test_a_mirror_knows_when_it_is_behind() -> None:
+    mirror, table = Mirror(), filled(3)
+    mirror.register(1, table.version)
+    assert mirror.expect(table.version)
+    for page in table.pages(0, EVERYTHING):
+        mirror.apply(page)
+    assert not mirror.expect(table.version) and mirror.is_whole
+    table.set("nick-0", "192.0.2.1", 1, OFFLINE)
+    assert mirror.expect(table.version) and not mirror.is_whole
+    table.set("nick-1", "192.0.2.1", 1, OFFLINE)
+    assert mirror.apply(list(table.pages(table.version - 1, EVERYTHING))[0]) is None
+    assert mirror.apply(list(table.pages(mirror.version, EVERYTHING))[0]) == ["nick-0", "nick-1"]
+    assert mirror.is_whole
+
+
+def test_a_table_that_is_not_to_be_trusted_has_everybody_offline() -> None:
+    mirror, table = Mirror(), filled(4)
+    mirror.register(1, table.version)
+    for page in table.pages(0, EVERYTHING):
+        mirror.apply(page)
+    mirror.register(2, 9)
+    assert mirror.distrust() == ["nick-1", "nick-3"] and mirror.distrust() == [], "those who were online"
+    assert [entry.state for entry in mirror.table.entries.values()] == [OFFLINE] * 4
 
 
 def test_the_log_of_changes_stays_short_and_still_serves_every_version() -> None:
