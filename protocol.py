@@ -1091,13 +1091,14 @@ NO_ACK, OFFLINE, EXISTS = "no-ack", "offline", "exists"
 class Event(NamedTuple):
     """What happened to so many ``messages`` of a conversation; ``reason`` says why they were refused.
 
-    ``first``: the number from which on they are.
+    ``first``: the number from which on they are; ``relayed``: on the route RELAY.
     """
 
     kind: str
     messages: int
     reason: str = ""
     first: int = 0
+    relayed: bool = False
 
 
 class Place(NamedTuple):
@@ -1269,7 +1270,8 @@ class Conversation:
             self._silent_since = NEVER
         if closed:
             self._last_try = self._last_try and route != DIRECT
-            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count, "", base))
+            relayed = route != DIRECT and self.route == RELAY
+            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count, "", base, relayed))
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
         """Takes a refusal; it counts only for what is still held on that route."""
@@ -1283,7 +1285,7 @@ class Conversation:
         base = self.stream.base
         count = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
-            self._close(now, Event(REFUSED, count, reason, base))
+            self._close(now, Event(REFUSED, count, reason, base, self.route == RELAY))
 
     def on_exists(self, now: float, number: int, address: Optional[Address]) -> None:
         """The server says that the recipient answers at ``address`` (None: one that cannot be reached from here)."""
@@ -1356,14 +1358,19 @@ class Conversation:
 
     # routes
 
+    def next_route(self, now: float) -> str:
+        """The route of a message that is queued now."""
+        return self.route if self.held else self._suggested_route(now)
+
+    def _suggested_route(self, now: float) -> str:
+        if self.place is None or not self.place.online:
+            return SAVE
+        return RELAY if self.place.address is None or now < self._relay_until else DIRECT
+
     def _pick_route(self, now: float) -> None:
         """Chooses the way that the table suggests."""
-        if self.place is None or not self.place.online:
-            self._go(now, SAVE)
-        elif self.place.address is None or now < self._relay_until:
-            self._go(now, RELAY)
-        else:
-            self._go(now, DIRECT, self.place.address)
+        route = self._suggested_route(now)
+        self._go(now, route, self.place.address if self.place is not None and route == DIRECT else None)
 
     def _relay(self, now: float) -> None:
         self._relay_until = now + RELAY_TIME
@@ -1411,7 +1418,7 @@ class Conversation:
 # --- what goes out --------------------------------------------------------------------------------------------
 
 POLLS_PER_TURN = 64       # conversations that are looked at in one go: what is left is due at once
-QUEUE_LIMIT = 4096        # messages queued to send; then the owner takes no more
+QUEUE_LIMIT = 4096        # numbers queued to send; then the owner takes no more
 QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
 CONVERSATIONS_KEPT = 10_000     # of one client; beyond, those go first in which nothing waits
 
@@ -1476,13 +1483,14 @@ class Outbox:
     def _is_stuck(self, conversation: Conversation) -> bool:
         return conversation.stuck or self._away or self._lost and conversation.route != DIRECT
 
-    def is_stuck(self, nick: str) -> bool:
-        """Whether messages for ``nick`` wait that do not move."""
-        return nick in self._sending and self._is_stuck(self._sending[nick])
+    def is_stuck(self, now: float, nick: str) -> bool:
+        """Whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
+        conversation = self.conversations[nick]
+        return conversation.stuck or self._away or self._lost and conversation.next_route(now) != DIRECT
 
-    def room(self, nick: str) -> int:
-        """How many messages for ``nick`` may be queued now; 0: none."""
-        stuck = self.is_stuck(nick)
+    def room(self, now: float, nick: str) -> int:
+        """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
+        stuck = self.is_stuck(now, nick)
         return 0 if self._bytes[stuck] >= QUEUE_SIZE else max(0, QUEUE_LIMIT - self._numbers[stuck])
 
     @property
@@ -1661,7 +1669,7 @@ class Incoming:
         self.address = address      # where acks go; None: to the server
         self.sender = ""
         self.counted = 0            # numbers that the inbox has counted
-        self.held_since = NEVER     # when numbers were found missing
+        self.held_since = NEVER     # when numbers were found missing, or the server was last asked about them
         self.held_base = 0          # below which they are
         self.mail: Optional[int] = None     # the mail that must be shown before they are given up
 
@@ -1801,6 +1809,11 @@ class Inbox:
     # messages that are missing
 
     @property
+    def is_holding(self) -> bool:
+        """Whether a stream waits for mail, or for the server to say how much there is."""
+        return bool(self._holding)
+
+    @property
     def is_asking(self) -> bool:
         """Whether a stream waits for the server to say how much mail there is."""
         return bool(self._holding) and any(incoming.mail is None for incoming in self._holding)
@@ -1817,10 +1830,16 @@ class Inbox:
                 incoming.mail = mail
 
     def expire(self, now: float) -> None:
-        """Goes on with the streams whose question was not answered for ``HOLD_TIME``."""
+        """Goes on with the streams whose question was not answered for ``HOLD_TIME``.
+
+        An answer holds for so long, too: if its mail has not come by then, the server is asked again.
+        """
         for incoming in list(self._holding):
-            if incoming.mail is None and now >= incoming.held_since + HOLD_TIME:
-                self._release(now, incoming)
+            if now >= incoming.held_since + HOLD_TIME:
+                if incoming.mail is None:
+                    self._release(now, incoming)
+                else:
+                    incoming.held_since, incoming.mail = now, None
 
     def _release(self, now: float, incoming: Incoming) -> None:
         """Goes on behind the missing numbers; asks again if more have become missing since."""
@@ -1870,7 +1889,9 @@ class Inbox:
         deliveries = [Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written,
                                stream.stream, run.first) for run in stream.take(MAX_ITEMS)]
         self._count(incoming)
-        if not stream.ready_to_take:
+        if stream.ready_to_take:
+            self._readable[incoming] = None
+        else:
             self._readable.pop(incoming, None)
         return deliveries
 
@@ -1892,6 +1913,7 @@ class Inbox:
         self._remember_mailed(incoming)
         if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
             incoming.stream.advance(number)
+        while incoming.stream.ready_to_take:        # all of it comes before
             yield from self._take_chat(incoming)
         if incoming.stream.show(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
@@ -1901,7 +1923,7 @@ class Inbox:
         else:
             for item, text in zip(items, texts):
                 yield from self._take_letters(mail, [item], [text])
-        if incoming.stream.ready_to_take:
+        while incoming.stream.ready_to_take:
             yield from self._take_chat(incoming)
 
     def _written(self, incoming: Incoming, texts: int) -> None:

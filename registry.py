@@ -326,13 +326,16 @@ class Parcel(NamedTuple):
                 json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
 
     @classmethod
-    def of_row(cls, n: int, texts: str, times: str, more: str) -> "Parcel":
-        """The parcel of these columns of a row."""
+    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> "Parcel":
+        """The parcel of these columns of a row; raises ValueError if they are damaged."""
         whole, at = json.loads(texts), json.loads(times)
-        return cls(n, whole, at if len(at) == len(whole) else at * len(whole), json.loads(more) if more else ())
+        if len(whole) != numbers or len(at) not in (1, numbers) or set(map(type, whole)) != {str}:
+            raise ValueError("the parcel is damaged")
+        return cls(n, whole, at if len(at) == numbers else at * numbers, json.loads(more) if more else ())
 
 
 Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
+DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
 def import_modules() -> None:
@@ -382,6 +385,7 @@ class Mailbox:
                 reason = "another server has it open"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
         self.healthy = True
+        self.damaged = 0            # rows that could not be read
         self._rows: List[Tuple[object, ...]] = []               # mail to insert
         self._before: Dict[str, Tuple[int, int, int]] = {}      # last, messages, size before this turn
         self._streams: Dict[Tuple[str, int], int] = {}          # progress to write
@@ -472,20 +476,27 @@ class Mailbox:
         letters: List[Letter] = []
         try:
             rows = self._db.execute(
-                "SELECT seq, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
+                "SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
                 " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
-            for start, sender, stream, *columns in rows:
-                parcel = Parcel.of_row(*columns)
-                if start < seq:
-                    parcel = parcel.part(seq - start, len(parcel.texts))
-                more = parcel.more
-                letters += [[sender, stream, n, at, text, n in more]
-                            for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
+            for start, *columns in rows:
+                found = self._letters(*columns)
+                letters += found[seq - start:] if start < seq else found
                 if len(letters) >= limit:
                     break
-        except (sqlite3.Error, ValueError):
+        except sqlite3.Error:
             self.healthy = False
         return letters[:limit]
+
+    def _letters(self, sender: str, stream: int, numbers: int, n: int, *columns: str) -> List[Letter]:
+        """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
+        try:
+            parcel = Parcel.of_row(numbers, n, *columns)
+        except (ValueError, TypeError):
+            self.damaged += 1
+            return [[sender, stream, n, 0.0, DAMAGED, False]] * numbers
+        more = parcel.more
+        return [[sender, stream, number, at, text, number in more]
+                for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
 
     def acked(self, known: Known, first: int) -> None:
         """Takes note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
@@ -554,12 +565,12 @@ class Mailbox:
         below = (known.id, known.first, known.first)
         messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
         run("DELETE FROM mail " + whole, below)
-        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, n, texts, times, more FROM mail"
+        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail"
                                                  " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
             run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
             try:
                 parcel = Parcel.of_row(*columns)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue        # damaged on the disk: nobody can read it any more
             rest = parcel.part(known.first - seq, len(parcel.texts))
             run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream, rest.size))

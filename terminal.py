@@ -337,7 +337,7 @@ class History:
         """Leaves the last lines in the file: those that other processes have added meanwhile, too."""
         lines, _ = self._read(path)
         target = os.path.realpath(path)
-        draft = f"{target}.{os.getpid()}"
+        draft = f"{target}.{os.urandom(8).hex()}"   # not the process's number: a container gives the same to each
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -1122,8 +1122,8 @@ class Commands:
             self._buffer = self._buffer[:self._limit]
 
     def _take_lines(self, data: bytes) -> None:
-        if self._skipped:
-            first, newline, data = data.partition(b"\n")
+        if self._skipped or len(data) > self._limit and data.find(b"\n", 0, self._limit + 1) < 0:
+            first, newline, data = data.partition(b"\n")      # only the first can be so long: it began in other reads
             line = LongLine(first[:self._limit].decode("utf-8", "replace"))
             line.size = len(first) + self._skipped
             self.waiting.append(line)

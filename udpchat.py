@@ -149,7 +149,7 @@ class Loop:
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
-        self._always: Dict[int, Callable[[], None]] = {}    # regular files: epoll refuses them, they never block
+        self._always: Dict[int, Dict[int, Callable[[], None]]] = {}     # regular files: epoll refuses them
         self._timers = TimerHeap()
         self._lost = 0.0            # s of the clock that do not count
         self._now = self._woken = self._began = time.monotonic()    # now; this turn by the clock, and as counted
@@ -193,11 +193,9 @@ class Loop:
                 self._selector.register(fd, mask, tuple(callbacks.items()))
             elif had:
                 self._selector.unregister(fd)
-        except KeyError:
-            pass        # the descriptor is one that the selector refused before
-        except PermissionError:
-            assert callback is not None
-            self._always[fd] = callback
+        except (PermissionError, KeyError):     # one that the selector refuses, or refused before: it never blocks
+            if callbacks:
+                self._always[fd] = callbacks
         if not callbacks:
             del self._watched[fd]
 
@@ -243,7 +241,7 @@ class Loop:
                 if mask & event:
                     callback()
         if self._always:
-            for callback in list(self._always.values()):
+            for callback in [callback for callbacks in self._always.values() for callback in callbacks.values()]:
                 callback()
         if first <= self._began:
             self._timers.run(self._began)
@@ -613,7 +611,8 @@ class Server:
         self._probing: Dict[Tuple[str, Address], Probe] = {}
         self._alive: Dict[str, float] = {}                      # when somebody last answered a probe for saves
         self._saves: "OrderedDict[Tuple[str, int], SaveStream]" = OrderedDict()
-        self._saved_early = 0                                   # numbers that wait in them
+        self._saved_early = 0                                   # numbers that wait in them ...
+        self._early: Dict[SaveStream, None] = {}                # ... in these; longest silent first
         self._dirty: Dict[Tuple[str, int], SaveStream] = {}     # to be kept and acked in this turn
         self._mails: Dict[bytes, MailStream] = {}
         self._mail_by_stream: Dict[int, MailStream] = {}
@@ -994,8 +993,6 @@ class Server:
             self._drops[UNKNOWN_STREAM] += 1
             return
         self._saves.move_to_end(key)
-        if self._saved_early > MAX_SAVED_EARLY:
-            save.stream.give_back(save.stream.next)     # the sender still holds them
         save.session, save.relay = session, info["relay"]
         save.stream.on_data(info["n"], list(zip(info["text"], info["at"])), info.get("more", ()), info["base"])
         save.stream.advance(info["base"])
@@ -1005,11 +1002,23 @@ class Server:
         while len(self._saves) > MAX_SAVE_STREAMS:
             _, old = self._saves.popitem(last=False)
             self._saved_early -= old.counted
+            self._early.pop(old, None)
+
+    def _forget_early(self) -> None:
+        """Forgets what came early in the longest silent streams, beyond the limit: their senders still hold it."""
+        while self._saved_early > MAX_SAVED_EARLY:
+            save = next(iter(self._early))
+            save.stream.give_back(save.stream.next)
+            self._count(save)
 
     def _count(self, save: SaveStream) -> None:
+        """Counts anew what waits in a stream that was just heard, or emptied."""
         if self._saves.get((save.session.nick, save.stream.stream)) is save:
             self._saved_early += save.stream.buffered - save.counted
             save.counted = save.stream.buffered
+            self._early.pop(save, None)
+            if save.counted:
+                self._early[save] = None
 
     def _keep(self, save: SaveStream) -> None:
         """Does with the messages of a stream what the registry says; what it keeps waits for the commit."""
@@ -1085,6 +1094,7 @@ class Server:
         committed = self._commit()
         for save in dirty.values():
             self._answer_save(save, committed)
+        self._forget_early()
         if self._to_mail:
             self._send_mails()
         if self._to_sync:
@@ -1179,7 +1189,11 @@ class Server:
         self._to_mail.clear()
 
     def _load_mail(self, mail: MailStream, step: int) -> None:
-        letters = self.registry.mailbox.fetch(mail.session.known, mail.loaded + 1, step)
+        mailbox = self.registry.mailbox
+        damaged = mailbox.damaged
+        letters = mailbox.fetch(mail.session.known, mail.loaded + 1, step)
+        if mailbox.damaged > damaged:
+            log.error("mail for %s is damaged in the store", mail.session.nick)
         # the longest letter between the longest nicks is more than that, but fits alone: its run is counted twice
         sizes = [min(size, mail.stream.capacity) for size in mail_sizes(letters)]
         continued = [number for number, letter in enumerate(letters, mail.stream.end) if letter[5]]
@@ -1222,7 +1236,8 @@ class Server:
         self._broadcast_end = now
         if told < BROADCAST_DATAGRAMS:
             self._telling = None
-        self._broadcast_alarm.set(now if told == BROADCAST_DATAGRAMS else NEVER)
+        more = self._telling is not None or self.registry.table.version > self._told
+        self._broadcast_alarm.set(now if more else NEVER)
 
     def _begin_broadcast(self) -> None:
         pages = [self._table(page) for page in self.registry.table.pages(self._told, PAGE_SIZE)]
@@ -1350,9 +1365,7 @@ class Client:
         self.state = JOINING
         self._send_now = send
         self._secret = secret
-        self._ack_timeout = ack_timeout
         self._stay = stay
-        self._mtu = mtu
         self._prompt = prompt                   # on a terminal
         self._on_its_way: Dict[str, Deque[Sent]] = {}   # to whom what was sent, if anybody wants to know of which
         self._keeps_track = self.lines.is_for_programs or prompt is not None
@@ -1489,9 +1502,8 @@ class Client:
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE
         self.tell("registered", nick=self.nick)
-        restarted = info["boot"] != self._mirror.boot
         self._mirror.register(info["boot"], info["version"])
-        if restarted:
+        if not (self._mirror.is_of_this_boot or self._old_table_alarm.is_set):
             self._old_table_alarm.set(self.loop.now() + OLD_TABLE_TIME)
         self._plan_ping()
         if self._mirror.is_of_this_boot and self._mirror.is_whole:
@@ -1788,9 +1800,10 @@ class Client:
 
     def _ask_about_mail(self) -> None:
         """Asks, as long as a stream waits for it, how much mail there is: what is missing there may be in it."""
-        if self._inbox.is_asking and not self._hold_alarm.is_set and self.state == ACTIVE:
+        if self._inbox.is_holding and not self._hold_alarm.is_set and self.state == ACTIVE:
             self._hold_alarm.set(self.loop.now() + jittered(self.loop, REQUEST_INTERVAL))
-            self._send_ping()
+            if self._inbox.is_asking:
+                self._send_ping()
 
     def _look_after_holds(self) -> None:
         if self.loop.calm:
@@ -1959,8 +1972,11 @@ class Client:
             self._failed = True
             self._tell_unknown(nick, self._fitting(sends), sends.ref)
             return True
-        room = self._outbox.room(nick)
-        stuck = not room and self._outbox.is_stuck(nick)
+        now = self.loop.now()
+        if nick not in self._outbox.conversations:
+            self._outbox.open(now, nick, self._place(nick), new_id(self.loop))
+        room = self._outbox.room(now, nick)
+        stuck = not room and self._outbox.is_stuck(now, nick)
         if stuck:
             for text in self._fitting(sends):
                 self._hand_back(nick, text, None, sends.ref)
@@ -1980,8 +1996,6 @@ class Client:
             self.tell("unknown", to=nick, text=text, ref=ref)
 
     def _queue(self, nick: str, texts: List[str], ref: object) -> None:
-        if nick not in self._outbox.conversations:
-            self._outbox.open(self.loop.now(), nick, self._place(nick), new_id(self.loop))
         if self._keeps_track:
             self._track(self._outbox.conversations[nick].stream, nick, texts, ref)
         self._outbox.send(self.loop.now(), nick, texts, self.loop.wall())
@@ -2084,7 +2098,7 @@ class Client:
             self.tell(name, event.messages, to=nick)
             return
         for sent in self._meant(nick, event):
-            self.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(nick, event.kind, sent))
+            self.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(event, sent))
 
     def _meant(self, nick: str, event: protocol.Event) -> List[Sent]:
         """The messages that an event is about; forgets those that it closes."""
@@ -2096,12 +2110,11 @@ class Client:
             del self._on_its_way[nick]
         return found
 
-    def _outcome(self, nick: str, kind: str, sent: Sent) -> Dict[str, Any]:
+    def _outcome(self, event: protocol.Event, sent: Sent) -> Dict[str, Any]:
         """On which way a message went, and how many milliseconds it took, once it is closed."""
-        if kind not in CLOSINGS:
+        if event.kind not in CLOSINGS:
             return {}
-        relayed = self._outbox.conversations[nick].route == protocol.RELAY
-        return {"via": "direct" if kind == protocol.RECEIVED else "relay" if relayed else "mail",
+        return {"via": "direct" if event.kind == protocol.RECEIVED else "relay" if event.relayed else "mail",
                 "ms": round((self.loop.now() - sent.began) * 1000, 3)}
 
     def _ask(self, prompt: Prompt) -> None:
@@ -2892,15 +2905,28 @@ def keep_standard_descriptors() -> None:
             return
 
 
+def end_at_once_on_signals(sends: bool) -> None:
+    """Until the loop takes signals: while modules are imported, a name is looked up, a file or a text is read.
+
+    An exception would do, but where Python calls back by itself (in an import, say) it is printed and gets lost.
+    """
+    def end(*_: object) -> None:
+        if sends:
+            complain("nothing was sent: interrupted")
+        os._exit(EXIT_FAILED if sends else 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The program; gives the exit code."""
     keep_standard_descriptors()
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)       # until the loop takes signals
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
         complain("usage: udpchat server|client|send ... (see --help)")
         return EXIT_USAGE
+    end_at_once_on_signals(sends=words[0] == "send")
     try:
         options = parse(words)
         errors = set_up_log(options)
@@ -2912,11 +2938,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
-    except KeyboardInterrupt:       # while a name is looked up, or a file read: the loop is not there yet
-        if words[0] != "send":
-            return 0
-        complain("nothing was sent: interrupted")
-        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import selectors
 import socket
 import time
+from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
 import pytest
@@ -62,6 +63,21 @@ def test_timers_run_in_the_order_of_their_times_and_cancelled_ones_not_at_all() 
     heap.call_at(1.5, lambda: rung.append(1.5)).cancel()
     heap.run(2.5)
     assert rung == [1.0, 2.0] and heap.next_time() == 3.0
+
+
+def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: Loop, tmp_path: Path) -> None:
+    calls: List[str] = []
+    with open(tmp_path / "file", "w+b") as file:
+        loop.watch(file.fileno(), selectors.EVENT_READ, lambda: calls.append("read"))
+        loop._turn()
+        loop.watch(file.fileno(), selectors.EVENT_WRITE, lambda: calls.append("write"))
+        loop._turn()
+        loop.watch(file.fileno(), selectors.EVENT_READ, None)
+        loop._turn()
+        loop.watch(file.fileno(), selectors.EVENT_WRITE, None)
+        loop.call_at(loop.now(), lambda: None)
+        loop._turn()
+    assert calls == ["read", "read", "write", "write"]
 
 
 def test_cancelled_timers_do_not_pile_up() -> None:

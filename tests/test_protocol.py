@@ -1322,7 +1322,7 @@ def test_somebody_who_exists_is_tried_once_more_and_then_relayed_to_for_a_minute
     assert addresses(world.run(0.49)) == {ELSEWHERE}
     assert addresses(world.run(0.02)[-1:]) == {None} and world.conversation.route == protocol.RELAY
     world.ack(2, protocol.SAVE)
-    assert world.events() == [Event(protocol.SAVED, 1)], "nothing is said twice"
+    assert world.events() == [Event(protocol.SAVED, 1, relayed=True)], "nothing is said twice"
     world.now += 59.0
     world.send("b")
     assert addresses(world.poll()) == {None} and world.conversation.route == protocol.RELAY
@@ -1552,7 +1552,7 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: Lis
         else:
             world.answer(world.poll())
         fresh = world.events()
-        for kind, count, _, _ in fresh:
+        for kind, count, *_ in fresh:
             if kind in told:
                 assert count <= len(messages) - told[kind], "at most once for a message"
                 told[kind] = len(messages)
@@ -1644,11 +1644,14 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
 def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() -> None:
     outbox = outbox_with(["bob"], online=False)
     outbox.send(0.0, "bob", ["x"] * QUEUE_LIMIT, 0.0)
-    assert outbox.is_full and outbox.room("bob") == outbox.room("carol") == 0
-    assert not outbox.is_stuck("bob")
+    outbox.open(0.0, "carol", Place(True, ("127.0.0.1", 2)), 8)
+    outbox.open(0.0, "dave", Place(False, None), 9)
+    assert outbox.is_full and [outbox.room(0.0, nick) for nick in ("bob", "carol", "dave")] == [0, 0, 0]
+    assert not outbox.is_stuck(0.0, "bob")
     outbox.lost = True
-    assert outbox.is_stuck("bob") and outbox.room("bob") == 0, "a send to bob fails at once"
-    assert not outbox.is_full and outbox.room("carol") == QUEUE_LIMIT
+    for nick in ("bob", "dave"):
+        assert outbox.is_stuck(0.0, nick) and outbox.room(0.0, nick) == 0, "a send to them fails at once"
+    assert not outbox.is_full and outbox.room(0.0, "carol") == QUEUE_LIMIT
     assert len(list(outbox.undelivered())) == 1 + QUEUE_LIMIT
 
 
@@ -1683,8 +1686,8 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
                      ("192.0.2.1", 9))
     poll()
     outbox.lost = True
-    assert outbox.is_full and not outbox.is_stuck("bob"), "they go straight to bob"
+    assert outbox.is_full and not outbox.is_stuck(now, "bob"), "they go straight to bob"
     now = 1.3
     poll()
     assert kinds == ["no-ack", "exists"], "it was said already that they go to the server"
-    assert outbox.is_stuck("bob") and not outbox.is_full
+    assert outbox.is_stuck(now, "bob") and not outbox.is_full

@@ -15,7 +15,7 @@ import protocol
 import registry
 from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
-from udpchat import ACTIVE, AWAY, PING_INTERVAL, SYNC_INTERVAL
+from udpchat import ACTIVE, AWAY, OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 
 SEEDS = 300
 CHUNK = 30
@@ -180,6 +180,24 @@ def test_what_was_passed_over_for_want_of_an_answer_is_shown_when_the_mail_comes
     world.network.filter = None
     world.run(30)
     assert [line.split(" ")[-1] for line in bob.lines if line.startswith("alice: ")] == ["m0", "m2", "m1"]
+
+
+def test_a_server_that_dies_after_it_has_announced_mail_does_not_hold_up_what_comes_straight() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.filter = losing("chat", "mail", target="bob")
+    alice.type("send bob first")
+    world.run(70)
+    world.network.filter = losing("mail", target="bob")
+    alice.type("send bob second")
+    world.run(0.03)
+    assert world.server is not None
+    world.server.crash()
+    world.run(14)
+    assert count(bob, "alice: second") == 1 and count(alice, "[Message received by bob.]") == 1
+    world.network.filter = None
+    world.start_server()
+    world.run(40)
+    assert ends(bob, "> first") == 1, "late, but not lost"
 
 
 def test_a_recipient_that_is_gone_is_found_out_and_its_mail_kept_for_its_next_life() -> None:
@@ -472,6 +490,22 @@ def test_a_client_that_moved_is_found_again() -> None:
     alice.type("send bob again")
     world.run(1)
     assert count(bob, "alice: again") == 1
+
+
+def test_the_table_of_a_dead_server_does_not_stay_in_force_because_of_dereg_and_reg() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    world.server.crash()
+    world.start_server()
+    world.network.filter = losing("table", target="alice")
+    world.run_until(lambda: count(alice, "[Welcome, You are registered.]") == 2, 40)
+    alice.type("dereg alice")
+    world.run_until(lambda: alice.client.state == AWAY, 40)
+    alice.type("reg alice")
+    bob.crash()
+    world.run(OLD_TABLE_TIME + 2)
+    entry = alice.client.table.get("bob")
+    assert entry is not None and entry.state == "offline"
 
 
 @pytest.mark.parametrize("command", ["dereg bob", "quit"])

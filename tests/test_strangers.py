@@ -33,7 +33,7 @@ import registry
 import terminal
 import udpchat
 from protocol import Address, Decoder, Inbox, Info, addressed, encode, padded
-from registry import DAY, Mailbox, Registry, Table, load_secret, token_for
+from registry import DAMAGED, DAY, Mailbox, Registry, Table, load_secret, token_for
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
@@ -785,6 +785,21 @@ def test_one_source_that_registers_without_end_fills_nothing_beyond_the_limits(
     assert kept["closed"] == 30 and kept["known"] == 40
 
 
+def test_numbers_that_nobody_completes_hold_up_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udpchat, "MAX_SAVED_EARLY", 2000)
+    desk = Desk()
+    alice, bob, eve = (desk.register(nick, home(n)) for n, nick in enumerate(("alice", "bob", "eve")))
+    desk.say(home(0), encode("dereg", {"session": alice}))
+    for stream in range(1, 31):
+        desk.say(home(2), save(eve, "alice", stream, n=2, texts=100, text=""))
+    assert desk.kept()["early"] == 2000, "the longest silent streams have given way"
+    for first in range(1, 1001, 100):
+        answers = desk.say(home(1), *(save(bob, "alice", 77, n=n, texts=10) for n in range(first, first + 100, 10)))
+        assert [info["next"] for tag, info in answers if tag == "ack"] == [first + 100], "ten datagrams in one turn"
+    answers = desk.say(home(2), save(eve, "alice", 30))
+    assert [info["next"] for tag, info in answers if tag == "ack"] == [102], "what came last is still there"
+
+
 def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at_once(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(udpchat, "MAX_SAVE_STREAMS", 50)
@@ -1019,6 +1034,16 @@ def test_mail_of_more_streams_than_a_sender_has_room_for_is_shown_once_however_o
     assert texts_of(inbox, 8, *letters) == []
     assert inbox.acks()[-1][0]["next"] == 101
     assert texts_of(inbox, 9, letters[0], letter(1, "more", 2)) == ["more"]
+
+
+@pytest.mark.parametrize("later", [[], [3002]])
+def test_everything_that_the_mail_has_made_ready_is_shown_and_before_its_later_letters(later: List[int]) -> None:
+    inbox = Inbox()
+    for first in (2, 1002, 2002):
+        inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": 1, "base": 1, "n": first,
+                            "text": [str(first + number) for number in range(1000)]}, home(1))
+    shown = texts_of(inbox, 7, letter(1, "1"), *(letter(1, str(number), number) for number in later))
+    assert shown == [str(number) for number in [*range(1, 3002), *later]] and not inbox.has_news
 
 
 def test_a_crowd_does_not_make_a_client_forget_what_the_mail_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1340,6 +1365,45 @@ def turn_all(loops: List[Loop]) -> None:
     """One turn of each loop."""
     for loop in loops:
         loop._turn()
+
+
+def test_a_change_that_falls_into_a_long_broadcast_is_told_right_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udpchat, "BROADCAST_DATAGRAMS", 3)
+    desk = Desk()
+    for number in range(6):
+        desk.register(f"n{number}", home(number))
+    desk.wait(5)
+    table = desk.registry.table
+    desk.registry.went_offline(desk.registry.by_nick["n0"], 1.0)
+    desk.turn()
+    desk.registry.went_offline(desk.registry.by_nick["n1"], 1.0)
+    desk.wait(1)
+    told = {to: info["version"] for datagram, to in desk.sent for tag, info in maps_of(datagram) if tag == "table"}
+    assert [told[home(number)] for number in range(2, 6)] == [table.version] * 4
+
+
+def test_a_letter_that_is_damaged_on_the_disk_does_not_keep_its_recipient_from_the_others() -> None:
+    desk = Desk()
+    bob, alice = desk.register("bob", home(1)), desk.register("alice", home(2))
+    desk.say(home(1), encode("dereg", {"session": bob}))
+    for number, texts in ((1, 3), (4, 2), (6, 1)):
+        desk.say(home(2), save(alice, "bob", 7, n=number, texts=texts, text=str(number)))
+    damage = desk.registry.mailbox._db.execute
+    damage("UPDATE mail SET texts = '[\"h' WHERE seq = 1")
+    damage("UPDATE mail SET texts = '[4, 4]' WHERE seq = 4")
+    desk.register("bob", home(1))
+    mails = [info for datagram, to in desk.sent if to == home(1) for tag, info in maps_of(datagram) if tag == "mail"]
+    inbox, shown = Inbox(), []
+    for info in mails:
+        inbox.on_mail(1.0, info)
+        for delivery in inbox.take(1.0, lambda: True):
+            shown += delivery.texts
+            delivery.written(len(delivery.texts))
+    assert shown == [DAMAGED, DAMAGED, "6"], "one line for each row"
+    (ack, _), = inbox.acks()[-1:]
+    desk.say(home(1), encode("ack", ack))
+    desk.wait(1)
+    assert desk.registry.table.is_online("bob") and desk.registry.mailbox.known["bob"].messages == 0
 
 
 @pytest.mark.parametrize("years", [30, -30, 300, -57])

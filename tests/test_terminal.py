@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import stat
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 
 import terminal
 from terminal import (DEFAULT_SIZE, EDIT_LIMIT, HISTORY_FILE_LINES, HISTORY_LINE_LIMIT, HISTORY_LINES, NICK_COLORS,
-                      PASTE_LIMIT, SEQUENCE_LIMIT, Action, Editor, History, Key, Keys, Screen, Style, Terminal,
-                      char_width, cut, text_width, wants_color)
+                      PASTE_LIMIT, READ_SIZE, SEQUENCE_LIMIT, Action, Commands, Editor, History, Key, Keys, Screen,
+                      Style, Terminal, char_width, cut, text_width, wants_color)
 
 ROOT = Path(__file__).resolve().parent.parent
 ACUTE = "\u0301"                 # a combining accent: no column of its own
@@ -290,6 +291,14 @@ def test_a_link_to_the_file_stays_a_link(path: Path) -> None:
     History(str(path))
     assert path.is_symlink()
     assert len(target.read_text().split()) == HISTORY_LINES
+
+
+def test_what_a_killed_process_of_the_same_number_has_left_does_not_hold_up_the_history(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("".join(f"{number}\n" for number in range(HISTORY_FILE_LINES)))
+    path.with_name(f"{path.name}.{os.getpid()}").touch()
+    History(str(path)).add("new")
+    assert path.read_text().endswith("\nnew\n") and len(path.read_text().split()) == HISTORY_LINES + 1
 
 
 def test_without_a_usable_file_the_history_is_in_memory(tmp_path: Path) -> None:
@@ -1100,3 +1109,24 @@ def test_a_process_in_the_background_is_not_stopped_by_its_terminal(line: Pty) -
     done = subprocess.run([sys.executable, "-c", IN_BACKGROUND], stdin=line.side, cwd=ROOT, start_new_session=True,
                           timeout=20)
     assert done.returncode == 0
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cut", [1000, 50_000, 60_000, READ_SIZE])
+@pytest.mark.parametrize("reads_json, line, size", [
+    (True, json.dumps({"send": "bob", "text": "x" * 430_000, "ref": 7}), 0),
+    (True, "send bob " + "x" * 430_000, 430_000), (False, "send bob " + "x" * 70_000, 70_000)])
+def test_a_line_that_is_too_long_means_the_same_however_it_is_cut(reads_json: bool, line: str, size: int,
+                                                                  cut: int) -> None:
+    commands = Commands(reads_json)
+    data = f"send bob before\n{line}\nsend bob behind\n".encode()
+    for start in range(0, len(data), cut):
+        commands.feed(data[start:start + cut])
+    found = []
+    while commands.waiting:
+        found.append(commands.take())
+    texts = [found[0], found[-1]]
+    assert [command.sends.texts for command in texts if command.sends] == [["before"], ["behind"]]
+    long, = found[1:-1]
+    assert long.sends.size == size if long.sends else long.broken and not size
