@@ -43,7 +43,7 @@ import functools
 import heapq
 import unicodedata
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from itertools import accumulate, islice, repeat
 from typing import (Any, Callable, Collection, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional,
                     Sequence, Set, Tuple)
@@ -943,12 +943,16 @@ class ReceiveStream:
         if fresh < len(items):
             self._keep(reached + fresh, items[fresh:], more)
 
-    def advance(self, to: int) -> None:
-        """Gives up waiting for the numbers below ``to``: the sender does not hold them any more."""
+    def advance(self, to: int, elsewhere: bool = False) -> None:
+        """Gives up waiting for the numbers below ``to``: the sender does not hold them any more.
+
+        ``elsewhere``: another route may still bring them, see ``show``.
+        """
         if to > self.reached:
-            self.given_up.add(self.ready, to)
-            for start, end in self.shown.spans:
-                self.given_up.remove(start, end)
+            if elsewhere:
+                self.given_up.add(self.ready, to)
+                for start, end in self.shown.spans:
+                    self.given_up.remove(start, end)
             self._skip(to)
             self._merge()
 
@@ -1640,9 +1644,9 @@ class Outbox:
 # --- what comes in --------------------------------------------------------------------------------------------
 
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
-STREAMS_PER_SENDER = 8    # remembered, of each peer; the longest silent goes first
-SENDERS_REMEMBERED = 10_000     # whose streams those are; the longest silent goes first
-MAILED_STREAMS = 65_536         # of which mail came last: remembered besides, in about 20 MB
+STREAMS_PER_SENDER = 8    # that can go on at once, of each peer; the longest silent gives way first
+STREAMS_IN_ALL = 2048     # the same of all peers together
+MEMORIES = 65_536         # streams and ranges of numbers that were shown, of those that gave way: about 20 MB
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting ``PIECE_MEMORY`` for every number
 
 
@@ -1674,6 +1678,47 @@ class Incoming:
         self.mail: Optional[int] = None     # the mail that must be shown before they are given up
 
 
+class Memories:
+    """What was shown of streams that gave way: they may come again, by mail, or because an ack was lost.
+
+    At most ``MEMORIES`` streams and ranges. Beyond, the sender who has most of them loses the oldest: nobody can make a
+    client forget what others have sent.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._of: Dict[str, Dict[int, Memory]] = {}     # sender -> stream -> what was shown, oldest first
+        self._sizes: Dict[str, int] = {}                # of each sender
+
+    @staticmethod
+    def _cost(memory: Memory) -> int:
+        return 1 + len(memory[1]) + len(memory[2])
+
+    def add(self, sender: str, stream: int, memory: Memory) -> None:
+        """Takes a stream that was forgotten; nothing was shown of it if it stands at number 1."""
+        if memory == (1, (), ()):
+            return
+        self._of.setdefault(sender, {})[stream] = memory
+        cost = self._cost(memory)
+        self._sizes[sender] = self._sizes.get(sender, 0) + cost
+        self.size += cost
+        while self.size > MEMORIES:
+            has_most = self._sizes.get(sender, 0) * 2 > MEMORIES
+            loser = sender if has_most else max(self._sizes, key=self._sizes.__getitem__)
+            self.pop(loser, next(iter(self._of[loser])))
+
+    def pop(self, sender: str, stream: int) -> Optional[Memory]:
+        """Gives, and forgets, what was shown of a stream; None if nothing is known of it."""
+        memory = self._of[sender].pop(stream, None) if sender in self._of else None
+        if memory is not None:
+            cost = self._cost(memory)
+            self.size -= cost
+            self._sizes[sender] -= cost
+            if not self._of[sender]:
+                del self._of[sender], self._sizes[sender]
+        return memory
+
+
 class Inbox:
     """All that comes in for one client, and the order in which it is shown.
 
@@ -1685,13 +1730,14 @@ class Inbox:
 
     def __init__(self) -> None:
         self.buffered = 0           # numbers of all streams that wait here
-        self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender; both longest silent first
+        self._streams: "OrderedDict[str, Dict[int, Incoming]]" = OrderedDict()  # of each sender; longest silent first
+        self._memories = Memories()                             # of those streams that gave way
+        self._kept = 0                                          # streams in _streams
         self._buffering: Dict[Incoming, None] = {}              # those that hold numbers; longest silent first
         self._mail: Optional[Incoming] = None
         self._readable: Dict[Incoming, None] = {}
         self._unacked: Dict[Incoming, None] = {}
         self._holding: Dict[Incoming, None] = {}
-        self._mailed: Dict[Tuple[str, int], Optional[Memory]] = {}  # longest silent first; None: it is in _streams
 
     # what arrives
 
@@ -1728,51 +1774,46 @@ class Inbox:
             self._mail = None
 
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
-        streams = self._streams[sender] = self._streams.pop(sender, {})
-        if len(self._streams) > SENDERS_REMEMBERED:
-            silent = next(iter(self._streams))
-            others = self._streams.pop(silent)
-            self._forget_idle(others, 0)
-            if others:
-                self._streams[silent] = others
+        streams = self._streams.setdefault(sender, {})
+        self._streams.move_to_end(sender)
         incoming = streams.pop(stream, None)
         if incoming is None:
+            if len(streams) >= STREAMS_PER_SENDER:
+                self._forget_idle(sender)
+            elif self._kept >= STREAMS_IN_ALL:
+                self._forget_idle(next(iter(self._streams)))
+            self._streams[sender] = streams
             incoming = Incoming(ReceiveStream(stream, first), None)
             incoming.sender = sender
-            memory = self._mailed.get((sender, stream))
+            memory = self._memories.pop(sender, stream)
             if memory is not None:
                 incoming.stream.recall(memory)
-                self._mailed[sender, stream] = None
-            if len(streams) >= STREAMS_PER_SENDER:
-                self._forget_idle(streams, STREAMS_PER_SENDER - 1)
+            self._kept += 1
         streams[stream] = incoming
         return incoming
 
-    def _forget_idle(self, streams: Dict[int, Incoming], most: int) -> None:
-        """Forgets the longest silent of a sender's streams until ``most`` are left; none that waits to be written."""
+    def _forget_idle(self, sender: str) -> None:
+        """Makes room: forgets the longest silent of a sender's streams, but none that waits to be written."""
+        streams = self._streams[sender]
         for number in list(islice(streams, STREAMS_PER_SENDER)):
-            if len(streams) > most:
-                incoming = streams.pop(number)
-                if incoming.stream.is_idle:
-                    self._forget(incoming)
-                else:
-                    streams[number] = incoming
+            incoming = streams.pop(number)
+            if not incoming.stream.is_idle:
+                streams[number] = incoming
+            else:
+                self._forget(incoming)
+                self._memories.add(sender, number, incoming.stream.remember())
+                self._kept -= 1
+                if len(streams) < STREAMS_PER_SENDER:
+                    break
+        else:
+            self._streams.move_to_end(sender)   # another one's are looked at next
+        if not streams:
+            del self._streams[sender]
 
     def _forget(self, incoming: Incoming) -> None:
         for among in (self._readable, self._unacked, self._holding, self._buffering):
             among.pop(incoming, None)
         self.buffered -= incoming.counted
-        key = incoming.sender, incoming.stream.stream
-        if key in self._mailed:
-            self._mailed[key] = incoming.stream.remember()
-
-    def _remember_mailed(self, incoming: Incoming) -> None:
-        """Keeps in mind what was shown of a stream: the server may mail it again when it or a session begins anew."""
-        key = incoming.sender, incoming.stream.stream
-        self._mailed.pop(key, None)
-        self._mailed[key] = None
-        if len(self._mailed) > MAILED_STREAMS:
-            del self._mailed[next(iter(self._mailed))]
 
     def _arrived(self, incoming: Incoming) -> None:
         self._buffering.pop(incoming, None)
@@ -1844,7 +1885,7 @@ class Inbox:
     def _release(self, now: float, incoming: Incoming) -> None:
         """Goes on behind the missing numbers; asks again if more have become missing since."""
         del self._holding[incoming]
-        incoming.stream.advance(incoming.held_base)
+        incoming.stream.advance(incoming.held_base, elsewhere=True)
         self._unacked[incoming] = None
         self._arrived(incoming)
         if incoming.stream.missing:
@@ -1910,9 +1951,8 @@ class Inbox:
         """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
         sender, stream, number = items[0][:3]
         incoming = self._incoming(sender, stream, number)
-        self._remember_mailed(incoming)
         if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
-            incoming.stream.advance(number)
+            incoming.stream.advance(number, elsewhere=True)
         while incoming.stream.ready_to_take:        # all of it comes before
             yield from self._take_chat(incoming)
         if incoming.stream.show(number, len(items)):

@@ -241,7 +241,7 @@ class Mirror:
 
 APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
 FORMAT = 1                      # the version of the tables below
-MAX_KNOWN = 100_000             # nicks; beyond it the longest offline without mail goes first
+MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail goes, see ``_idle_nick``
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
@@ -647,7 +647,6 @@ def load_secret(path: str) -> bytes:
 # --- the registry ---------------------------------------------------------------------------------------------
 
 MAX_CLIENTS = 10_000      # clients with a session
-IDLE_NICKS = 1000         # looked up at once, when there is no room for another nick
 MAX_CLOSED = 10_000       # closed sessions that are remembered, to answer a repeated request
 SILENCE = 45.0            # s without a sign of life after which a client is probed
 
@@ -687,6 +686,11 @@ class Session:
         self.holds_table = False
 
 
+def _rank(known: Known) -> Tuple[bool, float, str]:
+    """How soon a nick is forgotten if there are too many: the lowest goes first."""
+    return (False, known.seen, known.nick) if known.owner is None else (True, -known.id, known.nick)
+
+
 class Registry:
     """What the server decides on who is who; see the opening of this module."""
 
@@ -696,7 +700,8 @@ class Registry:
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
         self.max_known = max_known
-        self._idle: List[Tuple[str, float]] = []    # nicks to forget next and their ``seen``, the last one first
+        self._idle = [_rank(known) for known in mailbox.known.values()]     # a heap: those offline, and some that were
+        heapq.heapify(self._idle)
         self.table = Table()
         self.sessions: Dict[bytes, Session] = {}
         self.by_nick: Dict[str, Session] = {}
@@ -743,21 +748,23 @@ class Registry:
         return next(session for session in self.sessions.values() if session.id not in self.live)
 
     def _idle_nick(self) -> Optional[str]:
-        """The nick that was offline for longest and has no mail."""
-        while True:
-            last_try = not self._idle
-            if last_try:
-                idle = heapq.nsmallest(IDLE_NICKS, filter(self._is_idle, self.mailbox.known.values()),
-                                       key=lambda known: known.seen)
-                self._idle = [(known.nick, known.seen) for known in reversed(idle)]
-            while self._idle:
-                nick, seen = self._idle[-1]
-                known = self.mailbox.known.get(nick)
-                if known is not None and known.seen == seen and self._is_idle(known):
-                    return nick
-                self._idle.pop()    # it was here meanwhile
-            if last_try:
-                return None
+        """The nick that makes room for another one: offline and without mail, there may be none.
+
+        Of those that nobody owns, the one longest offline. If all have owners, the one that came last: else a stranger
+        who registers one nick after the other could throw out whoever was here before, and take that nick.
+        """
+        while self._idle:
+            known = self.mailbox.known.get(self._idle[0][-1])
+            if known is not None and self._idle[0] == _rank(known) and self._is_idle(known):
+                return known.nick
+            heapq.heappop(self._idle)   # when it goes offline again, it comes again
+        return None
+
+    def _note_idle(self, known: Known) -> None:
+        heapq.heappush(self._idle, _rank(known))
+        if len(self._idle) > 2 * len(self.mailbox.known) + 64:
+            self._idle = [_rank(each) for each in self.mailbox.known.values() if self._is_idle(each)]
+            heapq.heapify(self._idle)
 
     def _is_idle(self, known: Known) -> bool:
         return not known.waiting and not self._is_live(known.nick)
@@ -853,6 +860,7 @@ class Registry:
         session.known.seen = wall
         self.mailbox.changed(session.known)
         self.live.pop(session.id, None)
+        self._note_idle(session.known)
         self._set_state(session, OFFLINE)
 
     def deregister(self, session: Session, wall: float) -> None:

@@ -1358,7 +1358,9 @@ class Client:
         self.errors = errors if errors is not None else Output(len)
         self.lines = lines if lines is not None else Lines()
         self.nick = nick
-        self.server = server
+        self.server = server                    # where it is asked,
+        self._given_server = server             # where it was said to be, and so is asked for a session,
+        self._other_server = server             # and where it is asked next, if it is silent
         self.exit_code: Optional[int] = None
         self.hungry = False                     # whether stdin may be read now
         self.decoder = Decoder()
@@ -1459,6 +1461,7 @@ class Client:
         self._register()
 
     def _register(self) -> None:
+        self.server = self._other_server = self._given_server
         self._reg_id = new_id(self.loop)
         self._cookie = None
         self._request.start()
@@ -1475,21 +1478,18 @@ class Client:
                 info["token"] = token_for(self._secret, self._server_id, self.nick)
         self._send_now(padded("reg", info, protocol.REG_SIZE), self.server)
 
-    def _on_cookie(self, info: Info) -> None:
+    def _on_cookie(self, info: Info, address: Address) -> None:
+        """The server answers, maybe from another of its addresses (one that listens on all of them cannot choose).
+
+        In this session it is asked there. Only who got the request knows its id.
+        """
         if info["id"] == self._reg_id and self._request.is_running and self._cookies_left:
             self._cookies_left -= 1
+            if address != self.server:
+                log.info("the server answers from %s", show_address(address))
+                self.server, self._other_server = address, self.server
             self._server_id, self._cookie = info["server"], info["cookie"]
             self._emit_reg()
-
-    def _on_cookie_from(self, info: Info, address: Address) -> None:
-        """The server may answer from another of its addresses, and is asked there from now on.
-
-        One that listens on all of them cannot choose. Only who got the request knows its id.
-        """
-        if info["id"] == self._reg_id and self._request.is_running:
-            log.info("the server answers from %s", show_address(address))
-            self.server = address
-            self._on_cookie(info)
 
     def _on_welcome(self, info: Info) -> None:
         if info["id"] != self._reg_id or not self._request.is_running or info["nick"] != self.nick:
@@ -1594,6 +1594,7 @@ class Client:
             self._give_up(1)
             return
         self._server_silent()
+        self.server, self._other_server = self._other_server, self.server
         self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
 
     def _ping_now(self) -> None:
@@ -1737,7 +1738,7 @@ class Client:
                 if trusted:
                     self._server_heard()
             elif tag == "cookie":
-                self._on_cookie(info)
+                self._on_cookie(info, address)
             elif tag == "welcome":
                 self._on_welcome(info)
             elif tag == "pong":
@@ -1749,7 +1750,7 @@ class Client:
 
     def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
         if tag == "cookie":
-            self._on_cookie_from(info, address)
+            self._on_cookie(info, address)
         elif self.state not in (ACTIVE, LEAVING):
             pass
         elif tag == "chat":
@@ -2385,7 +2386,7 @@ def add_server_options(server: Parser) -> None:
     server.add_argument("--mailbox-limit", type=whole_number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT,
                         metavar="N", help="messages that wait for one recipient (default: %(default)s)")
     server.add_argument("--max-nicks", type=whole_number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
-                        help="known nicks; the longest offline without mail goes first (default: %(default)s)")
+                        help="known nicks; beyond, one that is offline is forgotten (default: %(default)s)")
     server.add_argument("--stranger-replies", type=whole_number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
                         metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
     server.add_argument("--nick-lapse", type=whole_number(0, 10 ** 5, "a number of days"), metavar="DAYS",
@@ -2473,7 +2474,7 @@ def resolve(host: str, port: int, passive: bool = False) -> Tuple[socket.Address
         family, _, _, _, address = found[0]
         return family, (str(address[0]), int(address[1]))
     except (OSError, UnicodeError, IndexError):
-        raise Usage(f"cannot resolve {clean(host)}") from None
+        raise Usage(f"cannot resolve {clean(host) or repr(host)}") from None
 
 
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
@@ -2938,6 +2939,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
+    except OSError as error:        # what nobody has foreseen: too few descriptors, say
+        complain(error.strerror or str(error))
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

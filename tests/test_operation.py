@@ -17,7 +17,7 @@ import pytest
 import udpchat
 from protocol import encode, padded
 from registry import Mailbox, Registry
-from tests.processes import ROOT, SAVED, Chat, Process, received
+from tests.processes import DEADLINE, ROOT, SAVED, WELCOME, Chat, Process, received
 
 TEXT_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) (.*)")
 JSON_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -323,6 +323,33 @@ def test_server_on_all_addresses_is_reached_at_each_of_them(chat: Chat) -> None:
     alice.feed("send bob hello\n")
     bob.see("alice: hello")
     assert alice.finish() == bob.finish() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, 127.0.0.2 is nobody's address")
+def test_client_finds_a_server_again_that_comes_back_at_the_address_it_was_given(chat: Chat) -> None:
+    server = chat.server(host="0.0.0.0")
+    alice = chat.client("alice", "--log-level", "info", host="127.0.0.2")
+    assert "answers from 127.0.0.1" in "".join(alice.errors)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    chat.server(host="127.0.0.2", port=chat.port)
+    chat.until(lambda: alice.lines.count(WELCOME) == 2, "alice to be welcome again", 3 * DEADLINE)
+    assert alice.finish() == 0
+
+
+@pytest.mark.parametrize("mode", ["server", "client", "send"])
+@pytest.mark.parametrize("most", range(5, 12))
+def test_too_few_descriptors_are_one_clear_line(chat: Chat, mode: str, most: int) -> None:
+    words = {"server": ["server", "0", "--host", "127.0.0.1", "--store", str(chat.directory / "few.db")],
+             "client": ["client", "alice", "127.0.0.1", str(chat.port)],
+             "send": ["send", "bob", "hello", "--nick", "alice", "--server", f"127.0.0.1:{chat.port}"]}[mode]
+    script = f"ulimit -n {most}; exec \"$0\" \"$@\""
+    process = chat.run(*words, command=["sh", "-c", script, sys.executable, str(ROOT / "udpchat.py")])
+    process.end_input()
+    chat.rest(0.5)
+    process.signal(signal.SIGTERM)
+    process.wait()
+    assert "Traceback" not in process.err.data.decode() and len(process.errors) <= 1
 
 
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:

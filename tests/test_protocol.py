@@ -841,7 +841,7 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: List[Any]) -> None:
             beginnings = beginnings[arguments[0]:]
             assert before <= stream.next <= (beginnings + [handed])[0], "not beyond what is written"
         elif step == "advance":
-            stream.advance(stream.base)
+            stream.advance(stream.base, elsewhere=True)
             brought.update(range(1, stream.base))
             assert not stream.missing
         elif step == "show":
@@ -962,7 +962,7 @@ def test_a_stream_that_was_forgotten_and_remembered_shows_nothing_again() -> Non
     stream.on_data(1, labels(1, 3))
     take(stream)
     stream.written(3)
-    stream.advance(5)
+    stream.advance(5, elsewhere=True)
     assert stream.show(8, 1)
     take(stream)
     stream.written(0)

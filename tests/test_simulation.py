@@ -436,6 +436,27 @@ def test_mail_of_many_processes_is_shown_once_though_the_server_dies_while_its_r
     assert mailbox.known["bob"].messages == 0
 
 
+def test_a_message_whose_ack_was_lost_is_shown_once_however_many_of_its_nick_came_since() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.filter = losing("ack", source="bob", target="alice")
+    alice.type("send bob first")
+    world.run(0.05)
+    assert count(bob, "alice: first") == 1
+    alice.stop_for(120)
+    world.run(1)
+    world.network.filter = None
+    alice.inbox.clear()
+    world.run(50)
+    for number in range(12):
+        other = world.client("alice")
+        other.type(f"send bob m{number}")
+        other.end_input()
+        world.run_until(lambda: not other.alive)
+        assert other.exit_code == 0 and ends(bob, f" m{number}") == 1
+    world.run(150)
+    assert alice.alive and ends(bob, "first") == 1
+
+
 @pytest.mark.parametrize("steps", range(8))
 def test_mail_survives_crashes_of_its_recipient_and_of_the_server_while_it_is_delivered(steps: int) -> None:
     world, (alice, bob) = start("alice", "bob")
@@ -744,6 +765,14 @@ def test_what_must_always_hold_holds_in_random_storms(first: int) -> None:
     for seed in range(first, first + CHUNK):
         result = run_seed(seed)
         assert not result.failure, f"{result.failure}\nreplay: {replay(seed)}"
+
+
+@pytest.mark.parametrize("first", range(0, 60, CHUNK))
+def test_it_holds_also_where_few_streams_can_go_on_at_once(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "STREAMS_PER_SENDER", 1)
+    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 6)
+    for seed in range(first, first + CHUNK):
+        assert not run_seed(seed).failure
 
 
 def test_a_seed_gives_the_same_run_in_every_process() -> None:

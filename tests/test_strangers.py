@@ -998,18 +998,46 @@ def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pyte
     assert all(message.closing == "received" for life in lives for message in life.typed)
 
 
-def test_a_client_remembers_few_streams_of_each_sender_and_not_every_sender_there_ever_was(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SENDERS_REMEMBERED", 20)
+def test_few_streams_of_each_sender_and_of_all_together_go_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 40)
     inbox = Inbox()
     for _ in crowd(inbox, 1, 50, 1, early=True):
         assert len(inbox._streams["eve0"]) <= protocol.STREAMS_PER_SENDER
     for _ in crowd(inbox, 60, 2, 1, early=False):
-        assert len(inbox._streams) <= 20
+        assert sum(map(len, inbox._streams.values())) == inbox._kept <= 40
         for delivery in inbox.take(1.0, lambda: True):
             delivery.written(len(delivery.texts))
     assert list(inbox._streams) == [f"eve{number}" for number in range(40, 60)], "those last heard"
     assert len(inbox.acks()) == 40 and inbox.buffered == 0
+    for _ in crowd(inbox, 60, 2, 1, early=False):
+        assert not list(inbox.take(1.0, lambda: True)), "what gave way is not shown again"
+
+
+def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
+    """Mail of so many streams, with that many gaps in each that chat may still fill."""
+    for stream in range(streams):
+        letters_ = [[sender, stream, number, 1e9, ["x"], []] for number in range(2, 2 + 2 * many, 2)]
+        inbox.on_mail(1.0, {"to": "bob", "stream": 7, "n": 1 + stream * many, "base": 1 + stream * many,
+                            "items": letters_})
+        for delivery in inbox.take(1.0, lambda: True):
+            delivery.written(len(delivery.texts))
+
+
+def test_memories_of_streams_are_bounded_and_who_has_most_of_them_loses_his_own(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MEMORIES", 500)
+    inbox = Inbox()
+    for number in range(30):
+        inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
+        for delivery in inbox.take(1.0, lambda: True):
+            delivery.written(1)
+    gaps(inbox, "mallory", 200, 40)
+    memories = inbox._memories
+    assert memories.size <= 500 and memories.size == sum(memories._sizes.values())
+    assert len(memories._of["alice"]) == 30 - protocol.STREAMS_PER_SENDER and len(memories._of["mallory"]) < 100
+    for number in range(30):
+        inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
+        assert not list(inbox.take(1.0, lambda: True))
 
 
 def letter(stream: int, text: str, number: int = 1) -> List[Any]:
@@ -1047,22 +1075,13 @@ def test_everything_that_the_mail_has_made_ready_is_shown_and_before_its_later_l
 
 
 def test_a_crowd_does_not_make_a_client_forget_what_the_mail_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SENDERS_REMEMBERED", 20)
+    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 20)
     inbox = Inbox()
     assert texts_of(inbox, 7, letter(1, "once")) == ["once"]
     for _ in crowd(inbox, 60, 2, 1, early=False):
         pass
     assert "alice" not in inbox._streams
     assert "once" not in texts_of(inbox, 8, letter(1, "once"))
-
-
-def test_how_many_streams_of_the_mail_are_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "MAILED_STREAMS", 50)
-    inbox = Inbox()
-    letters = [letter(stream, str(stream)) for stream in range(1, 101)]
-    texts_of(inbox, 7, *letters)
-    assert len(inbox._mailed) == 50
-    assert texts_of(inbox, 8, *letters[50:]) == [], "those that came last"
 
 
 def test_streams_whose_texts_wait_to_be_written_are_not_forgotten() -> None:
