@@ -1013,6 +1013,7 @@ LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the res
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot
 REF_LIMIT = 256                         # characters of what a sender calls a message
+TAIL_SIZE = 2048                        # bytes of the end of a line that was cut off: a ``ref`` may stand there
 
 
 class Sends:
@@ -1047,9 +1048,10 @@ class Command(NamedTuple):
 
 
 class LongLine(str):
-    """A line that was cut off because it is too long; ``size`` are the bytes that it had."""
+    """A line that was cut off because it is too long; ``size`` are the bytes that it had, ``tail`` the last ones."""
 
     size = 0
+    tail = ""
 
 
 class Typed(str):
@@ -1090,7 +1092,8 @@ class Commands:
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
-        self._skipped = 0           # bytes of a line that is too long
+        self._skipped = 0           # bytes of a line that is too long, ...
+        self._tail = b""            # ... and the last of them
 
     @property
     def prompt(self) -> str:
@@ -1119,6 +1122,7 @@ class Commands:
             self._buffer += data
         if len(self._buffer) > self._limit:
             self._skipped += len(self._buffer) - self._limit
+            self._tail = (self._tail + self._buffer[self._limit:])[-TAIL_SIZE:]
             self._buffer = self._buffer[:self._limit]
 
     def _take_lines(self, data: bytes) -> None:
@@ -1126,6 +1130,8 @@ class Commands:
             first, newline, data = data.partition(b"\n")      # only the first can be so long: it began in other reads
             line = LongLine(first[:self._limit].decode("utf-8", "replace"))
             line.size = len(first) + self._skipped
+            line.tail = (self._tail + first[self._limit:])[-TAIL_SIZE:].decode("utf-8", "replace")
+            self._skipped, self._tail = 0, b""
             self.waiting.append(line)
             if not newline:
                 return
@@ -1208,7 +1214,7 @@ def command_of(line: str) -> Command:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return Command(broken=line)
+        return _long_send(line) if isinstance(line, LongLine) else Command(broken=line)
     if type(found) is dict:
         nick, text, ref = found.get("send"), found.get("text"), found.get("ref")
         if type(nick) is str and type(text) is str and nick and _is_ref(ref):
@@ -1222,6 +1228,28 @@ def command_of(line: str) -> Command:
                 return Command(words=[name])
         return Command(broken=line, ref=ref if _is_ref(ref) else None)
     return Command(broken=line)
+
+
+def _long_send(line: LongLine) -> Command:
+    """What an object asks for whose end was cut off: if it has the head of a text to send, that is too long."""
+    nick, ref = _member("send", line), _member("ref", line)
+    if type(nick) is str and nick and _is_ref(ref) and re.search(r'"text"\s*:\s*"', line):
+        return Command(Sends(re.sub(SURROGATES, "\ufffd", nick), [""], ref, line.size))
+    return Command(broken=line, ref=ref if _is_ref(ref) else None)
+
+
+def _member(name: str, line: LongLine) -> object:
+    """A string or number of a JSON object, at its beginning or end; inside of its strings every quote is escaped."""
+    import json
+    pattern = rf'"{name}"\s*:\s*("(?:[^"\\]|\\.){{0,{6 * REF_LIMIT}}}"|-?[0-9][0-9.eE+-]{{0,30}})\s*[,}}]'
+    for part in (line, line.tail):
+        match = re.search(pattern, part)
+        if match is not None:
+            try:
+                return json.loads(match[1])
+            except ValueError:
+                return None
+    return None
 
 
 # --- what is said ---------------------------------------------------------------------------------------------

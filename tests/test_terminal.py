@@ -1115,7 +1115,7 @@ def test_a_process_in_the_background_is_not_stopped_by_its_terminal(line: Pty) -
 
 @pytest.mark.parametrize("cut", [1000, 50_000, 60_000, READ_SIZE])
 @pytest.mark.parametrize("reads_json, line, size", [
-    (True, json.dumps({"send": "bob", "text": "x" * 430_000, "ref": 7}), 0),
+    (True, json.dumps({"bob": "send", "text": "x" * 430_000, "ref": 7}), 0),
     (True, "send bob " + "x" * 430_000, 430_000), (False, "send bob " + "x" * 70_000, 70_000)])
 def test_a_line_that_is_too_long_means_the_same_however_it_is_cut(reads_json: bool, line: str, size: int,
                                                                   cut: int) -> None:
@@ -1130,3 +1130,32 @@ def test_a_line_that_is_too_long_means_the_same_however_it_is_cut(reads_json: bo
     assert [command.sends.texts for command in texts if command.sends] == [["before"], ["behind"]]
     long, = found[1:-1]
     assert long.sends.size == size if long.sends else long.broken and not size
+
+
+TEXT = 'a "quoted" \\ text, "ref": 99, "send": "eve", ' * 9000
+
+
+@pytest.mark.parametrize("cut", [1000, 60_000, READ_SIZE])
+@pytest.mark.parametrize("value", [
+    {"send": "bob", "text": TEXT, "ref": 7}, {"ref": 7, "send": "bob", "text": TEXT},
+    {"send": "bob", "ref": 7, "text": TEXT + "\n"}])
+def test_a_send_as_an_object_that_is_far_too_long_still_says_to_whom_and_its_ref(
+        value: Dict[str, Any], cut: int) -> None:
+    commands, data = Commands(True), json.dumps(value).encode() + b"\n"
+    for start in range(0, len(data), cut):
+        commands.feed(data[start:start + cut])
+    sends = commands.take().sends
+    assert sends is not None and not commands.waiting
+    assert (sends.nick, sends.ref, sends.texts) == ("bob", 7, [""]) and sends.size == len(data) - 1
+
+
+@pytest.mark.parametrize("line, ref", [
+    ('{"send": 5, "ref": "a", "text": "' + "x" * 400_000 + '"}', "a"),
+    ('{"send": "bob", "text": 5' + "0" * 400_000 + "}", None),
+    ("{" * 400_000, None), ('{"ref": "' + "x" * 400_000, None), ('{"x": "' + "y" * 400_000 + '", "ref": 12}', 12)])
+def test_another_object_that_is_too_long_means_nothing(line: str, ref: object) -> None:
+    commands = Commands(True)
+    commands.feed(line.encode())
+    commands.feed(b"\n")
+    command = commands.take()
+    assert command.broken and command.sends is None and command.ref == ref
