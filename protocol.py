@@ -1254,6 +1254,11 @@ class Conversation:
         """Whether messages went straight to ``address``: only from there the recipient may speak."""
         return address in self._addresses
 
+    def begin_anew(self, now: float) -> None:
+        """The owner is online again: what did not move meanwhile was not held up by the recipient."""
+        self._moved = self._progressed = now
+        self.stuck = self._announced_silent
+
     def server_heard(self, now: float) -> None:
         """The server gave a sign of life: if it was silent, whatever waits for it goes out again."""
         if self.route == DIRECT:
@@ -1518,11 +1523,14 @@ class Outbox:
 
     # what the owner says
 
-    def register(self, session: bytes) -> None:
-        """The server has given a session: it goes into every ``save``."""
+    def register(self, now: float, session: bytes) -> None:
+        """The server has given a session: it goes into every ``save``, and what waited has all its time again."""
         self._session = session
         for conversation in self.conversations.values():
             conversation.session = session
+        for nick, conversation in self._sending.items():
+            conversation.begin_anew(now)
+            self._touched[nick] = conversation
 
     def open(self, now: float, nick: str, place: Optional[Place], stream: int) -> None:
         """Begins a conversation with somebody not written to before; ``stream`` is a random id."""

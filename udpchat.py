@@ -1497,7 +1497,7 @@ class Client:
         self._request.stop()
         self._server_heard(same=False)
         self._session = info["session"]
-        self._outbox.register(info["session"])
+        self._outbox.register(self.loop.now(), info["session"])
         self._inbox.forget_mail(self.loop.now())
         self._visible = self._greeted = self._confirmed = False
         self.state = ACTIVE

@@ -713,6 +713,22 @@ def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_
     assert ends(bob, "hello") == 1 and ends(alice, "hi") == 1
 
 
+def test_a_script_that_comes_back_after_long_delivers_what_waited_before_it_ends() -> None:
+    world, (alice, bob) = start("alice", "bob", mailbox=1)
+    world.network.block("alice", "bob")
+    bob.screen.set_rate(0)
+    for number in range(3):
+        alice.type(f"send bob m{number} " + "x" * 60_000)
+    alice.type("dereg alice")
+    world.run(120)
+    assert alice.client.state == AWAY and not count(alice, "[Mailbox of bob is full, message not saved.]")
+    bob.screen.set_rate(float("inf"))
+    alice.type("reg alice")
+    alice.end_input()
+    world.run(20)
+    assert alice.exit_code == 0 and sum(line.startswith("alice: ") for line in bob.lines) == 3
+
+
 def test_a_client_that_comes_online_again_is_told_of_its_table() -> None:
     world, (alice, bob) = start("alice", "bob")
     for _ in range(3):
