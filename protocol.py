@@ -4,7 +4,8 @@ Rules of this file
 ------------------
 - No sockets, no clock, no printing, no randomness. Time comes in as an argument (seconds, a float of any
   origin that never goes back); what to send and what happened comes out as a return value.
-- It does not know its role: a server and a client use the same streams.
+- The wire and the streams do not know their role: a server and a client use the same ones. ``Conversation``,
+  ``Outbox`` and ``Inbox`` are a client's.
 - Every field that comes from the network is checked in one place, ``SCHEMA``. Behind it, types and bounds hold.
 - Every limit has a name and a unit, next to the code that it governs.
 
@@ -35,7 +36,8 @@ seen to carry (TCP Westwood+), at most by half: random loss on a radio link is n
 
 ``Conversation`` is the life of one client's sends to one recipient: which route they take (straight to the
 recipient, or to the server), when that changes, and the events that close each of them. ``Outbox`` holds all of them,
-``Inbox`` all that comes in for one client, and the order in which it is shown.
+``Inbox`` all that comes in for one client, and the order in which it is shown; ``Memories`` is what it knows of the
+streams that it has put aside, so that nothing is shown twice.
 """
 from __future__ import annotations
 
@@ -553,7 +555,7 @@ class SendStream:
 
     def resume(self) -> None:
         """Sends what is held again at once: the receiver is back."""
-        self._forget_have()
+        self._call_all_lost()
         self.backoff = 1.0
         self.timer = self.ask = NEVER
         self._asked = 0
@@ -572,7 +574,7 @@ class SendStream:
         elif now >= self.ask:
             self._asked += 1
             asking = True
-            self._forget_have()
+            self._call_all_lost()
             self.window = 1.0
         packets: List[Packet] = []
         window = int(self.window)
@@ -626,7 +628,7 @@ class SendStream:
 
     def _timed_out(self) -> None:
         """RFC 5681 §3.1 and RFC 6298 §5.5: back off, start over with one datagram."""
-        self._forget_have()
+        self._call_all_lost()
         if self.backoff == 1.0:
             self.threshold = self._carried()
         self.window = 1.0
@@ -634,13 +636,13 @@ class SendStream:
         self.timer = NEVER
         self._recovery = self._order
 
-    def _forget_have(self) -> None:
+    def _call_all_lost(self) -> None:
         for packet in self._sent:
             packet.state = LOST
         self._lost = len(self._sent)
         self.in_flight = 0
 
-    def _doubt_have(self) -> None:
+    def _doubt_held(self) -> None:
         for packet in self._sent:
             if packet.state == HELD:
                 packet.state = SENT
@@ -660,7 +662,7 @@ class SendStream:
         if self.edge < next_ + room:
             self.edge = min(next_ + room, MAX_NUMBER)
         if next_ < self.base:       # late, or from a receiver that has lost its memory
-            self._doubt_have()
+            self._doubt_held()
             return 0
         closed = next_ - self.base
         self._sample = NEVER

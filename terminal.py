@@ -2,8 +2,8 @@
 
 Rules of this file
 ------------------
-- Nothing waits. Bytes come in, bytes to write go out. Only ``Reader``, ``Writer``, ``Terminal`` (its settings) and
-  ``History`` (its file) touch the world.
+- Nothing waits. Bytes come in, bytes to write go out. Only ``Reader``, ``Writer``, ``Terminal`` (its settings),
+  ``History`` (its file) and ``Desk`` (which stops this job, as Ctrl-Z does) touch the world.
 - It does not decide anything: what a command means is the client's affair, and so is when an event is told.
 - Whatever bytes come, however they are cut: nothing raises, and the cuts change nothing.
 - Nothing that is drawn moves the cursor on its own: control characters are drawn as two printable ones.

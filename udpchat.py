@@ -5,8 +5,8 @@ Rules of this file
 ------------------
 - One thread, one selector, one heap of timers. Nothing blocks but the selector's own wait (and SQLite's commit).
 - ``Server`` and ``Client`` do not know each other, and touch nothing impure but what the loop hands them: ``now``,
-  ``wall``, ``call_at``, ``random``, a function that sends a datagram, an ``Output``. So tests run the very same
-  objects in a simulated world.
+  ``wall``, ``call_at``, ``random``, a function that sends a datagram, an ``Output``; beside that, they write to the
+  log. So tests run the very same objects in a simulated world.
 - Dispatch is a table from tag or command to method.
 
 One turn of the loop
@@ -2048,7 +2048,7 @@ class Client:
         if waiting:
             self.output.flush()
         if self._prompt is not None:
-            self._ask(self._prompt)
+            self._draw(self._prompt)
         moved = self.output.pending < waiting      # what waited for that has not seen it yet
         if self.output.broken and self._ending != "reader":
             self._reader_is_gone()
@@ -2118,7 +2118,7 @@ class Client:
         return {"via": "direct" if event.kind == protocol.RECEIVED else "relay" if event.relayed else "mail",
                 "ms": round((self.loop.now() - sent.began) * 1000, 3)}
 
-    def _ask(self, prompt: Prompt) -> None:
+    def _draw(self, prompt: Prompt) -> None:
         """On a terminal, once all lines are written: draws what waits, and asks for the next command."""
         if not (self.output.pending or prompt.asks and (self._ending or self._quit == "quit")):
             self.output.write(prompt.draw(self._waits(), self._input.prompt))
