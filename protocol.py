@@ -427,6 +427,7 @@ class Ranges:
 INITIAL_TIMEOUT = 0.1     # s; before a round trip was measured: several transmissions must fit into 500 ms
 MIN_TIMEOUT = 0.05        # s; a receiver's turn (a commit, a full pipe) is no loss
 MAX_TIMEOUT = 5.0         # s; the back-off ends here
+CALM_BACKOFF = 4.0        # to which it returns with an ack that measures nothing, on a path that was measured before
 CLOCK_GRAIN = 0.001       # s; G of RFC 6298
 INITIAL_WINDOW = 10       # datagrams (RFC 6928)
 MIN_WINDOW = 2            # datagrams (RFC 9002 §7.2)
@@ -675,7 +676,10 @@ class SendStream:
             self._note_rate(newly, now)
             self._grow(newly)
         if newly or closed:
-            self.backoff = 1.0
+            if self._sample < NEVER:
+                self.backoff = 1.0
+            elif self.smoothed is not None:     # else a path slower than the first timeout is never measured
+                self.backoff = min(self.backoff, CALM_BACKOFF)
             self.timer = NEVER      # poll starts it anew: RFC 6298 §5.3
         if closed:
             self._asked = 0

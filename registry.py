@@ -328,10 +328,14 @@ class Parcel(NamedTuple):
     @classmethod
     def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> "Parcel":
         """The parcel of these columns of a row; raises ValueError if they are damaged."""
-        whole, at = json.loads(texts), json.loads(times)
-        if len(whole) != numbers or len(at) not in (1, numbers) or set(map(type, whole)) != {str}:
+        whole, at, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
+        if not (type(n) is int and n > 0 and len(whole) == numbers and len(at) in (1, numbers)
+                and set(map(type, whole)) == {str} and set(map(type, at)) == {float}
+                and (not continued or set(continued) <= set(range(n, n + numbers)))):
             raise ValueError("the parcel is damaged")
-        return cls(n, whole, at if len(at) == numbers else at * numbers, json.loads(more) if more else ())
+        if len("".join(whole).encode()) > MAX_PIECE_SIZE and max(len(text.encode()) for text in whole) > MAX_PIECE_SIZE:
+            raise ValueError("a piece is too long")
+        return cls(n, whole, at if len(at) == numbers else at * numbers, continued)
 
 
 Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
@@ -377,6 +381,7 @@ class Mailbox:
             check_file(path)
         try:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._db.text_factory = lambda data: data.decode("utf-8", "replace")    # what is damaged raises nothing
             self._prepare(server_id)
             self._load()
         except (sqlite3.Error, OSError, LookupError, TypeError, ValueError) as error:
@@ -476,24 +481,34 @@ class Mailbox:
         letters: List[Letter] = []
         try:
             rows = self._db.execute(
-                "SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
+                "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
                 " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
-            for start, *columns in rows:
-                found = self._letters(*columns)
+            row = next(rows, None)
+            while row is not None and len(letters) < limit:
+                following = next(rows, None)
+                start, numbers, *columns = row
+                most = (known.last + 1 if following is None else following[0]) - start
+                if following is not None or type(numbers) is not int or not 0 < numbers <= most:
+                    numbers = most      # the next row tells for sure
+                found = self._letters(known.nick, numbers, *columns)
                 letters += found[seq - start:] if start < seq else found
-                if len(letters) >= limit:
-                    break
+                row = following
         except sqlite3.Error:
             self.healthy = False
         return letters[:limit]
 
-    def _letters(self, sender: str, stream: int, numbers: int, n: int, *columns: str) -> List[Letter]:
+    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> List[Letter]:
         """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
+        known_sender = type(sender) is str and 0 < len(sender) <= 32 and all(c.isalnum() or c in "_.-" for c in sender)
+        known_stream = type(stream) is int and stream >= 0
         try:
+            if not (known_sender and known_stream):
+                raise ValueError("nobody knows whose it is")
             parcel = Parcel.of_row(numbers, n, *columns)
         except (ValueError, TypeError):
             self.damaged += 1
-            return [[sender, stream, n, 0.0, DAMAGED, False]] * numbers
+            return [[sender if known_sender else recipient, stream if known_stream else 0,
+                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False]] * numbers
         more = parcel.more
         return [[sender, stream, number, at, text, number in more]
                 for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
@@ -700,7 +715,7 @@ class Registry:
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
         self.max_known = max_known
-        self._idle = [_rank(known) for known in mailbox.known.values()]     # a heap: those offline, and some that were
+        self._idle = [_rank(known) for known in mailbox.known.values()]     # a heap: all who are offline, and more
         heapq.heapify(self._idle)
         self.table = Table()
         self.sessions: Dict[bytes, Session] = {}
@@ -750,24 +765,34 @@ class Registry:
     def _idle_nick(self) -> Optional[str]:
         """The nick that makes room for another one: offline and without mail, there may be none.
 
-        Of those that nobody owns, the one longest offline. If all have owners, the one that came last: else a stranger
-        who registers one nick after the other could throw out whoever was here before, and take that nick.
+        Of those that nobody owns, the one longest offline. If all have owners, the one that came last (none, if it has
+        mail): else a stranger who registers one nick after the other could throw out whoever was here before, and
+        take that nick.
         """
         while self._idle:
             known = self.mailbox.known.get(self._idle[0][-1])
-            if known is not None and self._idle[0] == _rank(known) and self._is_idle(known):
-                return known.nick
+            if known is not None and self._idle[0] == _rank(known) and not self._may_run(known):
+                if not known.waiting:
+                    return known.nick
+                if known.owner is not None:
+                    return None     # nor by giving mail to each of them
             heapq.heappop(self._idle)   # when it goes offline again, it comes again
         return None
+
+    def not_there(self, nick: str, address: Address) -> None:
+        """Nobody answers where ``nick`` was online when the store was last closed."""
+        if self.ghosts.get(nick) == address:
+            del self.ghosts[nick]
+            self._note_idle(self.mailbox.known[nick])
 
     def _note_idle(self, known: Known) -> None:
         heapq.heappush(self._idle, _rank(known))
         if len(self._idle) > 2 * len(self.mailbox.known) + 64:
-            self._idle = [_rank(each) for each in self.mailbox.known.values() if self._is_idle(each)]
+            self._idle = [_rank(each) for each in self.mailbox.known.values() if not self._is_live(each.nick)]
             heapq.heapify(self._idle)
 
-    def _is_idle(self, known: Known) -> bool:
-        return not known.waiting and not self._is_live(known.nick)
+    def _may_run(self, known: Known) -> bool:
+        return self._is_live(known.nick) or known.nick in self.ghosts
 
     def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: Optional[bytes],
               request: int) -> Session:

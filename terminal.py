@@ -854,6 +854,7 @@ class Terminal:
 READ_SIZE = 65536         # bytes read from stdin in one turn
 WRITE_SIZE = 65536        # bytes offered to stdout at once
 OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
+CHUNK_LIMIT = 4096        # the same in calls of ``write``: empty ones wait, too
 ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
@@ -957,6 +958,11 @@ class Output:
             self._chunks.append((data, written))
             self.pending += len(data)
 
+    @property
+    def chunks(self) -> int:
+        """How many calls of ``write`` wait."""
+        return len(self._chunks)
+
     def give_up(self) -> None:
         """Takes nothing any more: nobody reads it."""
         self.broken = True
@@ -1013,7 +1019,7 @@ LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the res
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot
 REF_LIMIT = 256                         # characters of what a sender calls a message
-TAIL_SIZE = 2048                        # bytes of the end of a line that was cut off: a ``ref`` may stand there
+TAIL_SIZE = 4096                        # bytes of the end of a line that was cut off: a ``ref`` may stand there
 
 
 class Sends:
@@ -1241,7 +1247,8 @@ def _long_send(line: LongLine) -> Command:
 def _member(name: str, line: LongLine) -> object:
     """A string or number of a JSON object, at its beginning or end; inside of its strings every quote is escaped."""
     import json
-    pattern = rf'"{name}"\s*:\s*("(?:[^"\\]|\\.){{0,{6 * REF_LIMIT}}}"|-?[0-9][0-9.eE+-]{{0,30}})\s*[,}}]'
+    string = rf'"(?:[^"\\]|\\u[0-9a-fA-F]{{4}}|\\.){{0,{2 * REF_LIMIT}}}"'
+    pattern = rf'"{name}"\s*:\s*({string}|-?[0-9][0-9.eE+-]{{0,99}}|true|false)\s*[,}}]'
     for part in (line, line.tail):
         match = re.search(pattern, part)
         if match is not None:

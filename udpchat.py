@@ -50,7 +50,7 @@ from protocol import (NEVER, Address, Decoder, Inbox, Info, Outbox, Place, Recei
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Mirror, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
-from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
+from terminal import (ANSWER_LIMIT, CHUNK_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
                       Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
                       clean, read_some, rfc3339, wants_color)
 gc.freeze()
@@ -926,8 +926,7 @@ class Server:
             self.registry.went_offline(session, self.loop.wall())
             self._send(session, self._pong(0, session))
         if probe.claim is not None:
-            if self.registry.ghosts.get(probe.nick) == probe.address:
-                del self.registry.ghosts[probe.nick]
+            self.registry.not_there(probe.nick, probe.address)
             self._consider(probe.nick, probe.claim)
 
     def _on_alive(self, info: Info, address: Address) -> None:
@@ -1726,7 +1725,7 @@ class Client:
         if self.state == ENDED:
             return
         messages = self.decoder.decode(datagram)
-        if address != self.server:
+        if address != self.server and address != self._other_server:
             self._allowance = len(datagram)
             for tag, info in messages:
                 self._receive_from_peer(tag, info, address)
@@ -1831,7 +1830,7 @@ class Client:
         self._greeted = True
 
     def _has_output_room(self) -> bool:
-        return self.output.pending < OUTPUT_LIMIT
+        return self.output.pending < OUTPUT_LIMIT and self.output.chunks < CHUNK_LIMIT
 
     # commands
 

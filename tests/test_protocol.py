@@ -654,7 +654,29 @@ def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
     assert gaps == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
     assert stream.on_ack(now, 2, [], 4096) == 1
     assert stream.smoothed is None, "the ack of what was sent twice is no measurement (Karn)"
-    assert stream.backoff == 1.0
+    assert stream.backoff == 100.0, "and so it says nothing of how long to wait"
+    stream.queue(["x"], [1])
+    assert numbers(stream.poll(now)) == [2]
+    stream.on_ack(now + 0.3, 3, [], 4096)
+    assert stream.backoff == 1.0 and stream.smoothed == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("round_trip", [0.05, 0.12, 0.3, 0.8, 2.0])
+def test_a_path_of_any_length_is_measured_and_hardly_anything_sent_twice(round_trip: float) -> None:
+    stream, receiver = singles(2000), ReceiveStream(1)
+    now, sent = 0.0, 0
+    answers: List[Tuple[float, protocol.Info]] = []
+    while stream.held and now < 200:
+        for packet in stream.poll(now):
+            sent += 1
+            receiver.on_data(packet.first, packet.items)
+            receiver.written(len(take(receiver)))
+            answers.append((now + round_trip, receiver.ack()))
+        now = min(stream.due(), answers[0][0] if answers else protocol.NEVER)
+        while answers and answers[0][0] <= now:
+            _, ack = answers.pop(0)
+            stream.on_ack(now, ack["next"], ack["have"], ack["room"])
+    assert not stream.held and sent < 2100 and stream.smoothed == pytest.approx(round_trip)
 
 
 def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_next_passes_it() -> None:

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+import protocol
 import registry
 from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
                       OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Letter, Mailbox, Mirror, Page, Parcel,
@@ -1221,6 +1222,30 @@ def test_a_server_that_knows_too_many_nicks_forgets_the_one_longest_offline_with
     assert reg.claim("third", D, None) == GRANTED
 
 
+@pytest.mark.parametrize("damage", [
+    "texts = 'garbage'", "texts = CAST(x'5b2261ff225d' AS TEXT)", "texts = '[1]'", "numbers = 5", "numbers = 1 << 40",
+    "numbers = 0", "numbers = 'abc'", "stream = 'abc'", "stream = -1", "sender = x'ff00'",
+    "sender = CAST(x'ff' AS TEXT)",
+    "n = 'abc'", "n = 0", "more = '13'", "more = '[\"x\"]'", "times = '[\"x\"]'", "times = '[1e999]'", "times = '[]'",
+    "texts = '[\"' || printf('%.2000c', 'x') || '\"]'", "texts = '[\"\\ud800\"]'"])
+def test_whatever_is_damaged_in_a_row_of_mail_the_others_are_there(damage: str) -> None:
+    box = Mailbox(":memory:", SERVER)
+    bob = box.add("bob", "192.0.2.1", 1, None, WALL)
+    for number in range(3):
+        box.keep(bob, "alice", STREAM, Parcel(1 + number, [f"m{number}"], [WALL], ()))
+        assert box.commit(WALL)
+    box._db.execute(f"UPDATE mail SET {damage} WHERE seq = 2")
+    letters = box.fetch(bob, 1, 100)
+    assert [letter[4] for letter in letters[::2]] == ["m0", "m2"] and len(letters) == 3
+    runs = protocol.mail_runs(letters)
+    assert protocol.is_valid("mail", {"to": "bob", "stream": 1, "n": 1, "base": 1, "items": runs})
+    assert len(protocol.mail_sizes(letters)) == 3
+    assert box.fetch(bob, 2, 1) == letters[1:2] and box.fetch(bob, 3, 1) == letters[2:]
+    for acked in (2, 3, 4):
+        box.acked(bob, acked)
+        assert box.commit(WALL)
+
+
 @pytest.mark.parametrize("owned", [True, False])
 def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool) -> None:
     reg = new_registry(max_known=20)
@@ -1233,6 +1258,11 @@ def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bo
         assert len(reg.mailbox.known) <= 20 and {"alice", "bob", "carol"} <= set(reg.mailbox.known)
         if number == 100:
             reg = restarted(reg)
+    if owned:
+        for nick in list(reg.mailbox.known):
+            if nick.startswith("eve"):
+                save(reg, nick, "mail")
+        assert reg.claim("another", B, b"eve") == FULL
     assert reg.claim("alice", B, b"eve") == OWNED
 
 
