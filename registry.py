@@ -333,8 +333,9 @@ class Parcel(NamedTuple):
                 and set(map(type, whole)) == {str} and set(map(type, at)) == {float}
                 and (not continued or set(continued) <= set(range(n, n + numbers)))):
             raise ValueError("the parcel is damaged")
-        if len("".join(whole).encode()) > MAX_PIECE_SIZE and max(len(text.encode()) for text in whole) > MAX_PIECE_SIZE:
-            raise ValueError("a piece is too long")
+        if not "".join(whole).isascii() or len(max(whole, key=len)) > MAX_PIECE_SIZE:
+            if max(len(text.encode()) for text in whole) > MAX_PIECE_SIZE:
+                raise ValueError("a piece is too long")
         return cls(n, whole, at if len(at) == numbers else at * numbers, continued)
 
 
@@ -499,7 +500,8 @@ class Mailbox:
 
     def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> List[Letter]:
         """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
-        known_sender = type(sender) is str and 0 < len(sender) <= 32 and all(c.isalnum() or c in "_.-" for c in sender)
+        known_sender = type(sender) is str and (
+            sender in self.known or 0 < len(sender) <= 32 and all(c.isalnum() or c in "_.-" for c in sender))
         known_stream = type(stream) is int and stream >= 0
         try:
             if not (known_sender and known_stream):
