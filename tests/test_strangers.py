@@ -983,6 +983,52 @@ def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monke
     assert shown == [str(number) for number in range(320)]
 
 
+def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udpchat, "CHUNK_LIMIT", 30)
+    world, (bob, mallory) = start("bob", "mallory")
+    bob.screen.set_rate(0)
+    bob.screen.filled = bob.screen.size
+    mallory.type("send bob hi")
+    for stream in range(1, 401):
+        datagram = encode("chat", {"from": "mallory", "to": "bob", "stream": stream, "n": 9, "base": 5, "text": ["x"]})
+        world.network.send(mallory, datagram, bob.address)
+        world.run(0.1)
+        assert bob.client.output.chunks <= 50 and bob.client._inbox._kept <= 50
+        assert len(bob.client._inbox._holding) <= 50
+
+
+def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_silent() -> None:
+    loop, sent = DeskLoop(), []
+    given, found = ("192.0.2.1", 4119), ("192.0.2.2", 4119)
+    alice = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "alice", given)
+
+    def last(tag: str) -> Tuple[Info, Address]:
+        return next((info, to) for datagram, to in reversed(sent) for name, info in maps_of(datagram) if name == tag)
+
+    def wait(seconds: float) -> None:
+        end = loop.time + seconds
+        while loop.time < end:
+            loop.time += 0.05
+            loop.timers.run(loop.time)
+            alice.settle()
+    alice.start()
+    alice.receive(encode("cookie", {"id": last("reg")[0]["id"], "server": b"s" * 16, "cookie": b"c" * 16}), found)
+    info, to = last("reg")
+    assert to == found and info["cookie"] == b"c" * 16
+    alice.receive(encode("welcome", {"id": info["id"], "nick": "alice", "boot": 1, "session": b"x" * 16,
+                                     "version": 1}), found)
+    table = protocol.table_map(0, 1, [["alice", "192.0.2.9", 9, "online"]])
+    alice.receive(addressed(b"x" * 16, table), found)
+    wait(PING_INTERVAL * 1.5 + 6)
+    assert alice._outbox.lost and {to for _, to in sent[-12:]} == {given, found}, "it is looked for at both"
+    for address in (given, found):
+        alice._outbox.lost = True
+        alice.receive(addressed(b"x" * 16), address)
+        wait(0.1)
+        assert not alice._outbox.lost, "and heard from both"
+
+
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "INBOX_LIMIT", 40 * protocol.PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
