@@ -27,6 +27,10 @@ from __future__ import annotations
 import gc
 if gc.isenabled():
     gc.disable()
+import signal
+import sys
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # whoever is interrupted while it imports prints no traceback
 import argparse
 import errno
 import functools
@@ -36,9 +40,7 @@ import os
 import re
 import select
 import selectors
-import signal
 import socket
-import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque

@@ -352,6 +352,13 @@ def test_too_few_descriptors_are_one_clear_line(chat: Chat, mode: str, most: int
     assert "Traceback" not in process.err.data.decode() and len(process.errors) <= 1
 
 
+def test_ctrl_c_while_its_modules_are_imported_gives_no_traceback(chat: Chat) -> None:
+    (chat.directory / "msgpack.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    alice = chat.run("client", "alice", command=[sys.executable, str(ROOT / "udpchat.py")],
+                     environment={"PYTHONPATH": str(chat.directory)})
+    assert alice.wait() == -signal.SIGINT and not alice.err.data
+
+
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
     """A signal at any moment from when the arguments are looked at; before, Python itself is what starts."""
     script = ("import signal, sys, udpchat\n"
