@@ -338,7 +338,7 @@ def test_client_finds_a_server_again_that_comes_back_at_the_address_it_was_given
 
 
 @pytest.mark.parametrize("mode", ["server", "client", "send"])
-@pytest.mark.parametrize("most", range(5, 12))
+@pytest.mark.parametrize("most", range(6, 12))
 def test_too_few_descriptors_are_one_clear_line(chat: Chat, mode: str, most: int) -> None:
     words = {"server": ["server", "0", "--host", "127.0.0.1", "--store", str(chat.directory / "few.db")],
              "client": ["client", "alice", "127.0.0.1", str(chat.port)],
