@@ -1495,13 +1495,13 @@ class Outbox:
 
     # how much waits
 
-    def _is_stuck(self, conversation: Conversation) -> bool:
-        return conversation.stuck or self._away or self._lost and conversation.route != DIRECT
+    def _is_stuck(self, conversation: Conversation, route: str = "") -> bool:
+        return conversation.stuck or self._away or self._lost and (route or conversation.route) != DIRECT
 
     def is_stuck(self, now: float, nick: str) -> bool:
         """Whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
         conversation = self.conversations[nick]
-        return conversation.stuck or self._away or self._lost and conversation.next_route(now) != DIRECT
+        return self._is_stuck(conversation, conversation.next_route(now))
 
     def room(self, now: float, nick: str) -> int:
         """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
@@ -1950,6 +1950,10 @@ class Inbox:
             self._readable.pop(incoming, None)
         return deliveries
 
+    def _take_all_chat(self, incoming: Incoming) -> Iterator[Delivery]:
+        while incoming.stream.ready_to_take:
+            yield from self._take_chat(incoming)
+
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
         for run in mail.stream.take(MAX_ITEMS):
             if run.more:
@@ -1967,8 +1971,7 @@ class Inbox:
         incoming = self._incoming(sender, stream, number)
         if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
             incoming.stream.advance(number, elsewhere=True)
-        while incoming.stream.ready_to_take:        # all of it comes before
-            yield from self._take_chat(incoming)
+        yield from self._take_all_chat(incoming)
         if incoming.stream.show(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
             yield Delivery(sender, texts, times, functools.partial(self._written, mail), stream, number)
@@ -1977,8 +1980,7 @@ class Inbox:
         else:
             for item, text in zip(items, texts):
                 yield from self._take_letters(mail, [item], [text])
-        while incoming.stream.ready_to_take:
-            yield from self._take_chat(incoming)
+        yield from self._take_all_chat(incoming)
 
     def _written(self, incoming: Incoming, texts: int) -> None:
         before = incoming.stream.next

@@ -246,6 +246,7 @@ MAX_STREAMS = 100_000           # streams whose progress the store remembers; th
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
 MAX_PIECE_SIZE = 768            # bytes of text that one number can have
+MAX_NICK_SIZE = 32              # characters
 NICK_LAPSE = 90.0               # days offline after which a nick is nobody's any more
 DAY = 86400.0                   # s
 
@@ -333,9 +334,9 @@ class Parcel(NamedTuple):
                 and set(map(type, whole)) == {str} and set(map(type, at)) == {float}
                 and (not continued or set(continued) <= set(range(n, n + numbers)))):
             raise ValueError("the parcel is damaged")
-        if not "".join(whole).isascii() or len(max(whole, key=len)) > MAX_PIECE_SIZE:
-            if max(len(text.encode()) for text in whole) > MAX_PIECE_SIZE:
-                raise ValueError("a piece is too long")
+        if not ("".join(whole).isascii() and len(max(whole, key=len)) <= MAX_PIECE_SIZE
+                or max(len(text.encode()) for text in whole) <= MAX_PIECE_SIZE):
+            raise ValueError("a piece is too long")
         return cls(n, whole, at if len(at) == numbers else at * numbers, continued)
 
 
@@ -501,7 +502,7 @@ class Mailbox:
     def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> List[Letter]:
         """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
         known_sender = type(sender) is str and (
-            sender in self.known or 0 < len(sender) <= 32 and all(c.isalnum() or c in "_.-" for c in sender))
+            sender in self.known or 0 < len(sender) <= MAX_NICK_SIZE and all(c.isalnum() or c in "_.-" for c in sender))
         known_stream = type(stream) is int and stream >= 0
         try:
             if not (known_sender and known_stream):

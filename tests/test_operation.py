@@ -329,7 +329,7 @@ def test_server_on_all_addresses_is_reached_at_each_of_them(chat: Chat) -> None:
 def test_client_finds_a_server_again_that_comes_back_at_the_address_it_was_given(chat: Chat) -> None:
     server = chat.server(host="0.0.0.0")
     alice = chat.client("alice", "--log-level", "info", host="127.0.0.2")
-    assert "answers from 127.0.0.1" in "".join(alice.errors)
+    chat.until(lambda: "answers from 127.0.0.1" in "".join(alice.errors), "the log to say where the server is")
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
     chat.server(host="127.0.0.2", port=chat.port)

@@ -932,12 +932,18 @@ def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> No
     assert not any("Waiting" in row for row in alice.rows)
 
 
-def test_who_sends_one_message_sees_for_whom_it_waits(chat: Chat, open_window: Open) -> None:
+def send_to_stopped_bob(chat: Chat, open_window: Open) -> Tuple[Process, Window]:
+    """A bob who does not go on, and the window in which a message for him waits."""
     bob = chat.client("bob")
     bob.signal(signal.SIGSTOP)
     server = f"127.0.0.1:{chat.port}"
     carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
     carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    return bob, carl
+
+
+def test_who_sends_one_message_sees_for_whom_it_waits(chat: Chat, open_window: Open) -> None:
+    bob, carl = send_to_stopped_bob(chat, open_window)
     bob.signal(signal.SIGCONT)
     carl.shows(received("bob"), CURSOR)
     carl.ends()
@@ -945,11 +951,7 @@ def test_who_sends_one_message_sees_for_whom_it_waits(chat: Chat, open_window: O
 
 def test_what_a_send_waits_for_fits_into_the_window_when_that_gets_another_size(chat: Chat,
                                                                                 open_window: Open) -> None:
-    bob = chat.client("bob")
-    bob.signal(signal.SIGSTOP)
-    server = f"127.0.0.1:{chat.port}"
-    carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
-    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    bob, carl = send_to_stopped_bob(chat, open_window)
     carl.resize(20, 24)
     carl.shows("[Waiting for bob: 1", CURSOR)
     carl.resize(60, 24)
@@ -960,11 +962,7 @@ def test_what_a_send_waits_for_fits_into_the_window_when_that_gets_another_size(
 
 
 def test_what_a_send_waits_for_is_shown_again_when_it_goes_on_after_a_stop(chat: Chat, open_window: Open) -> None:
-    bob = chat.client("bob")
-    bob.signal(signal.SIGSTOP)
-    server = f"127.0.0.1:{chat.port}"
-    carl = open_window(*PATIENT, arguments=("send", "bob", "hello", "--server", server, "--nick", "carl"), ready=False)
-    carl.shows("[Waiting for bob: 1 message.]", CURSOR)
+    bob, carl = send_to_stopped_bob(chat, open_window)
     carl.process.signal(signal.SIGSTOP)
     os.write(carl.process._stdin or 0, b"fg\r")          # echoed by the terminal, as what a shell would write
     carl.shows("[Waiting for bob: 1 message.]", "fg", CURSOR)
