@@ -66,6 +66,7 @@ VERSION = "1.0.0"
 LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
 WAITED = 0.00002          # s; a selector that returns sooner had something to return at once
 MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
+MOST_EVENTS = 64          # descriptors that one turn learns to be ready; the next one learns of the others
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
 
@@ -141,6 +142,11 @@ class SystemRandom:
         return low + (high - low) * self.getrandbits(53) / 2 ** 53
 
 
+# of what a selector or epoll tells of a descriptor, that for which somebody who reads or writes is called: errors, too
+WAKES = {selectors.EVENT_READ: ~(selectors.EVENT_WRITE | getattr(select, "EPOLLOUT", 0)),
+         selectors.EVENT_WRITE: ~selectors.EVENT_READ}
+
+
 class Loop:
     """One selector and one heap of timers. The owner sets ``settle``, called at the end of every turn."""
 
@@ -150,7 +156,11 @@ class Loop:
         self.reads_one = False      # most likely there is only one datagram, and no timer wants to know of all
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
+        self._epoll = epoll_of(self._selector)
+        self._wait: Callable[[Optional[float], int], List[Tuple[int, int]]] = (
+            self._select if self._epoll is None else self._epoll.poll)
         self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
+        self._callbacks: Dict[int, Sequence[Tuple[int, Callable[[], None]]]] = {}   # the same, with what wakes each
         self._always: Dict[int, Dict[int, Callable[[], None]]] = {}     # regular files: epoll refuses them
         self._timers = TimerHeap()
         self._lost = 0.0            # s of the clock that do not count
@@ -190,16 +200,17 @@ class Loop:
         mask = sum(callbacks)
         try:
             if mask and had:
-                self._selector.modify(fd, mask, tuple(callbacks.items()))
+                self._selector.modify(fd, mask)
             elif mask:
-                self._selector.register(fd, mask, tuple(callbacks.items()))
+                self._selector.register(fd, mask)
             elif had:
                 self._selector.unregister(fd)
         except (PermissionError, KeyError):     # one that the selector refuses, or refused before: it never blocks
             if callbacks:
                 self._always[fd] = callbacks
+        self._callbacks[fd] = [(WAKES[event], call) for event, call in callbacks.items()]
         if not callbacks:
-            del self._watched[fd]
+            del self._watched[fd], self._callbacks[fd]
 
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
         """Calls ``callback`` in the loop, not in the handler, when the signal comes."""
@@ -231,24 +242,27 @@ class Loop:
         before = self._refresh()
         first = self._timers.next_time()
         timeout = 0.0 if self._always else None if first == NEVER else min(max(0.0, first - self._now), MAX_WAIT)
-        events = self._selector.select(timeout)
+        events = self._wait(timeout, MOST_EVENTS)
         self._woken = woken = time.monotonic()
         if timeout is not None and woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
         self._now = self._began = woken - self._lost
         self.reads_one = woken - before > WAITED and first > self._now
         self.calm = True
-        for key, mask in events:
-            for event, callback in key.data:
-                if mask & event:
+        for fd, event in events:
+            for wakes, callback in self._callbacks.get(fd, ()):
+                if event & wakes:
                     callback()
         if self._always:
             for callback in [callback for callbacks in self._always.values() for callback in callbacks.values()]:
                 callback()
-        if first <= self._began:
-            self._timers.run(self._began)
-        self._refresh()
+        if first <= self._now:
+            self._timers.run(self._now)
         self.settle()
+
+    def _select(self, timeout: Optional[float], most: int) -> List[Tuple[int, int]]:
+        """Waits so many seconds, for ever if None; gives at most so many descriptors that are ready, and what for."""
+        return [(key.fd, event) for key, event in self._selector.select(timeout)[:most]]
 
     def _refresh(self) -> float:
         """Sets the time anew; a turn that took longer than ``LOST_TIME`` counts as that long, no more."""
@@ -261,9 +275,18 @@ class Loop:
     def close(self) -> None:
         """Gives the descriptors back."""
         signal.set_wakeup_fd(-1)
+        if self._epoll is not None:
+            self._epoll.close()
         self._selector.close()
         self._waker.close()
         self._wake.close()
+
+
+def epoll_of(selector: selectors.BaseSelector) -> Any:
+    """The epoll in a selector, to wait without an object for every event, which costs as much again; None elsewhere."""
+    if sys.platform == "linux" and isinstance(selector, selectors.EpollSelector):
+        return select.epoll.fromfd(os.dup(selector.fileno()))
+    return None
 
 
 class Alarm:

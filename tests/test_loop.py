@@ -51,7 +51,7 @@ def clock_set_by_hand(monkeypatch: pytest.MonkeyPatch) -> Hands:
 @pytest.fixture(name="loop")
 def loop_that_never_waits(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
     loop = Loop()
-    monkeypatch.setattr(loop._selector, "select", lambda timeout=None: [])
+    monkeypatch.setattr(loop, "_wait", lambda timeout, most: [])
     yield loop
     loop.close()
 
@@ -136,12 +136,11 @@ def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.M
         ours.bind(("127.0.0.1", 0))
         port, read = Port(ours, loop), []
         port.receive = lambda datagram, _: read.append(datagram)
-        ready = loop._selector.get_key(ours)
 
-        def select(timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+        def wait(timeout: Optional[float], most: int) -> List[Tuple[int, int]]:
             hands.time += 1.0 if timeout is None else timeout
-            return [(ready, selectors.EVENT_READ)]
-        monkeypatch.setattr(loop._selector, "select", select)
+            return [(ours.fileno(), selectors.EVENT_READ)]
+        monkeypatch.setattr(loop, "_wait", wait)
         for number in range(3):
             theirs.sendto(b"%d" % number, ours.getsockname())
         yield read
