@@ -226,9 +226,11 @@ OPTIONAL: Dict[str, Dict[str, Check]] = {
 
 
 def _numbered(info: Info, count: int) -> bool:
-    first, more = info["n"], info.get("more")
-    return bool(count and info["base"] <= first <= MAX_NUMBER - count
-                and (not more or first <= min(more) and max(more) < first + count))
+    first: int = info["n"]
+    if not info["base"] <= first <= MAX_NUMBER - count or not count:
+        return False
+    more = info.get("more")
+    return not more or first <= min(more) and max(more) < first + count
 
 
 def since_of(info: Info) -> int:
@@ -253,9 +255,12 @@ def is_valid(tag: Any, info: Any) -> bool:
     if fields is None or type(info) is not dict:
         return False
     required, optional, together = fields
-    for name, check in required:
-        if not check(info.get(name)):       # None, for a missing one, passes no check
-            return False
+    try:
+        for name, check in required:
+            if not check(info[name]):
+                return False
+    except KeyError:
+        return False
     if len(info) > len(required):
         for name, check in optional:
             if name in info and not check(info[name]):
@@ -591,7 +596,13 @@ class SendStream:
             packets.append(packet)
         else:
             self._window_was_full = True
-        self._arm(now)
+        if not self.in_flight:
+            self.timer = NEVER
+            self._plan_question(now)
+        else:
+            self.ask = NEVER
+            if self.timer == NEVER:
+                self.timer = now + self.timeout()
         return packets
 
     def _next(self, beyond_room: bool) -> Optional[Packet]:
@@ -608,17 +619,12 @@ class SendStream:
             return packet
         return None
 
-    def _arm(self, now: float) -> None:
-        if self.in_flight:
+    def _plan_question(self, now: float) -> None:
+        """Sees to it that a receiver that has no room for what is held is asked again."""
+        if self.end == self.base:
             self.ask = NEVER
-            if self.timer == NEVER:
-                self.timer = now + self.timeout()
-        else:
-            self.timer = NEVER
-            if self.end == self.base:
-                self.ask = NEVER
-            elif self.ask == NEVER or now >= self.ask:
-                self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
+        elif self.ask == NEVER or now >= self.ask:
+            self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
 
     def timeout(self) -> float:
         """The retransmission timeout, in seconds (RFC 6298 §2, with a shorter first and least value)."""
@@ -674,7 +680,8 @@ class SendStream:
         if newly:
             self._measure(self._sample)
             self._note_rate(newly, now)
-            self._grow(newly)
+            if self._window_was_full:
+                self._grow(newly)
         if newly or closed:
             if self._sample < NEVER:
                 self.backoff = 1.0
@@ -799,9 +806,7 @@ class SendStream:
         return max(self.window / 2, fills, MIN_WINDOW)
 
     def _grow(self, packets: int) -> None:
-        """Slow start, then one datagram a round trip (RFC 5681 §3.1), only if the window was the limit."""
-        if not self._window_was_full:
-            return
+        """Slow start, then one datagram a round trip (RFC 5681 §3.1)."""
         if self.window < self.threshold:
             self.window += packets
         else:
@@ -847,11 +852,10 @@ class ReceiveStream:
         self.base = 1               # the highest base heard
         self.shown = Ranges(MAX_SHOWN_RANGES)
         self.given_up = Ranges(MAX_SHOWN_RANGES)    # passed without being shown: another route may still bring them
+        self.buffered = 0           # numbers held here, because they are early, not whole, or nobody took them
         self._runs: Deque[Run] = deque()
-        self._waiting = 0           # items in _runs
         self._pieces: List[Any] = []        # of the text that begins at ``ready``
         self._early: Dict[int, Tuple[List[Any], FrozenSet[int]]] = {}
-        self._early_items = 0       # items in _early
         self._handed: Deque[List[int]] = deque()    # [texts, numbers of each]; 0 texts: a skip
 
     @property
@@ -864,11 +868,6 @@ class ReceiveStream:
         """Whether the sender has closed numbers that did not come on this route."""
         return self.base > self.reached
 
-    @property
-    def buffered(self) -> int:
-        """How many numbers are held here, because they are early or nobody took them."""
-        return self._waiting + len(self._pieces) + self._early_items
-
     def on_data(self, first: int, items: List[Any], more: Sequence[int] = (), base: int = 1) -> None:
         """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
         if base > self.base:
@@ -876,7 +875,11 @@ class ReceiveStream:
         end = first + len(items)
         if first == self.ready and end <= self.next + MAX_EARLY and not (
                 self._pieces or self._early or self.shown.spans):
-            self._append(items, frozenset(more) if more else NONE)      # mostly: it is what comes next
+            if more:
+                self._append(items, frozenset(more))
+            else:       # mostly: it is what comes next, and short
+                self._add_run(Run(first, items, NONE, len(items)))
+                self.buffered += len(items)
             return
         reached = self.reached
         if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
@@ -896,11 +899,12 @@ class ReceiveStream:
         if known >= len(items):
             return False
         self._early[first] = (items, more)
-        self._early_items += len(items) - known
+        self.buffered += len(items) - known
         return True
 
     def _append(self, items: List[Any], more: FrozenSet[int]) -> None:
         """Puts items that follow what was reached at the end of what can be handed out."""
+        self.buffered += len(items)
         if not more and not self._pieces:
             self._add_run(Run(self.ready, items, NONE, len(items)))
             return
@@ -912,10 +916,10 @@ class ReceiveStream:
 
     def _add_run(self, run: Run) -> None:
         self._runs.append(run)
-        self._waiting += len(run.items)
         self.ready += run.numbers
 
     def _skip(self, to: int) -> None:
+        self.buffered -= len(self._pieces)
         self._pieces = []
         self._add_run(Run(self.ready, [], NONE, to - self.ready))
 
@@ -931,7 +935,7 @@ class ReceiveStream:
                 if first > self.reached:
                     break
                 items, more = self._early.pop(first)
-                self._early_items -= len(items)
+                self.buffered -= len(items)
                 if first + len(items) > self.reached:
                     moved = True
                     self._take_in(items[self.reached - first:], more)
@@ -985,9 +989,10 @@ class ReceiveStream:
         runs = []
         while self._runs and numbers > 0:
             run = self._runs.popleft()
-            self._waiting -= len(run.items)
+            held = len(run.items)
+            self.buffered -= held
             self.taken += run.numbers
-            numbers -= len(run.items)
+            numbers -= held
             if run.more:
                 self._handed.append([1, run.numbers])
             elif run.items:
@@ -997,26 +1002,24 @@ class ReceiveStream:
             runs.append(run)
         return runs
 
-    @property
-    def ready_to_take(self) -> bool:
-        """Whether ``take`` would hand out anything."""
-        return bool(self._runs)
-
     def written(self, texts: int) -> None:
         """Takes note that ``texts`` more of the texts handed out are written; 0: that the skip that is next has passed.
 
         A skip stands for what another route shows: it does not pass along with the texts before it.
         """
         handed = self._handed
-        while handed and (texts or not handed[0][0]):
-            count = min(handed[0][0], texts)
-            self.next += max(count, 1) * handed[0][1]
-            texts -= count
-            handed[0][0] -= count
-            if not handed[0][0]:
-                handed.popleft()
+        while handed:
+            held, numbers = handed[0]
+            if held > texts:
+                if texts:
+                    self.next += texts * numbers
+                    handed[0][0] -= texts
+                return
+            self.next += (held or 1) * numbers
+            texts -= held
+            handed.popleft()
             if not texts:
-                break
+                return
 
     def all_written(self) -> None:
         """Takes note that all that was handed out is written."""
@@ -1057,29 +1060,33 @@ class ReceiveStream:
         self.given_up.remove(position, MAX_NUMBER)
         self._runs.clear()
         self._pieces = []
-        self._waiting = 0
-        self.drop_early()
+        self._early.clear()
+        self.buffered = 0
 
     def drop_early(self) -> None:
         """Forgets what came early, to free memory; the sender still holds it."""
+        self.buffered -= sum(len(items) for items, _ in self._early.values())
         self._early.clear()
-        self._early_items = 0
 
     def ack(self, more: bool = True) -> Info:
         """The ``ack`` to send now; ``more``: whether the owner has memory for more than it promised before."""
         if more and self.edge < self.next + MAX_EARLY:
             self.edge = self.next + MAX_EARLY
-        room = max(0, self.edge - self.next)
+        room = self.edge - self.next
+        return {"stream": self.stream, "next": self.next, "room": room if room >= MAX_TEXT_PIECES else 0,
+                "have": self._have() if self._early or self.ready > self.next or self._pieces else []}
+
+    def _have(self) -> List[List[int]]:
+        """What came and is not written: inclusive ranges, the lowest ones."""
         reached = self.reached
         spans = [[self.next, reached - 1]] if reached > self.next else []
-        for first in sorted(self._early) if self._early else ():
+        for first in sorted(self._early):
             last = first + len(self._early[first][0]) - 1
             if spans and first <= spans[-1][1] + 1:
                 spans[-1][1] = max(last, spans[-1][1])
             else:
                 spans.append([first, last])
-        return {"stream": self.stream, "next": self.next, "have": spans[:MAX_RANGES],
-                "room": room if room >= MAX_TEXT_PIECES else 0}
+        return spans[:MAX_RANGES]
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -1144,13 +1151,15 @@ class Conversation:
         self.route = DIRECT
         self.place: Optional[Place] = None
         self.stuck = False
-        self._address: Optional[Address] = None     # where DIRECT goes
-        self._addresses: Deque[Address] = deque(maxlen=ADDRESSES_KEPT)      # and where it went lately
+        self.addresses: Deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: the recipient speaks there
+        self._address: Optional[Address] = None     # where it goes now
         self._last_try = False                      # DIRECT is the retry after EXISTS
         self._relay_until = -NEVER
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
         self._progressed = NEVER                    # when the stream last made progress, or began
         self._moved = NEVER                         # the same, or when it changed its route
+        self._verdict = -NEVER                      # when ``_judge`` must look, or earlier
+        self._suggestion: Optional[Place] = None    # of the table: DIRECT goes there because of it
         self._announced_silent = False
         self._said: Dict[str, int] = {}             # up to which number an event was told
         self._times: Tuple[List[int], List[float]] = ([], [])    # from which number on, which sending time
@@ -1213,24 +1222,28 @@ class Conversation:
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
-        if self.stream.end == self.stream.base:
+        stream = self.stream
+        if stream.end == stream.base:
             self._moved = self._progressed = now
-            self._pick_route(now)
-        self._note_time(at)
+            self._silent_since = NEVER
+            if self._suggestion is None or self._suggestion is not self.place:
+                self._pick_route(now)
+        starts, times = self._times
+        starts.append(stream.end)
+        times.append(at)
+        if len(starts) > TIMES_KEPT:
+            self._forget_times()
         if len(max(texts, key=len)) * 4 <= MAX_PIECE:
-            self.stream.queue(texts, self._sizes(texts, 0, ()))
+            stream.queue(texts, self._sizes(texts, 0, ()))
         else:
             self._queue_long(texts)
         if self.route != DIRECT and self.place is not None and not self.place.online:
             self._say(OFFLINE)
 
-    def _note_time(self, at: float) -> None:
+    def _forget_times(self) -> None:
         starts, times = self._times
-        starts.append(self.stream.end)
-        times.append(at)
-        if len(starts) > TIMES_KEPT:
-            keep = max(0, bisect_right(starts, self.stream.base) - 1)
-            self._times = (starts[keep:], times[keep:])
+        keep = max(0, bisect_right(starts, self.stream.base) - 1)
+        self._times = (starts[keep:], times[keep:])
 
     def _queue_long(self, texts: Sequence[str]) -> None:
         items: List[str] = []
@@ -1256,13 +1269,9 @@ class Conversation:
         elif self.route == RELAY or self.route == DIRECT and place.address != self._address:
             self._pick_route(now)
 
-    def goes_to(self, address: Address) -> bool:
-        """Whether messages went straight to ``address``: only from there the recipient may speak."""
-        return address in self._addresses
-
     def begin_anew(self, now: float) -> None:
         """The owner is online again: what did not move meanwhile was not held up by the recipient."""
-        self._moved = self._progressed = now
+        self._moved = self._progressed = self._verdict = now
         self.stuck = self._announced_silent
 
     def server_heard(self, now: float) -> None:
@@ -1272,21 +1281,22 @@ class Conversation:
         self._silent_since = NEVER
         if self._announced_silent:
             self._announced_silent = self.stuck = False
-            self._moved = self._progressed = now
+            self._moved = self._progressed = self._verdict = now
             self.stream.longest = SERVER_INTERVAL
             self.stream.resume()
 
     def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
         """Takes an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
-        base = self.stream.base
-        count = self._count(base, next_) if base < next_ <= self.stream.top else 0
-        closed = self.stream.on_ack(now, next_, have, room)
+        stream = self.stream
+        base = stream.base
+        count = self._count(base, next_) if stream.continued and base < next_ <= stream.top else 0
+        closed = stream.on_ack(now, next_, have, room)
         if (route == DIRECT) == (self.route == DIRECT):
             self._silent_since = NEVER
         if closed:
             self._last_try = self._last_try and route != DIRECT
             relayed = route != DIRECT and self.route == RELAY
-            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count, "", base, relayed))
+            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count or closed, "", base, relayed))
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
         """Takes a refusal; it counts only for what is still held on that route."""
@@ -1317,13 +1327,8 @@ class Conversation:
 
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
-        if self.stream.end == self.stream.base:
-            return NEVER
-        return min(self.stream.timer, self.stream.ask,
-                   NEVER if self._announced_silent else self._silent_since + self._patience(),
-                   NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
-                   NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
-                   self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
+        stream = self.stream
+        return min(stream.timer, stream.ask, self._verdict) if stream.end > stream.base else NEVER
 
     def _patience(self) -> float:
         return self.ack_timeout if self.route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
@@ -1332,11 +1337,13 @@ class Conversation:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
         if self.stream.end == self.stream.base:
             return []
-        if calm:
+        if calm and now >= self._verdict:
             self._judge(now)
+            self._verdict = self._next_verdict()
         packets = self.stream.poll(now)
         if packets and self._silent_since == NEVER:
             self._silent_since = now
+            self._verdict = min(self._verdict, now + self._patience())
         address = self._address if self.route == DIRECT else None
         return [(self._encode(packet), address) for packet in packets]
 
@@ -1364,6 +1371,13 @@ class Conversation:
             self._relay_until = -NEVER
             self._pick_route(now)
 
+    def _next_verdict(self) -> float:
+        """When ``_judge`` has something to decide, if nothing happens until then."""
+        return min(NEVER if self._announced_silent else self._silent_since + self._patience(),
+                   NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
+                   NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
+                   self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
+
     def _give_up_direct(self, now: float) -> None:
         self._say(NO_ACK)
         if self._last_try:
@@ -1385,20 +1399,24 @@ class Conversation:
     def _pick_route(self, now: float) -> None:
         """Chooses the way that the table suggests."""
         route = self._suggested_route(now)
-        self._go(now, route, self.place.address if self.place is not None and route == DIRECT else None)
+        if route == DIRECT and self.place is not None:
+            self._go(now, route, self.place.address)
+            self._suggestion = self.place
+        else:
+            self._go(now, route)
 
     def _relay(self, now: float) -> None:
         self._relay_until = now + RELAY_TIME
         self._go(now, RELAY)
 
     def _go(self, now: float, route: str, address: Optional[Address] = None) -> None:
-        self._last_try = False
+        self._last_try, self._suggestion, self._verdict = False, None, now
         if not route == self.route == DIRECT:
             self._moved = now       # who only moves does not put off the server
         if route != self.route or address != self._address:
             self.route, self._address = route, address
             if address is not None:
-                self._addresses.append(address)
+                self.addresses.append(address)
             self.stream.reroute(self._capacity(route), self._held_sizes)
         elif self._announced_silent:
             self.stream.resume()        # the silence is forgotten, so the server is asked at once
@@ -1426,8 +1444,9 @@ class Conversation:
 
     def _close(self, now: float, event: Event) -> None:
         self.events.append(event)
-        self.stuck = False
         self._moved = self._progressed = now
+        if self.stuck:
+            self.stuck, self._verdict = False, now
 
 
 # --- what goes out --------------------------------------------------------------------------------------------
@@ -1453,10 +1472,10 @@ class Outbox:
         self._ack_timeout = ack_timeout
         self._session = bytes(SESSION_BYTES)
         self.conversations: Dict[str, Conversation] = {}
+        self.eventful: Dict[str, Conversation] = {}     # to which something happened that is to be told, or counted
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: Dict[str, Conversation] = {}     # to be polled next
-        self._eventful: Dict[str, Conversation] = {}    # to which something happened that is to be told, or counted
         self._due: Dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: List[Tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
         self._numbers = [0, 0]                          # that wait: what moves, and what is stuck
@@ -1495,13 +1514,13 @@ class Outbox:
 
     # how much waits
 
-    def _is_stuck(self, conversation: Conversation, route: str = "") -> bool:
-        return conversation.stuck or self._away or self._lost and (route or conversation.route) != DIRECT
+    def _is_stuck(self, conversation: Conversation) -> bool:
+        return conversation.stuck or self._away or self._lost and conversation.route != DIRECT
 
     def is_stuck(self, now: float, nick: str) -> bool:
         """Whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
         conversation = self.conversations[nick]
-        return self._is_stuck(conversation, conversation.next_route(now))
+        return conversation.stuck or self._away or self._lost and conversation.next_route(now) != DIRECT
 
     def room(self, now: float, nick: str) -> int:
         """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
@@ -1515,13 +1534,14 @@ class Outbox:
 
     def _count(self, conversation: Conversation) -> None:
         """Counts anew what waits in a conversation."""
-        stuck, numbers, size = conversation.counted
-        self._numbers[stuck] -= numbers
-        self._bytes[stuck] -= size
-        stream, stuck = conversation.stream, self._is_stuck(conversation)
-        self._numbers[stuck] += stream.end - stream.base
-        self._bytes[stuck] += stream.size
-        conversation.counted = (stuck, stream.end - stream.base, stream.size)
+        was_stuck, numbers, size = conversation.counted
+        self._numbers[was_stuck] -= numbers
+        self._bytes[was_stuck] -= size
+        stuck, stream = self._is_stuck(conversation), conversation.stream
+        numbers, size = stream.end - stream.base, stream.size
+        self._numbers[stuck] += numbers
+        self._bytes[stuck] += size
+        conversation.counted = (stuck, numbers, size)
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -1579,7 +1599,7 @@ class Outbox:
     def _addressed(self, info: Info, address: Optional[Address]) -> Optional[Conversation]:
         """The conversation that an answer from ``address`` is about, if it may come from there."""
         conversation = self._by_stream.get(info["stream"])
-        if conversation is None or address is not None and not conversation.goes_to(address):
+        if conversation is None or address is not None and address not in conversation.addresses:
             return None
         self._touched[conversation.peer] = conversation
         return conversation
@@ -1612,9 +1632,8 @@ class Outbox:
         return self._dues[0][0] if self._dues else NEVER
 
     def _schedule(self, nick: str, due: float) -> None:
-        if due < self._due.get(nick, NEVER):
-            self._due[nick] = due
-            heapq.heappush(self._dues, (due, nick))
+        self._due[nick] = due
+        heapq.heappush(self._dues, (due, nick))
 
     def _wake(self, now: float) -> None:
         while self._dues and self._dues[0][0] <= now:
@@ -1626,7 +1645,7 @@ class Outbox:
             due = conversation.due() if conversation is not None else NEVER
             if conversation is not None and due <= now:
                 self._touched[nick] = conversation
-            else:
+            elif due < NEVER:
                 self._schedule(nick, due)
 
     def poll(self, now: float, calm: bool = True) -> Iterator[Tuple[bytes, Optional[Address]]]:
@@ -1637,22 +1656,24 @@ class Outbox:
             conversation = self._touched.pop(nick)
             if conversation.stream.end > conversation.stream.base:
                 yield from conversation.poll(now, calm)
-                self._schedule(nick, conversation.due())
-            if conversation.events or self._is_stuck(conversation) != conversation.counted[0]:
-                self._eventful[nick] = conversation
+                due = conversation.due()
+                if due < self._due.get(nick, NEVER):
+                    self._schedule(nick, due)
+            if conversation.events or conversation.stuck or self._lost or self._away or conversation.counted[0]:
+                self.eventful[nick] = conversation
 
-    def take_events(self) -> Iterator[Tuple[str, Event]]:
+    def take_events(self) -> List[Tuple[str, Event]]:
         """What has happened to messages since the last time: recipient and event."""
-        if not (self._eventful or self._touched):
-            return
-        eventful, self._eventful = {**self._eventful, **self._touched}, {}
+        eventful, self.eventful = {**self.eventful, **self._touched}, {}
+        found = []
         for nick, conversation in eventful.items():
-            events, conversation.events = conversation.events, []
-            for event in events:
-                yield nick, event
+            for event in conversation.events:
+                found.append((nick, event))
+            conversation.events = []
             self._count(conversation)
             if not conversation.counted[1]:
                 self._sending.pop(nick, None)
+        return found
 
 
 # --- what comes in --------------------------------------------------------------------------------------------
@@ -1744,14 +1765,14 @@ class Inbox:
 
     def __init__(self) -> None:
         self.buffered = 0           # numbers of all streams that wait here
+        self.holding: Dict[Incoming, None] = {}     # the streams that wait for mail, or for news of it
+        self.unacked: Dict[Incoming, None] = {}     # the streams for which ``acks`` has an answer
         self._streams: "OrderedDict[str, Dict[int, Incoming]]" = OrderedDict()  # of each sender; longest silent first
         self._memories = Memories()                             # of those streams that gave way
         self._kept = 0                                          # streams in _streams
         self._buffering: Dict[Incoming, None] = {}              # those that hold numbers; longest silent first
         self._mail: Optional[Incoming] = None
         self._readable: Dict[Incoming, None] = {}
-        self._unacked: Dict[Incoming, None] = {}
-        self._holding: Dict[Incoming, None] = {}
 
     # what arrives
 
@@ -1759,7 +1780,7 @@ class Inbox:
         """Takes a ``chat`` whose sender is proved. Without ``accept`` it is only acked as far as it is known."""
         incoming = self._incoming(info["from"], info["stream"], 1)
         incoming.address = address
-        self._unacked[incoming] = None
+        self.unacked[incoming] = None
         if accept:
             stream = incoming.stream
             stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
@@ -1776,12 +1797,12 @@ class Inbox:
         stream = self._mail.stream
         stream.on_data(info["n"], items, more, info["base"])
         stream.advance(info["base"])
-        self._unacked[self._mail] = None
+        self.unacked[self._mail] = None
         self._arrived(self._mail)
 
     def forget_mail(self, now: float) -> None:
         """A new session begins, and with it another stream of mail, counted anew."""
-        for incoming in self._holding:
+        for incoming in self.holding:
             incoming.held_since, incoming.mail = now, None
         if self._mail is not None:
             self._forget(self._mail)
@@ -1825,14 +1846,15 @@ class Inbox:
             del self._streams[sender]
 
     def _forget(self, incoming: Incoming) -> None:
-        for among in (self._readable, self._unacked, self._holding, self._buffering):
+        for among in (self._readable, self.unacked, self.holding, self._buffering):
             among.pop(incoming, None)
         self.buffered -= incoming.counted
 
     def _arrived(self, incoming: Incoming) -> None:
         self._buffering.pop(incoming, None)
         self._count(incoming)
-        if incoming.stream.ready_to_take and incoming is not self._mail:
+        stream = incoming.stream
+        if stream.taken < stream.ready and incoming is not self._mail:
             self._readable[incoming] = None
         while self.buffered * PIECE_MEMORY > INBOX_LIMIT:
             self._give_back(next(iter(self._buffering)))
@@ -1854,33 +1876,29 @@ class Inbox:
 
     def acks(self) -> List[Tuple[Info, Optional[Address]]]:
         """The ``ack`` of every stream that brought something or of which something was written; None: the server."""
-        if not self._unacked:
-            return []
-        unacked, self._unacked = self._unacked, {}
         more = self.buffered * PIECE_MEMORY < INBOX_LIMIT
-        return [(incoming.stream.ack(more), incoming.address) for incoming in unacked
-                if incoming.address is not None or incoming is self._mail]      # nobody waits for another ack
+        acks = []
+        for incoming in self.unacked:
+            if incoming.address is not None or incoming is self._mail:      # nobody waits for another ack
+                acks.append((incoming.stream.ack(more), incoming.address))
+        self.unacked.clear()
+        return acks
 
     # messages that are missing
 
     @property
-    def is_holding(self) -> bool:
-        """Whether a stream waits for mail, or for the server to say how much there is."""
-        return bool(self._holding)
-
-    @property
     def is_asking(self) -> bool:
         """Whether a stream waits for the server to say how much mail there is."""
-        return bool(self._holding) and any(incoming.mail is None for incoming in self._holding)
+        return bool(self.holding) and any(incoming.mail is None for incoming in self.holding)
 
     def _hold(self, now: float, incoming: Incoming) -> None:
-        if incoming not in self._holding:
+        if incoming not in self.holding:
             incoming.held_since, incoming.held_base, incoming.mail = now, incoming.stream.base, None
-            self._holding[incoming] = None
+            self.holding[incoming] = None
 
     def answer(self, asked: float, mail: int) -> None:
         """Takes the server's answer to a question of the time ``asked``: the number of the last mail there is."""
-        for incoming in self._holding:
+        for incoming in self.holding:
             if incoming.mail is None and asked >= incoming.held_since:
                 incoming.mail = mail
 
@@ -1889,7 +1907,7 @@ class Inbox:
 
         An answer holds for so long, too: if its mail has not come by then, the server is asked again.
         """
-        for incoming in list(self._holding):
+        for incoming in list(self.holding):
             if now >= incoming.held_since + HOLD_TIME:
                 if incoming.mail is None:
                     self._release(now, incoming)
@@ -1898,16 +1916,16 @@ class Inbox:
 
     def _release(self, now: float, incoming: Incoming) -> None:
         """Goes on behind the missing numbers; asks again if more have become missing since."""
-        del self._holding[incoming]
+        del self.holding[incoming]
         incoming.stream.advance(incoming.held_base, elsewhere=True)
-        self._unacked[incoming] = None
+        self.unacked[incoming] = None
         self._arrived(incoming)
         if incoming.stream.missing:
             self._hold(now, incoming)
 
     def stop_asking(self) -> None:
         """Nobody will answer: the client leaves."""
-        self._holding.clear()
+        self.holding.clear()
 
     # what is shown
 
@@ -1919,12 +1937,13 @@ class Inbox:
     @property
     def has_news(self) -> bool:
         """Whether ``take`` has anything to do."""
-        return bool(self._holding) or self.is_ready
+        return bool(self.holding or self._readable) or self._mail is not None and self.is_ready
 
     @property
     def is_ready(self) -> bool:
         """Whether anything is ready to be shown."""
-        return bool(self._readable) or self._mail is not None and self._mail.stream.ready_to_take
+        mail = self._mail
+        return bool(self._readable) or mail is not None and mail.stream.taken < mail.stream.ready
 
     def take(self, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
         """Hands out what is ready as long as ``has_room()``: chat first, and mail once that is through."""
@@ -1932,26 +1951,25 @@ class Inbox:
             yield from self._take_chat(next(iter(self._readable)))
         if self._mail is not None and not self._readable and has_room():
             yield from self._take_mail(self._mail)
-        if self._holding:
+        if self.holding:
             reached = self._mail.stream.taken if self._mail is not None else 1
-            for incoming in list(self._holding):
+            for incoming in list(self.holding):
                 if incoming.mail is not None and reached > incoming.mail:
                     self._release(now, incoming)
 
     def _take_chat(self, incoming: Incoming) -> List[Delivery]:
         written = functools.partial(self._written, incoming)
-        stream = incoming.stream
-        deliveries = [Delivery(incoming.sender, ["".join(run.items)] if run.more else run.items, [], written,
-                               stream.stream, run.first) for run in stream.take(MAX_ITEMS)]
+        stream, deliveries = incoming.stream, []
+        for run in stream.take(MAX_ITEMS):
+            texts = ["".join(run.items)] if run.more else run.items
+            deliveries.append(Delivery(incoming.sender, texts, [], written, stream.stream, run.first))
         self._count(incoming)
-        if stream.ready_to_take:
-            self._readable[incoming] = None
-        else:
+        if stream.taken == stream.ready:
             self._readable.pop(incoming, None)
         return deliveries
 
     def _take_all_chat(self, incoming: Incoming) -> Iterator[Delivery]:
-        while incoming.stream.ready_to_take:
+        while incoming.stream.taken < incoming.stream.ready:
             yield from self._take_chat(incoming)
 
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
@@ -1986,7 +2004,7 @@ class Inbox:
         before = incoming.stream.next
         incoming.stream.written(texts)
         if incoming.stream.next != before:
-            self._unacked[incoming] = None
+            self.unacked[incoming] = None
 
 
 Letter = Tuple[str, int, int, float, str]   # one number of a mail: sender, and stream, number, time and text of his

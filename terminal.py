@@ -113,7 +113,7 @@ class Style:
         self.enabled = enabled
 
     def _styled(self, on: str, text: str, off: str) -> str:
-        return f"\x1b[{on}m{text}\x1b[{off}m" if self.enabled and text else text
+        return f"\x1b[{on}m{text}\x1b[{off}m" if text else text
 
     def nick(self, nick: str) -> str:
         """``nick`` in its colour, which is the same in every process."""
@@ -125,11 +125,11 @@ class Style:
 
     def error(self, text: str) -> str:
         """``text`` in red."""
-        return self._styled("31", text, "39")
+        return self._styled("31", text, "39") if self.enabled else text
 
     def dim(self, text: str) -> str:
         """``text`` less bright than others."""
-        return self._styled("2", text, "22")
+        return self._styled("2", text, "22") if self.enabled else text
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -958,10 +958,9 @@ class Output:
             self._chunks.append((data, written))
             self.pending += len(data)
 
-    @property
-    def chunks(self) -> int:
-        """How many calls of ``write`` wait."""
-        return len(self._chunks)
+    def has_room(self) -> bool:
+        """Whether messages may be written: not too much waits."""
+        return self.pending < OUTPUT_LIMIT and len(self._chunks) < CHUNK_LIMIT
 
     def give_up(self) -> None:
         """Takes nothing any more: nobody reads it."""
@@ -972,7 +971,7 @@ class Output:
     def flush(self) -> None:
         """Writes what can be written now."""
         while self._chunks and not self.broken:
-            data = self._batch()
+            data = self._chunks[0][0] if len(self._chunks) == 1 else self._batch()
             taken = 0
             if data:
                 if self.before is not None:
@@ -988,8 +987,6 @@ class Output:
                 return
 
     def _batch(self) -> bytes:
-        if len(self._chunks) == 1:
-            return self._chunks[0][0]
         batch, size = [], 0
         for data, _ in self._chunks:
             batch.append(data)
@@ -1033,10 +1030,10 @@ class Sends:
         self.ref = ref
         self.size = size
 
-    def take(self, most: int) -> "Sends":
+    def take(self, most: int) -> List[str]:
         """The first ``most`` of the texts, which are here no more."""
         taken, self.texts = self.texts[:most], self.texts[most:]
-        return Sends(self.nick, taken, self.ref, self.size)
+        return taken
 
 
 class Command(NamedTuple):
@@ -1182,7 +1179,7 @@ class Commands:
             if isinstance(line, Block):
                 return Command(Sends(nick, line.texts))
             if nick and blank:
-                return Command(Sends(nick, [text], None, _size(line, text)))
+                return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
         return Command(words=line.split())
 
     def _meaning_in_talk(self, line: str) -> Command:
@@ -1194,17 +1191,17 @@ class Commands:
             name, _, rest = line[1:].partition(" ")
             nick, blank, text = rest.partition(" ")
             if name == "send" and nick and blank:
-                return Command(Sends(nick, [text], None, _size(line, text)))
+                return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
             return Command(words=line[1:].split())
         if not line:
             return Command()
         text = line[1:] if line.startswith("//") else line
-        return Command(Sends(self.talk, [text], None, _size(line, text)))
+        return Command(Sends(self.talk, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
 
 
-def _size(line: str, text: str) -> int:
-    """The bytes of the text at the end of a line that was cut off; 0 for one that was not."""
-    return line.size - len(line[:len(line) - len(text)].encode()) if isinstance(line, LongLine) else 0
+def _size(line: LongLine, text: str) -> int:
+    """The bytes of the text at the end of a line that was cut off."""
+    return line.size - len(line[:len(line) - len(text)].encode())
 
 
 def _is_ref(ref: object) -> bool:
@@ -1368,7 +1365,8 @@ class Lines:
         if name in self._hidden or not saying.line:
             return ""
         line = saying.line.format(**fields)
-        return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
+        clock = self._clock() if self._wall is not None else ""
+        return f"{clock}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
         """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
@@ -1376,14 +1374,16 @@ class Lines:
         return clean(saying.line.format(**fields)) + "\n" if saying.tone == BAD and saying.line else ""
 
     def _clock(self) -> str:
-        return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
+        assert self._wall is not None
+        return self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
     def messages(self, delivery: Delivery, via: str) -> str:
         """What somebody has sent; ``via``: on which way it came."""
         texts = delivery.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
-        start = f"{self._bell}{self._clock()}{self._style.nick(delivery.sender)}: "
+        clock = self._clock() if self._wall is not None else ""
+        start = f"{self._bell}{clock}{self._style.nick(delivery.sender)}: "
         if delivery.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
         return start + ("\n" + start).join(texts) + "\n"

@@ -52,7 +52,7 @@ from protocol import (NEVER, Address, Decoder, Inbox, Info, Outbox, Place, Recei
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Mirror, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
-from terminal import (ANSWER_LIMIT, CHUNK_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
+from terminal import (ANSWER_LIMIT, FOR_PEOPLE, OUTPUT_LIMIT, ROUTINE, STATUS, TRANSIENT, Action, Board,
                       Commands, Desk, History, JsonLines, Lines, Output, Prompt, Reader, Sends, Style, Terminal, Writer,
                       clean, read_some, rfc3339, wants_color)
 gc.freeze()
@@ -1441,6 +1441,8 @@ class Client:
         self._commands: Dict[str, Callable[[str, Sequence[str]], None]] = {
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
             "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
+        self._from_peers: Dict[str, Callable[[Info, Address], None]] = {
+            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self._on_cookie}
         self._from_server: Dict[str, Callable[[Info], None]] = {
             "table": self._on_table, "ack": self._on_saved, "nack": self._on_refusal, "exists": self._on_exists,
             "mail": self._on_mail, "refused": self._on_refused, "bye": self._on_bye}
@@ -1459,7 +1461,7 @@ class Client:
 
     def show_log(self, data: bytes) -> int:
         """Shows lines of the log, which would go to the same terminal; gives how many bytes were taken."""
-        if not self._has_output_room():
+        if not self.output.has_room():
             return 0
         self._write(data)
         return len(data)
@@ -1753,7 +1755,8 @@ class Client:
         if address != self.server and address != self._other_server:
             self._allowance = len(datagram)
             for tag, info in messages:
-                self._receive_from_peer(tag, info, address)
+                if tag in self._from_peers and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
+                    self._from_peers[tag](info, address)
             return
         trusted = False
         for tag, info in messages:
@@ -1772,17 +1775,11 @@ class Client:
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
 
-    def _receive_from_peer(self, tag: str, info: Info, address: Address) -> None:
-        if tag == "cookie":
-            self._on_cookie(info, address)
-        elif self.state not in (ACTIVE, LEAVING):
-            pass
-        elif tag == "chat":
-            self._on_chat(info, address)
-        elif tag == "ack":
-            self._outbox.on_ack(self.loop.now(), info, address)
-        elif tag == "nack":
-            self._outbox.on_nack(self.loop.now(), info, address)
+    def _on_ack(self, info: Info, address: Address) -> None:
+        self._outbox.on_ack(self.loop.now(), info, address)
+
+    def _on_nack(self, info: Info, address: Address) -> None:
+        self._outbox.on_nack(self.loop.now(), info, address)
 
     def _on_probe(self, info: Info, trusted: bool) -> None:
         if info["to"] == self.nick and self.state in (ACTIVE, LEAVING) and self._session is not None:
@@ -1817,7 +1814,8 @@ class Client:
             self._want_sync()
             return
         self._inbox.on_chat(self.loop.now(), info, address, self._accepting)
-        self._ask_about_mail()
+        if self._inbox.holding:
+            self._ask_about_mail()
 
     def _on_mail(self, info: Info) -> None:
         if info["to"] == self.nick and self._mirror.is_of_this_boot and self._accepting:
@@ -1825,7 +1823,7 @@ class Client:
 
     def _ask_about_mail(self) -> None:
         """Asks, as long as a stream waits for it, how much mail there is: what is missing there may be in it."""
-        if self._inbox.is_holding and not self._hold_alarm.is_set and self.state == ACTIVE:
+        if self._inbox.holding and not self._hold_alarm.is_set and self.state == ACTIVE:
             self._hold_alarm.set(self.loop.now() + jittered(self.loop, REQUEST_INTERVAL))
             if self._inbox.is_asking:
                 self._send_ping()
@@ -1839,14 +1837,15 @@ class Client:
 
     def _show(self) -> None:
         """Hands to the output what is ready, as long as it has room."""
-        for delivery in self._inbox.take(self.loop.now(), self._has_output_room):
+        for delivery in self._inbox.take(self.loop.now(), self.output.has_room):
             via = "direct"
             if delivery.times:
                 via = "relay" if self._visible else "mail"
                 self._greet()
             shown = self.lines.messages(delivery, via) if delivery.texts else ""
             self._write(shown.encode(), delivery.written)
-        self._ask_about_mail()
+        if self._inbox.holding:
+            self._ask_about_mail()
 
     def _greet(self) -> None:
         """Announces the mail that comes first after coming online."""
@@ -1854,17 +1853,12 @@ class Client:
             self.tell("mail")
         self._greeted = True
 
-    def _has_output_room(self) -> bool:
-        return self.output.pending < OUTPUT_LIMIT and self.output.chunks < CHUNK_LIMIT
-
     # commands
-
-    def _has_room(self) -> bool:
-        return self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
     def _may_command(self) -> bool:
         """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
-        return self.state == AWAY or self.state == ACTIVE and self._was_visible
+        return ((self.state == ACTIVE and self._was_visible or self.state == AWAY) and not (self._quit or self._ending)
+                and self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT)
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
@@ -1884,7 +1878,7 @@ class Client:
     def _carry_out(self) -> None:
         """Carries out the commands that wait, in order, as far as that is possible now."""
         for _ in range(LINES_PER_TURN):
-            if not self._input.waiting or self._quit or self._ending or not (self._may_command() and self._has_room()):
+            if not self._input.waiting or not self._may_command():
                 return
             command = self._input.take()
             if command.shown:
@@ -1993,9 +1987,9 @@ class Client:
                 self.tell("not-sent", usage=self._way_back(), to=sends.nick, text=text, ref=sends.ref)
             return True
         nick = unicodedata.normalize("NFC", sends.nick)
-        if self.table.get(nick) is None:
+        if nick not in self._mirror.table.entries:
             self._failed = True
-            self._tell_unknown(nick, self._fitting(sends), sends.ref)
+            self._tell_unknown(nick, self._fitting(sends, sends.texts), sends.ref)
             return True
         now = self.loop.now()
         if nick not in self._outbox.conversations:
@@ -2003,10 +1997,10 @@ class Client:
         room = self._outbox.room(now, nick)
         stuck = not room and self._outbox.is_stuck(now, nick)
         if stuck:
-            for text in self._fitting(sends):
+            for text in self._fitting(sends, sends.texts):
                 self._hand_back(nick, text, None, sends.ref)
         elif room:
-            texts = self._fitting(sends.take(room))
+            texts = self._fitting(sends, sends.take(room))
             if texts:
                 self._queue(nick, texts, sends.ref)
         if sends.texts and not stuck:
@@ -2034,9 +2028,9 @@ class Client:
             sent.append(Sent(number, f"{stream.stream}:{number}", ref, self.loop.now()))
             number += len(protocol.split_text(text))
 
-    def _fitting(self, sends: Sends) -> List[str]:
-        """The texts that are not too long; says which are."""
-        texts, size = sends.texts, sends.size
+    def _fitting(self, sends: Sends, texts: List[str]) -> List[str]:
+        """Those of its texts that are not too long; says which are."""
+        size = sends.size
         if len(max(texts, key=len)) * 4 <= protocol.MAX_TEXT and not size:
             return texts
         return [text for text in texts if self._fits(max(size, len(text.encode())), sends)]
@@ -2059,13 +2053,15 @@ class Client:
             self._heard = False
             self._outbox.server_heard(self.loop.now())
         self._send_messages()
-        if self._table_news and self._has_output_room():
+        if self._table_news and self.output.has_room():
             self._table_news = False
             self.tell("table")
-        if self._inbox.has_news:
+        news = self._inbox.has_news
+        if news:
             self._show()
         self.output.flush()
-        self._ack()
+        if self._inbox.unacked:
+            self._ack()
         if self._quit or self._ending or self._input.ended:
             self._proceed()
         waiting = self.output.pending
@@ -2079,20 +2075,19 @@ class Client:
             moved = True
         if self.errors.pending:
             self.errors.flush()
-        able = (not (self._quit or self._ending or self._outbox.is_full) and self._may_command() and self._has_room())
+        able = self._may_command() and not self._outbox.is_full
         self.hungry = able and not (self._input.waiting or self._input.ended)
-        # what this turn's limits left undone, and nothing else will bring back to mind
+        # what this turn's limits left undone, and nothing else will bring back to mind; without room, the output will
         if (moved or able and self._input.waiting and not self.errors.pending
-                or self._inbox.is_ready and self._has_output_room()):   # if not, the output will become writable
+                or news and self._inbox.is_ready and self.output.has_room()):
             self._next_turn.set(self.loop.now())
         if self.state == ENDED and not self.output.pending + self.errors.pending:
             self.exit_code = self._result
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
-        acks = self._inbox.acks()
-        if acks and self.state in (ACTIVE, LEAVING):
-            for info, address in acks:
+        for info, address in self._inbox.acks():
+            if self.state in (ACTIVE, LEAVING):
                 self._send_now(encode("ack", info), address if address is not None else self.server)
 
     def _send_messages(self) -> None:
@@ -2103,7 +2098,8 @@ class Client:
         for datagram, address in self._outbox.poll(now, self.loop.calm):
             self._send_now(datagram, address if address is not None else self.server)
         self._outbox_alarm.set(self._outbox.due())
-        self._tell_events()
+        if self._outbox.eventful:
+            self._tell_events()
 
     def _tell_events(self) -> None:
         for nick, event in self._outbox.take_events():
@@ -2172,8 +2168,7 @@ class Client:
         """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
         if self._quit == "quit" and not self._ending:
             self._end("quit")
-        if (self._input.ended and not (self._input.waiting or self._stay or self._quit or self._ending)
-                and self._may_command()):
+        if self._input.ended and not (self._input.waiting or self._stay) and self._may_command():
             self._end("end")
         if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
             return
@@ -2306,7 +2301,7 @@ class Client:
         while self._input.waiting:
             command = self._input.take()
             if command.sends is not None:
-                for text in self._fitting(command.sends):
+                for text in self._fitting(command.sends, command.sends.texts):
                     self._hand_back(command.sends.nick, text, None, command.sends.ref)
             elif command.words and (command.words[0] == "talk" or command.words[0] == "end" and self._input.talk):
                 self._commands[command.words[0]](command.words[0], command.words[1:])

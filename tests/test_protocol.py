@@ -424,8 +424,9 @@ def check_poll(stream: SendStream, packets: List[Packet], now: float) -> None:
 
 def check_receiver(stream: ReceiveStream) -> None:
     """Every counter equals a recount, what is buffered is bounded, and the ack is one that passes the check."""
-    assert stream._waiting == sum(len(run.items) for run in stream._runs)
-    assert stream._early_items == sum(len(items) for items, _ in stream._early.values())
+    assert stream.buffered == len(stream._pieces) + sum(len(run.items) for run in stream._runs) + sum(
+        len(items) for items, _ in stream._early.values())
+    assert bool(stream._runs) == (stream.taken < stream.ready)
     assert stream.buffered <= protocol.MAX_EARLY + protocol.MAX_ITEMS
     assert stream.next <= stream.taken <= stream.ready <= stream.reached
     assert len(stream.shown.spans) <= protocol.MAX_SHOWN_RANGES

@@ -985,7 +985,7 @@ def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monke
 
 def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udpchat, "CHUNK_LIMIT", 30)
+    monkeypatch.setattr(terminal, "CHUNK_LIMIT", 30)
     world, (bob, mallory) = start("bob", "mallory")
     bob.screen.set_rate(0)
     bob.screen.filled = bob.screen.size
@@ -994,8 +994,8 @@ def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
         datagram = encode("chat", {"from": "mallory", "to": "bob", "stream": stream, "n": 9, "base": 5, "text": ["x"]})
         world.network.send(mallory, datagram, bob.address)
         world.run(0.1)
-        assert bob.client.output.chunks <= 50 and bob.client._inbox._kept <= 50
-        assert len(bob.client._inbox._holding) <= 50
+        assert len(bob.client.output._chunks) <= 50 and bob.client._inbox._kept <= 50
+        assert len(bob.client._inbox.holding) <= 50
 
 
 def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_silent() -> None:
