@@ -57,6 +57,7 @@ Info = Dict[str, Any]
 Message = Tuple[str, Info]
 
 MAX_DATAGRAM = 1200       # bytes of payload that any path carries unfragmented (RFC 9000 §14)
+UNPACK_BUFFER = 4096      # bytes; it is filled up before it begins anew, so a large one is never in the cache
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, a peer may use a larger --mtu
 MAX_NUMBER = 2 ** 63 - 1  # ids, versions and stream numbers; SQLite's integers are signed 64 bit
 MAX_ITEMS = 1024          # elements of one array on the wire: bounds what a hostile header can allocate
@@ -326,18 +327,20 @@ class Decoder:
 
     @staticmethod
     def _new_unpacker() -> Any:
-        return UNPACKER(max_buffer_size=2 * MAX_RECEIVED, max_array_len=MAX_ITEMS, max_map_len=MAX_FIELDS)
+        return UNPACKER(read_size=UNPACK_BUFFER, max_buffer_size=2 * MAX_RECEIVED, max_array_len=MAX_ITEMS,
+                        max_map_len=MAX_FIELDS)
 
     def decode(self, datagram: bytes) -> List[Message]:
         """The valid messages of a datagram, in order. Never raises, whatever the bytes are."""
         messages: List[Message] = []
         unpacker = self._unpacker
-        start = end = unpacker.tell()
+        position = unpacker.tell()
+        end = position + len(datagram)
         try:
             unpacker.feed(datagram)
-            while end - start < len(datagram):
+            while position < end:
                 value = unpacker.unpack()
-                end = unpacker.tell()
+                position = unpacker.tell()
                 if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
                     messages.append((value["tag"], value["info"]))
                 else:
@@ -462,6 +465,78 @@ class Packet:
         self.tries = 0
 
 
+class Path:
+    """What acks tell of the way to a receiver: how long to wait for one, and how many datagrams may be under way."""
+
+    def __init__(self, initial_timeout: float = INITIAL_TIMEOUT) -> None:
+        self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
+        self.variation = 0.0                    # s; RTTVAR
+        self.fastest = NEVER                    # s; the shortest round trip seen
+        self.backoff = 1.0
+        self.window: float = INITIAL_WINDOW     # datagrams
+        self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
+        self.was_full = False                   # the window, when last something was sent
+        self._timeout = initial_timeout         # s; without the back-off
+        self._rate = 0.0            # datagrams that arrive in a second, smoothed over round trips
+        self._round = -NEVER        # when the round trip began that is counted now
+        self._arrived = 0           # datagrams since
+
+    def timeout(self, longest: float = MAX_TIMEOUT) -> float:
+        """The retransmission timeout, in seconds; back-off makes it no longer than ``longest``."""
+        if self.backoff == 1.0:
+            return self._timeout
+        return min(self._timeout * self.backoff, max(self._timeout, longest))
+
+    def learn(self, now: float, packets: int, sample: float) -> None:
+        """So many packets have arrived, the newest of them after a round trip of ``sample`` (``NEVER``: not known)."""
+        if 0 <= sample < NEVER:
+            self._measure(sample)
+        self._arrived += packets
+        if self.smoothed is not None and now - self._round >= max(self.smoothed, CLOCK_GRAIN):
+            # once for each round trip: the rate estimate of TCP Westwood+ (Mascolo et al., 2001)
+            rate = self._arrived / (now - self._round)
+            self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
+            self._round, self._arrived = now, 0
+        if self.was_full:       # else the window was not the limit (RFC 5681 §3.1: slow start, then one a round trip)
+            grown = self.window + (packets if self.window < self.threshold else packets / self.window)
+            self.window = min(grown, MAX_WINDOW)
+
+    def _measure(self, sample: float) -> None:
+        """RFC 6298 §2, with a shorter first and least timeout."""
+        if sample < self.fastest:
+            self.fastest = sample
+        if self.smoothed is None:
+            self.smoothed, self.variation = sample, sample / 2
+        else:
+            self.variation += (abs(self.smoothed - sample) - self.variation) / 4
+            self.smoothed += (sample - self.smoothed) / 8
+        timeout = self.smoothed + max(4 * self.variation, CLOCK_GRAIN)
+        self._timeout = min(max(timeout, MIN_TIMEOUT), MAX_TIMEOUT)
+
+    def calm_down(self, measured: bool) -> None:
+        """An ack has come: ends the back-off if it measured the path, else shortens it."""
+        if measured:
+            self.backoff = 1.0
+        elif self.smoothed is not None:     # else a path slower than the first timeout is never measured
+            self.backoff = min(self.backoff, CALM_BACKOFF)
+
+    def meet_loss(self) -> None:
+        """Something was lost that others overtook (RFC 9002 §7.3.2)."""
+        self.threshold = self.window = self._carried()
+
+    def start_over(self) -> None:
+        """Nothing has come back in time (RFC 5681 §3.1, RFC 6298 §5.5)."""
+        if self.backoff == 1.0:
+            self.threshold = self._carried()
+        self.window = 1.0
+        self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
+
+    def _carried(self) -> float:
+        """The window that fills the path without filling its queue, at least half of the one that met a loss."""
+        fills = min(self.window, self._rate * self.fastest) if self._rate else 0.0
+        return max(self.window / 2, fills, MIN_WINDOW)
+
+
 class SendStream:
     """The sender's half of a stream: numbers items, packs them, sends them until they are acked.
 
@@ -482,18 +557,11 @@ class SendStream:
         self._sent: Deque[Packet] = deque()
         self._unsent: Deque[Packet] = deque()
         self._initial_timeout = initial_timeout
-        self._reset_path()
+        self._begin()
 
-    def _reset_path(self) -> None:
-        self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
-        self.variation = 0.0                    # s; RTTVAR
-        self.fastest = NEVER                    # s; the shortest round trip seen
-        self.backoff = 1.0
-        self.window: float = INITIAL_WINDOW
-        self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
-        self._rate = 0.0            # datagrams that arrive in a second, smoothed over round trips
-        self._round = -NEVER        # when the round trip began that is counted now
-        self._round_arrived = 0     # what arrived since
+    def _begin(self) -> None:
+        """Begins on a path of which nothing is known."""
+        self.path = Path(self._initial_timeout)
         self.in_flight = 0
         self.timer = NEVER          # when the oldest packet in flight counts as lost
         self.ask = NEVER            # when to ask a receiver that has no room
@@ -504,7 +572,6 @@ class SendStream:
         self._sample = NEVER        # s; and its round trip, if the ack at hand is the one and it was the only try
         self._recovery = 0          # transmissions up to here belong to a loss that was already answered
         self._lost = 0
-        self._window_was_full = False
 
     @property
     def held(self) -> int:
@@ -518,13 +585,14 @@ class SendStream:
         """
         if continued:
             self.continued.update(continued)
-        self.size += self._pack(self.end, items, sizes)
+        if len(items) == 1 and not self._unsent:
+            self._unsent.append(Packet(self.end, list(items), sizes[0]))
+            self.size += sizes[0]
+        else:
+            self.size += self._pack(self.end, items, sizes)
         self.end += len(items)
 
     def _pack(self, number: int, items: Sequence[Any], sizes: Sequence[int]) -> int:
-        if len(items) == 1 and not self._unsent:
-            self._unsent.append(Packet(number, list(items), sizes[0]))
-            return sizes[0]
         totals = list(accumulate(sizes))
         done = start = 0
         if self._unsent and self._unsent[-1].end == number:
@@ -555,14 +623,14 @@ class SendStream:
         self._sent.clear()
         self._unsent.clear()
         self.capacity = capacity
-        self._reset_path()
+        self._begin()
         self.edge = self.base + INITIAL_ROOM
         self.size = self._pack(self.base, held, sizes(held))
 
     def resume(self) -> None:
         """Sends what is held again at once: the receiver is back."""
         self._call_all_lost()
-        self.backoff = 1.0
+        self.path.backoff = 1.0
         self.timer = self.ask = NEVER
         self._asked = 0
 
@@ -581,13 +649,20 @@ class SendStream:
             self._asked += 1
             asking = True
             self._call_all_lost()
-            self.window = 1.0
+            self.path.window = 1.0
         packets: List[Packet] = []
-        window = int(self.window)
+        path, unsent = self.path, self._unsent
+        window = int(path.window)
         while self.in_flight < window:
-            packet = self._next(asking and not packets) if self._unsent or self._lost else None
-            if packet is None:
-                self._window_was_full = False
+            if self._lost:
+                packet = self._next_lost()
+            elif unsent and (unsent[0].end <= self.edge or asking and not self._sent):
+                packet = unsent.popleft()
+                self._sent.append(packet)
+                if packet.end > self.top:
+                    self.top = packet.end
+            else:
+                path.was_full = False
                 break
             self._order += 1
             packet.state, packet.sent, packet.order = SENT, now, self._order
@@ -595,29 +670,19 @@ class SendStream:
             self.in_flight += 1
             packets.append(packet)
         else:
-            self._window_was_full = True
+            path.was_full = True
         if not self.in_flight:
             self.timer = NEVER
             self._plan_question(now)
         else:
             self.ask = NEVER
             if self.timer == NEVER:
-                self.timer = now + self.timeout()
+                self.timer = now + path.timeout(self.longest)
         return packets
 
-    def _next(self, beyond_room: bool) -> Optional[Packet]:
-        if self._lost:
-            for packet in self._sent:
-                if packet.state == LOST:
-                    self._lost -= 1
-                    return packet
-        if self._unsent and (self._unsent[0].end <= self.edge or (beyond_room and not self._sent)):
-            packet = self._unsent.popleft()
-            self._sent.append(packet)
-            if packet.end > self.top:
-                self.top = packet.end
-            return packet
-        return None
+    def _next_lost(self) -> Packet:
+        self._lost -= 1
+        return next(packet for packet in self._sent if packet.state == LOST)
 
     def _plan_question(self, now: float) -> None:
         """Sees to it that a receiver that has no room for what is held is asked again."""
@@ -626,20 +691,9 @@ class SendStream:
         elif self.ask == NEVER or now >= self.ask:
             self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
 
-    def timeout(self) -> float:
-        """The retransmission timeout, in seconds (RFC 6298 §2, with a shorter first and least value)."""
-        plain = self._initial_timeout
-        if self.smoothed is not None:
-            plain = max(self.smoothed + max(4 * self.variation, CLOCK_GRAIN), MIN_TIMEOUT)
-        return min(plain * self.backoff, max(plain, self.longest), MAX_TIMEOUT)
-
     def _timed_out(self) -> None:
-        """RFC 5681 §3.1 and RFC 6298 §5.5: back off, start over with one datagram."""
         self._call_all_lost()
-        if self.backoff == 1.0:
-            self.threshold = self._carried()
-        self.window = 1.0
-        self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
+        self.path.start_over()
         self.timer = NEVER
         self._recovery = self._order
 
@@ -678,15 +732,10 @@ class SendStream:
             newly += self._mark_held(have, now)
             self._detect_loss()
         if newly:
-            self._measure(self._sample)
-            self._note_rate(newly, now)
-            if self._window_was_full:
-                self._grow(newly)
+            self.path.learn(now, newly, self._sample)
         if newly or closed:
-            if self._sample < NEVER:
-                self.backoff = 1.0
-            elif self.smoothed is not None:     # else a path slower than the first timeout is never measured
-                self.backoff = min(self.backoff, CALM_BACKOFF)
+            if self.path.backoff != 1.0:
+                self.path.calm_down(self._sample < NEVER)
             self.timer = NEVER      # poll starts it anew: RFC 6298 §5.3
         if closed:
             self._asked = 0
@@ -748,24 +797,12 @@ class SendStream:
         if state in (HELD, UNSENT):
             return 0
         if packet.order > self._acked_order and (   # not the ack of an earlier try (RFC 8985 §6.2)
-                packet.tries == 1 or now - packet.sent >= self.fastest):
+                packet.tries == 1 or now - packet.sent >= self.path.fastest):
             self._acked_order = packet.order
         if packet.order > self._newest:
             self._newest = packet.order
             self._sample = now - packet.sent if packet.tries == 1 else NEVER
         return 1
-
-    def _measure(self, sample: float) -> None:
-        """RFC 6298 §2; ``NEVER`` is no sample."""
-        if sample == NEVER or sample < 0:
-            return
-        if sample < self.fastest:
-            self.fastest = sample
-        if self.smoothed is None:
-            self.smoothed, self.variation = sample, sample / 2
-        else:
-            self.variation += (abs(self.smoothed - sample) - self.variation) / 4
-            self.smoothed += (sample - self.smoothed) / 8
 
     def _mark_held(self, have: Sequence[Sequence[int]], now: float) -> int:
         newly = 0
@@ -788,30 +825,8 @@ class SendStream:
                 self.in_flight -= 1
                 fresh = fresh or packet.order > self._recovery
         if fresh:
-            self.threshold = self.window = self._carried()
+            self.path.meet_loss()
             self._recovery = self._order
-
-    def _note_rate(self, packets: int, now: float) -> None:
-        """Counts what arrives, once for each round trip: the rate estimate of TCP Westwood+ (Mascolo et al., 2001)."""
-        self._round_arrived += packets
-        passed = now - self._round
-        if self.smoothed is not None and passed >= max(self.smoothed, CLOCK_GRAIN):
-            rate = self._round_arrived / passed
-            self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
-            self._round, self._round_arrived = now, 0
-
-    def _carried(self) -> float:
-        """The window that fills the path without filling its queue, at least half of the one that met a loss."""
-        fills = min(self.window, self._rate * self.fastest) if self._rate else 0.0
-        return max(self.window / 2, fills, MIN_WINDOW)
-
-    def _grow(self, packets: int) -> None:
-        """Slow start, then one datagram a round trip (RFC 5681 §3.1)."""
-        if self.window < self.threshold:
-            self.window += packets
-        else:
-            self.window += packets / self.window
-        self.window = min(self.window, MAX_WINDOW)
 
 
 # --- receiving ------------------------------------------------------------------------------------------------
@@ -878,8 +893,9 @@ class ReceiveStream:
             if more:
                 self._append(items, frozenset(more))
             else:       # mostly: it is what comes next, and short
-                self._add_run(Run(first, items, NONE, len(items)))
-                self.buffered += len(items)
+                self._runs.append(Run(first, items, NONE, end - first))
+                self.ready = end
+                self.buffered += end - first
             return
         reached = self.reached
         if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
@@ -1155,6 +1171,7 @@ class Conversation:
         self._address: Optional[Address] = None     # where it goes now
         self._last_try = False                      # DIRECT is the retry after EXISTS
         self._relay_until = -NEVER
+        self._patience = ack_timeout                # s of silence on this route that mean something
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
         self._progressed = NEVER                    # when the stream last made progress, or began
         self._moved = NEVER                         # the same, or when it changed its route
@@ -1330,9 +1347,6 @@ class Conversation:
         stream = self.stream
         return min(stream.timer, stream.ask, self._verdict) if stream.end > stream.base else NEVER
 
-    def _patience(self) -> float:
-        return self.ack_timeout if self.route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
-
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
         if self.stream.end == self.stream.base:
@@ -1343,13 +1357,16 @@ class Conversation:
         packets = self.stream.poll(now)
         if packets and self._silent_since == NEVER:
             self._silent_since = now
-            self._verdict = min(self._verdict, now + self._patience())
+            self._verdict = min(self._verdict, now + self._patience)
         address = self._address if self.route == DIRECT else None
-        return [(self._encode(packet), address) for packet in packets]
+        frames = []
+        for packet in packets:
+            frames.append((self._encode(packet), address))
+        return frames
 
     def _judge(self, now: float) -> None:
         """Decides whether silence has lasted long enough to change the route, or to call the messages stuck."""
-        silent = now >= self._silent_since + self._patience()
+        silent = now >= self._silent_since + self._patience
         stalled = now >= self._moved + STALL_TIMEOUT
         if now >= self._progressed + STUCK_TIMEOUT:
             self.stuck = True
@@ -1373,7 +1390,7 @@ class Conversation:
 
     def _next_verdict(self) -> float:
         """When ``_judge`` has something to decide, if nothing happens until then."""
-        return min(NEVER if self._announced_silent else self._silent_since + self._patience(),
+        return min(NEVER if self._announced_silent else self._silent_since + self._patience,
                    NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
                    NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
                    self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
@@ -1422,6 +1439,7 @@ class Conversation:
             self.stream.resume()        # the silence is forgotten, so the server is asked at once
         self.stream.longest = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
         self._silent_since = NEVER
+        self._patience = self.ack_timeout if route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
         self._announced_silent = False
         self.stuck = now >= self._progressed + STUCK_TIMEOUT
 
@@ -1534,14 +1552,15 @@ class Outbox:
 
     def _count(self, conversation: Conversation) -> None:
         """Counts anew what waits in a conversation."""
-        was_stuck, numbers, size = conversation.counted
-        self._numbers[was_stuck] -= numbers
-        self._bytes[was_stuck] -= size
-        stuck, stream = self._is_stuck(conversation), conversation.stream
-        numbers, size = stream.end - stream.base, stream.size
-        self._numbers[stuck] += numbers
-        self._bytes[stuck] += size
+        stream, (was_stuck, counted, bytes_counted) = conversation.stream, conversation.counted
+        stuck, numbers, size = self._is_stuck(conversation), stream.end - stream.base, stream.size
         conversation.counted = (stuck, numbers, size)
+        if stuck != was_stuck:
+            self._numbers[was_stuck] -= counted
+            self._bytes[was_stuck] -= bytes_counted
+            counted = bytes_counted = 0
+        self._numbers[stuck] += numbers - counted
+        self._bytes[stuck] += size - bytes_counted
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -1601,7 +1620,6 @@ class Outbox:
         conversation = self._by_stream.get(info["stream"])
         if conversation is None or address is not None and address not in conversation.addresses:
             return None
-        self._touched[conversation.peer] = conversation
         return conversation
 
     def on_ack(self, now: float, info: Info, address: Optional[Address]) -> None:
@@ -1609,6 +1627,8 @@ class Outbox:
         conversation = self._addressed(info, address)
         if conversation is not None:
             conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if address is None else DIRECT)
+            stream = conversation.stream
+            (self._touched if stream.end > stream.base else self.eventful)[conversation.peer] = conversation
 
     def on_nack(self, now: float, info: Info, address: Optional[Address]) -> None:
         """Takes a ``nack``."""
@@ -1616,12 +1636,14 @@ class Outbox:
         if conversation is not None:
             conversation.on_nack(now, info["first"], info["last"], info["reason"],
                                  SAVE if address is None else DIRECT)
+            self._touched[conversation.peer] = conversation
 
     def on_exists(self, now: float, info: Info, reachable: Optional[Address]) -> None:
         """Takes an ``exists``; ``reachable``: the address in its entry, None if it cannot be sent to."""
         conversation = self._addressed(info, None)
         if conversation is not None and conversation.peer == info["entry"][0]:
             conversation.on_exists(now, info["n"], reachable)
+            self._touched[conversation.peer] = conversation
 
     # what time says
 

@@ -954,7 +954,7 @@ class Output:
 
         For empty data, it is told (0) when all that was appended before is written.
         """
-        if not self.broken:
+        if not self.broken and (data or written is not None):
             self._chunks.append((data, written))
             self.pending += len(data)
 
@@ -969,21 +969,28 @@ class Output:
         self.pending = 0
 
     def flush(self) -> None:
-        """Writes what can be written now."""
-        while self._chunks and not self.broken:
-            data = self._chunks[0][0] if len(self._chunks) == 1 else self._batch()
-            taken = 0
+        """Writes what can be written now, and tells whoever waits for it."""
+        chunks = self._chunks
+        while chunks and not self.broken:
+            data = chunks[0][0] if len(chunks) == 1 else self._batch()
+            rest = 0
             if data:
                 if self.before is not None:
                     self.before()
                 try:
-                    taken = self._put(data)
+                    rest = self._put(data)
                 except OSError:
                     self.give_up()
                     return
-                self.pending -= taken
-            self._account(taken)
-            if taken < len(data):
+                self.pending -= rest
+            is_all = rest == len(data)
+            while chunks and len(chunks[0][0]) <= rest:
+                chunk, written = chunks.popleft()
+                rest -= len(chunk)
+                if written is not None:
+                    written(chunk.count(b"\n"))
+            if not is_all:
+                self._split(rest)
                 return
 
     def _batch(self) -> bytes:
@@ -995,13 +1002,8 @@ class Output:
                 break
         return b"".join(batch)
 
-    def _account(self, taken: int) -> None:
-        """Tells whoever waits for the first ``taken`` bytes."""
-        while self._chunks and len(self._chunks[0][0]) <= taken:
-            data, written = self._chunks.popleft()
-            taken -= len(data)
-            if written is not None:
-                written(data.count(b"\n"))
+    def _split(self, taken: int) -> None:
+        """Takes note that only so many bytes of the first chunk were written."""
         if taken:
             data, written = self._chunks[0]
             self._chunks[0] = data[taken:], written
@@ -1355,6 +1357,8 @@ class Lines:
     def __init__(self, style: Style = Style(False), wall: Optional[Callable[[], float]] = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
         self._style = style
+        self._dim = style.dim if style.enabled else str         # for every line: it costs nothing to leave it plain
+        self._shown_nick = style.nick if style.enabled else str
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
@@ -1366,7 +1370,7 @@ class Lines:
             return ""
         line = saying.line.format(**fields)
         clock = self._clock() if self._wall is not None else ""
-        return f"{clock}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
+        return f"{clock}{self._style.error(line) if saying.tone == BAD else self._dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
         """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
@@ -1383,7 +1387,7 @@ class Lines:
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
         clock = self._clock() if self._wall is not None else ""
-        start = f"{self._bell}{clock}{self._style.nick(delivery.sender)}: "
+        start = f"{self._bell}{clock}{self._shown_nick(delivery.sender)}: "
         if delivery.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
         return start + ("\n" + start).join(texts) + "\n"

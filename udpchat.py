@@ -152,6 +152,8 @@ class Loop:
 
     def __init__(self) -> None:
         self.random = SystemRandom()
+        self.wall = time.time       # gives the seconds since 1970
+        self.clock = time.monotonic     # gives the seconds as of this very moment: for measuring inside a turn
         self.calm = True            # every descriptor that was ready was read empty
         self.reads_one = False      # most likely there is only one datagram, and no timer wants to know of all
         self.settle: Callable[[], None] = lambda: None
@@ -164,7 +166,7 @@ class Loop:
         self._always: Dict[int, Dict[int, Callable[[], None]]] = {}     # regular files: epoll refuses them
         self._timers = TimerHeap()
         self._lost = 0.0            # s of the clock that do not count
-        self._now = self._woken = self._began = time.monotonic()    # now; this turn by the clock, and as counted
+        self._now = self._woken = time.monotonic()      # when this turn began, as counted, and by the clock
         self._running = False
         self._waker, self._wake = socket.socketpair()
         for end in (self._waker, self._wake):
@@ -175,14 +177,6 @@ class Loop:
     def now(self) -> float:
         """Seconds that this process was able to run, as of this turn."""
         return self._now
-
-    def clock(self) -> float:
-        """Seconds as of this very moment: for measuring inside a turn."""
-        return time.monotonic()
-
-    def wall(self) -> float:
-        """Seconds since 1970."""
-        return time.time()
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
         """Calls ``callback`` in the turn in which ``now()`` has reached ``when``."""
@@ -239,15 +233,18 @@ class Loop:
             self._turn()
 
     def _turn(self) -> None:
-        before = self._refresh()
-        first = self._timers.next_time()
-        timeout = 0.0 if self._always else None if first == NEVER else min(max(0.0, first - self._now), MAX_WAIT)
+        before = time.monotonic()
+        took = before - self._woken
+        if took > LOST_TIME:        # the turn before this one; it counts as that long
+            self._lost += took - LOST_TIME
+        now, first = before - self._lost, self._timers.next_time()
+        timeout = 0.0 if self._always or first <= now else min(first - now, MAX_WAIT)
         events = self._wait(timeout, MOST_EVENTS)
         self._woken = woken = time.monotonic()
-        if timeout is not None and woken - before > timeout + LOST_TIME:
+        if woken - before > timeout + LOST_TIME:
             self._lost += woken - before - timeout
-        self._now = self._began = woken - self._lost
-        self.reads_one = woken - before > WAITED and first > self._now
+        self._now = now = woken - self._lost
+        self.reads_one = woken - before > WAITED and first > now
         self.calm = True
         for fd, event in events:
             for wakes, callback in self._callbacks.get(fd, ()):
@@ -256,21 +253,13 @@ class Loop:
         if self._always:
             for callback in [callback for callbacks in self._always.values() for callback in callbacks.values()]:
                 callback()
-        if first <= self._now:
-            self._timers.run(self._now)
+        if first <= now:
+            self._timers.run(now)
         self.settle()
 
     def _select(self, timeout: Optional[float], most: int) -> List[Tuple[int, int]]:
         """Waits so many seconds, for ever if None; gives at most so many descriptors that are ready, and what for."""
         return [(key.fd, event) for key, event in self._selector.select(timeout)[:most]]
-
-    def _refresh(self) -> float:
-        """Sets the time anew; a turn that took longer than ``LOST_TIME`` counts as that long, no more."""
-        moment = time.monotonic()
-        took = moment - self._woken
-        self._now = self._began + (took if took < LOST_TIME else LOST_TIME)
-        self._lost = moment - self._now
-        return moment
 
     def close(self) -> None:
         """Gives the descriptors back."""
@@ -1393,6 +1382,7 @@ class Client:
         self._secret = secret
         self._stay = stay
         self._prompt = prompt                   # on a terminal
+        self._write = output.write if prompt is None else self._write_above
         self._on_its_way: Dict[str, Deque[Sent]] = {}   # to whom what was sent, if anybody wants to know of which
         self._keeps_track = self.lines.is_for_programs or prompt is not None
         # what the server gave
@@ -1466,12 +1456,11 @@ class Client:
         self._write(data)
         return len(data)
 
-    def _write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
-        """Appends to the output; on a terminal, above the prompt."""
+    def _write_above(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
+        """Appends to the output of a terminal, above the prompt."""
         if data and self._prompt is not None:
             self.output.write(self._prompt.erase())
-        if data or written is not None:
-            self.output.write(data, written)
+        self.output.write(data, written)
 
     def _hand_back(self, nick: str, text: str, sent: Optional[Sent] = None, ref: object = None) -> None:
         """Names a message that was not delivered, as the line that would send it again."""
@@ -1809,7 +1798,7 @@ class Client:
                 self._allowance -= len(nack)
                 self._send_now(nack, address)
             return
-        entry = self._mirror.table.get(sender)
+        entry = self._mirror.table.entries.get(sender)
         if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
             self._want_sync()
             return
@@ -1986,7 +1975,9 @@ class Client:
             for text in sends.texts:
                 self.tell("not-sent", usage=self._way_back(), to=sends.nick, text=text, ref=sends.ref)
             return True
-        nick = unicodedata.normalize("NFC", sends.nick)
+        nick = sends.nick
+        if nick not in self._mirror.table.entries:
+            nick = unicodedata.normalize("NFC", nick)
         if nick not in self._mirror.table.entries:
             self._failed = True
             self._tell_unknown(nick, self._fitting(sends, sends.texts), sends.ref)
@@ -2002,7 +1993,10 @@ class Client:
         elif room:
             texts = self._fitting(sends, sends.take(room))
             if texts:
-                self._queue(nick, texts, sends.ref)
+                if self._keeps_track:
+                    self._track(self._outbox.conversations[nick].stream, nick, texts, sends.ref)
+                self._outbox.send(now, nick, texts, self.loop.wall())
+                self.queued += len(texts)
         if sends.texts and not stuck:
             self._input.put_back(sends)
         return stuck or room > 0
@@ -2013,12 +2007,6 @@ class Client:
             return
         for text in texts:
             self.tell("unknown", to=nick, text=text, ref=ref)
-
-    def _queue(self, nick: str, texts: List[str], ref: object) -> None:
-        if self._keeps_track:
-            self._track(self._outbox.conversations[nick].stream, nick, texts, ref)
-        self._outbox.send(self.loop.now(), nick, texts, self.loop.wall())
-        self.queued += len(texts)
 
     def _track(self, stream: SendStream, nick: str, texts: List[str], ref: object) -> None:
         """Takes note of what is to be sent, to say later of which message an event is."""
@@ -2052,7 +2040,12 @@ class Client:
         if self._heard:
             self._heard = False
             self._outbox.server_heard(self.loop.now())
-        self._send_messages()
+        if self.state in (ACTIVE, LEAVING):
+            now = self.loop.now()
+            if self._outbox.due() <= now:
+                self._send_messages(now)
+            if self._outbox.eventful:
+                self._tell_events()
         if self._table_news and self.output.has_room():
             self._table_news = False
             self.tell("table")
@@ -2090,31 +2083,26 @@ class Client:
             if self.state in (ACTIVE, LEAVING):
                 self._send_now(encode("ack", info), address if address is not None else self.server)
 
-    def _send_messages(self) -> None:
+    def _send_messages(self, now: float) -> None:
         """Polls the conversations to which something happened or whose time has come."""
-        now = self.loop.now()
-        if self.state not in (ACTIVE, LEAVING) or self._outbox.due() > now:
-            return
         for datagram, address in self._outbox.poll(now, self.loop.calm):
             self._send_now(datagram, address if address is not None else self.server)
         self._outbox_alarm.set(self._outbox.due())
-        if self._outbox.eventful:
-            self._tell_events()
 
     def _tell_events(self) -> None:
         for nick, event in self._outbox.take_events():
             self._tell(nick, event)
 
     def _tell(self, nick: str, event: protocol.Event) -> None:
-        if event.kind == protocol.SILENT:
+        name = event.kind
+        if name == protocol.SILENT:
             self._server_silent()
             return
-        name = event.kind
+        if name in CLOSINGS:
+            self.closed += event.messages
         if name == protocol.REFUSED:
             self._failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
-        if event.kind in CLOSINGS:
-            self.closed += event.messages
         if not self._keeps_track:
             self.tell(name, event.messages, to=nick)
             return

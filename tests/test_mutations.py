@@ -44,16 +44,13 @@ def takes_a_failed_commit_for_done(patch: pytest.MonkeyPatch) -> None:
 
 def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
     """Counts a line as written as soon as its first bytes are."""
-    def account(self: Output, taken: int) -> None:
-        if taken and taken < len(self._chunks[0][0]):
+    def split(self: Output, taken: int) -> None:
+        if taken:
             data, written = self._chunks[0]
             self._chunks[0] = data[taken:], None
             if written is not None:
                 written(data.count(b"\n"))
-        else:
-            original(self, taken)
-    original = Output._account
-    patch.setattr(Output, "_account", account)
+    patch.setattr(Output, "_split", split)
 
 
 def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:

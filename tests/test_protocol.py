@@ -407,14 +407,14 @@ def check_sender(stream: SendStream) -> None:
     assert stream.size >= 0 and (stream.size == 0) == (not stream.held)
     assert stream.base - 1 not in stream.continued
     assert all(stream.base <= number < stream.end for number in stream.continued)
-    assert 0 < stream.window <= protocol.MAX_WINDOW
-    assert 0 < stream.timeout() <= protocol.MAX_TIMEOUT
+    assert 0 < stream.path.window <= protocol.MAX_WINDOW
+    assert 0 < stream.path.timeout(stream.longest) <= protocol.MAX_TIMEOUT
 
 
 def check_poll(stream: SendStream, packets: List[Packet], now: float) -> None:
     """What was sent respects the windows; something is due, but not at once, as long as something is held."""
     check_sender(stream)
-    assert not packets or stream.in_flight <= min(int(stream.window), protocol.MAX_WINDOW)
+    assert not packets or stream.in_flight <= min(int(stream.path.window), protocol.MAX_WINDOW)
     assert sum(packet.end > stream.edge for packet in stream._sent) <= 1, "only a question goes beyond the edge"
     assert numbers(packets) == sorted(set(numbers(packets)))
     assert now < stream.due() and (stream.due() < protocol.NEVER) == (stream.held > 0)
@@ -611,7 +611,7 @@ def test_a_window_that_was_not_used_does_not_grow() -> None:
         stream.queue(["x"], [900])
         stream.poll(float(number))
         stream.on_ack(number + 0.01, number + 1, [], 4096)
-    assert stream.window == protocol.INITIAL_WINDOW
+    assert stream.path.window == protocol.INITIAL_WINDOW
 
 
 def test_nothing_goes_beyond_the_edge_and_an_older_edge_is_ignored() -> None:
@@ -642,7 +642,7 @@ def test_the_timeout_follows_rfc_6298(samples: List[float]) -> None:
         variation = 0.75 * variation + 0.25 * abs(smoothed - sample)
         smoothed = 0.875 * smoothed + 0.125 * sample
     wanted = max(smoothed + max(protocol.CLOCK_GRAIN, 4 * variation), protocol.MIN_TIMEOUT)
-    assert stream.timeout() == pytest.approx(min(wanted, protocol.MAX_TIMEOUT), rel=1e-4)
+    assert stream.path.timeout(stream.longest) == pytest.approx(min(wanted, protocol.MAX_TIMEOUT), rel=1e-4)
 
 
 def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
@@ -654,12 +654,12 @@ def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
         now = stream.due()
     assert gaps == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
     assert stream.on_ack(now, 2, [], 4096) == 1
-    assert stream.smoothed is None, "the ack of what was sent twice is no measurement (Karn)"
-    assert stream.backoff == 100.0, "and so it says nothing of how long to wait"
+    assert stream.path.smoothed is None, "the ack of what was sent twice is no measurement (Karn)"
+    assert stream.path.backoff == 100.0, "and so it says nothing of how long to wait"
     stream.queue(["x"], [1])
     assert numbers(stream.poll(now)) == [2]
     stream.on_ack(now + 0.3, 3, [], 4096)
-    assert stream.backoff == 1.0 and stream.smoothed == pytest.approx(0.3)
+    assert stream.path.backoff == 1.0 and stream.path.smoothed == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("round_trip", [0.05, 0.12, 0.3, 0.8, 2.0])
@@ -677,7 +677,7 @@ def test_a_path_of_any_length_is_measured_and_hardly_anything_sent_twice(round_t
         while answers and answers[0][0] <= now:
             _, ack = answers.pop(0)
             stream.on_ack(now, ack["next"], ack["have"], ack["room"])
-    assert not stream.held and sent < 2100 and stream.smoothed == pytest.approx(round_trip)
+    assert not stream.held and sent < 2100 and stream.path.smoothed == pytest.approx(round_trip)
 
 
 def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_next_passes_it() -> None:
@@ -686,7 +686,7 @@ def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_nex
     stream.on_ack(0.02, 1, [[2, 3]], 4096)      # 1 is lost on the way, 4 and 5 are late
     stream.poll(stream.due())
     stream.on_ack(0.3, 4, [], 4096)
-    assert stream.smoothed == pytest.approx(0.02)
+    assert stream.path.smoothed == pytest.approx(0.02)
 
 
 def test_an_ack_that_tells_again_what_a_lost_one_had_told_measures_nothing() -> None:
@@ -694,20 +694,20 @@ def test_an_ack_that_tells_again_what_a_lost_one_had_told_measures_nothing() -> 
     stream.poll(0.0)                            # 5 is lost, and so is the ack that says 1 to 4 and 6 to 9
     assert numbers(stream.poll(stream.due())) == [1]
     stream.on_ack(0.4, 5, [[6, 9]], 4096)
-    assert stream.smoothed is None, "6 to 9 did not take 0.4 s"
+    assert stream.path.smoothed is None, "6 to 9 did not take 0.4 s"
     assert numbers(stream.poll(0.4)) == [5]
     stream.on_ack(0.41, 10, [], 4096)
     stream.queue(["x"], [1])
     stream.poll(1.0)
     stream.on_ack(1.02, 11, [], 4096)
-    assert stream.smoothed == pytest.approx(0.02)
+    assert stream.path.smoothed == pytest.approx(0.02)
 
 
 def test_after_a_timeout_one_datagram_goes_out_and_the_window_starts_over() -> None:
     stream = singles(30)
     assert len(stream.poll(0.0)) == 10
     assert numbers(stream.poll(stream.due())) == [1]
-    assert stream.window == 1.0 and stream.threshold == 5.0
+    assert stream.path.window == 1.0 and stream.path.threshold == 5.0
 
 
 def test_a_gap_is_filled_after_three_later_packets_have_arrived_without_waiting() -> None:
@@ -724,7 +724,7 @@ def test_losses_of_one_round_trip_halve_the_window_once() -> None:
     stream.poll(0.0)
     stream.on_ack(0.01, 1, [[4, 4]], 4096)
     stream.on_ack(0.011, 1, [[4, 4], [6, 10]], 4096)
-    assert stream._lost == 4 and stream.threshold == 5.0 and stream.window < 10
+    assert stream._lost == 4 and stream.path.threshold == 5.0 and stream.path.window < 10
     assert numbers(stream.poll(0.011)) == [1, 2, 3, 5]
 
 
@@ -792,7 +792,7 @@ def test_a_resumed_stream_sends_at_once() -> None:
         stream.poll(now)
         now = stream.due()
     stream.resume()
-    assert numbers(stream.poll(now - 0.5)) == [1] and stream.backoff == 1.0
+    assert numbers(stream.poll(now - 0.5)) == [1] and stream.path.backoff == 1.0
 
 
 def test_another_route_takes_everything_along_and_knows_nothing_of_the_path() -> None:
@@ -803,7 +803,7 @@ def test_another_route_takes_everything_along_and_knows_nothing_of_the_path() ->
     stream.poll(0.3)
     stream.reroute(1000, lambda held: [900] * len(held))
     check_sender(stream)
-    assert stream.smoothed is None and stream.size == 26 * 900
+    assert stream.path.smoothed is None and stream.size == 26 * 900
     assert numbers(stream.poll(0.4)) == list(range(5, 15))
 
 
