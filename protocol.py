@@ -45,7 +45,7 @@ import functools
 import heapq
 import unicodedata
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import deque
 from itertools import accumulate, islice, repeat
 from typing import (Any, Callable, Collection, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional,
                     Sequence, Set, Tuple)
@@ -131,6 +131,11 @@ def _is_octet(part: str) -> bool:
     return part.isascii() and part.isdecimal() and str(int(part)) == part and int(part) <= 255
 
 
+def longest(texts: Sequence[str]) -> int:
+    """How many characters the longest of some texts has."""
+    return len(texts[0]) if len(texts) == 1 else len(max(texts, key=len))
+
+
 def fits_piece(text: str) -> bool:
     """Whether ``text`` fits into one number of a stream."""
     return len(text) <= MAX_PIECE and (len(text) * 4 <= MAX_PIECE or len(text.encode()) <= MAX_PIECE)
@@ -159,7 +164,7 @@ def pieces(value: Any) -> bool:
         return type(value[0]) is str and fits_piece(value[0])
     if set(map(type, value)) != ONLY_TEXTS:
         return False
-    return len(max(value, key=len)) * 4 <= MAX_PIECE or all(map(fits_piece, value))
+    return longest(value) * 4 <= MAX_PIECE or all(map(fits_piece, value))
 
 
 def row(*checks: Check) -> Check:
@@ -492,9 +497,10 @@ class Path:
         if 0 <= sample < NEVER:
             self._measure(sample)
         self._arrived += packets
-        if self.smoothed is not None and now - self._round >= max(self.smoothed, CLOCK_GRAIN):
+        passed = now - self._round
+        if self.smoothed is not None and passed >= self.smoothed and passed >= CLOCK_GRAIN:
             # once for each round trip: the rate estimate of TCP Westwood+ (Mascolo et al., 2001)
-            rate = self._arrived / (now - self._round)
+            rate = self._arrived / passed
             self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
             self._round, self._arrived = now, 0
         if self.was_full:       # else the window was not the limit (RFC 5681 §3.1: slow start, then one a round trip)
@@ -508,10 +514,11 @@ class Path:
         if self.smoothed is None:
             self.smoothed, self.variation = sample, sample / 2
         else:
-            self.variation += (abs(self.smoothed - sample) - self.variation) / 4
-            self.smoothed += (sample - self.smoothed) / 8
+            change = sample - self.smoothed
+            self.variation += ((change if change > 0 else -change) - self.variation) / 4
+            self.smoothed += change / 8
         timeout = self.smoothed + max(4 * self.variation, CLOCK_GRAIN)
-        self._timeout = min(max(timeout, MIN_TIMEOUT), MAX_TIMEOUT)
+        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else min(timeout, MAX_TIMEOUT)
 
     def calm_down(self, measured: bool) -> None:
         """An ack has come: ends the back-off if it measured the path, else shortens it."""
@@ -720,8 +727,9 @@ class SendStream:
             return 0
         while next_ - 1 in self.continued:
             next_ -= 1
-        if self.edge < next_ + room:
-            self.edge = min(next_ + room, MAX_NUMBER)
+        edge = next_ + room
+        if edge > self.edge:
+            self.edge = edge if edge < MAX_NUMBER else MAX_NUMBER
         if next_ < self.base:       # late, or from a receiver that has lost its memory
             self._doubt_held()
             return 0
@@ -1193,6 +1201,8 @@ class Conversation:
     def _sizes(self, texts: Sequence[str], first: int, continued: Collection[int]) -> List[int]:
         """Encoded bytes of each text: 3 for its header, 9 for its time, and 9 where ``more`` names it."""
         extra = 3 if self.route == DIRECT else 12
+        if len(texts) == 1 and not continued:
+            return [len(texts[0].encode()) + extra]
         if "".join(texts).isascii():
             sizes = [len(text) + extra for text in texts]
         else:
@@ -1250,7 +1260,7 @@ class Conversation:
         times.append(at)
         if len(starts) > TIMES_KEPT:
             self._forget_times()
-        if len(max(texts, key=len)) * 4 <= MAX_PIECE:
+        if longest(texts) * 4 <= MAX_PIECE:
             stream.queue(texts, self._sizes(texts, 0, ()))
         else:
             self._queue_long(texts)
@@ -1345,7 +1355,10 @@ class Conversation:
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
         stream = self.stream
-        return min(stream.timer, stream.ask, self._verdict) if stream.end > stream.base else NEVER
+        if stream.end == stream.base:
+            return NEVER
+        due = stream.timer if stream.timer < stream.ask else stream.ask
+        return due if due < self._verdict else self._verdict
 
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
@@ -1357,7 +1370,8 @@ class Conversation:
         packets = self.stream.poll(now)
         if packets and self._silent_since == NEVER:
             self._silent_since = now
-            self._verdict = min(self._verdict, now + self._patience)
+            if self._verdict > now + self._patience:
+                self._verdict = now + self._patience
         address = self._address if self.route == DIRECT else None
         frames = []
         for packet in packets:
@@ -1543,7 +1557,8 @@ class Outbox:
     def room(self, now: float, nick: str) -> int:
         """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
         stuck = self.is_stuck(now, nick)
-        return 0 if self._bytes[stuck] >= QUEUE_SIZE else max(0, QUEUE_LIMIT - self._numbers[stuck])
+        room = QUEUE_LIMIT - self._numbers[stuck]
+        return room if room > 0 and self._bytes[stuck] < QUEUE_SIZE else 0
 
     @property
     def is_full(self) -> bool:
@@ -1674,7 +1689,7 @@ class Outbox:
         """The datagrams to send now, and where to (None: the server), of those to which something happened."""
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
-        for nick in list(islice(self._touched, POLLS_PER_TURN)):
+        for nick in list(self._touched)[:POLLS_PER_TURN]:
             conversation = self._touched.pop(nick)
             if conversation.stream.end > conversation.stream.base:
                 yield from conversation.poll(now, calm)
@@ -1684,13 +1699,13 @@ class Outbox:
             if conversation.events or conversation.stuck or self._lost or self._away or conversation.counted[0]:
                 self.eventful[nick] = conversation
 
-    def take_events(self) -> List[Tuple[str, Event]]:
-        """What has happened to messages since the last time: recipient and event."""
-        eventful, self.eventful = {**self.eventful, **self._touched}, {}
+    def take_events(self) -> List[Tuple[str, List[Event]]]:
+        """What has happened to messages since the last time: recipients and events."""
+        eventful, self.eventful = self.eventful, {}
+        eventful.update(self._touched)
         found = []
         for nick, conversation in eventful.items():
-            for event in conversation.events:
-                found.append((nick, event))
+            found.append((nick, conversation.events))
             conversation.events = []
             self._count(conversation)
             if not conversation.counted[1]:
@@ -1725,14 +1740,22 @@ class Delivery(NamedTuple):
 class Incoming:
     """One stream of a peer, or of the own mail, and whether it waits for news of the mail."""
 
-    def __init__(self, stream: ReceiveStream, address: Optional[Address]) -> None:
+    def __init__(self, stream: ReceiveStream, unacked: "Dict[Incoming, None]") -> None:
         self.stream = stream
-        self.address = address      # where acks go; None: to the server
+        self.address: Optional[Address] = None      # where acks go; None: to the server
         self.sender = ""
         self.counted = 0            # numbers that the inbox has counted
         self.held_since = NEVER     # when numbers were found missing, or the server was last asked about them
         self.held_base = 0          # below which they are
         self.mail: Optional[int] = None     # the mail that must be shown before they are given up
+        self._unacked = unacked             # where it stands if there is something to ack
+
+    def written(self, texts: int) -> None:
+        """Takes note of what is written of the texts that were handed out, see ``ReceiveStream``."""
+        before = self.stream.next
+        self.stream.written(texts)
+        if self.stream.next != before:
+            self._unacked[self] = None
 
 
 class Memories:
@@ -1789,7 +1812,7 @@ class Inbox:
         self.buffered = 0           # numbers of all streams that wait here
         self.holding: Dict[Incoming, None] = {}     # the streams that wait for mail, or for news of it
         self.unacked: Dict[Incoming, None] = {}     # the streams for which ``acks`` has an answer
-        self._streams: "OrderedDict[str, Dict[int, Incoming]]" = OrderedDict()  # of each sender; longest silent first
+        self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender; longest silent first
         self._memories = Memories()                             # of those streams that gave way
         self._kept = 0                                          # streams in _streams
         self._buffering: Dict[Incoming, None] = {}              # those that hold numbers; longest silent first
@@ -1814,7 +1837,7 @@ class Inbox:
         """Takes a ``mail`` of the server."""
         if self._mail is None or self._mail.stream.stream != info["stream"]:
             self.forget_mail(now)
-            self._mail = Incoming(ReceiveStream(info["stream"]), None)
+            self._mail = Incoming(ReceiveStream(info["stream"]), self.unacked)
         items, more = letters_of(info)
         stream = self._mail.stream
         stream.on_data(info["n"], items, more, info["base"])
@@ -1831,8 +1854,10 @@ class Inbox:
             self._mail = None
 
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
-        streams = self._streams.setdefault(sender, {})
-        self._streams.move_to_end(sender)
+        streams = self._streams.pop(sender, None)
+        if streams is None:
+            streams = {}
+        self._streams[sender] = streams
         incoming = streams.pop(stream, None)
         if incoming is None:
             if len(streams) >= STREAMS_PER_SENDER:
@@ -1840,7 +1865,7 @@ class Inbox:
             elif self._kept >= STREAMS_IN_ALL:
                 self._forget_idle(next(iter(self._streams)))
             self._streams[sender] = streams
-            incoming = Incoming(ReceiveStream(stream, first), None)
+            incoming = Incoming(ReceiveStream(stream, first), self.unacked)
             incoming.sender = sender
             memory = self._memories.pop(sender, stream)
             if memory is not None:
@@ -1863,7 +1888,7 @@ class Inbox:
                 if len(streams) < STREAMS_PER_SENDER:
                     break
         else:
-            self._streams.move_to_end(sender)   # another one's are looked at next
+            self._streams[sender] = self._streams.pop(sender)   # another one's are looked at next
         if not streams:
             del self._streams[sender]
 
@@ -1980,11 +2005,10 @@ class Inbox:
                     self._release(now, incoming)
 
     def _take_chat(self, incoming: Incoming) -> List[Delivery]:
-        written = functools.partial(self._written, incoming)
         stream, deliveries = incoming.stream, []
         for run in stream.take(MAX_ITEMS):
             texts = ["".join(run.items)] if run.more else run.items
-            deliveries.append(Delivery(incoming.sender, texts, [], written, stream.stream, run.first))
+            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.stream, run.first))
         self._count(incoming)
         if stream.taken == stream.ready:
             self._readable.pop(incoming, None)
@@ -2002,7 +2026,7 @@ class Inbox:
                 for letters in _of_one_stream(run.items):
                     yield from self._take_letters(mail, letters, [item[4] for item in letters])
             else:
-                yield Delivery("", [], [], functools.partial(self._written, mail))
+                yield Delivery("", [], [], mail.written)
         self._count(mail)
 
     def _take_letters(self, mail: Incoming, items: Sequence[Any], texts: List[str]) -> Iterator[Delivery]:
@@ -2014,19 +2038,13 @@ class Inbox:
         yield from self._take_all_chat(incoming)
         if incoming.stream.show(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
-            yield Delivery(sender, texts, times, functools.partial(self._written, mail), stream, number)
+            yield Delivery(sender, texts, times, mail.written, stream, number)
         elif len(texts) == 1:
-            yield Delivery("", [], [], lambda _: self._written(mail, 1))
+            yield Delivery("", [], [], lambda _: mail.written(1))
         else:
             for item, text in zip(items, texts):
                 yield from self._take_letters(mail, [item], [text])
         yield from self._take_all_chat(incoming)
-
-    def _written(self, incoming: Incoming, texts: int) -> None:
-        before = incoming.stream.next
-        incoming.stream.written(texts)
-        if incoming.stream.next != before:
-            self.unacked[incoming] = None
 
 
 Letter = Tuple[str, int, int, float, str]   # one number of a mail: sender, and stream, number, time and text of his

@@ -1115,16 +1115,16 @@ class Commands:
     def feed(self, data: bytes) -> None:
         """Takes what was read; b"" at the end."""
         head, newline, tail = data.rpartition(b"\n")
-        if not data:
+        if newline:
+            self._take_lines(self._buffer + head)
+            self._buffer, self._skipped = tail, 0
+        elif data:
+            self._buffer += data
+        else:
             self.ended = True
             if self._buffer or self._skipped:
                 self._take_lines(self._buffer)
             self._buffer, self._skipped = b"", 0
-        elif newline:
-            self._take_lines(self._buffer + head)
-            self._buffer, self._skipped = tail, 0
-        else:
-            self._buffer += data
         if len(self._buffer) > self._limit:
             self._skipped += len(self._buffer) - self._limit
             self._tail = (self._tail + self._buffer[self._limit:])[-TAIL_SIZE:]
@@ -1390,7 +1390,7 @@ class Lines:
         start = f"{self._bell}{clock}{self._shown_nick(delivery.sender)}: "
         if delivery.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
-        return start + ("\n" + start).join(texts) + "\n"
+        return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
     def clients(self, entries: Sequence[Tuple[str, str, str]]) -> str:
         """Who is known: nick, address and state."""

@@ -47,8 +47,8 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import protocol
-from protocol import (NEVER, Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream, addressed,
-                      encode, mail_runs, mail_sizes, padded, since_of, table_map)
+from protocol import (MAX_RECEIVED, NEVER, Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream,
+                      addressed, encode, mail_runs, mail_sizes, padded, since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Mirror, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
@@ -238,7 +238,7 @@ class Loop:
         if took > LOST_TIME:        # the turn before this one; it counts as that long
             self._lost += took - LOST_TIME
         now, first = before - self._lost, self._timers.next_time()
-        timeout = 0.0 if self._always or first <= now else min(first - now, MAX_WAIT)
+        timeout = 0.0 if self._always or first <= now else first - now if first < now + MAX_WAIT else MAX_WAIT
         events = self._wait(timeout, MOST_EVENTS)
         self._woken = woken = time.monotonic()
         if woken - before > timeout + LOST_TIME:
@@ -467,10 +467,9 @@ class Port:
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
 
     def _on_readable(self) -> None:
-        recvfrom, receive, mapped = self._sock.recvfrom, self.receive, self._mapped
         for _ in range(DATAGRAMS_PER_TURN):
             try:
-                datagram, address = recvfrom(protocol.MAX_RECEIVED)
+                datagram, address = self._sock.recvfrom(MAX_RECEIVED)
             except OSError as error:
                 if error.errno in TRANSIENT:
                     return
@@ -478,7 +477,7 @@ class Port:
                 continue
             self.datagrams_in += 1
             self.bytes_in += len(datagram)
-            receive(datagram, normal(address) if mapped else address)
+            self.receive(datagram, normal(address) if self._mapped else address)
             if self._loop.reads_one:
                 break       # to look for more would cost as much; if there is more, the next turn begins at once
         self._loop.calm = False
@@ -1744,8 +1743,9 @@ class Client:
         if address != self.server and address != self._other_server:
             self._allowance = len(datagram)
             for tag, info in messages:
-                if tag in self._from_peers and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
-                    self._from_peers[tag](info, address)
+                take = self._from_peers.get(tag)
+                if take is not None and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
+                    take(info, address)
             return
         trusted = False
         for tag, info in messages:
@@ -1975,31 +1975,30 @@ class Client:
             for text in sends.texts:
                 self.tell("not-sent", usage=self._way_back(), to=sends.nick, text=text, ref=sends.ref)
             return True
-        nick = sends.nick
+        nick, outbox, now = sends.nick, self._outbox, self.loop.now()
         if nick not in self._mirror.table.entries:
             nick = unicodedata.normalize("NFC", nick)
-        if nick not in self._mirror.table.entries:
-            self._failed = True
-            self._tell_unknown(nick, self._fitting(sends, sends.texts), sends.ref)
-            return True
-        now = self.loop.now()
-        if nick not in self._outbox.conversations:
-            self._outbox.open(now, nick, self._place(nick), new_id(self.loop))
-        room = self._outbox.room(now, nick)
-        stuck = not room and self._outbox.is_stuck(now, nick)
-        if stuck:
-            for text in self._fitting(sends, sends.texts):
-                self._hand_back(nick, text, None, sends.ref)
-        elif room:
+            if nick not in self._mirror.table.entries:
+                self._failed = True
+                self._tell_unknown(nick, self._fitting(sends, sends.texts), sends.ref)
+                return True
+        if nick not in outbox.conversations:
+            outbox.open(now, nick, self._place(nick), new_id(self.loop))
+        room = outbox.room(now, nick)
+        if room:
             texts = self._fitting(sends, sends.take(room))
             if texts:
                 if self._keeps_track:
-                    self._track(self._outbox.conversations[nick].stream, nick, texts, sends.ref)
-                self._outbox.send(now, nick, texts, self.loop.wall())
+                    self._track(outbox.conversations[nick].stream, nick, texts, sends.ref)
+                outbox.send(now, nick, texts, self.loop.wall())
                 self.queued += len(texts)
-        if sends.texts and not stuck:
+        elif outbox.is_stuck(now, nick):
+            for text in self._fitting(sends, sends.take(len(sends.texts))):
+                self._hand_back(nick, text, None, sends.ref)
+            return True
+        if sends.texts:
             self._input.put_back(sends)
-        return stuck or room > 0
+        return room > 0
 
     def _tell_unknown(self, nick: str, texts: List[str], ref: object) -> None:
         if not self.lines.is_for_programs:
@@ -2019,7 +2018,7 @@ class Client:
     def _fitting(self, sends: Sends, texts: List[str]) -> List[str]:
         """Those of its texts that are not too long; says which are."""
         size = sends.size
-        if len(max(texts, key=len)) * 4 <= protocol.MAX_TEXT and not size:
+        if not size and protocol.longest(texts) * 4 <= protocol.MAX_TEXT:
             return texts
         return [text for text in texts if self._fits(max(size, len(text.encode())), sends)]
 
@@ -2035,47 +2034,51 @@ class Client:
         """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
         if self.exit_code is not None:
             return
-        if self._input.waiting:
+        output, commands, outbox, inbox = self.output, self._input, self._outbox, self._inbox
+        if commands.waiting:
             self._carry_out()
         if self._heard:
             self._heard = False
-            self._outbox.server_heard(self.loop.now())
+            outbox.server_heard(self.loop.now())
         if self.state in (ACTIVE, LEAVING):
             now = self.loop.now()
-            if self._outbox.due() <= now:
+            if outbox.due() <= now:
                 self._send_messages(now)
-            if self._outbox.eventful:
+            if outbox.eventful:
                 self._tell_events()
-        if self._table_news and self.output.has_room():
+        if self._table_news and output.has_room():
             self._table_news = False
             self.tell("table")
-        news = self._inbox.has_news
+        news = inbox.has_news
         if news:
             self._show()
-        self.output.flush()
-        if self._inbox.unacked:
+        output.flush()
+        if inbox.unacked:
             self._ack()
-        if self._quit or self._ending or self._input.ended:
+        if self._quit or self._ending or commands.ended and not self._stay:
             self._proceed()
-        waiting = self.output.pending
-        if waiting:
-            self.output.flush()
-        if self._prompt is not None:
-            self._draw(self._prompt)
-        moved = self.output.pending < waiting      # what waited for that has not seen it yet
-        if self.output.broken and self._ending != "reader":
+        moved = (output.pending or self._prompt is not None) and self._write_rest()
+        if output.broken and self._ending != "reader":
             self._reader_is_gone()
             moved = True
         if self.errors.pending:
             self.errors.flush()
-        able = self._may_command() and not self._outbox.is_full
-        self.hungry = able and not (self._input.waiting or self._input.ended)
+        able = (commands.waiting or not commands.ended) and self._may_command() and not outbox.is_full
+        self.hungry = bool(able and not commands.waiting)
         # what this turn's limits left undone, and nothing else will bring back to mind; without room, the output will
-        if (moved or able and self._input.waiting and not self.errors.pending
-                or news and self._inbox.is_ready and self.output.has_room()):
+        if (moved or able and commands.waiting and not self.errors.pending
+                or news and inbox.is_ready and output.has_room()):
             self._next_turn.set(self.loop.now())
-        if self.state == ENDED and not self.output.pending + self.errors.pending:
+        if self.state == ENDED and not output.pending + self.errors.pending:
             self.exit_code = self._result
+
+    def _write_rest(self) -> bool:
+        """Writes what the turn's end has added; gives whether room became free that somebody may wait for."""
+        waiting = self.output.pending
+        self.output.flush()
+        if self._prompt is not None:
+            self._draw(self._prompt)
+        return self.output.pending < waiting
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
@@ -2090,8 +2093,9 @@ class Client:
         self._outbox_alarm.set(self._outbox.due())
 
     def _tell_events(self) -> None:
-        for nick, event in self._outbox.take_events():
-            self._tell(nick, event)
+        for nick, events in self._outbox.take_events():
+            for event in events:
+                self._tell(nick, event)
 
     def _tell(self, nick: str, event: protocol.Event) -> None:
         name = event.kind
