@@ -175,7 +175,7 @@ def row(*checks: Check) -> Check:
 
 def rows(check: Check, most: int = MAX_ITEMS) -> Check:
     """A check for a list of at most ``most`` elements, each of which passes ``check``."""
-    return lambda value: type(value) is list and len(value) <= most and all(map(check, value))
+    return lambda value: type(value) is list and (not value or len(value) <= most and all(map(check, value)))
 
 
 def letters(value: Any) -> bool:
@@ -517,8 +517,9 @@ class Path:
             change = sample - self.smoothed
             self.variation += ((change if change > 0 else -change) - self.variation) / 4
             self.smoothed += change / 8
-        timeout = self.smoothed + max(4 * self.variation, CLOCK_GRAIN)
-        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else min(timeout, MAX_TIMEOUT)
+        wait = 4 * self.variation
+        timeout = self.smoothed + (wait if wait > CLOCK_GRAIN else CLOCK_GRAIN)
+        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else timeout if timeout < MAX_TIMEOUT else MAX_TIMEOUT
 
     def calm_down(self, measured: bool) -> None:
         """An ack has come: ends the back-off if it measured the path, else shortens it."""
@@ -1124,6 +1125,7 @@ RELAY_TIME = 60.0         # s during which somebody who cannot be reached direct
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 TIMES_KEPT = 8192         # runs of sending times; more sends than a client queues
 
+NOTHING_MORE: Tuple[Sequence[int], Sequence[float]] = ((), ())
 DIRECT, SAVE, RELAY = "direct", "save", "relay"     # the routes
 RECEIVED, SAVED, REFUSED, SILENT = "received", "saved", "refused", "silent"
 NO_ACK, OFFLINE, EXISTS = "no-ack", "offline", "exists"
@@ -1211,8 +1213,8 @@ class Conversation:
             sizes = [size + 9 * (number in continued) for number, size in enumerate(sizes, first)]
         return sizes
 
-    def _frame(self, route: str, first: int, base: int, texts: List[str], more: List[int],
-               times: List[float]) -> bytes:
+    def _frame(self, route: str, first: int, base: int, texts: List[str], more: Sequence[int],
+               times: Sequence[float]) -> bytes:
         info: Info = {"to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
         if more:
             info["more"] = more
@@ -1222,14 +1224,12 @@ class Conversation:
         info.update(session=self.session, at=times, relay=route == RELAY)       # the session says from whom
         return encode("save", info)
 
-    def _encode(self, packet: Packet) -> bytes:
-        continued = self.stream.continued
-        more = [n for n in range(packet.first, packet.end) if n in continued] if continued else []
-        times: List[float] = []
-        if self.route != DIRECT:
-            starts, values = self._times
-            times = [values[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
-        return self._frame(self.route, packet.first, self.stream.base, packet.items, more, times)
+    def _more_and_times(self, packet: Packet) -> Tuple[List[int], List[float]]:
+        """Which numbers of a packet the next one continues, and when each was sent."""
+        numbers, continued = range(packet.first, packet.end), self.stream.continued
+        starts, values = self._times
+        return ([number for number in numbers if number in continued],
+                [values[bisect_right(starts, number) - 1] for number in numbers])
 
     # what the owner says
 
@@ -1362,20 +1362,22 @@ class Conversation:
 
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
-        if self.stream.end == self.stream.base:
+        stream = self.stream
+        if stream.end == stream.base:
             return []
         if calm and now >= self._verdict:
             self._judge(now)
             self._verdict = self._next_verdict()
-        packets = self.stream.poll(now)
+        packets, route = stream.poll(now), self.route
         if packets and self._silent_since == NEVER:
             self._silent_since = now
             if self._verdict > now + self._patience:
                 self._verdict = now + self._patience
-        address = self._address if self.route == DIRECT else None
+        address = self._address if route == DIRECT else None
         frames = []
         for packet in packets:
-            frames.append((self._encode(packet), address))
+            more, times = self._more_and_times(packet) if route != DIRECT or stream.continued else NOTHING_MORE
+            frames.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
         return frames
 
     def _judge(self, now: float) -> None:
@@ -1691,18 +1693,18 @@ class Outbox:
             self._wake(now)
         for nick in list(self._touched)[:POLLS_PER_TURN]:
             conversation = self._touched.pop(nick)
-            if conversation.stream.end > conversation.stream.base:
-                yield from conversation.poll(now, calm)
-                due = conversation.due()
-                if due < self._due.get(nick, NEVER):
-                    self._schedule(nick, due)
+            yield from conversation.poll(now, calm)
+            due = conversation.due()
+            if due < self._due.get(nick, NEVER):
+                self._schedule(nick, due)
             if conversation.events or conversation.stuck or self._lost or self._away or conversation.counted[0]:
                 self.eventful[nick] = conversation
 
     def take_events(self) -> List[Tuple[str, List[Event]]]:
         """What has happened to messages since the last time: recipients and events."""
         eventful, self.eventful = self.eventful, {}
-        eventful.update(self._touched)
+        if self._touched:
+            eventful.update(self._touched)
         found = []
         for nick, conversation in eventful.items():
             found.append((nick, conversation.events))
@@ -1898,7 +1900,8 @@ class Inbox:
         self.buffered -= incoming.counted
 
     def _arrived(self, incoming: Incoming) -> None:
-        self._buffering.pop(incoming, None)
+        if incoming.counted:
+            del self._buffering[incoming]
         self._count(incoming)
         stream = incoming.stream
         if stream.taken < stream.ready and incoming is not self._mail:

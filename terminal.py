@@ -1071,8 +1071,6 @@ class Block(str):
 
 def group_sends(text: str) -> List[str]:
     """Lines as a list, or as one ``Block`` if they all begin with the same ``send NICK ``. At the speed of C."""
-    if "\n" not in text:
-        return [text]
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
         start = text[:end]
@@ -1140,7 +1138,11 @@ class Commands:
             self.waiting.append(line)
             if not newline:
                 return
-        self.waiting.extend(group_sends(data.decode("utf-8", "replace")))
+        text = data.decode("utf-8", "replace")
+        if "\n" in text:
+            self.waiting.extend(group_sends(text))
+        else:
+            self.waiting.append(text)
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
         """Takes lines that were typed; ``pasted``: all but the first come from where a slash means nothing."""
@@ -1176,12 +1178,12 @@ class Commands:
             return command_of(line)
         if self.talk:
             return self._meaning_in_talk(line)
-        if line.startswith("send "):
-            nick, blank, text = line[5:].partition(" ")
+        words = line.split(" ", 2)
+        if words[0] == "send" and len(words) == 3 and words[1]:
+            _, nick, text = words
             if isinstance(line, Block):
                 return Command(Sends(nick, line.texts))
-            if nick and blank:
-                return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
+            return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
         return Command(words=line.split())
 
     def _meaning_in_talk(self, line: str) -> Command:

@@ -237,8 +237,12 @@ class Loop:
         took = before - self._woken
         if took > LOST_TIME:        # the turn before this one; it counts as that long
             self._lost += took - LOST_TIME
-        now, first = before - self._lost, self._timers.next_time()
-        timeout = 0.0 if self._always or first <= now else first - now if first < now + MAX_WAIT else MAX_WAIT
+        first = self._timers.next_time()
+        timeout = first - (before - self._lost)
+        if timeout < 0.0 or self._always:
+            timeout = 0.0
+        elif timeout > MAX_WAIT:
+            timeout = MAX_WAIT
         events = self._wait(timeout, MOST_EVENTS)
         self._woken = woken = time.monotonic()
         if woken - before > timeout + LOST_TIME:
@@ -1851,7 +1855,7 @@ class Client:
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
-        if b"\n" in data and self._prompt is not None:
+        if self._prompt is not None and b"\n" in data:
             self._prompt.answered()
         self._input.feed(data)
 
