@@ -277,7 +277,7 @@ class Loop:
 
 def epoll_of(selector: selectors.BaseSelector) -> Any:
     """The epoll in a selector, to wait without an object for every event, which costs as much again; None elsewhere."""
-    if sys.platform == "linux" and isinstance(selector, selectors.EpollSelector):
+    if sys.platform == "linux" and type(selector) is selectors.EpollSelector:   # not one that does more than that
         return select.epoll.fromfd(os.dup(selector.fileno()))
     return None
 
