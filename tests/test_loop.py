@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import select
 import selectors
 import socket
 import time
@@ -10,6 +11,7 @@ from typing import Iterator, List, Optional, Tuple
 
 import pytest
 
+import udpchat
 from terminal import OUTPUT_LIMIT, Output
 from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, Alarm, Log, Loop, Port, TimerHeap
 
@@ -78,6 +80,41 @@ def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: Loo
         loop.call_at(loop.now(), lambda: None)
         loop._turn()
     assert calls == ["read", "read", "write", "write"]
+
+
+@pytest.mark.parametrize("wait", ["as everywhere", "as on Linux"])
+def test_a_descriptor_wakes_whoever_reads_or_writes_and_both_if_it_is_broken(
+        wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wait == "as everywhere":
+        monkeypatch.setattr(udpchat, "epoll_of", lambda selector: None)
+    elif not hasattr(select, "epoll"):
+        pytest.skip("there is no epoll here")
+    loop, calls = Loop(), []
+    assert (loop._epoll is None) == (wait == "as everywhere")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        loop.watch(ours.fileno(), selectors.EVENT_READ, lambda: calls.append("read"))
+        loop.call_at(loop.now(), lambda: None)      # nobody has written: the turn does not wait
+        loop._turn()
+        assert calls == []
+        theirs.send(b"x")
+        loop._turn()
+        assert calls == ["read"]
+        loop.watch(ours.fileno(), selectors.EVENT_WRITE, lambda: calls.append("write"))
+        loop._turn()
+        assert calls == ["read", "read", "write"]
+        ours.recv(1)
+        loop._turn()
+        assert calls == ["read", "read", "write", "write"]
+        theirs.close()
+        loop._turn()
+        assert calls[4:] == ["read", "write"]
+        loop.watch(ours.fileno(), selectors.EVENT_READ, lambda: loop.watch(ours.fileno(), selectors.EVENT_WRITE, None))
+        loop._turn()
+        del calls[:]
+        loop._turn()
+        assert calls == [], "nobody watches for that any more"
+    loop.close()
 
 
 def test_cancelled_timers_do_not_pile_up() -> None:
