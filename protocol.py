@@ -30,9 +30,10 @@ its ``next`` only when its owner says that they are *written* (to stdout, to dis
 - A text longer than ``MAX_PIECE`` takes several consecutive numbers; ``more`` names those that the next one
   continues. A text is one thing: ``next`` and ``base`` never stand inside it.
 
-Loss recovery and congestion control follow RFC 6298 (retransmission timeout), RFC 9002 (packet threshold) and
-RFC 5681 (slow start, multiplicative decrease), counted in datagrams. A loss reduces the window to what the path was
-seen to carry (TCP Westwood+), at most by half: random loss on a radio link is not taken for a full queue.
+``Path`` is what is known of the way: loss recovery and congestion control follow RFC 6298 (retransmission timeout),
+RFC 9002 (packet threshold) and RFC 5681 (slow start, multiplicative decrease), counted in datagrams. A loss reduces
+the window to what the path was seen to carry (TCP Westwood+), at most by half: random loss on a radio link is not
+taken for a full queue.
 
 ``Conversation`` is the life of one client's sends to one recipient: which route they take (straight to the
 recipient, or to the server), when that changes, and the events that close each of them. ``Outbox`` holds all of them,
@@ -57,7 +58,7 @@ Info = Dict[str, Any]
 Message = Tuple[str, Info]
 
 MAX_DATAGRAM = 1200       # bytes of payload that any path carries unfragmented (RFC 9000 §14)
-UNPACK_BUFFER = 4096      # bytes; it is filled up before it begins anew, so a large one is never in the cache
+UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, a peer may use a larger --mtu
 MAX_NUMBER = 2 ** 63 - 1  # ids, versions and stream numbers; SQLite's integers are signed 64 bit
 MAX_ITEMS = 1024          # elements of one array on the wire: bounds what a hostile header can allocate
@@ -131,9 +132,9 @@ def _is_octet(part: str) -> bool:
     return part.isascii() and part.isdecimal() and str(int(part)) == part and int(part) <= 255
 
 
-def longest(texts: Sequence[str]) -> int:
-    """How many characters the longest of some texts has."""
-    return len(texts[0]) if len(texts) == 1 else len(max(texts, key=len))
+def are_short(texts: Sequence[str], most: int) -> bool:
+    """Whether each text takes at most ``most`` bytes of UTF-8, whatever its characters are."""
+    return (len(texts[0]) if len(texts) == 1 else len(max(texts, key=len))) * 4 <= most
 
 
 def fits_piece(text: str) -> bool:
@@ -164,7 +165,7 @@ def pieces(value: Any) -> bool:
         return type(value[0]) is str and fits_piece(value[0])
     if set(map(type, value)) != ONLY_TEXTS:
         return False
-    return longest(value) * 4 <= MAX_PIECE or all(map(fits_piece, value))
+    return are_short(value, MAX_PIECE) or all(map(fits_piece, value))
 
 
 def row(*checks: Check) -> Check:
@@ -471,29 +472,29 @@ class Packet:
 
 
 class Path:
-    """What acks tell of the way to a receiver: how long to wait for one, and how many datagrams may be under way."""
+    """What is known of the path to a receiver: its round trip, so the retransmission timeout; its congestion window."""
 
     def __init__(self, initial_timeout: float = INITIAL_TIMEOUT) -> None:
         self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
-        self.variation = 0.0                    # s; RTTVAR
+        self._variation = 0.0                    # s; RTTVAR
         self.fastest = NEVER                    # s; the shortest round trip seen
         self.backoff = 1.0
         self.window: float = INITIAL_WINDOW     # datagrams
         self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
-        self.was_full = False                   # the window, when last something was sent
+        self.window_limited = False             # whether the window ended the last poll, not a lack of data or room
         self._timeout = initial_timeout         # s; without the back-off
         self._rate = 0.0            # datagrams that arrive in a second, smoothed over round trips
         self._round = -NEVER        # when the round trip began that is counted now
         self._arrived = 0           # datagrams since
 
-    def timeout(self, longest: float = MAX_TIMEOUT) -> float:
+    def timeout(self, longest: float) -> float:
         """The retransmission timeout, in seconds; back-off makes it no longer than ``longest``."""
         if self.backoff == 1.0:
             return self._timeout
         return min(self._timeout * self.backoff, max(self._timeout, longest))
 
-    def learn(self, now: float, packets: int, sample: float) -> None:
-        """So many packets have arrived, the newest of them after a round trip of ``sample`` (``NEVER``: not known)."""
+    def on_arrival(self, now: float, packets: int, sample: float) -> None:
+        """``packets`` have arrived; ``sample``: the round trip of the newest, ``NEVER`` if it measures none."""
         if 0 <= sample < NEVER:
             self._measure(sample)
         self._arrived += packets
@@ -503,7 +504,7 @@ class Path:
             rate = self._arrived / passed
             self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
             self._round, self._arrived = now, 0
-        if self.was_full:       # else the window was not the limit (RFC 5681 §3.1: slow start, then one a round trip)
+        if self.window_limited:     # slow start, then one a round trip (RFC 5681 §3.1)
             grown = self.window + (packets if self.window < self.threshold else packets / self.window)
             self.window = min(grown, MAX_WINDOW)
 
@@ -512,28 +513,26 @@ class Path:
         if sample < self.fastest:
             self.fastest = sample
         if self.smoothed is None:
-            self.smoothed, self.variation = sample, sample / 2
+            self.smoothed, self._variation = sample, sample / 2
         else:
-            change = sample - self.smoothed
-            self.variation += ((change if change > 0 else -change) - self.variation) / 4
-            self.smoothed += change / 8
-        wait = 4 * self.variation
-        timeout = self.smoothed + (wait if wait > CLOCK_GRAIN else CLOCK_GRAIN)
-        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else timeout if timeout < MAX_TIMEOUT else MAX_TIMEOUT
+            self._variation += (abs(sample - self.smoothed) - self._variation) / 4
+            self.smoothed += (sample - self.smoothed) / 8
+        timeout = self.smoothed + max(4 * self._variation, CLOCK_GRAIN)
+        self._timeout = min(max(timeout, MIN_TIMEOUT), MAX_TIMEOUT)
 
-    def calm_down(self, measured: bool) -> None:
+    def relax_backoff(self, measured: bool) -> None:
         """An ack has come: ends the back-off if it measured the path, else shortens it."""
         if measured:
             self.backoff = 1.0
         elif self.smoothed is not None:     # else a path slower than the first timeout is never measured
             self.backoff = min(self.backoff, CALM_BACKOFF)
 
-    def meet_loss(self) -> None:
-        """Something was lost that others overtook (RFC 9002 §7.3.2)."""
+    def on_loss(self) -> None:
+        """Shrinks the window: something was lost that others overtook (RFC 9002 §7.3.2)."""
         self.threshold = self.window = self._carried()
 
-    def start_over(self) -> None:
-        """Nothing has come back in time (RFC 5681 §3.1, RFC 6298 §5.5)."""
+    def on_timeout(self) -> None:
+        """Backs off, and starts over with one datagram (RFC 5681 §3.1, RFC 6298 §5.5)."""
         if self.backoff == 1.0:
             self.threshold = self._carried()
         self.window = 1.0
@@ -569,7 +568,7 @@ class SendStream:
 
     def _begin(self) -> None:
         """Begins on a path of which nothing is known."""
-        self.path = Path(self._initial_timeout)
+        self.path = Path(self._initial_timeout)     # to the receiver; another one with each route
         self.in_flight = 0
         self.timer = NEVER          # when the oldest packet in flight counts as lost
         self.ask = NEVER            # when to ask a receiver that has no room
@@ -670,7 +669,7 @@ class SendStream:
                 if packet.end > self.top:
                     self.top = packet.end
             else:
-                path.was_full = False
+                path.window_limited = False
                 break
             self._order += 1
             packet.state, packet.sent, packet.order = SENT, now, self._order
@@ -678,14 +677,14 @@ class SendStream:
             self.in_flight += 1
             packets.append(packet)
         else:
-            path.was_full = True
-        if not self.in_flight:
-            self.timer = NEVER
-            self._plan_question(now)
-        else:
+            path.window_limited = True
+        if self.in_flight:
             self.ask = NEVER
             if self.timer == NEVER:
                 self.timer = now + path.timeout(self.longest)
+        else:
+            self.timer = NEVER
+            self._plan_question(now)
         return packets
 
     def _next_lost(self) -> Packet:
@@ -701,7 +700,7 @@ class SendStream:
 
     def _timed_out(self) -> None:
         self._call_all_lost()
-        self.path.start_over()
+        self.path.on_timeout()
         self.timer = NEVER
         self._recovery = self._order
 
@@ -741,10 +740,10 @@ class SendStream:
             newly += self._mark_held(have, now)
             self._detect_loss()
         if newly:
-            self.path.learn(now, newly, self._sample)
+            self.path.on_arrival(now, newly, self._sample)
         if newly or closed:
             if self.path.backoff != 1.0:
-                self.path.calm_down(self._sample < NEVER)
+                self.path.relax_backoff(self._sample < NEVER)
             self.timer = NEVER      # poll starts it anew: RFC 6298 §5.3
         if closed:
             self._asked = 0
@@ -798,12 +797,11 @@ class SendStream:
         Only the newest of all transmissions that have arrived measures the round trip: an older one may have been
         told of by an ack that got lost (RFC 9002 §5.1); and one that was sent twice never does (Karn, RFC 6298 §3).
         """
-        state = packet.state
-        if state == SENT:
+        if packet.state == SENT:
             self.in_flight -= 1
-        elif state == LOST:
+        elif packet.state == LOST:
             self._lost -= 1
-        if state in (HELD, UNSENT):
+        else:
             return 0
         if packet.order > self._acked_order and (   # not the ack of an earlier try (RFC 8985 §6.2)
                 packet.tries == 1 or now - packet.sent >= self.path.fastest):
@@ -834,7 +832,7 @@ class SendStream:
                 self.in_flight -= 1
                 fresh = fresh or packet.order > self._recovery
         if fresh:
-            self.path.meet_loss()
+            self.path.on_loss()
             self._recovery = self._order
 
 
@@ -901,7 +899,7 @@ class ReceiveStream:
                 self._pieces or self._early or self.shown.spans):
             if more:
                 self._append(items, frozenset(more))
-            else:       # mostly: it is what comes next, and short
+            else:       # mostly; the same as ``_append``, for whole texts
                 self._runs.append(Run(first, items, NONE, end - first))
                 self.ready = end
                 self.buffered += end - first
@@ -1014,10 +1012,10 @@ class ReceiveStream:
         runs = []
         while self._runs and numbers > 0:
             run = self._runs.popleft()
-            held = len(run.items)
-            self.buffered -= held
+            count = len(run.items)
+            self.buffered -= count
             self.taken += run.numbers
-            numbers -= held
+            numbers -= count
             if run.more:
                 self._handed.append([1, run.numbers])
             elif run.items:
@@ -1034,14 +1032,14 @@ class ReceiveStream:
         """
         handed = self._handed
         while handed:
-            held, numbers = handed[0]
-            if held > texts:
+            count, numbers = handed[0]
+            if count > texts:
                 if texts:
                     self.next += texts * numbers
                     handed[0][0] -= texts
                 return
-            self.next += (held or 1) * numbers
-            texts -= held
+            self.next += (count or 1) * numbers
+            texts -= count
             handed.popleft()
             if not texts:
                 return
@@ -1125,7 +1123,6 @@ RELAY_TIME = 60.0         # s during which somebody who cannot be reached direct
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 TIMES_KEPT = 8192         # runs of sending times; more sends than a client queues
 
-NOTHING_MORE: Tuple[Sequence[int], Sequence[float]] = ((), ())
 DIRECT, SAVE, RELAY = "direct", "save", "relay"     # the routes
 RECEIVED, SAVED, REFUSED, SILENT = "received", "saved", "refused", "silent"
 NO_ACK, OFFLINE, EXISTS = "no-ack", "offline", "exists"
@@ -1177,7 +1174,7 @@ class Conversation:
         self.route = DIRECT
         self.place: Optional[Place] = None
         self.stuck = False
-        self.addresses: Deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: the recipient speaks there
+        self.addresses: Deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: answers count from there
         self._address: Optional[Address] = None     # where it goes now
         self._last_try = False                      # DIRECT is the retry after EXISTS
         self._relay_until = -NEVER
@@ -1185,8 +1182,8 @@ class Conversation:
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
         self._progressed = NEVER                    # when the stream last made progress, or began
         self._moved = NEVER                         # the same, or when it changed its route
-        self._verdict = -NEVER                      # when ``_judge`` must look, or earlier
-        self._suggestion: Optional[Place] = None    # of the table: DIRECT goes there because of it
+        self._deadline = -NEVER                     # when ``_judge`` has something to decide; never too late
+        self._follows_table = False                 # DIRECT was picked from the place that the table still gives
         self._announced_silent = False
         self._said: Dict[str, int] = {}             # up to which number an event was told
         self._times: Tuple[List[int], List[float]] = ([], [])    # from which number on, which sending time
@@ -1224,12 +1221,14 @@ class Conversation:
         info.update(session=self.session, at=times, relay=route == RELAY)       # the session says from whom
         return encode("save", info)
 
-    def _more_and_times(self, packet: Packet) -> Tuple[List[int], List[float]]:
-        """Which numbers of a packet the next one continues, and when each was sent."""
-        numbers, continued = range(packet.first, packet.end), self.stream.continued
+    def _more(self, packet: Packet) -> List[int]:
+        """The numbers of a packet that the next one continues."""
+        return [number for number in range(packet.first, packet.end) if number in self.stream.continued]
+
+    def _times_of(self, packet: Packet) -> List[float]:
+        """When each text of a packet was sent."""
         starts, values = self._times
-        return ([number for number in numbers if number in continued],
-                [values[bisect_right(starts, number) - 1] for number in numbers])
+        return [values[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
 
     # what the owner says
 
@@ -1253,14 +1252,14 @@ class Conversation:
         if stream.end == stream.base:
             self._moved = self._progressed = now
             self._silent_since = NEVER
-            if self._suggestion is None or self._suggestion is not self.place:
+            if not self._follows_table:
                 self._pick_route(now)
         starts, times = self._times
         starts.append(stream.end)
         times.append(at)
         if len(starts) > TIMES_KEPT:
             self._forget_times()
-        if longest(texts) * 4 <= MAX_PIECE:
+        if are_short(texts, MAX_PIECE):
             stream.queue(texts, self._sizes(texts, 0, ()))
         else:
             self._queue_long(texts)
@@ -1285,6 +1284,7 @@ class Conversation:
     def locate(self, now: float, place: Optional[Place]) -> None:
         """Takes what the table says of the recipient, whenever its entry was changed (None: it is not known)."""
         self.place = place
+        self._follows_table = False
         self._relay_until = -NEVER
         if not self.held:
             return
@@ -1298,7 +1298,7 @@ class Conversation:
 
     def begin_anew(self, now: float) -> None:
         """The owner is online again: what did not move meanwhile was not held up by the recipient."""
-        self._moved = self._progressed = self._verdict = now
+        self._moved = self._progressed = self._deadline = now
         self.stuck = self._announced_silent
 
     def server_heard(self, now: float) -> None:
@@ -1308,7 +1308,7 @@ class Conversation:
         self._silent_since = NEVER
         if self._announced_silent:
             self._announced_silent = self.stuck = False
-            self._moved = self._progressed = self._verdict = now
+            self._moved = self._progressed = self._deadline = now
             self.stream.longest = SERVER_INTERVAL
             self.stream.resume()
 
@@ -1323,7 +1323,8 @@ class Conversation:
         if closed:
             self._last_try = self._last_try and route != DIRECT
             relayed = route != DIRECT and self.route == RELAY
-            self._close(now, Event(RECEIVED if route == DIRECT else SAVED, count or closed, "", base, relayed))
+            kind = RECEIVED if route == DIRECT else SAVED
+            self._close(now, Event(kind, count or closed, "", base, relayed))   # each number is one but in long texts
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
         """Takes a refusal; it counts only for what is still held on that route."""
@@ -1358,25 +1359,26 @@ class Conversation:
         if stream.end == stream.base:
             return NEVER
         due = stream.timer if stream.timer < stream.ask else stream.ask
-        return due if due < self._verdict else self._verdict
+        return due if due < self._deadline else self._deadline
 
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
         stream = self.stream
         if stream.end == stream.base:
             return []
-        if calm and now >= self._verdict:
+        if calm and now >= self._deadline:
             self._judge(now)
-            self._verdict = self._next_verdict()
+            self._deadline = self._next_deadline()
         packets, route = stream.poll(now), self.route
         if packets and self._silent_since == NEVER:
             self._silent_since = now
-            if self._verdict > now + self._patience:
-                self._verdict = now + self._patience
+            if self._deadline > now + self._patience:
+                self._deadline = now + self._patience
         address = self._address if route == DIRECT else None
         frames = []
         for packet in packets:
-            more, times = self._more_and_times(packet) if route != DIRECT or stream.continued else NOTHING_MORE
+            more = self._more(packet) if stream.continued else ()
+            times = self._times_of(packet) if route != DIRECT else ()
             frames.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
         return frames
 
@@ -1404,7 +1406,7 @@ class Conversation:
             self._relay_until = -NEVER
             self._pick_route(now)
 
-    def _next_verdict(self) -> float:
+    def _next_deadline(self) -> float:
         """When ``_judge`` has something to decide, if nothing happens until then."""
         return min(NEVER if self._announced_silent else self._silent_since + self._patience,
                    NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
@@ -1434,7 +1436,7 @@ class Conversation:
         route = self._suggested_route(now)
         if route == DIRECT and self.place is not None:
             self._go(now, route, self.place.address)
-            self._suggestion = self.place
+            self._follows_table = True
         else:
             self._go(now, route)
 
@@ -1443,7 +1445,8 @@ class Conversation:
         self._go(now, RELAY)
 
     def _go(self, now: float, route: str, address: Optional[Address] = None) -> None:
-        self._last_try, self._suggestion, self._verdict = False, None, now
+        self._last_try = self._follows_table = False
+        self._deadline = now
         if not route == self.route == DIRECT:
             self._moved = now       # who only moves does not put off the server
         if route != self.route or address != self._address:
@@ -1480,7 +1483,7 @@ class Conversation:
         self.events.append(event)
         self._moved = self._progressed = now
         if self.stuck:
-            self.stuck, self._verdict = False, now
+            self.stuck, self._deadline = False, now
 
 
 # --- what goes out --------------------------------------------------------------------------------------------
@@ -1506,7 +1509,7 @@ class Outbox:
         self._ack_timeout = ack_timeout
         self._session = bytes(SESSION_BYTES)
         self.conversations: Dict[str, Conversation] = {}
-        self.eventful: Dict[str, Conversation] = {}     # to which something happened that is to be told, or counted
+        self.eventful: Dict[str, Conversation] = {}     # with events to take, or whose messages are to be counted anew
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: Dict[str, Conversation] = {}     # to be polled next
@@ -1538,7 +1541,7 @@ class Outbox:
     @property
     def is_settled(self) -> bool:
         """Whether every message is closed, or stuck."""
-        return all(map(self._is_stuck, self._sending.values()))
+        return all(self._is_stuck(conversation, conversation.route) for conversation in self._sending.values())
 
     def undelivered(self) -> Iterator[Tuple[str, str]]:
         """The messages that are not closed: recipient and text."""
@@ -1548,13 +1551,13 @@ class Outbox:
 
     # how much waits
 
-    def _is_stuck(self, conversation: Conversation) -> bool:
-        return conversation.stuck or self._away or self._lost and conversation.route != DIRECT
+    def _is_stuck(self, conversation: Conversation, route: str) -> bool:
+        return conversation.stuck or self._away or self._lost and route != DIRECT
 
     def is_stuck(self, now: float, nick: str) -> bool:
         """Whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
         conversation = self.conversations[nick]
-        return conversation.stuck or self._away or self._lost and conversation.next_route(now) != DIRECT
+        return self._is_stuck(conversation, conversation.next_route(now) if self._lost else DIRECT)
 
     def room(self, now: float, nick: str) -> int:
         """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
@@ -1569,15 +1572,14 @@ class Outbox:
 
     def _count(self, conversation: Conversation) -> None:
         """Counts anew what waits in a conversation."""
-        stream, (was_stuck, counted, bytes_counted) = conversation.stream, conversation.counted
-        stuck, numbers, size = self._is_stuck(conversation), stream.end - stream.base, stream.size
+        stuck, numbers, size = conversation.counted
+        self._numbers[stuck] -= numbers
+        self._bytes[stuck] -= size
+        stream, stuck = conversation.stream, self._is_stuck(conversation, conversation.route)
+        numbers, size = stream.end - stream.base, stream.size
+        self._numbers[stuck] += numbers
+        self._bytes[stuck] += size
         conversation.counted = (stuck, numbers, size)
-        if stuck != was_stuck:
-            self._numbers[was_stuck] -= counted
-            self._bytes[was_stuck] -= bytes_counted
-            counted = bytes_counted = 0
-        self._numbers[stuck] += numbers - counted
-        self._bytes[stuck] += size - bytes_counted
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -1644,8 +1646,10 @@ class Outbox:
         conversation = self._addressed(info, address)
         if conversation is not None:
             conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if address is None else DIRECT)
-            stream = conversation.stream
-            (self._touched if stream.end > stream.base else self.eventful)[conversation.peer] = conversation
+            if conversation.stream.end > conversation.stream.base:
+                self._touched[conversation.peer] = conversation
+            else:
+                self.eventful[conversation.peer] = conversation     # there is nothing to send, only to tell
 
     def on_nack(self, now: float, info: Info, address: Optional[Address]) -> None:
         """Takes a ``nack``."""
@@ -1691,17 +1695,20 @@ class Outbox:
         """The datagrams to send now, and where to (None: the server), of those to which something happened."""
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
-        for nick in list(self._touched)[:POLLS_PER_TURN]:
+        for nick in list(islice(self._touched, POLLS_PER_TURN)):
             conversation = self._touched.pop(nick)
             yield from conversation.poll(now, calm)
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)
-            if conversation.events or conversation.stuck or self._lost or self._away or conversation.counted[0]:
+            if conversation.events or conversation.counted[0] or self._is_stuck(conversation, conversation.route):
                 self.eventful[nick] = conversation
 
     def take_events(self) -> List[Tuple[str, List[Event]]]:
-        """What has happened to messages since the last time: recipients and events."""
+        """What has happened to messages since the last time: recipients, and the events (or none) of each.
+
+        Also of those that were not polled since.
+        """
         eventful, self.eventful = self.eventful, {}
         if self._touched:
             eventful.update(self._touched)
@@ -1742,7 +1749,7 @@ class Delivery(NamedTuple):
 class Incoming:
     """One stream of a peer, or of the own mail, and whether it waits for news of the mail."""
 
-    def __init__(self, stream: ReceiveStream, unacked: "Dict[Incoming, None]") -> None:
+    def __init__(self, stream: ReceiveStream, unacked: Dict[Incoming, None]) -> None:
         self.stream = stream
         self.address: Optional[Address] = None      # where acks go; None: to the server
         self.sender = ""
@@ -1750,7 +1757,7 @@ class Incoming:
         self.held_since = NEVER     # when numbers were found missing, or the server was last asked about them
         self.held_base = 0          # below which they are
         self.mail: Optional[int] = None     # the mail that must be shown before they are given up
-        self._unacked = unacked             # where it stands if there is something to ack
+        self._unacked = unacked             # of the inbox: stands there as long as there is something to ack
 
     def written(self, texts: int) -> None:
         """Takes note of what is written of the texts that were handed out, see ``ReceiveStream``."""
@@ -1813,7 +1820,7 @@ class Inbox:
     def __init__(self) -> None:
         self.buffered = 0           # numbers of all streams that wait here
         self.holding: Dict[Incoming, None] = {}     # the streams that wait for mail, or for news of it
-        self.unacked: Dict[Incoming, None] = {}     # the streams for which ``acks`` has an answer
+        self.unacked: Dict[Incoming, None] = {}     # those for which ``acks`` has an answer; all of them know this one
         self._streams: Dict[str, Dict[int, Incoming]] = {}      # of each sender; longest silent first
         self._memories = Memories()                             # of those streams that gave way
         self._kept = 0                                          # streams in _streams

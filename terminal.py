@@ -113,7 +113,7 @@ class Style:
         self.enabled = enabled
 
     def _styled(self, on: str, text: str, off: str) -> str:
-        return f"\x1b[{on}m{text}\x1b[{off}m" if text else text
+        return f"\x1b[{on}m{text}\x1b[{off}m" if self.enabled and text else text
 
     def nick(self, nick: str) -> str:
         """``nick`` in its colour, which is the same in every process."""
@@ -125,11 +125,11 @@ class Style:
 
     def error(self, text: str) -> str:
         """``text`` in red."""
-        return self._styled("31", text, "39") if self.enabled else text
+        return self._styled("31", text, "39")
 
     def dim(self, text: str) -> str:
         """``text`` less bright than others."""
-        return self._styled("2", text, "22") if self.enabled else text
+        return self._styled("2", text, "22")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -952,7 +952,8 @@ class Output:
     def write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
         """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
 
-        For empty data, it is told (0) when all that was appended before is written.
+        For empty data, it is told (0) when all that was appended before is written; if there is nobody to tell, nothing
+        is appended.
         """
         if not self.broken and (data or written is not None):
             self._chunks.append((data, written))
@@ -973,24 +974,25 @@ class Output:
         chunks = self._chunks
         while chunks and not self.broken:
             data = chunks[0][0] if len(chunks) == 1 else self._batch()
-            rest = 0
+            taken = 0
             if data:
                 if self.before is not None:
                     self.before()
                 try:
-                    rest = self._put(data)
+                    taken = self._put(data)
                 except OSError:
                     self.give_up()
                     return
-                self.pending -= rest
-            is_all = rest == len(data)
-            while chunks and len(chunks[0][0]) <= rest:
+                self.pending -= taken
+            complete = taken == len(data)
+            while chunks and len(chunks[0][0]) <= taken:
                 chunk, written = chunks.popleft()
-                rest -= len(chunk)
+                taken -= len(chunk)
                 if written is not None:
                     written(chunk.count(b"\n"))
-            if not is_all:
-                self._split(rest)
+            if taken:
+                self._split(taken)
+            if not complete:
                 return
 
     def _batch(self) -> bytes:
@@ -1003,13 +1005,12 @@ class Output:
         return b"".join(batch)
 
     def _split(self, taken: int) -> None:
-        """Takes note that only so many bytes of the first chunk were written."""
-        if taken:
-            data, written = self._chunks[0]
-            self._chunks[0] = data[taken:], written
-            lines = data.count(b"\n", 0, taken)
-            if written is not None and lines:
-                written(lines)
+        """The first chunk was written up to ``taken``: tells of its lines, keeps the rest."""
+        data, written = self._chunks[0]
+        self._chunks[0] = data[taken:], written
+        lines = data.count(b"\n", 0, taken)
+        if written is not None and lines:
+            written(lines)
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------
@@ -1070,7 +1071,7 @@ class Block(str):
 
 
 def group_sends(text: str) -> List[str]:
-    """Lines as a list, or as one ``Block`` if they all begin with the same ``send NICK ``. At the speed of C."""
+    """Several lines as a list, or as one ``Block`` if all begin with the same ``send NICK ``. At the speed of C."""
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
         start = text[:end]
@@ -1183,7 +1184,7 @@ class Commands:
             _, nick, text = words
             if isinstance(line, Block):
                 return Command(Sends(nick, line.texts))
-            return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
+            return Command(Sends(nick, [text], None, _size(line, text)))
         return Command(words=line.split())
 
     def _meaning_in_talk(self, line: str) -> Command:
@@ -1195,17 +1196,17 @@ class Commands:
             name, _, rest = line[1:].partition(" ")
             nick, blank, text = rest.partition(" ")
             if name == "send" and nick and blank:
-                return Command(Sends(nick, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
+                return Command(Sends(nick, [text], None, _size(line, text)))
             return Command(words=line[1:].split())
         if not line:
             return Command()
         text = line[1:] if line.startswith("//") else line
-        return Command(Sends(self.talk, [text], None, _size(line, text) if isinstance(line, LongLine) else 0))
+        return Command(Sends(self.talk, [text], None, _size(line, text)))
 
 
-def _size(line: LongLine, text: str) -> int:
-    """The bytes of the text at the end of a line that was cut off."""
-    return line.size - len(line[:len(line) - len(text)].encode())
+def _size(line: str, text: str) -> int:
+    """The bytes of the text at the end of a line that was cut off; 0 for one that was not."""
+    return line.size - len(line[:len(line) - len(text)].encode()) if isinstance(line, LongLine) else 0
 
 
 def _is_ref(ref: object) -> bool:
@@ -1359,8 +1360,6 @@ class Lines:
     def __init__(self, style: Style = Style(False), wall: Optional[Callable[[], float]] = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
         self._style = style
-        self._dim = style.dim if style.enabled else str         # for every line: it costs nothing to leave it plain
-        self._shown_nick = style.nick if style.enabled else str
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
@@ -1371,8 +1370,7 @@ class Lines:
         if name in self._hidden or not saying.line:
             return ""
         line = saying.line.format(**fields)
-        clock = self._clock() if self._wall is not None else ""
-        return f"{clock}{self._style.error(line) if saying.tone == BAD else self._dim(line)}\n"
+        return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
         """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
@@ -1380,16 +1378,14 @@ class Lines:
         return clean(saying.line.format(**fields)) + "\n" if saying.tone == BAD and saying.line else ""
 
     def _clock(self) -> str:
-        assert self._wall is not None
-        return self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
+        return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
     def messages(self, delivery: Delivery, via: str) -> str:
         """What somebody has sent; ``via``: on which way it came."""
         texts = delivery.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
-        clock = self._clock() if self._wall is not None else ""
-        start = f"{self._bell}{clock}{self._shown_nick(delivery.sender)}: "
+        start = f"{self._bell}{self._clock()}{self._style.nick(delivery.sender)}: "
         if delivery.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"

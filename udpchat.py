@@ -17,6 +17,8 @@ One turn of the loop
     settle   once, in this order: commit the store; send what windows allow; write stdout; send acks for what store
              and stdout have really taken
 
+``now`` is taken once, after the wait, and holds until the turn has ended.
+
 "Persist, then show, then acknowledge" is what makes an ack a promise. A timeout that would call somebody dead acts only
 when the socket was read empty (``calm``), and the time in which this process itself did not run does not count.
 """
@@ -47,8 +49,9 @@ from collections import OrderedDict, deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import protocol
-from protocol import (MAX_RECEIVED, NEVER, Address, Decoder, Inbox, Info, Outbox, Place, ReceiveStream, Run, SendStream,
-                      addressed, encode, mail_runs, mail_sizes, padded, since_of, table_map)
+from protocol import (MAX_RECEIVED, MAX_TEXT, NEVER, REFUSED, SILENT, Address, Decoder, Inbox, Info, Outbox, Place,
+                      ReceiveStream, Run, SendStream, addressed, are_short, encode, mail_runs, mail_sizes, padded,
+                      since_of, table_map)
 from registry import (ASK, EVICTED, GRANTED, MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, ONLINE, PROBE, REPLACED,
                       SILENCE, TAKEN, UNKNOWN, BYE, DAY, Mailbox, Mirror, Page, Parcel, Registry, Session, StoreError,
                       Table, load_secret, token_for)
@@ -65,8 +68,8 @@ VERSION = "1.0.0"
 
 LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
 WAITED = 0.00002          # s; a selector that returns sooner had something to return at once
-MAX_WAIT = 86400.0        # s; selectors refuse to wait for more than some weeks
-MOST_EVENTS = 64          # descriptors that one turn learns to be ready; the next one learns of the others
+MAX_WAIT = 86400.0        # s; a loop with nothing to do turns once in that time: selectors refuse more than some weeks
+MOST_EVENTS = 64          # descriptors that one wait tells of; the program watches far fewer
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
 
@@ -142,9 +145,11 @@ class SystemRandom:
         return low + (high - low) * self.getrandbits(53) / 2 ** 53
 
 
-# of what a selector or epoll tells of a descriptor, that for which somebody who reads or writes is called: errors, too
+# event -> the bits, of a selector or of epoll, that wake whoever waits for it: all but those of the other event, so an
+# error wakes both
 WAKES = {selectors.EVENT_READ: ~(selectors.EVENT_WRITE | getattr(select, "EPOLLOUT", 0)),
          selectors.EVENT_WRITE: ~selectors.EVENT_READ}
+NOBODY: Dict[int, Tuple[int, Callable[[], None]]] = {}
 
 
 class Loop:
@@ -159,14 +164,13 @@ class Loop:
         self.settle: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._epoll = epoll_of(self._selector)
-        self._wait: Callable[[Optional[float], int], List[Tuple[int, int]]] = (
+        self._wait: Callable[[float, int], List[Tuple[int, int]]] = (
             self._select if self._epoll is None else self._epoll.poll)
-        self._watched: Dict[int, Dict[int, Callable[[], None]]] = {}    # fd -> event -> callback
-        self._callbacks: Dict[int, Sequence[Tuple[int, Callable[[], None]]]] = {}   # the same, with what wakes each
-        self._always: Dict[int, Dict[int, Callable[[], None]]] = {}     # regular files: epoll refuses them
+        self._watched: Dict[int, Dict[int, Tuple[int, Callable[[], None]]]] = {}    # fd -> event -> what wakes whom
+        self._always: Dict[int, Dict[int, Tuple[int, Callable[[], None]]]] = {}     # regular files: epoll refuses them
         self._timers = TimerHeap()
         self._lost = 0.0            # s of the clock that do not count
-        self._now = self._woken = time.monotonic()      # when this turn began, as counted, and by the clock
+        self._now = self._woken = time.monotonic()      # when the last wait ended, as counted, and by the clock
         self._running = False
         self._waker, self._wake = socket.socketpair()
         for end in (self._waker, self._wake):
@@ -184,14 +188,14 @@ class Loop:
 
     def watch(self, fd: int, event: int, callback: Optional[Callable[[], None]]) -> None:
         """Calls ``callback`` whenever ``fd`` is ready for ``event`` (a selectors.EVENT_*); None: no more."""
-        callbacks = self._watched.setdefault(fd, {})
-        had = bool(callbacks)
+        watchers = dict(self._watched.get(fd, NOBODY))      # a copy: a turn may be going through the old one
+        had = bool(watchers)
         if callback is not None:
-            callbacks[event] = callback
-        elif event in callbacks:
-            del callbacks[event]
+            watchers[event] = (WAKES[event], callback)
+        elif event in watchers:
+            del watchers[event]
         self._always.pop(fd, None)
-        mask = sum(callbacks)
+        mask = sum(watchers)
         try:
             if mask and had:
                 self._selector.modify(fd, mask)
@@ -200,11 +204,12 @@ class Loop:
             elif had:
                 self._selector.unregister(fd)
         except (PermissionError, KeyError):     # one that the selector refuses, or refused before: it never blocks
-            if callbacks:
-                self._always[fd] = callbacks
-        self._callbacks[fd] = [(WAKES[event], call) for event, call in callbacks.items()]
-        if not callbacks:
-            del self._watched[fd], self._callbacks[fd]
+            if watchers:
+                self._always[fd] = watchers
+        if watchers:
+            self._watched[fd] = watchers
+        else:
+            self._watched.pop(fd, None)
 
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
         """Calls ``callback`` in the loop, not in the handler, when the signal comes."""
@@ -235,7 +240,7 @@ class Loop:
     def _turn(self) -> None:
         before = time.monotonic()
         took = before - self._woken
-        if took > LOST_TIME:        # the turn before this one; it counts as that long
+        if took > LOST_TIME:        # the turn before this one: it counts as LOST_TIME
             self._lost += took - LOST_TIME
         first = self._timers.next_time()
         timeout = first - (before - self._lost)
@@ -250,19 +255,20 @@ class Loop:
         self._now = now = woken - self._lost
         self.reads_one = woken - before > WAITED and first > now
         self.calm = True
-        for fd, event in events:
-            for wakes, callback in self._callbacks.get(fd, ()):
-                if event & wakes:
+        for fd, ready in events:
+            for wakes, callback in self._watched.get(fd, NOBODY).values():
+                if ready & wakes:
                     callback()
         if self._always:
-            for callback in [callback for callbacks in self._always.values() for callback in callbacks.values()]:
-                callback()
+            for watchers in list(self._always.values()):
+                for _, callback in watchers.values():
+                    callback()
         if first <= now:
             self._timers.run(now)
         self.settle()
 
-    def _select(self, timeout: Optional[float], most: int) -> List[Tuple[int, int]]:
-        """Waits so many seconds, for ever if None; gives at most so many descriptors that are ready, and what for."""
+    def _select(self, timeout: float, most: int) -> List[Tuple[int, int]]:
+        """Waits for at most ``timeout`` seconds; gives at most ``most`` descriptors that are ready, and what for."""
         return [(key.fd, event) for key, event in self._selector.select(timeout)[:most]]
 
     def close(self) -> None:
@@ -276,8 +282,11 @@ class Loop:
 
 
 def epoll_of(selector: selectors.BaseSelector) -> Any:
-    """The epoll in a selector, to wait without an object for every event, which costs as much again; None elsewhere."""
-    if sys.platform == "linux" and type(selector) is selectors.EpollSelector:   # not one that does more than that
+    """The epoll of a selector, to wait without the objects that ``select`` makes of events; None if it has none.
+
+    It is another descriptor of the same epoll: both are to be closed.
+    """
+    if sys.platform == "linux" and type(selector) is selectors.EpollSelector:   # a subclass may wait in its own way
         return select.epoll.fromfd(os.dup(selector.fileno()))
     return None
 
@@ -1288,7 +1297,7 @@ COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
 PROGRESS_INTERVAL = 0.5   # s between looks at how far a long pipe is
 PROGRESS_LINES = 1000     # sends from which on it is long
 SHOWN_OF_LINE = 80        # characters of a line that nobody understands
-STDIN_LIMIT = 4 * protocol.MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
+STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
 LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
@@ -1296,7 +1305,7 @@ WAITS_SHOWN = 3           # recipients named there, at most
 
 JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
 
-CLOSINGS = (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED)
+CLOSINGS = (protocol.RECEIVED, protocol.SAVED, REFUSED)
 REFUSALS = ("unknown", "full", "disk")      # that have a line of their own
 
 HELP = """\
@@ -1385,7 +1394,7 @@ class Client:
         self._secret = secret
         self._stay = stay
         self._prompt = prompt                   # on a terminal
-        self._write = output.write if prompt is None else self._write_above
+        self._write = output.write if prompt is None else self._write_above     # to stdout
         self._on_its_way: Dict[str, Deque[Sent]] = {}   # to whom what was sent, if anybody wants to know of which
         self._keeps_track = self.lines.is_for_programs or prompt is not None
         # what the server gave
@@ -1815,8 +1824,8 @@ class Client:
             self._inbox.on_mail(self.loop.now(), info)
 
     def _ask_about_mail(self) -> None:
-        """Asks, as long as a stream waits for it, how much mail there is: what is missing there may be in it."""
-        if self._inbox.holding and not self._hold_alarm.is_set and self.state == ACTIVE:
+        """Asks, now and again while a stream is held, how much mail there is: what is missing there may be in it."""
+        if not self._hold_alarm.is_set and self.state == ACTIVE:
             self._hold_alarm.set(self.loop.now() + jittered(self.loop, REQUEST_INTERVAL))
             if self._inbox.is_asking:
                 self._send_ping()
@@ -1824,7 +1833,8 @@ class Client:
     def _look_after_holds(self) -> None:
         if self.loop.calm:
             self._inbox.expire(self.loop.now())
-        self._ask_about_mail()
+        if self._inbox.holding:
+            self._ask_about_mail()
 
     # showing
 
@@ -1849,7 +1859,9 @@ class Client:
     # commands
 
     def _may_command(self) -> bool:
-        """Whether commands are carried out now: online for everybody to see (not only at the start), or away."""
+        """Whether commands are carried out now: online for everybody to see (not only at the start), or away; not once
+        the end has begun; and only while there is room for what they may say.
+        """
         return ((self.state == ACTIVE and self._was_visible or self.state == AWAY) and not (self._quit or self._ending)
                 and self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT)
 
@@ -1997,7 +2009,7 @@ class Client:
                 outbox.send(now, nick, texts, self.loop.wall())
                 self.queued += len(texts)
         elif outbox.is_stuck(now, nick):
-            for text in self._fitting(sends, sends.take(len(sends.texts))):
+            for text in self._fitting(sends, sends.texts):
                 self._hand_back(nick, text, None, sends.ref)
             return True
         if sends.texts:
@@ -2020,17 +2032,17 @@ class Client:
             number += len(protocol.split_text(text))
 
     def _fitting(self, sends: Sends, texts: List[str]) -> List[str]:
-        """Those of its texts that are not too long; says which are."""
+        """Those of ``texts``, out of ``sends``, that are not too long; says which are."""
         size = sends.size
-        if not size and protocol.longest(texts) * 4 <= protocol.MAX_TEXT:
+        if not size and are_short(texts, MAX_TEXT):
             return texts
         return [text for text in texts if self._fits(max(size, len(text.encode())), sends)]
 
     def _fits(self, size: int, sends: Sends) -> bool:
-        if size > protocol.MAX_TEXT:
+        if size > MAX_TEXT:
             self._failed = True
-            self.tell("too-long", size=size, most=protocol.MAX_TEXT, to=clean(sends.nick), ref=sends.ref)
-        return size <= protocol.MAX_TEXT
+            self.tell("too-long", size=size, most=MAX_TEXT, to=clean(sends.nick), ref=sends.ref)
+        return size <= MAX_TEXT
 
     # settling
 
@@ -2061,15 +2073,13 @@ class Client:
             self._ack()
         if self._quit or self._ending or commands.ended and not self._stay:
             self._proceed()
-        moved = (output.pending or self._prompt is not None) and self._write_rest()
+        moved = (output.pending or self.errors.pending or self._prompt is not None) and self._write_rest()
         if output.broken and self._ending != "reader":
             self._reader_is_gone()
             moved = True
-        if self.errors.pending:
-            self.errors.flush()
-        able = (commands.waiting or not commands.ended) and self._may_command() and not outbox.is_full
-        self.hungry = bool(able and not commands.waiting)
-        # what this turn's limits left undone, and nothing else will bring back to mind; without room, the output will
+        able = not (commands.ended and not commands.waiting) and self._may_command() and not outbox.is_full
+        self.hungry = able and not commands.waiting
+        # what the limits of this turn left undone, and no event will recall; once the output has room again, that will
         if (moved or able and commands.waiting and not self.errors.pending
                 or news and inbox.is_ready and output.has_room()):
             self._next_turn.set(self.loop.now())
@@ -2077,17 +2087,19 @@ class Client:
             self.exit_code = self._result
 
     def _write_rest(self) -> bool:
-        """Writes what the turn's end has added; gives whether room became free that somebody may wait for."""
-        waiting = self.output.pending
+        """Writes what has been added since, draws the prompt; gives whether room became free: what waits must know."""
+        lines, errors = self.output.pending, self.errors.pending
         self.output.flush()
+        self.errors.flush()
         if self._prompt is not None:
             self._draw(self._prompt)
-        return self.output.pending < waiting
+        return self.output.pending < lines or self.errors.pending < errors
 
     def _ack(self) -> None:
         """Answers every stream that brought something, or of which something was written."""
-        for info, address in self._inbox.acks():
-            if self.state in (ACTIVE, LEAVING):
+        acks = self._inbox.acks()       # taken in any state: what is not answered now is not owed later
+        if self.state in (ACTIVE, LEAVING):
+            for info, address in acks:
                 self._send_now(encode("ack", info), address if address is not None else self.server)
 
     def _send_messages(self, now: float) -> None:
@@ -2103,12 +2115,12 @@ class Client:
 
     def _tell(self, nick: str, event: protocol.Event) -> None:
         name = event.kind
-        if name == protocol.SILENT:
+        if name == SILENT:
             self._server_silent()
             return
         if name in CLOSINGS:
             self.closed += event.messages
-        if name == protocol.REFUSED:
+        if name == REFUSED:
             self._failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
         if not self._keeps_track:

@@ -1038,19 +1038,23 @@ def watched(arguments: List[str]) -> None:
     longest = [0.0, 0.0]
     woken: List[Tuple[float, float]] = []
 
-    class Watched(selectors.DefaultSelector):
-        """What lies between two calls is a turn."""
+    class Watched(udpchat.Loop):
+        """What lies between two waits is a turn."""
 
-        def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+        def __init__(self) -> None:
+            super().__init__()
+            self._plain_wait, self._wait = self._wait, self._watched_wait
+
+        def _watched_wait(self, timeout: float, most: int) -> List[Tuple[int, int]]:
             if woken:
                 began, used = woken.pop()
                 longest[0] = max(longest[0], time.monotonic() - began)
                 longest[1] = max(longest[1], time.thread_time() - used)
-            events = super().select(timeout)
+            events = self._plain_wait(timeout, most)
             woken.append((time.monotonic(), time.thread_time()))
             return events
 
-    setattr(selectors, "DefaultSelector", Watched)
+    setattr(udpchat, "Loop", Watched)
     code = udpchat.main(arguments[1:])
     Path(arguments[0]).write_text(" ".join(map(str, longest)))
     sys.exit(code)

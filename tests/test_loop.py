@@ -1,13 +1,14 @@
 """The loop, its timers and its outputs: a clock that is set by hand, and writes that take what they like."""
 from __future__ import annotations
 
+import functools
 import re
 import select
 import selectors
 import socket
 import time
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -82,39 +83,81 @@ def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: Loo
     assert calls == ["read", "read", "write", "write"]
 
 
-@pytest.mark.parametrize("wait", ["as everywhere", "as on Linux"])
-def test_a_descriptor_wakes_whoever_reads_or_writes_and_both_if_it_is_broken(
-        wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if wait == "as everywhere":
+class Pair:
+    """A loop that watches one end of a pair of sockets; ``calls``: who was called."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.ours, self.theirs = socket.socketpair()
+        self.calls: List[str] = []
+
+    def watch(self, *events: int) -> None:
+        for event in events:
+            name = "read" if event == selectors.EVENT_READ else "write"
+            self.loop.watch(self.ours.fileno(), event, functools.partial(self.calls.append, name))
+
+    def turn(self) -> List[str]:
+        """Who is called in one turn, which does not wait."""
+        del self.calls[:]
+        self.loop.call_at(self.loop.now(), lambda: None)
+        self.loop._turn()
+        return self.calls
+
+
+@pytest.fixture(name="pair", params=["as everywhere", "as on Linux"])
+def loop_that_watches_a_socket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    if request.param == "as everywhere":
         monkeypatch.setattr(udpchat, "epoll_of", lambda selector: None)
     elif not hasattr(select, "epoll"):
         pytest.skip("there is no epoll here")
-    loop, calls = Loop(), []
-    assert (loop._epoll is None) == (wait == "as everywhere")
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        loop.watch(ours.fileno(), selectors.EVENT_READ, lambda: calls.append("read"))
-        loop.call_at(loop.now(), lambda: None)      # nobody has written: the turn does not wait
-        loop._turn()
-        assert calls == []
-        theirs.send(b"x")
-        loop._turn()
-        assert calls == ["read"]
-        loop.watch(ours.fileno(), selectors.EVENT_WRITE, lambda: calls.append("write"))
-        loop._turn()
-        assert calls == ["read", "read", "write"]
-        ours.recv(1)
-        loop._turn()
-        assert calls == ["read", "read", "write", "write"]
-        theirs.close()
-        loop._turn()
-        assert calls[4:] == ["read", "write"]
-        loop.watch(ours.fileno(), selectors.EVENT_READ, lambda: loop.watch(ours.fileno(), selectors.EVENT_WRITE, None))
-        loop._turn()
-        del calls[:]
-        loop._turn()
-        assert calls == [], "nobody watches for that any more"
-    loop.close()
+    pair = Pair()
+    with pair.ours, pair.theirs:
+        assert (pair.loop._epoll is None) == (request.param == "as everywhere")
+        yield pair
+        pair.loop.close()
+
+
+def test_whoever_reads_is_called_when_there_is_something_to_read(pair: Pair) -> None:
+    pair.watch(selectors.EVENT_READ)
+    assert pair.turn() == []
+    pair.theirs.send(b"x")
+    assert pair.turn() == ["read"]
+    pair.ours.recv(1)
+    assert pair.turn() == []
+
+
+def test_whoever_writes_is_called_when_there_is_room(pair: Pair) -> None:
+    pair.watch(selectors.EVENT_READ, selectors.EVENT_WRITE)
+    assert pair.turn() == ["write"]
+    pair.ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            pair.ours.send(bytes(65536))
+    assert pair.turn() == []
+
+
+def test_a_broken_descriptor_wakes_whoever_reads_and_whoever_writes(pair: Pair) -> None:
+    pair.watch(selectors.EVENT_READ, selectors.EVENT_WRITE)
+    pair.theirs.close()
+    assert pair.turn() == ["read", "write"]
+
+
+def test_who_does_not_watch_any_more_is_not_called(pair: Pair) -> None:
+    pair.watch(selectors.EVENT_READ, selectors.EVENT_WRITE)
+    pair.theirs.send(b"x")
+    pair.loop.watch(pair.ours.fileno(), selectors.EVENT_WRITE, None)
+    assert pair.turn() == ["read"]
+    pair.loop.watch(pair.ours.fileno(), selectors.EVENT_READ, None)
+    assert pair.turn() == []
+
+
+def test_whoever_stops_watching_one_descriptor_in_the_turn_of_another_is_not_missed(pair: Pair) -> None:
+    with pair.ours.dup() as other:
+        pair.theirs.send(b"x")
+        for ours, theirs in ((pair.ours, other), (other, pair.ours)):
+            pair.loop.watch(ours.fileno(), selectors.EVENT_READ, functools.partial(
+                pair.loop.watch, theirs.fileno(), selectors.EVENT_READ, None))
+        assert pair.turn() == [] and len(pair.loop._watched) == 2, "one of them, beside that for signals"
 
 
 def test_cancelled_timers_do_not_pile_up() -> None:
@@ -174,8 +217,8 @@ def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.M
         port, read = Port(ours, loop), []
         port.receive = lambda datagram, _: read.append(datagram)
 
-        def wait(timeout: Optional[float], most: int) -> List[Tuple[int, int]]:
-            hands.time += 1.0 if timeout is None else timeout
+        def wait(timeout: float, most: int) -> List[Tuple[int, int]]:
+            hands.time += min(timeout, 1.0)
             return [(ours.fileno(), selectors.EVENT_READ)]
         monkeypatch.setattr(loop, "_wait", wait)
         for number in range(3):

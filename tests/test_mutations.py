@@ -45,11 +45,10 @@ def takes_a_failed_commit_for_done(patch: pytest.MonkeyPatch) -> None:
 def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
     """Counts a line as written as soon as its first bytes are."""
     def split(self: Output, taken: int) -> None:
-        if taken:
-            data, written = self._chunks[0]
-            self._chunks[0] = data[taken:], None
-            if written is not None:
-                written(data.count(b"\n"))
+        data, written = self._chunks[0]
+        self._chunks[0] = data[taken:], None
+        if written is not None:
+            written(data.count(b"\n"))
     patch.setattr(Output, "_split", split)
 
 

@@ -37,7 +37,7 @@ from registry import DAMAGED, DAY, Mailbox, Registry, Table, load_secret, token_
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
-from terminal import Output
+from terminal import OUTPUT_LIMIT, Output
 from udpchat import (ACTIVE, AWAY, COOKIE_TIME, DATAGRAMS_PER_TURN, LEAVING, PING_INTERVAL, SYNC_INTERVAL, SYNC_PAGES,
                      Client, Loop, Port, Server, TimerHeap, Timer)
 
@@ -949,6 +949,21 @@ def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool,
                 inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": stream, "base": 1,
                                     "n": 1 + early + datagram * texts, "text": ["x" * 700] * texts}, EVE)
                 yield inbox.buffered
+
+
+def test_the_end_of_stdin_is_not_put_off_by_what_the_last_command_wrote_to_stderr(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (alice, _) = start("alice", "bob")
+    client = alice.client
+    monkeypatch.setattr(client.errors, "_put", len)
+    monkeypatch.setattr(protocol.Outbox, "room", lambda self, now, nick: 0)
+    monkeypatch.setattr(protocol.Outbox, "is_stuck", lambda self, now, nick: True)
+    client.feed(b"send bob " + b"x" * OUTPUT_LIMIT)
+    client.feed(b"")
+    client.settle()
+    assert client._next_turn.is_set, "nothing else would bring another turn: stderr has taken all"
+    client.settle()
+    assert client._ending == "end"
 
 
 @pytest.mark.parametrize("early", [False, True])
