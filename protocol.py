@@ -1406,10 +1406,14 @@ class Conversation:
             self._relay_until = -NEVER
             self._pick_route(now)
 
+    def _is_patient(self) -> bool:
+        """Whether all that stalls is known to: the server is asked seldom, and what waits is stuck."""
+        return self.stuck and self.route != DIRECT and self.stream.longest == MAX_TIMEOUT
+
     def _next_deadline(self) -> float:
         """When ``_judge`` has something to decide, if nothing happens until then."""
         return min(NEVER if self._announced_silent else self._silent_since + self._patience,
-                   NEVER if self.stuck and self.route != DIRECT else self._moved + STALL_TIMEOUT,
+                   NEVER if self._is_patient() else self._moved + STALL_TIMEOUT,
                    NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
                    self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
 
@@ -1617,6 +1621,8 @@ class Outbox:
             idle = next((nick for nick in self.conversations if nick not in self._sending), None)
             if idle is not None:
                 del self._by_stream[self.conversations.pop(idle).stream.stream]
+                for among in (self.eventful, self._touched):    # an ack came twice: whoever is opened anew has the nick
+                    among.pop(idle, None)
 
     def locate(self, now: float, nick: str, place: Optional[Place]) -> None:
         """The table has changed for ``nick``."""

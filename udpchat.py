@@ -1858,12 +1858,13 @@ class Client:
 
     # commands
 
+    def _takes_commands(self) -> bool:
+        """Whether commands count: online for everybody to see (not only at the start), or away; not while leaving."""
+        return (self.state == ACTIVE and self._was_visible or self.state == AWAY) and not (self._quit or self._ending)
+
     def _may_command(self) -> bool:
-        """Whether commands are carried out now: online for everybody to see (not only at the start), or away; not once
-        the end has begun; and only while there is room for what they may say.
-        """
-        return ((self.state == ACTIVE and self._was_visible or self.state == AWAY) and not (self._quit or self._ending)
-                and self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT)
+        """Whether one is carried out now: there is room for what it may say, too."""
+        return (self._takes_commands() and self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT)
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from stdin; b"" at its end."""
@@ -2176,7 +2177,7 @@ class Client:
         """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
         if self._quit == "quit" and not self._ending:
             self._end("quit")
-        if self._input.ended and not (self._input.waiting or self._stay) and self._may_command():
+        if self._input.ended and not (self._input.waiting or self._stay) and self._takes_commands():
             self._end("end")
         if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
             return

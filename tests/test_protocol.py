@@ -1189,6 +1189,21 @@ def saving() -> World:
     return world
 
 
+def test_a_server_that_answers_but_takes_nothing_is_asked_seldom_once_the_message_is_stuck() -> None:
+    world, sent = World(), [0, 0, 0]        # datagrams in each half minute: straight, by the server, when it is stuck
+    start = world.now
+    world.send("hello")
+    while world.now < start + 85:
+        for (tag, _), _ in world.poll():
+            sent[int((world.now - start) / 30)] += 1
+            world.now += 0.005
+            world.conversation.server_heard(world.now)
+            world.ack(1, protocol.DIRECT if tag == "chat" else protocol.SAVE)
+        world.now += 0.03
+    assert world.conversation.stuck and [event.kind for event in world.events()] == [protocol.NO_ACK]
+    assert sent[1] > 50 and sent[2] <= 6, "as often as any request as long as it may help, then every 5 s"
+
+
 @pytest.mark.parametrize("mtu", [1200, 1500, 9000, 65507])
 @pytest.mark.parametrize("place", [ONLINE, None])
 def test_no_datagram_is_larger_than_the_mtu_and_all_arrives_as_it_was_sent(mtu: int, place: Optional[Place]) -> None:
@@ -1691,6 +1706,23 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     outbox.send(0.2, "bob", ["again"], 0.0)
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2)]
     assert ("127.0.0.1", 1) in [address for _, address in outbox.poll(0.2 + INITIAL_TIMEOUT)], "it is repeated in time"
+
+
+def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_forgotten_meanwhile(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CONVERSATIONS_KEPT", 2)
+    outbox = outbox_with(["bob", "carol"])
+    for _ in range(2):
+        list(outbox.poll(0.0))
+        outbox.take_events()
+        outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
+    outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)      # bob gives way, and in the same turn ...
+    outbox.send(0.1, "dave", ["hello"], 0.0)
+    outbox.open(0.1, "bob", Place(True, ("127.0.0.1", 1)), 4)
+    outbox.send(0.1, "bob", ["again"], 0.0)
+    list(outbox.poll(0.1))
+    assert outbox.take_events() == []
+    assert ("bob", "again") in outbox.undelivered()
 
 
 def test_messages_that_change_their_route_while_the_server_is_silent_count_as_stuck_at_once() -> None:
