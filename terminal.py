@@ -1363,6 +1363,7 @@ class Lines:
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
+        self._is_plain = wall is None and not (style.enabled or bell)   # nothing is added to a line
 
     def event(self, name: str, /, **fields: Any) -> str:
         """What has happened; an empty string where that is not told."""
@@ -1370,6 +1371,8 @@ class Lines:
         if name in self._hidden or not saying.line:
             return ""
         line = saying.line.format(**fields)
+        if self._is_plain:
+            return line + "\n"
         return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
@@ -1385,7 +1388,8 @@ class Lines:
         texts = delivery.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
-        start = f"{self._bell}{self._clock()}{self._style.nick(delivery.sender)}: "
+        sender = delivery.sender
+        start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._style.nick(sender)}: "
         if delivery.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
