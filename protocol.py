@@ -518,7 +518,7 @@ class Path:
             self._variation += (abs(sample - self.smoothed) - self._variation) / 4
             self.smoothed += (sample - self.smoothed) / 8
         timeout = self.smoothed + max(4 * self._variation, CLOCK_GRAIN)
-        self._timeout = min(max(timeout, MIN_TIMEOUT), MAX_TIMEOUT)
+        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else min(timeout, MAX_TIMEOUT)
 
     def relax_backoff(self, measured: bool) -> None:
         """An ack has come: ends the back-off if it measured the path, else shortens it."""
@@ -1514,6 +1514,7 @@ class Outbox:
         self._session = bytes(SESSION_BYTES)
         self.conversations: Dict[str, Conversation] = {}
         self.eventful: Dict[str, Conversation] = {}     # with events to take, or whose messages are to be counted anew
+        self.told: Dict[str, Conversation] = {}         # whose events were taken, for ``count_told``
         self._by_stream: Dict[int, Conversation] = {}
         self._sending: Dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: Dict[str, Conversation] = {}     # to be polled next
@@ -1576,14 +1577,15 @@ class Outbox:
 
     def _count(self, conversation: Conversation) -> None:
         """Counts anew what waits in a conversation."""
-        stuck, numbers, size = conversation.counted
-        self._numbers[stuck] -= numbers
-        self._bytes[stuck] -= size
-        stream, stuck = conversation.stream, self._is_stuck(conversation, conversation.route)
-        numbers, size = stream.end - stream.base, stream.size
-        self._numbers[stuck] += numbers
-        self._bytes[stuck] += size
-        conversation.counted = (stuck, numbers, size)
+        stream, (was_stuck, numbers, size) = conversation.stream, conversation.counted
+        stuck = self._is_stuck(conversation, conversation.route)
+        conversation.counted = (stuck, stream.end - stream.base, stream.size)
+        if stuck != was_stuck:
+            self._numbers[was_stuck] -= numbers
+            self._bytes[was_stuck] -= size
+            numbers = size = 0
+        self._numbers[stuck] += stream.end - stream.base - numbers
+        self._bytes[stuck] += stream.size - size
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -1621,7 +1623,7 @@ class Outbox:
             idle = next((nick for nick in self.conversations if nick not in self._sending), None)
             if idle is not None:
                 del self._by_stream[self.conversations.pop(idle).stream.stream]
-                for among in (self.eventful, self._touched):    # an ack came twice: whoever is opened anew has the nick
+                for among in (self.eventful, self.told, self._touched):     # an ack came twice: the nick is another's
                     among.pop(idle, None)
 
     def locate(self, now: float, nick: str, place: Optional[Place]) -> None:
@@ -1713,7 +1715,8 @@ class Outbox:
     def take_events(self) -> List[Tuple[str, List[Event]]]:
         """What has happened to messages since the last time: recipients, and the events (or none) of each.
 
-        Also of those that were not polled since.
+        Also of those that were not polled since. What is closed by these events counts as waiting until ``count_told``:
+        whoever reads them is told first.
         """
         eventful, self.eventful = self.eventful, {}
         if self._touched:
@@ -1722,10 +1725,16 @@ class Outbox:
         for nick, conversation in eventful.items():
             found.append((nick, conversation.events))
             conversation.events = []
+            self.told[nick] = conversation
+        return found
+
+    def count_told(self) -> None:
+        """Counts anew what waits for those whose events were taken."""
+        told, self.told = self.told, {}
+        for nick, conversation in told.items():
             self._count(conversation)
             if not conversation.counted[1]:
                 self._sending.pop(nick, None)
-        return found
 
 
 # --- what comes in --------------------------------------------------------------------------------------------

@@ -2070,6 +2070,8 @@ class Client:
         if news:
             self._show()
         output.flush()
+        if outbox.told:
+            outbox.count_told()
         if inbox.unacked:
             self._ack()
         if self._quit or self._ending or commands.ended and not self._stay:

@@ -161,7 +161,8 @@ def pour(descriptor: int, *files: Path) -> "subprocess.Popen[bytes]":
 
 def wait_for_end(process: Process) -> None:
     """Waits for the end of a process; it must be a good one."""
-    if hasattr(os, "pidfd_open"):       # ``Popen.wait`` looks every 50 ms: too seldom to measure by
+    if hasattr(os, "pidfd_open") and process.popen.poll() is None:
+        # ``Popen.wait`` looks every 50 ms: too seldom to measure by
         fd = os.pidfd_open(process.pid)
         select.select([fd], [], [], TIME.left(PATIENCE))
         os.close(fd)

@@ -1676,6 +1676,7 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
     assert outbox.take_events() == [("bob", [Event(RECEIVED, 1, "", 1)]), ("carol", [Event(SAVED, 1, "", 1)])]
+    outbox.count_told()
     assert not list(outbox.undelivered()) and outbox.is_settled
 
 
@@ -1699,6 +1700,7 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.take_events()
+    outbox.count_told()
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)
     outbox.send(0.1, "dave", ["hello"], 0.0)
     assert set(outbox.conversations) == {"carol", "dave"}
@@ -1715,6 +1717,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     for _ in range(2):
         list(outbox.poll(0.0))
         outbox.take_events()
+        outbox.count_told()
         outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)      # bob gives way, and in the same turn ...
     outbox.send(0.1, "dave", ["hello"], 0.0)
@@ -1722,6 +1725,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     outbox.send(0.1, "bob", ["again"], 0.0)
     list(outbox.poll(0.1))
     assert outbox.take_events() == []
+    outbox.count_told()
     assert ("bob", "again") in outbox.undelivered()
 
 
@@ -1734,6 +1738,7 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
     def poll() -> None:
         list(outbox.poll(now))
         kinds.extend(event.kind for _, events in outbox.take_events() for event in events)
+        outbox.count_told()
     poll()
     now = 0.6
     poll()
