@@ -476,7 +476,7 @@ class Path:
 
     def __init__(self, initial_timeout: float = INITIAL_TIMEOUT) -> None:
         self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
-        self._variation = 0.0                    # s; RTTVAR
+        self._variation = 0.0                   # s; RTTVAR
         self.fastest = NEVER                    # s; the shortest round trip seen
         self.backoff = 1.0
         self.window: float = INITIAL_WINDOW     # datagrams
