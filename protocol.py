@@ -474,7 +474,7 @@ class Packet:
 class Path:
     """What is known of the path to a receiver: its round trip, so the retransmission timeout; its congestion window."""
 
-    def __init__(self, initial_timeout: float = INITIAL_TIMEOUT) -> None:
+    def __init__(self, initial_timeout: float) -> None:
         self.smoothed: Optional[float] = None   # s; SRTT of RFC 6298
         self._variation = 0.0                   # s; RTTVAR
         self.fastest = NEVER                    # s; the shortest round trip seen
@@ -727,9 +727,8 @@ class SendStream:
             return 0
         while next_ - 1 in self.continued:
             next_ -= 1
-        edge = next_ + room
-        if edge > self.edge:
-            self.edge = edge if edge < MAX_NUMBER else MAX_NUMBER
+        if self.edge < next_ + room:
+            self.edge = min(next_ + room, MAX_NUMBER)
         if next_ < self.base:       # late, or from a receiver that has lost its memory
             self._doubt_held()
             return 0
@@ -897,12 +896,7 @@ class ReceiveStream:
         end = first + len(items)
         if first == self.ready and end <= self.next + MAX_EARLY and not (
                 self._pieces or self._early or self.shown.spans):
-            if more:
-                self._append(items, frozenset(more))
-            else:       # mostly; the same as ``_append``, for whole texts
-                self._runs.append(Run(first, items, NONE, end - first))
-                self.ready = end
-                self.buffered += end - first
+            self._append(items, frozenset(more) if more else NONE)      # mostly: it is what comes next
             return
         reached = self.reached
         if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
@@ -1355,11 +1349,7 @@ class Conversation:
 
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
-        stream = self.stream
-        if stream.end == stream.base:
-            return NEVER
-        due = stream.timer if stream.timer < stream.ask else stream.ask
-        return due if due < self._deadline else self._deadline
+        return min(self.stream.due(), self._deadline) if self.held else NEVER
 
     def poll(self, now: float, calm: bool = True) -> List[Tuple[bytes, Optional[Address]]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
@@ -1372,8 +1362,7 @@ class Conversation:
         packets, route = stream.poll(now), self.route
         if packets and self._silent_since == NEVER:
             self._silent_since = now
-            if self._deadline > now + self._patience:
-                self._deadline = now + self._patience
+            self._deadline = min(self._deadline, now + self._patience)
         address = self._address if route == DIRECT else None
         frames = []
         for packet in packets:
@@ -1878,10 +1867,7 @@ class Inbox:
             self._mail = None
 
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
-        streams = self._streams.pop(sender, None)
-        if streams is None:
-            streams = {}
-        self._streams[sender] = streams
+        streams = self._streams[sender] = self._streams.pop(sender, {})
         incoming = streams.pop(stream, None)
         if incoming is None:
             if len(streams) >= STREAMS_PER_SENDER:
@@ -2009,7 +1995,7 @@ class Inbox:
     @property
     def has_news(self) -> bool:
         """Whether ``take`` has anything to do."""
-        return bool(self.holding or self._readable) or self._mail is not None and self.is_ready
+        return bool(self.holding) or self.is_ready
 
     @property
     def is_ready(self) -> bool:

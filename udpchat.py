@@ -1446,7 +1446,7 @@ class Client:
         self._from_peers: Dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self._on_cookie}
         self._from_server: Dict[str, Callable[[Info], None]] = {
-            "table": self._on_table, "ack": self._on_saved, "nack": self._on_refusal, "exists": self._on_exists,
+            "table": self._on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
             "mail": self._on_mail, "refused": self._on_refused, "bye": self._on_bye}
 
     # lines
@@ -1756,9 +1756,9 @@ class Client:
         if address != self.server and address != self._other_server:
             self._allowance = len(datagram)
             for tag, info in messages:
-                take = self._from_peers.get(tag)
-                if take is not None and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
-                    take(info, address)
+                handler = self._from_peers.get(tag)
+                if handler is not None and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
+                    handler(info, address)
             return
         trusted = False
         for tag, info in messages:
@@ -1777,10 +1777,12 @@ class Client:
             elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
                 self._from_server[tag](info)
 
-    def _on_ack(self, info: Info, address: Address) -> None:
+    def _on_ack(self, info: Info, address: Optional[Address] = None) -> None:
+        """Takes what a peer has received, or (without an address) what the server has kept."""
         self._outbox.on_ack(self.loop.now(), info, address)
 
-    def _on_nack(self, info: Info, address: Address) -> None:
+    def _on_nack(self, info: Info, address: Optional[Address] = None) -> None:
+        """Takes what a peer, or (without an address) the server, refuses."""
         self._outbox.on_nack(self.loop.now(), info, address)
 
     def _on_probe(self, info: Info, trusted: bool) -> None:
@@ -1789,12 +1791,6 @@ class Client:
             if trusted:
                 answer["session"] = self._session
             self._send_now(encode("alive", answer), self.server)
-
-    def _on_saved(self, info: Info) -> None:
-        self._outbox.on_ack(self.loop.now(), info, None)
-
-    def _on_refusal(self, info: Info) -> None:
-        self._outbox.on_nack(self.loop.now(), info, None)
 
     def _on_exists(self, info: Info) -> None:
         _, host, port, _ = info["entry"]
