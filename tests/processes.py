@@ -30,6 +30,9 @@ DEADLINE = 20.0           # s; for whatever should come: a slow machine may take
 READ_SIZE = 65536         # bytes
 PIPE = subprocess.PIPE
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # as a shell leaves it to what runs in its background:
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # the programs under test would inherit that
+
 WELCOME = "[Welcome, You are registered.]"
 UPDATED = "[Client table updated.]"
 SAVED = "[Messages received by the server and saved]"
