@@ -29,18 +29,18 @@ keeps a hash of that token. Without a token it is nobody's, and its mail goes to
 """
 from __future__ import annotations
 
-import errno
 import heapq
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Iterator
 
 if TYPE_CHECKING:
     import json
     import sqlite3
 
-Address = Tuple[str, int]
-Row = List[object]
+Address = tuple[str, int]
+Row = list[object]
 
 ONLINE, OFFLINE, GONE = "online", "offline", "gone"
 
@@ -66,7 +66,7 @@ class Page(NamedTuple):
 
     since: int
     version: int
-    rows: List[Row]
+    rows: list[Row]
 
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
@@ -78,14 +78,14 @@ class Table:
 
     def __init__(self) -> None:
         self.version = 0
-        self.entries: Dict[str, Entry] = {}
-        self._gone: Dict[str, Entry] = {}
-        self._log: List[Entry] = []     # by version; entries that changed again are stale
+        self.entries: dict[str, Entry] = {}
+        self._gone: dict[str, Entry] = {}
+        self._log: list[Entry] = []     # by version; entries that changed again are stale
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def get(self, nick: str) -> Optional[Entry]:
+    def get(self, nick: str) -> Entry | None:
         """The entry of ``nick``, None for an unknown one."""
         return self.entries.get(nick)
 
@@ -136,7 +136,7 @@ class Table:
         Even a snapshot tells who is gone: part of an earlier answer to the same question may have arrived.
         """
         start, used, last = since, 0, since
-        rows: List[Row] = []
+        rows: list[Row] = []
         for index in range(self._after(since), len(self._log)):
             entry = self._log[index]
             if not self._is_current(entry):
@@ -151,7 +151,7 @@ class Table:
         if self.version > since:
             yield Page(start, self.version, rows)
 
-    def apply(self, page: Page) -> Optional[List[str]]:
+    def apply(self, page: Page) -> list[str] | None:
         """Takes a page into a mirror; gives the nicks that it changed, or None where pages before it are missing."""
         if page.since > self.version:
             return None
@@ -183,7 +183,7 @@ class Mirror:
     def __init__(self) -> None:
         self.table = Table()        # in force
         self.boot = 0
-        self._fresh: Optional[Table] = None     # of a new boot, until it is whole
+        self._fresh: Table | None = None     # of a new boot, until it is whole
         self._target = 0            # the version to reach
 
     @property
@@ -213,7 +213,7 @@ class Mirror:
         self._target = max(self._target, version)
         return version > self.version
 
-    def apply(self, page: Page) -> Optional[List[str]]:
+    def apply(self, page: Page) -> list[str] | None:
         """Takes a page; gives the nicks that it changed in the table in force, None if pages before it are missing."""
         if self._fresh is None:
             changed = self.table.apply(page)
@@ -225,13 +225,13 @@ class Mirror:
             self.expect(page.version)
         return changed
 
-    def _swap(self, fresh: Table) -> List[str]:
+    def _swap(self, fresh: Table) -> list[str]:
         """Puts the table of the new boot in force."""
         old, self.table, self._fresh = self.table, fresh, None
         return [nick for nick in {**old.entries, **fresh.entries}
                 if (old.get(nick) or ())[:4] != (fresh.get(nick) or ())[:4]]
 
-    def distrust(self) -> List[str]:
+    def distrust(self) -> list[str]:
         """The table in force is too old to say who is online; gives the nicks that are offline now."""
         return [nick for nick, host, port, _, _ in list(self.table.entries.values())
                 if self.table.set(nick, host, port, OFFLINE)]
@@ -273,7 +273,7 @@ class Known:
 
     __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "messages", "size")
 
-    def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: Optional[bytes], seen: float,
+    def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: bytes | None, seen: float,
                  first: int = 1, last: int = 0) -> None:
         self.id = id_
         self.nick = nick
@@ -300,11 +300,11 @@ class Parcel(NamedTuple):
     """
 
     n: int
-    texts: List[str]
-    times: List[float]
+    texts: list[str]
+    times: list[float]
     more: Collection[int]
 
-    def part(self, start: int, end: int) -> "Parcel":
+    def part(self, start: int, end: int) -> Parcel:
         """The numbers at the positions [start, end) alone."""
         return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
                       [number for number in self.more if self.n + start <= number < self.n + end])
@@ -320,14 +320,14 @@ class Parcel(NamedTuple):
         joined = "".join(self.texts)
         return len(joined) if joined.isascii() else len(joined.encode())
 
-    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> Tuple[object, ...]:
+    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
         """The parcel as a row of the store."""
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
         return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
                 json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
 
     @classmethod
-    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> "Parcel":
+    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
         """The parcel of these columns of a row; raises ValueError if they are damaged."""
         whole, at, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
         if not (type(n) is int and n > 0 and len(whole) == numbers and len(at) in (1, numbers)
@@ -340,7 +340,7 @@ class Parcel(NamedTuple):
         return cls(n, whole, at if len(at) == numbers else at * numbers, continued)
 
 
-Letter = List[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
+Letter = list[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
@@ -393,12 +393,12 @@ class Mailbox:
             raise StoreError(f"cannot open the store {path}: {reason}") from None
         self.healthy = True
         self.damaged = 0            # rows that could not be read
-        self._rows: List[Tuple[object, ...]] = []               # mail to insert
-        self._before: Dict[str, Tuple[int, int, int]] = {}      # last, messages, size before this turn
-        self._streams: Dict[Tuple[str, int], int] = {}          # progress to write
-        self._changed: Set[str] = set()                         # nicks to write
-        self._acked: Set[str] = set()                           # nicks whose mail below ``first`` goes
-        self._forgotten: Dict[int, str] = {}                    # id -> nick of those to delete
+        self._rows: list[tuple[object, ...]] = []               # mail to insert
+        self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
+        self._streams: dict[tuple[str, int], int] = {}          # progress to write
+        self._changed: set[str] = set()                         # nicks to write
+        self._acked: set[str] = set()                           # nicks whose mail below ``first`` goes
+        self._forgotten: dict[int, str] = {}                    # id -> nick of those to delete
 
     def _prepare(self, server_id: bytes) -> None:
         execute = self._db.execute
@@ -419,8 +419,8 @@ class Mailbox:
     def _load(self) -> None:
         execute = self._db.execute
         self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
-        self.known: Dict[str, Known] = {}
-        by_id: Dict[int, Known] = {}
+        self.known: dict[str, Known] = {}
+        by_id: dict[int, Known] = {}
         for id_, nick, host, port, online, owner, seen, first, last in execute(
                 "SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
             known = Known(id_, nick, host, port, bool(online), owner, seen, first, last)
@@ -431,7 +431,7 @@ class Mailbox:
 
     # who is known
 
-    def add(self, nick: str, host: str, port: int, owner: Optional[bytes], seen: float) -> Known:
+    def add(self, nick: str, host: str, port: int, owner: bytes | None, seen: float) -> Known:
         """Makes ``nick`` known."""
         known = Known(self._next_id, nick, host, port, False, owner, seen)
         self._next_id += 1
@@ -478,9 +478,9 @@ class Mailbox:
         self._streams[sender, stream] = parcel.n + len(parcel.texts)
         self._changed.add(known.nick)
 
-    def fetch(self, known: Known, seq: int, limit: int) -> List[Letter]:
+    def fetch(self, known: Known, seq: int, limit: int) -> list[Letter]:
         """The mail with the numbers ``seq``, ``seq`` + 1, ..., at most ``limit``, of what is committed."""
-        letters: List[Letter] = []
+        letters: list[Letter] = []
         try:
             rows = self._db.execute(
                 "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
@@ -499,7 +499,7 @@ class Mailbox:
             self.healthy = False
         return letters[:limit]
 
-    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> List[Letter]:
+    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> list[Letter]:
         """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
         known_sender = type(sender) is str and (
             sender in self.known or 0 < len(sender) <= MAX_NICK_SIZE and all(c.isalnum() or c in "_.-" for c in sender))
@@ -556,7 +556,7 @@ class Mailbox:
         self._forgotten.clear()
         return True
 
-    def _write(self, wall: float) -> List[Tuple[Known, int, int]]:
+    def _write(self, wall: float) -> list[tuple[Known, int, int]]:
         """Executes all that is pending; gives whose mailbox got how many messages and bytes emptier by that."""
         run, many = self._db.execute, self._db.executemany
         for id_, nick in self._forgotten.items():
@@ -576,7 +576,7 @@ class Mailbox:
              [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
         return freed
 
-    def _delete_mail(self, known: Known) -> Tuple[int, int]:
+    def _delete_mail(self, known: Known) -> tuple[int, int]:
         """Deletes the mail below ``first``; gives how many messages and bytes that was."""
         run = self._db.execute
         whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
@@ -623,45 +623,6 @@ class Mailbox:
         self._db.close()
 
 
-# --- identity -------------------------------------------------------------------------------------------------
-
-SECRET_BYTES = 32
-
-
-def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
-    """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    import hmac
-    return hmac.digest(secret, server_id + nick.encode(), "sha256")
-
-
-def load_secret(path: str) -> bytes:
-    """The secret in the file ``path``, which is made (0600, whole or not at all) if there is none. Raises OSError."""
-    try:
-        with open(path, "rb") as file:
-            secret = bytes.fromhex(file.read(1024).decode("ascii", "replace").strip())
-        if len(secret) != SECRET_BYTES:
-            raise ValueError
-        return secret
-    except ValueError:
-        raise OSError(errno.EINVAL, "is not a udpchat identity") from None
-    except FileNotFoundError:
-        pass
-    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-    draft = f"{path}.{os.urandom(8).hex()}"    # not the process's number: a container gives the same to each
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(fd, "w") as file:
-            file.write(os.urandom(SECRET_BYTES).hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)        # fails if another process was faster: then its secret is ours
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(draft)
-    return load_secret(path)
-
-
 # --- the registry ---------------------------------------------------------------------------------------------
 
 MAX_CLIENTS = 10_000      # clients with a session
@@ -704,7 +665,7 @@ class Session:
         self.holds_table = False
 
 
-def _rank(known: Known) -> Tuple[bool, float, str]:
+def _rank(known: Known) -> tuple[bool, float, str]:
     """How soon a nick is forgotten if there are too many: the lowest goes first."""
     return (False, known.seen, known.nick) if known.owner is None else (True, -known.id, known.nick)
 
@@ -721,14 +682,14 @@ class Registry:
         self._idle = [_rank(known) for known in mailbox.known.values()]     # a heap: all who are offline, and more
         heapq.heapify(self._idle)
         self.table = Table()
-        self.sessions: Dict[bytes, Session] = {}
-        self.by_nick: Dict[str, Session] = {}
-        self.live: "OrderedDict[bytes, Session]" = OrderedDict()     # not called offline; longest silent first
-        self._ended: List[Session] = []
-        self.closed: "OrderedDict[bytes, str]" = OrderedDict()       # session -> how it ended
-        self.spent: "OrderedDict[int, None]" = OrderedDict()         # the requests that had made those
-        self._at: Dict[Address, str] = {}                            # who is online there
-        self.ghosts: Dict[str, Address] = {}                         # online when the store was last closed
+        self.sessions: dict[bytes, Session] = {}
+        self.by_nick: dict[str, Session] = {}
+        self.live: OrderedDict[bytes, Session] = OrderedDict()     # not called offline; longest silent first
+        self._ended: list[Session] = []
+        self.closed: OrderedDict[bytes, str] = OrderedDict()       # session -> how it ended
+        self.spent: OrderedDict[int, None] = OrderedDict()         # the requests that had made those
+        self._at: dict[Address, str] = {}                            # who is online there
+        self.ghosts: dict[str, Address] = {}                         # online when the store was last closed
         for known in mailbox.known.values():
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
@@ -741,7 +702,7 @@ class Registry:
 
     # who gets a nick
 
-    def claim(self, nick: str, address: Address, token: Optional[bytes]) -> str:
+    def claim(self, nick: str, address: Address, token: bytes | None) -> str:
         """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), OWNED, FULL."""
         known = self.mailbox.known.get(nick)
         if known is not None and known.owner is not None:
@@ -755,17 +716,17 @@ class Registry:
             return FULL
         return GRANTED
 
-    def holder(self, nick: str) -> Optional[Address]:
+    def holder(self, nick: str) -> Address | None:
         """Where somebody may be running with ``nick``, None if nobody is."""
         return self.by_nick[nick].address if self._is_live(nick) else self.ghosts.get(nick)
 
-    def _idle_session(self) -> Optional[Session]:
+    def _idle_session(self) -> Session | None:
         """The oldest session of somebody who is offline, if there is one."""
         if len(self.sessions) == len(self.live):
             return None
         return next(session for session in self.sessions.values() if session.id not in self.live)
 
-    def _idle_nick(self) -> Optional[str]:
+    def _idle_nick(self) -> str | None:
         """The nick that makes room for another one: offline and without mail, there may be none.
 
         Of those that nobody owns, the one longest offline. If all have owners, the one that came last (none, if it has
@@ -797,7 +758,7 @@ class Registry:
     def _may_run(self, known: Known) -> bool:
         return self._is_live(known.nick) or known.nick in self.ghosts
 
-    def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: Optional[bytes],
+    def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: bytes | None,
               request: int) -> Session:
         """Registers ``nick`` after ``claim`` granted it (or its holder did not answer); gives its session.
 
@@ -818,7 +779,7 @@ class Registry:
         session.version = self.table.version
         return session
 
-    def _know(self, wall: float, nick: str, address: Address, token: Optional[bytes]) -> Known:
+    def _know(self, wall: float, nick: str, address: Address, token: bytes | None) -> Known:
         owner = hash_of(token) if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
@@ -906,12 +867,12 @@ class Registry:
             if len(remembered) > MAX_CLOSED:
                 remembered.popitem(last=False)
 
-    def take_ended(self) -> List[Session]:
+    def take_ended(self) -> list[Session]:
         """The sessions that were closed since the last time."""
         ended, self._ended = self._ended, []
         return ended
 
-    def silent(self, now: float) -> List[Session]:
+    def silent(self, now: float) -> list[Session]:
         """Those of whom nothing was heard for ``SILENCE`` seconds, longest first."""
         found = []
         for session in self.live.values():
@@ -974,7 +935,7 @@ class Registry:
             session.known.seen = wall
             self.mailbox.changed(session.known)
 
-    def lapse(self, wall: float, days: float) -> List[Known]:
+    def lapse(self, wall: float, days: float) -> list[Known]:
         """Drops every nick that was offline for more than ``days`` (0: never); gives what was dropped."""
         if not days:
             return []

@@ -35,982 +35,20 @@ all of that together: somebody at a terminal.
 """
 from __future__ import annotations
 
-import codecs
-import errno
 import functools
 import math
 import os
 import re
-import select
 import signal
-import socket
-import stat
 import time
-import unicodedata
 from collections import deque
-from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Tuple, Union)
-
-from protocol import MAX_TEXT, Delivery
-
-EDIT_LIMIT = 128 * 1024          # characters in the line that is edited
-PASTE_LIMIT = 1024 * 1024        # characters of one paste that are looked at; the rest is dropped
-SEQUENCE_LIMIT = 32              # characters of parameters in an escape sequence; with more it is none
-HISTORY_LINES = 1000             # lines that are kept, in memory and when the file is rewritten
-HISTORY_FILE_LINES = 2000        # lines in the file from which on it is rewritten
-HISTORY_LINE_LIMIT = 64 * 1024   # characters; a longer line is not kept
-HISTORY_READ = 4 * 1024 * 1024   # bytes at the end of the file that are read
-DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not say
-
-PASTE_ON = b"\x1b[?2004h"        # from now on the terminal brackets what is pasted
-PASTE_OFF = b"\x1b[?2004l"
-
-
-# --- widths ---------------------------------------------------------------------------------------------------
-
-ZERO_WIDTH_JOINER = "\u200d"
-SOFT_HYPHEN = "\u00ad"           # a format character, but terminals show it
-
-
-def char_width(c: str) -> int:
-    """How many columns a printable character takes: 0 if it joins the one before it, 2 if it is wide, else 1."""
-    return 1 if c.isascii() else _looked_up_width(c)
-
-
-@functools.lru_cache(maxsize=4096)
-def _looked_up_width(c: str) -> int:
-    if unicodedata.category(c) in ("Mn", "Me", "Cf") and c != SOFT_HYPHEN or unicodedata.combining(c):
-        return 0
-    if "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7ff":
-        return 0                 # the vowels and finals of Hangul in pieces: they join the initial, which is wide
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
-
-
-def text_width(text: str) -> int:
-    """How many columns a printable text takes."""
-    return len(text) if text.isascii() else sum(map(char_width, text))
-
-
-# --- colours --------------------------------------------------------------------------------------------------
-
-NICK_COLORS = (131, 166, 136, 64, 29, 31, 33, 62, 134, 162)  # of 256; each has a contrast of 3 to black and white
-
-
-def wants_color(when: str, is_terminal: bool, environment: Mapping[str, str]) -> bool:
-    """Whether to colour, if asked for ``when``: always, never, or auto.
-
-    auto: on a terminal that can, unless the user wants none anywhere (https://no-color.org).
-    """
-    if when != "auto":
-        return when == "always"
-    return is_terminal and environment.get("TERM") != "dumb" and not environment.get("NO_COLOR")
-
-
-class Style:
-    """How texts are set off from others; if not ``enabled`` they are not. Styles may be nested in each other."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-
-    def _styled(self, on: str, text: str, off: str) -> str:
-        return f"\x1b[{on}m{text}\x1b[{off}m" if self.enabled and text else text
-
-    def nick(self, nick: str) -> str:
-        """``nick`` in its colour, which is the same in every process."""
-        if not self.enabled:
-            return nick
-        import zlib
-        color = NICK_COLORS[zlib.crc32(nick.encode("utf-8", "replace")) % len(NICK_COLORS)]
-        return self._styled(f"38;5;{color}", nick, "39")
-
-    def error(self, text: str) -> str:
-        """``text`` in red."""
-        return self._styled("31", text, "39")
-
-    def dim(self, text: str) -> str:
-        """``text`` less bright than others."""
-        return self._styled("2", text, "22")
-
-
-# --- keys -----------------------------------------------------------------------------------------------------
-
-class Key(NamedTuple):
-    """What was pressed (``text``: a run of printable characters, and ``paste``: anything, carry their ``text``)."""
-
-    name: str
-    text: str = ""
-
-
-CONTROL_KEYS = {
-    "\x01": "home", "\x02": "left", "\x03": "interrupt", "\x04": "end-of-input", "\x05": "end", "\x06": "right",
-    "\x08": "backspace", "\t": "tab", "\n": "enter", "\x0b": "kill-end", "\x0c": "clear", "\r": "enter",
-    "\x0e": "down", "\x10": "up", "\x15": "kill-start", "\x17": "kill-word", "\x19": "yank", "\x1a": "suspend",
-    "\x7f": "backspace",
-}
-PASTE_BEGIN, PASTE_END = "[200~", "\x1b[201~"
-SEQUENCES = {                    # what follows the Escape
-    "[A": "up", "[B": "down", "[C": "right", "[D": "left", "[H": "home", "[F": "end",
-    "OA": "up", "OB": "down", "OC": "right", "OD": "left", "OH": "home", "OF": "end", "OM": "enter",
-    "[1~": "home", "[4~": "end", "[7~": "home", "[8~": "end", "[3~": "delete", "[Z": "back-tab",
-    "b": "word-left", "f": "word-right", "d": "kill-next-word", "\x7f": "kill-last-word", "\x08": "kill-last-word",
-    "[5D": "word-left", "[5C": "word-right", "Od": "word-left", "Oc": "word-right",     # rxvt and its kin
-    "[3;3~": "kill-next-word", "[3;5~": "kill-next-word", PASTE_BEGIN: "paste",
-}
-for _modifier in "3", "5", "7":  # Alt, Ctrl, both
-    SEQUENCES[f"[1;{_modifier}D"] = "word-left"
-    SEQUENCES[f"[1;{_modifier}C"] = "word-right"
-
-_C0_DEL_C1 = "\x00-\x1f\x7f-\x9f"
-_PRINTABLE = f"[^{_C0_DEL_C1}]+"
-_PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"    # "[[": Linux's F1 to F5
-_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_C0_DEL_C1}\[O]|[\x08\x7f])"      # control, or Alt and a key
-_BEGINNING = rf"{_PARAMETERS}|\x1b"
-
-
-class Keys:
-    """Turns bytes from a terminal into keys. What is unfinished is kept for the next ``feed``.
-
-    A key ``lost`` says that a paste was longer than ``PASTE_LIMIT``. Sequences that mean nothing are dropped.
-    """
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""                             # the beginning of a sequence
-        self._paste: Optional[List[str]] = None     # what came of a paste that has not ended
-        self._room = 0                              # characters that the paste may still have
-        self._lost = False
-
-    def feed(self, data: bytes) -> List[Key]:
-        """The keys that ``data`` completes."""
-        text, self._rest = self._rest + self._decoder.decode(data), ""
-        keys: List[Key] = []
-        position = 0
-        while position < len(text):
-            position = (self._key if self._paste is None else self._pasted)(text, position, keys)
-        return keys
-
-    def _key(self, text: str, position: int, keys: List[Key]) -> int:
-        """Adds the key at ``position`` to ``keys``; gives where the next one is."""
-        run = re.compile(_PRINTABLE).match(text, position)
-        if run is not None:
-            keys.append(Key("text", run.group()))
-            return run.end()
-        if text[position] == "\x1b":
-            return self._sequence(text, position, keys)
-        name = CONTROL_KEYS.get(text[position])
-        if name is not None:
-            keys.append(Key(name))
-        return position + 1
-
-    def _sequence(self, text: str, position: int, keys: List[Key]) -> int:
-        whole = re.compile(_SEQUENCE).match(text, position)
-        if whole is None:
-            beginning = re.compile(_BEGINNING).match(text, position)
-            end = beginning.end() if beginning is not None else position + 1
-            if end == len(text):
-                self._rest = text[position:]
-            return end
-        name = SEQUENCES.get(whole.group()[1:])
-        if name == "paste":
-            self._paste, self._room, self._lost = [], PASTE_LIMIT, False
-        elif name is not None:
-            keys.append(Key(name))
-        return whole.end()
-
-    def _pasted(self, text: str, position: int, keys: List[Key]) -> int:
-        assert self._paste is not None
-        end = text.find(PASTE_END, position)
-        if end < 0:
-            end = len(text) - _overlap(text, PASTE_END, position)
-            self._rest = text[end:]
-            self._take(text[position:end])
-            return len(text)
-        self._take(text[position:end])
-        keys.append(Key("paste", "".join(self._paste)))
-        if self._lost:
-            keys.append(Key("lost"))
-        self._paste = None
-        return end + len(PASTE_END)
-
-    def _take(self, part: str) -> None:
-        assert self._paste is not None
-        self._paste.append(part[:self._room])
-        self._lost = self._lost or len(part) > self._room
-        self._room -= len(self._paste[-1])
-
-
-def _overlap(text: str, mark: str, start: int) -> int:
-    """How many characters at the end of ``text``, not before ``start``, are the beginning of ``mark``."""
-    longest = min(len(mark) - 1, len(text) - start)
-    return next((count for count in range(longest, 0, -1) if text.endswith(mark[:count])), 0)
-
-
-# --- history --------------------------------------------------------------------------------------------------
-
-class History:
-    """The lines that were entered, in memory and (if there is a ``path``) in a file, oldest first.
-
-    The file is appended to at once, so it survives a kill, and several processes may share it; they see each other's
-    lines when they start. A line that is added in the very moment in which another process rewrites the file may be
-    missing from it. Whatever goes wrong with the file: from then on the history is in memory only.
-    """
-
-    def __init__(self, path: Optional[str]) -> None:
-        self._path = path
-        self._lines: List[str] = []
-        self._position = 0           # of the line that the walk shows; behind the last: there is no walk
-        self._draft = ""             # what was typed when the walk began
-        self._in_file = 0            # lines; as far as this process knows
-        self._torn = False           # the file ends within a line
-        self._guarded(self._load)
-
-    @property
-    def walking(self) -> bool:
-        """Whether an older line is shown."""
-        return self._position < len(self._lines)
-
-    def previous(self, current: str) -> str:
-        """The line before the one that is shown; ``current``, which was typed or is shown, if there is none."""
-        if not self.walking:
-            self._draft = current
-        if not self._position:
-            return current
-        self._position -= 1
-        return self._lines[self._position]
-
-    def next(self) -> str:
-        """The line behind the one that is shown; behind the last one, what was typed when the walk began."""
-        self._position = min(self._position + 1, len(self._lines))
-        return self._lines[self._position] if self.walking else self._draft
-
-    def end_walk(self) -> None:
-        """What is typed next is a new line."""
-        self._position, self._draft = len(self._lines), ""
-
-    def add(self, *lines: str) -> None:
-        """Keeps lines, but no blank or very long ones, and none that is the same as the one before it.
-
-        Control characters are left out, tabs become blanks.
-        """
-        count = len(self._lines)
-        for line in lines:
-            kept = re.sub(f"[{_C0_DEL_C1}]+", "", line.replace("\t", " "))
-            if kept.strip() and len(kept) <= HISTORY_LINE_LIMIT and self._lines[-1:] != [kept]:
-                self._lines.append(kept)
-        added = self._lines[count:][-HISTORY_LINES:]
-        del self._lines[:-HISTORY_LINES]
-        self.end_walk()
-        if added:
-            self._guarded(lambda path: self._append(path, added))
-
-    def _guarded(self, work: Callable[[str], None]) -> None:
-        """Does something with the file, if there is one; none from the first failure on."""
-        try:
-            if self._path is not None:
-                work(self._path)
-        except OSError:
-            self._path = None
-
-    def _load(self, path: str) -> None:
-        try:
-            self._lines, whole = self._read(path)
-        except FileNotFoundError:
-            return
-        self.end_walk()
-        if not whole or self._in_file > HISTORY_LINES:
-            self._rewrite(path)
-
-    def _read(self, path: str) -> Tuple[List[str], bool]:
-        """The last valid lines in the file, and whether all of it was read. Only a regular file is one."""
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            start = max(0, status.st_size - HISTORY_READ)
-            file.seek(start)
-            rows = file.read(HISTORY_READ).split(b"\n")
-        self._torn = rows[-1] != b""
-        self._in_file = len(rows) - (not self._torn)
-        return list(_valid_lines(rows[1:] if start else rows))[-HISTORY_LINES:], not start
-
-    def _rewrite(self, path: str) -> None:
-        """Leaves the last lines in the file: those that other processes have added meanwhile, too."""
-        lines, _ = self._read(path)
-        target = os.path.realpath(path)
-        draft = f"{target}.{os.urandom(8).hex()}"   # not the process's number: a container gives the same to each
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_encoded(lines))
-            os.replace(draft, target)
-        except OSError:
-            os.unlink(draft)
-            raise
-        self._in_file, self._torn = len(lines), False
-
-    def _append(self, path: str, lines: List[str]) -> None:
-        data = b"\n" * self._torn + _encoded(lines)
-        descriptor = _open_to_append(path)
-        try:
-            if os.write(descriptor, data) < len(data):
-                raise OSError(errno.ENOSPC, "not written whole", path)
-        finally:
-            os.close(descriptor)
-        self._torn = False
-        self._in_file += len(lines)
-        if self._in_file > HISTORY_FILE_LINES:
-            self._rewrite(path)
-
-
-def _valid_lines(rows: Iterable[bytes]) -> Iterable[str]:
-    for row in rows:
-        try:
-            line = row.decode()
-        except UnicodeDecodeError:
-            continue
-        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_C0_DEL_C1}]", line):
-            yield line
-
-
-def _encoded(lines: Iterable[str]) -> bytes:
-    return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
-
-
-def _open_to_append(path: str) -> int:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    try:
-        return os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        return os.open(path, flags, 0o600)
-
-
-# --- the line that is edited ----------------------------------------------------------------------------------
-
-class Action(NamedTuple):
-    """Something for the editor's owner to do.
-
-    - ``submit``: take ``lines``. ``pasted``: those behind the first are as they were pasted; nothing that was typed
-      stands before them.
-    - ``interrupt``, ``end``: Ctrl-C, Ctrl-D on an empty line.
-    - ``suspend``, ``clear``: Ctrl-Z, Ctrl-L.
-    - ``bell``: what was typed could not be done (no candidate), or not wholly (no room).
-    """
-
-    kind: str
-    lines: List[str]
-    pasted: bool = False
-
-
-Complete = Callable[[str], Tuple[int, List[str]]]
-
-SEND = r"/?send {1,8}\S{1,64} "         # bounded, for it is repeated before each line of a paste
-_LINE_END = "\r\n?"
-_NOT_IN_TEXT = "[\x00-\x08\x0b-\x1f\x7f-\x9f]+"
-
-
-def previous_unit(text: str, cursor: int) -> int:
-    """Where the character before ``cursor`` begins; those of width 0 belong to the one before them."""
-    return _unit_start(text, max(cursor - 1, 0))
-
-
-def next_unit(text: str, cursor: int) -> int:
-    """Where the character at ``cursor`` ends."""
-    return _unit_end(text, min(cursor + 1, len(text)))
-
-
-def _is_inside_unit(text: str, index: int) -> bool:
-    return 0 < index < len(text) and (char_width(text[index]) == 0 or text[index - 1] == ZERO_WIDTH_JOINER)
-
-
-def _unit_start(text: str, index: int) -> int:
-    while _is_inside_unit(text, index):
-        index -= 1
-    return index
-
-
-def _unit_end(text: str, index: int) -> int:
-    while _is_inside_unit(text, index):
-        index += 1
-    return index
-
-
-def _is_of_word(c: str) -> bool:
-    return c.isalnum() or char_width(c) == 0
-
-
-def _is_of_argument(c: str) -> bool:
-    return not c.isspace()
-
-
-def _skip_left(text: str, cursor: int, belongs: Callable[[str], bool]) -> int:
-    """Where the word before ``cursor`` begins; a word is a run of characters that belong to one."""
-    while cursor > 0 and not belongs(text[cursor - 1]):
-        cursor -= 1
-    while cursor > 0 and belongs(text[cursor - 1]):
-        cursor -= 1
-    return _unit_start(text, cursor)
-
-
-def _skip_right(text: str, cursor: int, belongs: Callable[[str], bool]) -> int:
-    """Where the word at or behind ``cursor`` ends."""
-    while cursor < len(text) and not belongs(text[cursor]):
-        cursor += 1
-    while cursor < len(text) and belongs(text[cursor]):
-        cursor += 1
-    return _unit_end(text, cursor)
-
-
-class Editor:
-    """The line that is typed: ``text``, and where in it the ``cursor`` is (an index).
-
-    ``complete`` takes the text before the cursor and gives where the word at its end begins, and what it may become,
-    best first. Tab puts the first of these there, and on repetition the next ones.
-    """
-
-    def __init__(self, history: History, complete: Complete) -> None:
-        self.text = ""
-        self.cursor = 0
-        self._history = history
-        self._complete = complete
-        self._keys = Keys()
-        self._killed = ""                # what yank inserts
-        self._cycle: Optional[Tuple[int, int, List[str], int]] = None   # start and end of the word, candidates, which
-        self._behind_send = False        # the block in the text was pasted behind a ``send NICK``
-        self._draft_behind_send = False  # the same of the text that was left for the history
-        self._handlers: Dict[str, Callable[[Key], Optional[Action]]] = {
-            "text": lambda key: self._insert(key.text),
-            "paste": lambda key: self._insert(_cleaned(key.text)),
-            "lost": lambda key: Action("bell", []),
-            "left": lambda key: self._move(previous_unit(self.text, self.cursor)),
-            "right": lambda key: self._move(next_unit(self.text, self.cursor)),
-            "home": lambda key: self._move(0),
-            "end": lambda key: self._move(len(self.text)),
-            "word-left": lambda key: self._move(_skip_left(self.text, self.cursor, _is_of_word)),
-            "word-right": lambda key: self._move(_skip_right(self.text, self.cursor, _is_of_word)),
-            "up": lambda key: self._older(),
-            "down": lambda key: self._newer(),
-            "backspace": lambda key: self._delete(previous_unit(self.text, self.cursor)),
-            "delete": lambda key: self._delete(next_unit(self.text, self.cursor)),
-            "kill-end": lambda key: self._kill(len(self.text)),
-            "kill-start": lambda key: self._kill(0),
-            "kill-word": lambda key: self._kill(_skip_left(self.text, self.cursor, _is_of_argument)),
-            "kill-last-word": lambda key: self._kill(_skip_left(self.text, self.cursor, _is_of_word)),
-            "kill-next-word": lambda key: self._kill(_skip_right(self.text, self.cursor, _is_of_word)),
-            "yank": lambda key: self._insert(self._killed),
-            "tab": lambda key: self._cycle_on(1),
-            "back-tab": lambda key: self._cycle_on(-1),
-            "enter": lambda key: self._submit(),
-            "interrupt": lambda key: self._interrupt(),
-            "end-of-input": lambda key: self._end_of_input(),
-            "suspend": lambda key: Action("suspend", []),
-            "clear": lambda key: Action("clear", []),
-        }
-
-    def feed(self, data: bytes) -> List[Action]:
-        """Takes what was typed; gives what the owner has to do, in this order."""
-        actions = []
-        for key in self._keys.feed(data):
-            if key.name not in ("tab", "back-tab"):
-                self._cycle = None
-            action = self._handlers[key.name](key)
-            if action is not None:
-                actions.append(action)
-        return actions
-
-    def _replace(self, start: int, end: int, piece: str) -> None:
-        self.text = self.text[:start] + piece + self.text[end:]
-        self.cursor = start + len(piece)
-
-    def _insert(self, text: str) -> Optional[Action]:
-        piece = text[:EDIT_LIMIT - len(self.text)]
-        if "\n" in piece and "\n" not in self.text:
-            self._behind_send = re.match(SEND, self.text[:self.cursor]) is not None
-        self._replace(self.cursor, self.cursor, piece)
-        return Action("bell", []) if len(piece) < len(text) else None
-
-    def _move(self, cursor: int) -> None:
-        self.cursor = cursor
-
-    def _delete(self, to: int) -> None:
-        self._replace(min(to, self.cursor), max(to, self.cursor), "")
-
-    def _kill(self, to: int) -> None:
-        self._killed = self.text[min(to, self.cursor):max(to, self.cursor)] or self._killed
-        self._delete(to)
-
-    def _show(self, text: str) -> None:
-        self.text, self.cursor = text, len(text)
-
-    def _older(self) -> None:
-        if not self._history.walking:
-            self._draft_behind_send = self._behind_send
-        self._show(self._history.previous(self.text))
-
-    def _newer(self) -> None:
-        if self._history.walking:
-            self._show(self._history.next())
-            self._behind_send = self._draft_behind_send
-
-    def _cycle_on(self, step: int) -> Optional[Action]:
-        if self._cycle is None:
-            start, candidates = self._complete(self.text[:self.cursor])
-            end, which = self.cursor, min(step, 0)
-        else:
-            start, end, candidates, which = self._cycle
-            which += step
-        word = candidates[which % len(candidates)] + " " if candidates else ""
-        if not word or len(self.text) - (end - start) + len(word) > EDIT_LIMIT:
-            return Action("bell", [])
-        self._replace(start, end, word)
-        self._cycle = start, self.cursor, candidates, which
-        return None
-
-    def _submit(self) -> Action:
-        lines = self.text.split("\n")
-        start = re.match(SEND, lines[0]) if self._behind_send else None
-        if start is not None:
-            lines[1:] = [start.group() + line for line in lines[1:]]
-        pasted = len(lines) > 1 and start is None
-        # a pasted line with a slash may have been a text: in the history it would be a command
-        self._history.add(*[line for count, line in enumerate(lines)
-                            if not (pasted and count and line.startswith("/"))])
-        self._start_anew()
-        return Action("submit", lines, pasted)
-
-    def _start_anew(self) -> None:
-        self._show("")
-        self._behind_send = False
-        self._history.end_walk()
-
-    def _interrupt(self) -> Optional[Action]:
-        was_empty = not self.text
-        self._start_anew()
-        return Action("interrupt", []) if was_empty else None
-
-    def _end_of_input(self) -> Optional[Action]:
-        if not self.text:
-            return Action("end", [])
-        self._delete(next_unit(self.text, self.cursor))
-        return None
-
-
-def _cleaned(paste: str) -> str:
-    """A paste as text: lines end with a newline, but the last one; of the other control characters, only tabs."""
-    text = re.sub(_NOT_IN_TEXT, "", re.sub(_LINE_END, "\n", paste))
-    return text[:-1] if text.endswith("\n") else text
-
-
-# --- the screen -----------------------------------------------------------------------------------------------
-
-_WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
-_ERASE_ROW, _ERASE_BELOW = "\x1b[K", "\x1b[J"       # from the cursor on: on a full row, its last character, too
-_CLEAR = "\x1b[H\x1b[2J"
-_CHUNK = "[ -~]+|[^ -~]"
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_SHOWN = {"\n": ("↵", 1), "\u2028": ("↵", 1), "\u2029": ("↵", 1), "\t": (" ", 1)}
-
-
-@functools.lru_cache(maxsize=4096)
-def _shown(c: str) -> Tuple[str, int]:
-    """What is drawn for a character, and its width. Marks that turn the direction of a row are not drawn."""
-    if c in _SHOWN:
-        return _SHOWN[c]
-    if c < " " or c == "\x7f":
-        return "^" + chr(ord(c) ^ 0x40), 2
-    if "\x80" <= c <= "\x9f":
-        return "~" + chr(ord(c) - 0x40), 2
-    return ("", 0) if c in _DIRECTIONS else (c, char_width(c))
-
-
-class Rows:
-    """Text in rows of at most ``columns`` columns: ``rows``, and the ``widths`` of each."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.rows = [""]
-        self.widths = [0]
-
-    def add(self, text: str) -> None:
-        """Goes on with ``text``."""
-        for chunk in re.findall(_CHUNK, text):
-            if " " <= chunk[0] <= "~":
-                self._add_plain(chunk)
-            else:
-                self._add_one(*_shown(chunk))
-
-    def place(self, c: str) -> Tuple[int, int]:
-        """The row and the column where ``c`` would begin, or the end of the text if that is empty."""
-        width = max(1, _shown(c)[1]) if c else 1
-        if self._is_full_for(width):
-            return len(self.rows), 0
-        return len(self.rows) - 1, self.widths[-1]
-
-    def _is_full_for(self, width: int) -> bool:
-        return self.widths[-1] + min(width, self.columns) > self.columns
-
-    def _put(self, shown: str, width: int) -> None:
-        self.rows[-1] += shown
-        self.widths[-1] += width
-
-    def new_row(self) -> None:
-        """Begins a row."""
-        self.rows.append("")
-        self.widths.append(0)
-
-    def _add_plain(self, chunk: str) -> None:
-        start = 0
-        while start < len(chunk):
-            if self._is_full_for(1):
-                self.new_row()
-            piece = chunk[start:start + self.columns - self.widths[-1]]
-            self._put(piece, len(piece))
-            start += len(piece)
-
-    def _add_one(self, shown: str, width: int) -> None:
-        if not width and not self.widths[-1]:
-            return                       # nothing that it could join: a terminal may join it to the row above
-        if width > self.columns:
-            shown, width = "?", 1
-        if self._is_full_for(width):
-            self.new_row()
-        self._put(shown, width)
-
-
-def cut(text: str, columns: int) -> Tuple[str, int]:
-    """``text`` in one row, with an ellipsis where it is cut, and the row's width."""
-    rows = Rows(columns)
-    rows.add(text)
-    if len(rows.rows) > 1 and columns > 1:
-        rows = Rows(columns - 1)
-        rows.add(text)
-        return rows.rows[0] + "…", rows.widths[0] + 1
-    return rows.rows[0], rows.widths[0]
-
-
-def _up(count: int) -> str:
-    return f"\x1b[{count}A" if count > 0 else ""
-
-
-def _right(count: int) -> str:
-    return f"\x1b[{count}C" if count > 0 else ""
-
-
-Row = Tuple[str, int]                    # what is drawn, and its width in columns
-
-
-class Screen:
-    """Draws the area at the bottom of a terminal with so many columns and rows.
-
-    The area has at most one row less than the terminal. If it is too small, notices give way (the first ones first);
-    of a text that is still too high, the rows around the cursor are drawn.
-    """
-
-    def __init__(self, columns: int, rows: int, style: Style = Style(False)) -> None:
-        self._columns = max(1, columns)
-        self._most = max(1, rows - 1)
-        self._style = style
-        self._drawn: List[Row] = []      # the area as it is on the screen; none: it is not there
-        self._at = 0, 0                  # row and column of the cursor in it
-        self._of: object = None          # what was drawn
-
-    def draw(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> bytes:
-        """The area, over itself if it is drawn, else from the row where the cursor is; b"" if nothing has changed."""
-        of = tuple(notices), prompt, text, cursor
-        if self._drawn and of == self._of:
-            return b""
-        area, at = self._area(*of)
-        if self._drawn and (area, at) == (self._drawn, self._at):
-            return b""
-        drawn = self._bytes(area, at)
-        self._drawn, self._at, self._of = area, at, of
-        return drawn
-
-    def erase(self) -> bytes:
-        """Takes the area off, with the cursor at the beginning of the row where it began; b"" if it is not drawn."""
-        erased = self._to_start() + _ERASE_BELOW if self._drawn else ""
-        self.forget()
-        return erased.encode()
-
-    def resize(self, columns: int, rows: int) -> bytes:
-        """The terminal has another size now: takes the area off.
-
-        Exact where a terminal cuts rows, or scrolls, as it gets smaller: the cursor stays in its row, and does not
-        go above the first one. A terminal that flows rows anew may keep some of the area, but no message is erased.
-        """
-        erased = self.erase()
-        self._columns = max(1, columns)
-        self._most = max(1, rows - 1)
-        return erased
-
-    def clear_screen(self) -> bytes:
-        """Takes everything off, with the cursor in the first row."""
-        self.forget()
-        return _CLEAR.encode()
-
-    def begin_anew(self) -> bytes:
-        """The cursor is in some row, in which part of the area may still be: takes that off."""
-        self.forget()
-        return ("\r" + _ERASE_BELOW).encode()
-
-    def forget(self) -> None:
-        """The area is not drawn (any more), wherever the cursor may be."""
-        self._drawn, self._at, self._of = [], (0, 0), None
-
-    def _area(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> Tuple[List[Row], Tuple[int, int]]:
-        """The rows of the area, and row and column of the cursor in it."""
-        layout = Rows(self._columns)
-        layout.add(prompt + text[:cursor])
-        row, column = layout.place(text[cursor:cursor + 1])
-        layout.add(text[cursor:])
-        if row == len(layout.rows):
-            layout.new_row()
-        top = max(0, min(row - self._most // 2, len(layout.rows) - self._most))
-        edited = list(zip(layout.rows, layout.widths))[top:top + self._most]
-        room = self._most - len(edited)
-        shown = [cut(notice, self._columns) for notice in notices[-room:]] if room else []
-        return ([(self._style.dim(notice), width) for notice, width in shown] + edited,
-                (len(shown) + row - top, column))
-
-    def _bytes(self, area: List[Row], at: Tuple[int, int]) -> bytes:
-        """Draws ``area`` and puts the cursor there."""
-        start = self._to_start() if self._drawn else "\r" + _ERASE_BELOW
-        rows = [row if width == self._columns else row + _ERASE_ROW for row, width in area]
-        below = len(area) - 1 - at[0]
-        if len(area) < len(self._drawn):
-            rows.append(_ERASE_BELOW)    # in a row that is there: this scrolls nothing
-            below += 1
-        parts = _WRAP_OFF, start, "\r\n".join(rows), "\r", _up(below), _right(at[1]), _WRAP_ON
-        return "".join(parts).encode("utf-8", "replace")
-
-    def _to_start(self) -> str:
-        return "\r" + _up(self._at[0])
-
-
-# --- the terminal ---------------------------------------------------------------------------------------------
-
-class Terminal:
-    """The settings of a terminal, as long as somebody edits a line on it. Nothing here raises, blocks, or stops.
-
-    A terminal that has hung up, and a descriptor that is none, have no settings: then nothing happens.
-    """
-
-    def __init__(self, fd_in: int, fd_out: int) -> None:
-        self._fd_in = fd_in
-        self._fd_out = fd_out
-        self._saved: Optional[List[Any]] = None
-
-    def enter(self) -> None:
-        """From now on every key comes as bytes, at once, and is not shown. Ctrl-S and Ctrl-Q stay as they are."""
-        import termios
-        if self._saved is not None:
-            return
-        try:
-            saved = termios.tcgetattr(self._fd_in)
-        except (termios.error, OSError):
-            return
-        self._saved = saved
-        iflag, oflag, cflag, lflag, ispeed, ospeed, characters = saved
-        characters = list(characters)
-        characters[termios.VMIN], characters[termios.VTIME] = 1, 0
-        lflag &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
-        self._set([iflag & ~termios.ICRNL, oflag, cflag, lflag, ispeed, ospeed, characters])
-
-    def leave(self) -> None:
-        """Gives the terminal back with the settings that it had."""
-        if self._saved is not None:
-            self._set(self._saved)
-            self._saved = None
-
-    def _set(self, attributes: List[Any]) -> None:
-        """Sets them at once (a drain waits, on a terminal that Ctrl-S has stopped); in the background, too."""
-        import termios
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-        try:
-            termios.tcsetattr(self._fd_in, termios.TCSANOW, attributes)
-        except (termios.error, OSError):
-            pass                         # it has hung up, and takes its settings with it
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def is_background(self) -> bool:
-        """Whether it is another job's now: the shell has this process in the background."""
-        try:
-            return os.tcgetpgrp(self._fd_in) not in (0, os.getpgrp())   # 0: of another PID namespace
-        except OSError:
-            return False                 # not the terminal of this session: no shell shares it out
-
-    def size(self) -> Tuple[int, int]:
-        """Columns and rows."""
-        try:
-            columns, rows = os.get_terminal_size(self._fd_out)
-        except OSError:
-            return DEFAULT_SIZE
-        return columns or DEFAULT_SIZE[0], rows or DEFAULT_SIZE[1]
-
-
-# --- the standard streams --------------------------------------------------------------------------------------
-
-READ_SIZE = 65536         # bytes read from stdin in one turn
-WRITE_SIZE = 65536        # bytes offered to stdout at once
-OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
-CHUNK_LIMIT = 4096        # the same in calls of ``write``: empty ones wait, too
-ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
-TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
-
-
-def reopen(fd: int, flags: int) -> int:
-    """A non-blocking descriptor of one's own for an inherited one, or that one itself where there is no such thing.
-
-    O_NONBLOCK belongs to the open file description, which other processes share: it must not be set on theirs.
-    Opening /proc/self/fd anew (Linux) or the terminal by its name gives a description of one's own.
-    """
-    mode = os.fstat(fd).st_mode
-    path = f"/proc/self/fd/{fd}"
-    try:
-        if stat.S_ISCHR(mode) and os.isatty(fd):
-            path = os.ttyname(fd)
-        elif not stat.S_ISFIFO(mode) or not os.path.exists(path):
-            return fd
-        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return fd
-
-
-def read_some(fd: int) -> Optional[bytes]:
-    """At most ``READ_SIZE`` bytes, b"" at the end, None where there is nothing now. Raises OSError."""
-    try:
-        return os.read(fd, READ_SIZE)
-    except OSError as error:
-        if error.errno in TRANSIENT:
-            return None
-        raise
-
-
-class Reader:
-    """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd        # to be watched: a FIFO whose writers have left does not tell that to who opens it anew
-        try:
-            self._own = reopen(fd, os.O_RDONLY)
-        except OSError:     # closed
-            self.fd = self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.is_terminal = os.isatty(fd)
-
-    def read(self) -> Optional[bytes]:
-        """At most ``READ_SIZE`` bytes."""
-        try:
-            return read_some(self._own)
-        except OSError:
-            return b""
-
-
-class Writer:
-    """A standard stream to write to, of any kind: ``put`` takes what goes without blocking."""
-
-    def __init__(self, fd: int) -> None:
-        try:
-            self.fd = reopen(fd, os.O_WRONLY)
-            mode = os.fstat(self.fd).st_mode
-        except OSError:     # closed
-            self.fd, mode = fd, 0
-        self.is_terminal = os.isatty(self.fd)
-        self.is_pipe = stat.S_ISFIFO(mode)
-        self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
-        self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
-
-    def put(self, data: bytes) -> int:
-        """Writes; gives how many bytes were taken, 0 if none can be now. Raises OSError if the reader is gone."""
-        try:
-            if self._socket is not None:
-                return self._socket.send(data, socket.MSG_DONTWAIT)
-            if not self._may_block:
-                return os.write(self.fd, data)
-            if select.select([], [self.fd], [], 0)[1]:
-                return os.write(self.fd, data[:select.PIPE_BUF])    # a writable pipe takes so much
-            return 0
-        except OSError as error:
-            if error.errno in TRANSIENT:
-                return 0
-            raise
-
-
-class Output:
-    """What waits to be written to one stream, in order, and who is told when it is.
-
-    ``put`` takes bytes and gives how many were taken. ``broken`` tells that the reader is gone.
-    """
-
-    def __init__(self, put: Callable[[bytes], int]) -> None:
-        self._put = put
-        self._chunks: Deque[Tuple[bytes, Optional[Callable[[int], None]]]] = deque()
-        self.before: Optional[Callable[[], None]] = None    # called before anything is written
-        self.pending = 0        # bytes
-        self.broken = False
-
-    def write(self, data: bytes, written: Optional[Callable[[int], None]] = None) -> None:
-        """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
-
-        For empty data, it is told (0) when all that was appended before is written; if there is nobody to tell, nothing
-        is appended.
-        """
-        if not self.broken and (data or written is not None):
-            self._chunks.append((data, written))
-            self.pending += len(data)
-
-    def has_room(self) -> bool:
-        """Whether messages may be written: not too much waits."""
-        return self.pending < OUTPUT_LIMIT and len(self._chunks) < CHUNK_LIMIT
-
-    def give_up(self) -> None:
-        """Takes nothing any more: nobody reads it."""
-        self.broken = True
-        self._chunks.clear()
-        self.pending = 0
-
-    def flush(self) -> None:
-        """Writes what can be written now, and tells whoever waits for it."""
-        chunks = self._chunks
-        while chunks and not self.broken:
-            data = chunks[0][0] if len(chunks) == 1 else self._batch()
-            taken = 0
-            if data:
-                if self.before is not None:
-                    self.before()
-                try:
-                    taken = self._put(data)
-                except OSError:
-                    self.give_up()
-                    return
-                self.pending -= taken
-            complete = taken == len(data)
-            while chunks and len(chunks[0][0]) <= taken:
-                chunk, written = chunks.popleft()
-                taken -= len(chunk)
-                if written is not None:
-                    written(chunk.count(b"\n"))
-            if taken:
-                self._split(taken)
-            if not complete:
-                return
-
-    def _batch(self) -> bytes:
-        batch, size = [], 0
-        for data, _ in self._chunks:
-            batch.append(data)
-            size += len(data)
-            if size >= WRITE_SIZE:
-                break
-        return b"".join(batch)
-
-    def _split(self, taken: int) -> None:
-        """The first chunk was written up to ``taken``: tells of its lines, keeps the rest."""
-        data, written = self._chunks[0]
-        self._chunks[0] = data[taken:], written
-        lines = data.count(b"\n", 0, taken)
-        if written is not None and lines:
-            written(lines)
+from typing import (Any, NamedTuple)
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from conversation import Delivery
+from editor import PASTE_OFF, PASTE_ON, Action, Complete, Editor, History, Screen, Style, Terminal, text_width
+from loop import UNSAFE, Output, clean, rfc3339
+from protocol import MAX_TEXT
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------
@@ -1027,13 +65,13 @@ class Sends:
 
     __slots__ = ("nick", "texts", "ref", "size")
 
-    def __init__(self, nick: str, texts: List[str], ref: object = None, size: int = 0) -> None:
+    def __init__(self, nick: str, texts: list[str], ref: object = None, size: int = 0) -> None:
         self.nick = nick
         self.texts = texts
         self.ref = ref
         self.size = size
 
-    def take(self, most: int) -> List[str]:
+    def take(self, most: int) -> list[str]:
         """The first ``most`` of the texts, which are here no more."""
         taken, self.texts = self.texts[:most], self.texts[most:]
         return taken
@@ -1046,7 +84,7 @@ class Command(NamedTuple):
     and the ``ref`` in it.
     """
 
-    sends: Optional[Sends] = None
+    sends: Sends | None = None
     words: Sequence[str] = ()
     shown: str = ""
     broken: str = ""
@@ -1067,10 +105,10 @@ class Typed(str):
 class Block(str):
     """Lines that all begin with the same ``send NICK ``, which is the string: a read of a pipe mostly is that."""
 
-    texts: List[str]
+    texts: list[str]
 
 
-def group_sends(text: str) -> List[str]:
+def group_sends(text: str) -> list[str]:
     """Several lines as a list, or as one ``Block`` if all begin with the same ``send NICK ``. At the speed of C."""
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
@@ -1092,7 +130,7 @@ class Commands:
     def __init__(self, reads_json: bool = False) -> None:
         self.talk = ""
         self.ended = False          # nothing more will come
-        self.waiting: Deque[Union[str, Sends]] = deque()    # lines and texts of which ``take`` makes commands
+        self.waiting: deque[str | Sends] = deque()    # lines and texts of which ``take`` makes commands
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
@@ -1263,8 +301,6 @@ def _member(name: str, line: LongLine) -> object:
 
 # --- what is said ---------------------------------------------------------------------------------------------
 
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
-UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 NEWS, BAD = "news", "bad"       # what an event is to its reader
 
@@ -1275,10 +311,10 @@ class Saying(NamedTuple):
     line: str
     tone: str
     type: str
-    reason: Optional[str] = None
+    reason: str | None = None
 
 
-SAYINGS: Dict[str, Saying] = {
+SAYINGS: dict[str, Saying] = {
     "registered": Saying("[Welcome, You are registered.]", NEWS, "registered"),
     "table": Saying("[Client table updated.]", NEWS, "table"),
     "mail": Saying("[You have messages]", NEWS, "mail"),
@@ -1317,13 +353,6 @@ FOR_PEOPLE = frozenset({"back"})                                # what scripts t
 FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, that programs get
 
 
-def clean(text: str) -> str:
-    """``text`` with every control character as its escape: fit for one line of a terminal."""
-    if text.isprintable():
-        return text
-    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
-
-
 @functools.lru_cache(maxsize=1024)
 def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     """A wall-clock time in local time, for people."""
@@ -1333,16 +362,7 @@ def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
         return "at an unknown time"
 
 
-def rfc3339(at: float) -> str:
-    """A wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
-    try:
-        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
-    except (OverflowError, ValueError, OSError):
-        return "1970-01-01T00:00:00.000Z"
-
-
-def as_json(value: Dict[str, Any]) -> str:
+def as_json(value: dict[str, Any]) -> str:
     """One line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
     import json
     return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
@@ -1357,7 +377,7 @@ class Lines:
 
     is_for_programs = False     # who want to know of which messages an event is, and who say JSON themselves
 
-    def __init__(self, style: Style = Style(False), wall: Optional[Callable[[], float]] = None,
+    def __init__(self, style: Style = Style(False), wall: Callable[[], float] | None = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
         self._style = style
         self._wall = wall
@@ -1394,7 +414,7 @@ class Lines:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
-    def clients(self, entries: Sequence[Tuple[str, str, str]]) -> str:
+    def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
         """Who is known: nick, address and state."""
         wide = max((text_width(nick) for nick, _, _ in entries), default=0)
         far = max((len(address) for _, address, _ in entries), default=0)
@@ -1436,13 +456,13 @@ class JsonLines(Lines):
 
     def messages(self, delivery: Delivery, via: str) -> str:
         """What somebody has sent, an object each; ``via``: on which way it came."""
-        sent: Sequence[Optional[str]] = [rfc3339(at) for at in delivery.times] or [None] * len(delivery.texts)
+        sent: Sequence[str | None] = [rfc3339(at) for at in delivery.times] or [None] * len(delivery.texts)
         return "".join([
             self._object("message", **{"from": delivery.sender}, to=self._nick, text=text,
                          id=f"{delivery.stream}:{number}", via=via, sent=at)
             for number, (text, at) in enumerate(zip(delivery.texts, sent), delivery.first)])
 
-    def clients(self, entries: Sequence[Tuple[str, str, str]]) -> str:
+    def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
         """Who is known, an object each."""
         return "".join([self._object("client", nick=nick, address=address, state=state)
                         for nick, address, state in entries])

@@ -52,7 +52,8 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import msgpack
 
@@ -60,12 +61,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import protocol                                                         # noqa: E402
-import udpchat                                                          # noqa: E402
-from protocol import (FOR_SIZE, Conversation, Decoder, Info, Place, ReceiveStream, addressed, encode,     # noqa: E402
-                      letters_of, padded, since_of)
-from registry import ONLINE, Page, Table                                # noqa: E402
-from terminal import show_time                                          # noqa: E402
+import protocol    # noqa: E402
+import udpchat    # noqa: E402
+from loop import Loop    # noqa: E402
+from conversation import DIRECT, QUEUE_LIMIT, Conversation, Place    # noqa: E402
+from protocol import FOR_SIZE, Decoder, Info, addressed, encode, letters_of, padded, since_of    # noqa: E402
+from registry import ONLINE, Page, Table    # noqa: E402
+from stream import ReceiveStream    # noqa: E402
+from terminal import show_time    # noqa: E402
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
 
 HOST = "127.0.0.1"
@@ -117,13 +120,13 @@ def world() -> Iterator[Chat]:
         yield chat
 
 
-def role(name: str, *arguments: str) -> List[str]:
+def role(name: str, *arguments: str) -> list[str]:
     """The command that runs this file as one of the processes in ``ROLES``."""
     return [sys.executable, str(Path(__file__).resolve()), name, *arguments]
 
 
 def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess.DEVNULL,
-                command: Optional[Sequence[str]] = None) -> Process:
+                command: Sequence[str] | None = None) -> Process:
     """Starts the program with its output in a file."""
     with path.open("wb") as file:
         if command is not None:
@@ -131,8 +134,8 @@ def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess
         return chat.run(*arguments, stdin=stdin, stdout=file.fileno())
 
 
-def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Optional[Sequence[str]] = None,
-                  ) -> Tuple[Process, int]:
+def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Sequence[str] | None = None,
+                  ) -> tuple[Process, int]:
     """Starts the program with its output in a file; gives it, and the descriptor that leads to its stdin."""
     read_end, write_end = os.pipe()
     try:
@@ -141,7 +144,7 @@ def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Optional[Seq
         os.close(read_end)
 
 
-def as_client(chat: Chat, nick: str, *options: str, port: int = 0) -> List[str]:
+def as_client(chat: Chat, nick: str, *options: str, port: int = 0) -> list[str]:
     """The arguments of a client of this world; ``port``: of a server that was not started in the usual way."""
     return ["client", nick, HOST, str(port or chat.port), "0", *options]
 
@@ -151,7 +154,7 @@ def wait_for(chat: Chat, path: Path, text: str) -> None:
     chat.until(lambda: text.encode() in path.read_bytes(), f"{text!r} in {path.name}", TIME.left(PATIENCE))
 
 
-def pour(descriptor: int, *files: Path) -> "subprocess.Popen[bytes]":
+def pour(descriptor: int, *files: Path) -> subprocess.Popen[bytes]:
     """``cat`` of some files into a pipe, whose only end it holds."""
     try:
         return subprocess.Popen(["cat", *map(str, files)], stdin=subprocess.DEVNULL, stdout=descriptor)
@@ -196,7 +199,7 @@ TEXT_SIZE = 50            # bytes of a line
 PLAIN_LINES = 50_000      # through the plain loop; its rate does not depend on it
 
 
-def plain_send(arguments: List[str]) -> None:
+def plain_send(arguments: list[str]) -> None:
     """The sender of the plain loop: a line, a map, a datagram."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.connect((HOST, int(arguments[0])))
@@ -210,7 +213,7 @@ def plain_send(arguments: List[str]) -> None:
     sock.recv(CREDIT)
 
 
-def plain_receive(arguments: List[str]) -> None:
+def plain_receive(arguments: list[str]) -> None:
     """The receiver of the plain loop: a datagram, a map, a line in a file."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((HOST, 0))
@@ -229,7 +232,7 @@ def plain_receive(arguments: List[str]) -> None:
     sock.sendto(b"all written", address)
 
 
-def texts(count: int) -> List[str]:
+def texts(count: int) -> list[str]:
     """So many different texts of ``TEXT_SIZE`` bytes."""
     filler = "the quick brown fox jumps over the lazy dog, twice"
     return [f"{number:08d} {filler}"[:TEXT_SIZE] for number in range(count)]
@@ -301,7 +304,7 @@ def through_chat(lines: Sequence[str]) -> float:
     return len(lines) / seconds
 
 
-def measure_piped(names: Set[str]) -> Iterator[Row]:
+def measure_piped(names: set[str]) -> Iterator[Row]:
     """The throughput of a pipe."""
     lines = texts(PIPED_LINES)
     pairs = [(through_chat(lines), plain_loop()) for _ in range(PIPED_ROUNDS)]
@@ -366,7 +369,7 @@ def deliver_lines(chat: Chat, lines: Sequence[str]) -> float:
     return len(lines) / seconds
 
 
-def measure_mail(names: Set[str]) -> Iterator[Row]:
+def measure_mail(names: set[str]) -> Iterator[Row]:
     """How fast messages are kept and delivered."""
     lines = texts(KEPT_LINES)
     options = ("--mailbox-limit", str(KEPT_LINES + 1))
@@ -388,7 +391,7 @@ def measure_mail(names: Set[str]) -> Iterator[Row]:
                   "flat: + 8 MB at most", grown <= 8)
 
 
-def measure_memory(names: Set[str]) -> Iterator[Row]:
+def measure_memory(names: set[str]) -> Iterator[Row]:
     """The peak of each process while lines are piped through."""
     lines = texts(MEMORY_LINES // MEMORY_FILES)
     modules = "import argparse, hmac, logging, msgpack, random, selectors, socket, sqlite3, subprocess, sys"
@@ -423,7 +426,7 @@ def measure_memory(names: Set[str]) -> Iterator[Row]:
 ROUNDS = 2_000
 
 
-def bare_echo(arguments: List[str]) -> None:
+def bare_echo(arguments: list[str]) -> None:
     """Decodes every datagram, and sends what was in it back."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((HOST, 0))
@@ -433,7 +436,7 @@ def bare_echo(arguments: List[str]) -> None:
         sock.sendto(msgpack.packb(msgpack.unpackb(datagram)), address)
 
 
-def bare_loop(arguments: List[str]) -> None:
+def bare_loop(arguments: list[str]) -> None:
     """Sends every line, and writes what comes back for it."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.connect((HOST, int(arguments[0])))
@@ -477,7 +480,7 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def measure_latency(names: Set[str]) -> Iterator[Row]:
+def measure_latency(names: set[str]) -> Iterator[Row]:
     """What one message takes."""
     with world() as chat, one_core():
         out, line = chat.directory / "out", texts(1)[0]
@@ -547,7 +550,7 @@ def welcomed(chat: Chat) -> float:
     return seconds
 
 
-def measure_start(names: Set[str]) -> Iterator[Row]:
+def measure_start(names: set[str]) -> Iterator[Row]:
     """How long the program takes to be there."""
     with world() as chat:
         program = [sys.executable, str(ROOT / "udpchat.py")]
@@ -590,7 +593,7 @@ def page_of(info: Info) -> Page:
 
 
 @functools.lru_cache(maxsize=8192)
-def read_page(data: bytes) -> Optional[Page]:
+def read_page(data: bytes) -> Page | None:
     """A ``table`` map as a page, None if it is not valid; one that many members get is decoded once."""
     decoder = Decoder()
     for _, info in decoder.decode(data):
@@ -612,8 +615,8 @@ class Member:
         self.sock.bind((HOST, 0))
         self.request = 0
         self.attempts = 0
-        self.cookie: Optional[bytes] = None
-        self.session: Optional[bytes] = None
+        self.cookie: bytes | None = None
+        self.session: bytes | None = None
         self.leaving = False
         self.version = 0            # up to which the table is held
         self.target = 0             # up to which it should be
@@ -622,8 +625,8 @@ class Member:
         self.ping = 0               # id of the last one
         self.due = NEVER            # when to ask the server for something
         self.queued = NEVER         # when to look at that
-        self.mirror: Optional[Table] = None
-        self.mail: Optional[ReceiveStream] = None
+        self.mirror: Table | None = None
+        self.mail: ReceiveStream | None = None
 
 
 class Swarm:
@@ -639,10 +642,10 @@ class Swarm:
         self._random = random.Random(1)
         self._now = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._timers: List[Tuple[float, int, Member]] = []
+        self._timers: list[tuple[float, int, Member]] = []
         self._serial = 0
         self._decoder = Decoder()
-        self._handlers: Dict[str, Callable[[Member, Info], None]] = {
+        self._handlers: dict[str, Callable[[Member, Info], None]] = {
             "cookie": self._on_cookie, "welcome": self._on_welcome, "refused": self._on_refused,
             "pong": self._on_pong, "probe": self._on_probe, "mail": self._on_mail, "bye": self._on_bye,
             "table": lambda member, info: self._on_page(member, page_of(info))}
@@ -652,7 +655,7 @@ class Swarm:
         for member in self.members[:MIRRORS]:
             member.mirror = Table()
 
-    def __enter__(self) -> "Swarm":
+    def __enter__(self) -> Swarm:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -831,7 +834,7 @@ class Swarm:
             if member.mirror is not None:
                 member.mirror.apply(page)
             if member.version < member.target:
-                if member.pages >= udpchat.SYNC_PAGES:
+                if member.pages >= protocol.SYNC_PAGES:
                     self._ask(member)
             elif was_behind:
                 member.attempts = 0
@@ -934,7 +937,7 @@ def measure_crowd(swarm: Swarm, server: Process, count: int) -> Row:
                done and seconds <= limit and not any(faults))
 
 
-def measure_idle(swarm: Swarm, server: Process) -> Tuple[Row, float]:
+def measure_idle(swarm: Swarm, server: Process) -> tuple[Row, float]:
     """All are registered and ping; also gives the part of a core that this takes."""
     swarm.until(lambda: False, SETTLE)
     began, used = time.monotonic(), processor_time(server)
@@ -988,7 +991,7 @@ def bare_sends(members: Sequence[Member]) -> float:
         return (time.thread_time() - began) / (rounds_ * len(addresses))
 
 
-def table_rows(costs: Dict[int, Cost]) -> Iterator[Row]:
+def table_rows(costs: dict[int, Cost]) -> Iterator[Row]:
     """What the table costs, from the costs with so many clients."""
     own = costs.pop(1).seconds
     counts = ", ".join(f"{count:,}" for count in costs)
@@ -1003,7 +1006,7 @@ def table_rows(costs: Dict[int, Cost]) -> Iterator[Row]:
               "<= 12 us, constant", max(times) <= 12e-6 and max(ratios) <= 1.5 * min(ratios))
 
 
-def measure_many(names: Set[str]) -> Iterator[Row]:
+def measure_many(names: set[str]) -> Iterator[Row]:
     """Everything for which many clients are registered: ``crowd``, ``idle``, ``table``."""
     large = min(LARGE_CROWD, raise_limit())
     if "crowd" in names:
@@ -1038,19 +1041,19 @@ PAUSE = 0.002             # s between rounds of the pair
 TURN_LIMIT = 0.05         # s
 
 
-def watched(arguments: List[str]) -> None:
+def watched(arguments: list[str]) -> None:
     """Runs the program; writes the longest turn of its loop (seconds by the clock, and of the processor) to a file."""
     longest = [0.0, 0.0]
-    woken: List[Tuple[float, float]] = []
+    woken: list[tuple[float, float]] = []
 
-    class Watched(udpchat.Loop):
+    class Watched(Loop):
         """What lies between two waits is a turn."""
 
         def __init__(self) -> None:
             super().__init__()
             self._plain_wait, self._wait = self._wait, self._watched_wait
 
-        def _watched_wait(self, timeout: float, most: int) -> List[Tuple[int, int]]:
+        def _watched_wait(self, timeout: float, most: int) -> list[tuple[int, int]]:
             if woken:
                 began, used = woken.pop()
                 longest[0] = max(longest[0], time.monotonic() - began)
@@ -1065,9 +1068,9 @@ def watched(arguments: List[str]) -> None:
     sys.exit(code)
 
 
-def rounds(process: Process, go_on: Callable[[int], bool]) -> List[float]:
+def rounds(process: Process, go_on: Callable[[int], bool]) -> list[float]:
     """Milliseconds of each round of a pair, as long as ``go_on(how many there were)``."""
-    found: List[float] = []
+    found: list[float] = []
     end = time.monotonic() + TIME.left(PATIENCE)
     while go_on(len(found)) and time.monotonic() < end:
         found.append(one_round(process, "send dave hello\n", received("dave")) * 1e3)
@@ -1075,14 +1078,14 @@ def rounds(process: Process, go_on: Callable[[int], bool]) -> List[float]:
     return found
 
 
-def watched_server(chat: Chat) -> Tuple[Process, int]:
+def watched_server(chat: Chat) -> tuple[Process, int]:
     """Starts a server whose turns are timed; gives it and its port."""
     server = chat.run("server", "0", "--host", HOST, "--store", str(chat.store),
                       command=role("--watched", str(chat.directory / "server-turns")))
     return server, int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
 
 
-def measure_timers(names: Set[str]) -> Iterator[Row]:
+def measure_timers(names: set[str]) -> Iterator[Row]:
     """Whether those who do not answer hold up the others."""
     raise_limit()
     with world() as chat:
@@ -1105,7 +1108,7 @@ def measure_timers(names: Set[str]) -> Iterator[Row]:
               f"p99 {before:.1f} ms before", f"{p99 / before:.1f}", "<= 10 ms", p99 <= 10)
 
 
-def storm(chat: Chat, carol: Process, port: int) -> Tuple[List[float], List[float], float]:
+def storm(chat: Chat, carol: Process, port: int) -> tuple[list[float], list[float], float]:
     """The rounds of carol and dave before and while alice sends to the dead, and how many seconds that takes."""
     receipts, lines = chat.directory / "receipts", chat.directory / "lines"
     alice, pipe = run_with_pipe(chat, receipts, *as_client(chat, "alice", port=port),
@@ -1148,7 +1151,7 @@ class Link:
         self.now = 0.0
         self.random = random.Random(seed)
         self._free = 0.0        # when all that was sent is through
-        self._calls: List[Tuple[float, int, Callable[[], None]]] = []
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
 
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
@@ -1194,7 +1197,7 @@ class Flow:
     def poll(self) -> None:
         """Sends what is due, and comes back when more is."""
         now, conversation = self._link.now, self._conversation
-        if conversation.held < protocol.QUEUE_LIMIT:
+        if conversation.held < QUEUE_LIMIT:
             conversation.send(now, self._texts, now)
         for datagram, _ in conversation.poll(now):
             self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))
@@ -1218,11 +1221,11 @@ class Flow:
         self._link.answer(functools.partial(self._acked, self._receiver.ack()))
 
     def _acked(self, info: Info) -> None:
-        self._conversation.on_ack(self._link.now, info["next"], info["have"], info["room"], protocol.DIRECT)
+        self._conversation.on_ack(self._link.now, info["next"], info["have"], info["room"], DIRECT)
         self.poll()
 
 
-def simulate(flows: int, seed: int) -> List[float]:
+def simulate(flows: int, seed: int) -> list[float]:
     """Bytes of text a second that each of so many senders gets through."""
     TIME.left(0.0)
     link = Link(seed)
@@ -1235,7 +1238,7 @@ def simulate(flows: int, seed: int) -> List[float]:
     return [(sender.delivered - start) / (SIMULATED * 0.9) for sender, start in zip(senders, before)]
 
 
-def measure_loss(names: Set[str]) -> Iterator[Row]:
+def measure_loss(names: set[str]) -> Iterator[Row]:
     """What a link that loses lets through, and how two share it."""
     goodput = statistics.mean(simulate(1, seed)[0] for seed in range(SEEDS))
     yield Row("loss", f"{goodput / 1e3:,.0f} kB/s of text", f"{RATE / 1e3:,.0f} kB/s: the link",
@@ -1249,17 +1252,17 @@ def measure_loss(names: Set[str]) -> Iterator[Row]:
 
 # --- the table ------------------------------------------------------------------------------------------------
 
-MEASURES: Dict[str, Callable[[Set[str]], Iterator[Row]]] = {
+MEASURES: dict[str, Callable[[set[str]], Iterator[Row]]] = {
     "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
     "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
     "crowd": measure_many, "idle": measure_many, "table": measure_many}
-ROLES: Dict[str, Callable[[List[str]], None]] = {
+ROLES: dict[str, Callable[[list[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
     "--watched": watched}
 TITLES = ("name", "figure", "yardstick", "ratio", "target", "met")
 
 
-def measured(measure: Callable[[Set[str]], Iterator[Row]], names: Set[str]) -> Iterator[Row]:
+def measured(measure: Callable[[set[str]], Iterator[Row]], names: set[str]) -> Iterator[Row]:
     """The rows of one measure that were asked for; one that says so if it failed."""
     try:
         TIME.left(0.0)
@@ -1276,7 +1279,7 @@ def measured(measure: Callable[[Set[str]], Iterator[Row]], names: Set[str]) -> I
 
 def show(rows: Sequence[Row]) -> None:
     """Prints the table."""
-    lines: List[Sequence[str]] = [TITLES, *((*row[:5], "yes" if row.met else "NO") for row in rows)]
+    lines: list[Sequence[str]] = [TITLES, *((*row[:5], "yes" if row.met else "NO") for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -1290,7 +1293,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"no such measure: {', '.join(unknown)}; there are {', '.join(MEASURES)}")
         return 0
     names = set(arguments) or set(MEASURES)
-    rows: List[Row] = []
+    rows: list[Row] = []
     for measure in dict.fromkeys(MEASURES[name] for name in MEASURES if name in names):
         began = time.monotonic()
         rows.extend(measured(measure, names))

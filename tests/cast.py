@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Dict, List
 
 from tests.processes import SAVED, UPDATED, WELCOME, Chat, is_offline, received
 from tests.test_screen import PATIENT, Window
@@ -20,11 +19,11 @@ DAY, TIME = "2026-11-22", "09:41:07"
 PORTS = ("43961", "51120", "38214")     # of alice, bob and carol
 
 
-def stable(rows: List[str]) -> List[str]:
+def stable(rows: list[str]) -> list[str]:
     """``rows`` with the times and ports of every run."""
-    ports: Dict[str, str] = {}
+    ports: dict[str, str] = {}
 
-    def port(match: "re.Match[str]") -> str:
+    def port(match: re.Match[str]) -> str:
         return ":" + ports.setdefault(match[1], PORTS[len(ports)])
     rows = [re.sub(r"^\d\d:\d\d:\d\d(?= )", TIME, row) for row in rows]
     rows = [re.sub(r"(?<=: <)\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?=> )", f"{DAY} {TIME}", row) for row in rows]
@@ -36,7 +35,7 @@ class Cast:
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
-        self._windows: List[Window] = []
+        self._windows: list[Window] = []
 
     def close(self) -> None:
         """Closes them."""
@@ -57,7 +56,7 @@ class Cast:
         for line in lines:
             window.shows_row(r"\d\d:\d\d:\d\d " + re.escape(line))
 
-    def alice_talks(self) -> List[str]:
+    def alice_talks(self) -> list[str]:
         """What alice has on her screen after some talk."""
         self._chat.absent("carol")
         alice = self.open("alice")
@@ -79,7 +78,7 @@ class Cast:
         alice.shows_row(f"bob>>> {half}")
         return alice.picture
 
-    def carol_comes_back(self) -> List[str]:
+    def carol_comes_back(self) -> list[str]:
         """What carol has on her screen then."""
         carol = self.open("carol")
         self._chat.until(lambda: sum(UPDATED in row for row in carol.rows) == 2, "the news that she is online")
@@ -87,7 +86,7 @@ class Cast:
         return carol.picture
 
 
-def cast() -> List[str]:
+def cast() -> list[str]:
     """The blocks in README, in their order."""
     with tempfile.TemporaryDirectory() as directory, Chat(Path(directory)) as chat:
         session = Cast(chat)

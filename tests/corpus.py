@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from random import Random
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import msgpack
 
@@ -17,11 +18,11 @@ from tests.simulate import Node, Weather, World, unpack
 
 TAGS = sorted(SCHEMA)
 HUGE = (2 ** 31, 2 ** 32, 2 ** 53, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 1, -1, -2 ** 63)
-OTHERS: List[Any] = [None, True, 0, 1, 7, 1.5, float("nan"), float("inf"), "", "bob", "x" * 900, b"", b"s" * 16,
+OTHERS: list[Any] = [None, True, 0, 1, 7, 1.5, float("nan"), float("inf"), "", "bob", "x" * 900, b"", b"s" * 16,
                      b"t" * 32, [], [[]], {}, {"a": {}}, [1, 2], ["a"], "\x1b[2J", "\n"]
 
 
-def record(seed: int, nicks: Sequence[str] = ("alice", "bob", "carol")) -> List[bytes]:
+def record(seed: int, nicks: Sequence[str] = ("alice", "bob", "carol")) -> list[bytes]:
     """Every datagram of a run in which something of each kind is said."""
     world, recorded = World(seed), []
     world.network.weather = Weather(loss=0.1, delay=0.005, jitter=0.01)
@@ -64,7 +65,7 @@ def record(seed: int, nicks: Sequence[str] = ("alice", "bob", "carol")) -> List[
 
 def mutants(datagrams: Sequence[bytes], random: Random, count: int) -> Iterator[bytes]:
     """``count`` variations of ``datagrams``."""
-    ways: List[Callable[[bytes], bytes]] = [
+    ways: list[Callable[[bytes], bytes]] = [
         functools.partial(way, random) for way in (_flipped, _cut, _grown, _retagged, _retyped, _retyped, _enlarged)]
     ways.append(lambda datagram: _spliced(random, datagram, random.choice(datagrams)))
     ways.append(lambda datagram: (datagram + random.choice(datagrams))[:65535])

@@ -22,7 +22,8 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, List, Optional, Pattern, Sequence, Set, Tuple, Type, Union
+from re import Pattern
+from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "udpchat.py")]
@@ -66,7 +67,7 @@ def sends(nick: str, texts: Sequence[str]) -> str:
 class Stream:
     """What has come from one descriptor; ``paused``: nobody reads it for the time being."""
 
-    def __init__(self, fd: Optional[int]) -> None:
+    def __init__(self, fd: int | None) -> None:
         self.fd = fd
         self.data = bytearray()
         self.paused = False
@@ -93,8 +94,8 @@ class Stream:
 class Process:
     """One process of a test. ``see`` moves on in its output; ``lines`` is all of it."""
 
-    def __init__(self, chat: "Chat", popen: "subprocess.Popen[bytes]", stdin: Optional[int], stdout: Optional[int],
-                 stderr: Optional[int]) -> None:
+    def __init__(self, chat: Chat, popen: subprocess.Popen[bytes], stdin: int | None, stdout: int | None,
+                 stderr: int | None) -> None:
         self.chat = chat
         self.popen = popen
         self.out = Stream(stdout)
@@ -112,7 +113,7 @@ class Process:
 
     # input
 
-    def feed(self, text: Union[str, bytes]) -> None:
+    def feed(self, text: str | bytes) -> None:
         """Writes to its stdin, as it takes it."""
         assert self._stdin is not None, "no pipe leads there"
         self._to_write += text.encode() if isinstance(text, str) else text
@@ -124,7 +125,7 @@ class Process:
         self.write_some()
 
     @property
-    def waits_to_write(self) -> Optional[int]:
+    def waits_to_write(self) -> int | None:
         """The descriptor for which something waits to be written."""
         return self._stdin if self._to_write else None
 
@@ -146,17 +147,17 @@ class Process:
     # output
 
     @property
-    def lines(self) -> List[str]:
+    def lines(self) -> list[str]:
         """The whole lines of its stdout so far."""
         return self.out.data.decode().split("\n")[:-1]
 
     @property
-    def events(self) -> List[str]:
+    def events(self) -> list[str]:
         """The lines without those that say that the table has changed: how often is a matter of chance."""
         return [line for line in self.lines if line != UPDATED]
 
     @property
-    def errors(self) -> List[str]:
+    def errors(self) -> list[str]:
         """The whole lines of its stderr so far."""
         return self.err.data.decode().split("\n")[:-1]
 
@@ -174,17 +175,17 @@ class Process:
             while self.next_line() != wanted:
                 pass
 
-    def see_match(self, pattern: Union[str, Pattern[str]]) -> "re.Match[str]":
+    def see_match(self, pattern: str | Pattern[str]) -> re.Match[str]:
         """Waits for a line that is ``pattern`` from its beginning to its end."""
         while True:
             found = re.fullmatch(pattern, self.next_line())
             if found is not None:
                 return found
 
-    def roster(self) -> Dict[str, Tuple[str, str]]:
+    def roster(self) -> dict[str, tuple[str, str]]:
         """What the client's ``who`` says: nick -> (address, state). It must be online."""
         self.feed("who\nend-of-who\n")
-        found: Dict[str, Tuple[str, str]] = {}
+        found: dict[str, tuple[str, str]] = {}
         while True:
             line = self.next_line()
             if line == "[Unknown command end-of-who, try help.]":
@@ -259,16 +260,16 @@ class Chat:
         self.state = directory / "state"
         self.store = directory / "store.db"
         self.environment = dict(os.environ, XDG_STATE_HOME=str(self.state), HOME=str(directory))
-        self.processes: List[Process] = []
-        self.proxies: List[Proxy] = []
-        self._server: Optional[Process] = None
+        self.processes: list[Process] = []
+        self.proxies: list[Proxy] = []
+        self._server: Process | None = None
         self._port = 0
 
-    def __enter__(self) -> "Chat":
+    def __enter__(self) -> Chat:
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         for proxy in self.proxies:
             proxy.close()
         for process in self.processes:
@@ -279,9 +280,9 @@ class Chat:
 
     # starting
 
-    def run(self, *arguments: Union[str, bytes], stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE,
-            environment: Optional[Dict[str, str]] = None, command: Sequence[str] = PROGRAM,
-            terminal: Optional[int] = None) -> Process:
+    def run(self, *arguments: str | bytes, stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE,
+            environment: dict[str, str] | None = None, command: Sequence[str] = PROGRAM,
+            terminal: int | None = None) -> Process:
         """Starts the program. ``terminal``: a descriptor of the one that is to be its own."""
         def take_terminal() -> None:
             os.setsid()
@@ -291,7 +292,7 @@ class Chat:
         popen = subprocess.Popen([*command, *arguments], stdin=stdin, stdout=stdout, stderr=stderr, bufsize=0,
                                  env=dict(self.environment, **(environment or {})), cwd=self.directory,
                                  preexec_fn=take_terminal if terminal is not None else None)
-        ends: List[Optional[int]] = []
+        ends: list[int | None] = []
         for end in (popen.stdin, popen.stdout, popen.stderr):
             ends.append(os.dup(end.fileno()) if end is not None else None)
             if end is not None:
@@ -314,14 +315,14 @@ class Chat:
         process._stdin = os.dup(master)
         return process
 
-    def complete(self, *arguments: Union[str, bytes], environment: Optional[Dict[str, str]] = None,
+    def complete(self, *arguments: str | bytes, environment: dict[str, str] | None = None,
                  command: Sequence[str] = PROGRAM) -> Process:
         """Runs the program with nothing to read until it ends."""
         process = self.run(*arguments, stdin=subprocess.DEVNULL, environment=environment, command=command)
         process.wait()
         return process
 
-    def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: Optional[str] = None) -> Process:
+    def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: str | None = None) -> Process:
         """Starts the server of this world (a new one after the old one has ended); it is ready."""
         server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options)
         self._port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
@@ -339,19 +340,19 @@ class Chat:
         """Starts the server again, on its old port."""
         return self.server(*options, port=self._port)
 
-    def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: Optional[int] = None, stdin: int = PIPE,
+    def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None, stdin: int = PIPE,
               stdout: int = PIPE) -> Process:
         """Starts a client."""
         return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout)
 
-    def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: Optional[int] = None,
+    def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None,
                stdin: int = PIPE) -> Process:
         """Starts a client; it is registered."""
         client = self.start(nick, *options, host=host, port=port, stdin=stdin)
         client.see(WELCOME)
         return client
 
-    def clients(self, *nicks: str) -> List[Process]:
+    def clients(self, *nicks: str) -> list[Process]:
         """Starts clients, each of which knows those before it."""
         clients = [self.client(nick) for nick in nicks]
         for client in clients:
@@ -363,7 +364,7 @@ class Chat:
         client = self.client(nick)
         client.finish()
 
-    def proxy(self) -> "Proxy":
+    def proxy(self) -> Proxy:
         """Starts a proxy in front of the server."""
         proxy = Proxy(self.port)
         self.proxies.append(proxy)
@@ -373,8 +374,8 @@ class Chat:
 
     def pump(self, seconds: float) -> None:
         """Reads and writes what can be read and written, waiting at most so long for anything."""
-        reading: Dict[int, Stream] = {}
-        writing: Dict[int, Process] = {}
+        reading: dict[int, Stream] = {}
+        writing: dict[int, Process] = {}
         for process in self.processes:
             for stream in (process.out, process.err):
                 if stream.fd is not None and not stream.paused:
@@ -427,7 +428,7 @@ class Proxy:
         self._random = random.Random(seed)
         self._server = ("127.0.0.1", port)
         self._front = self._socket()
-        self._backs: Dict[Tuple[str, int], socket.socket] = {}
+        self._backs: dict[tuple[str, int], socket.socket] = {}
         self._wake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -462,7 +463,7 @@ class Proxy:
                 elif source == self._server:
                     self._pass_on(self._front, datagram, clients[sock])
 
-    def _pass_on(self, sock: socket.socket, datagram: bytes, address: Tuple[str, int]) -> None:
+    def _pass_on(self, sock: socket.socket, datagram: bytes, address: tuple[str, int]) -> None:
         if self.swallows or self._random.random() < self.loss:
             return
         for _ in range(1 + (self._random.random() < self.doubled)):
@@ -481,5 +482,5 @@ class Proxy:
 
 def shown_once(lines: Sequence[str], wanted: Sequence[str]) -> bool:
     """Whether ``wanted`` are among ``lines``, each once and in that order."""
-    names: Set[str] = set(wanted)
+    names: set[str] = set(wanted)
     return [line for line in lines if line in names] == list(wanted)

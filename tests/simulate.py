@@ -8,7 +8,7 @@ Everything comes from one seed, so a run that fails can be replayed to the lette
 How it works
 ------------
 ``World`` is a scheduler of events in virtual time. A ``Node`` is a process: it owns a ``SimLoop`` (what the program
-gets instead of ``udpchat.Loop``), an inbox, and does turns as ``udpchat.Loop`` does: datagrams, timers, settle.
+gets instead of ``loop.Loop``), an inbox, and does turns as ``loop.Loop`` does: datagrams, timers, settle.
 ``ServerNode`` runs a ``Server`` on a ``Disk`` that outlives it; ``Life`` runs a ``Client`` with a standard input that
 somebody types into and a ``Screen`` that may be slow, stalled or gone. ``Network`` loses, delays, repeats and garbles.
 
@@ -31,17 +31,21 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import msgpack
 
 import protocol
-from protocol import NEVER, Address, Inbox, Incoming, encode
+from client import ACTIVE, AWAY, ENDED, JOINING, Client
+from conversation import RECEIVED, REFUSED, SAVED, Event, Inbox, Incoming
+from loop import DATAGRAMS_PER_TURN, ERROR, INFO, LOST_TIME, Output, Timer, TimerHeap, clean, log
+from protocol import Address, encode
 from registry import Mailbox, Registry
-from terminal import SAYINGS, JsonLines, Output, clean
-from udpchat import (ACTIVE, AWAY, DATAGRAMS_PER_TURN, ENDED, ERROR, INFO, JOINING, LOST_TIME, Client, Server, Timer,
-                     TimerHeap, log)
+from server import Server
+from stream import NEVER
+from terminal import SAYINGS, JsonLines
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -77,7 +81,7 @@ class Message:
 
     __slots__ = ("life", "to", "serial", "text", "end", "away", "closing", "seen_by")
 
-    def __init__(self, life: "Life", to: str, serial: int, text: str, end: int, away: bool) -> None:
+    def __init__(self, life: Life, to: str, serial: int, text: str, end: int, away: bool) -> None:
         self.life = life
         self.to = to
         self.serial = serial
@@ -85,7 +89,7 @@ class Message:
         self.end = end                  # bytes of stdin until its line is complete
         self.away = away                # typed behind a ``dereg``: the program only says that it is offline
         self.closing = ""
-        self.seen_by: List["Life"] = []
+        self.seen_by: list[Life] = []
 
     def __repr__(self) -> str:
         return f"{self.text.split(' ')[0]} ({self.life.name} to {self.to})"
@@ -95,9 +99,9 @@ class Ledger:
     """Every text that was typed, what became of it, and where it was seen."""
 
     def __init__(self) -> None:
-        self.messages: Dict[str, Message] = {}      # by the first word of its text, which is unique
+        self.messages: dict[str, Message] = {}      # by the first word of its text, which is unique
 
-    def typed(self, life: "Life", to: str, text: str, end: int, away: bool) -> None:
+    def typed(self, life: Life, to: str, text: str, end: int, away: bool) -> None:
         """Somebody typed ``send to text``."""
         message = Message(life, to, len(self.messages), text, end, away)
         self.messages[text.split(" ")[0]] = message
@@ -107,7 +111,7 @@ class Ledger:
 
     # what clients say
 
-    def closed(self, life: "Life", to: str, kind: str, count: int, behind: int = 0) -> None:
+    def closed(self, life: Life, to: str, kind: str, count: int, behind: int = 0) -> None:
         """``life`` closes its next ``count`` sends to ``to``, after the first ``behind`` that are open still."""
         for _ in range(count):
             waiting = life.open.get(to, deque())
@@ -127,7 +131,7 @@ class Ledger:
         if kind == "received" and not message.seen_by:
             raise Violation(f"{message!r} counts as received, but was not shown")
 
-    def too_long(self, life: "Life") -> None:
+    def too_long(self, life: Life) -> None:
         """``life`` says that its next text that is too long is too long."""
         for message in life.typed:
             if not (message.away or message.closing) and len(message.text.encode()) > protocol.MAX_TEXT:
@@ -136,7 +140,7 @@ class Ledger:
                 return
         raise Violation(f"{life.name} says that a message is too long, but none is")
 
-    def handed_back(self, life: "Life", line: str) -> None:
+    def handed_back(self, life: Life, line: str) -> None:
         """A ``send`` line on stderr: that message was not delivered."""
         if life.speech == "json":
             found = json.loads(line)
@@ -153,7 +157,7 @@ class Ledger:
 
     # what screens show
 
-    def shown(self, life: "Life", sender: str, text: str) -> None:
+    def shown(self, life: Life, sender: str, text: str) -> None:
         """A line with a message was written to the stdout of ``life``."""
         message = self.messages.get(text.split(" ")[0])
         if message is None or clean(message.text) != text or message.life.nick != sender or message.to != life.nick:
@@ -172,7 +176,7 @@ class Ledger:
 
     # the end
 
-    def check_life(self, life: "Life") -> None:
+    def check_life(self, life: Life) -> None:
         """What must hold when a life has ended orderly."""
         for message in life.typed:
             if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
@@ -207,7 +211,7 @@ class Ledger:
         if lost and said[f"[{lost} message{'s' * (lost > 1)} not delivered.]"] != 1:
             raise Violation(f"{life.name} does not say that {lost} messages were not delivered")
 
-    def check_outcomes(self, life: "Life") -> None:
+    def check_outcomes(self, life: Life) -> None:
         """Each closing object was about the message that its ``ref`` named."""
         for message in life.typed:
             said = life.outcomes.get(message.serial, message.closing).replace("-", " ")
@@ -225,9 +229,9 @@ class Ledger:
 # --- a process ------------------------------------------------------------------------------------------------
 
 class SimLoop:
-    """What the program gets instead of ``udpchat.Loop``."""
+    """What the program gets instead of ``loop.Loop``."""
 
-    def __init__(self, world: "World", seed: int) -> None:
+    def __init__(self, world: World, seed: int) -> None:
         self.random = random.Random(seed)
         self.calm = True
         self.timers = TimerHeap()
@@ -254,14 +258,14 @@ class SimLoop:
 class Node:
     """A process: an address, an inbox, and turns."""
 
-    def __init__(self, world: "World", name: str, host: str, address: Address) -> None:
+    def __init__(self, world: World, name: str, host: str, address: Address) -> None:
         self.world = world
         self.name = name
         self.host = host                    # what partitions know it by: it outlives the process
         self.address = address
         self.alive = True
         self.loop = SimLoop(world, world.random.getrandbits(64))
-        self.inbox: Deque[Tuple[bytes, Address]] = deque()
+        self.inbox: deque[tuple[bytes, Address]] = deque()
         self.stopped_until = 0.0
         self.fuse = -1                      # steps until this process crashes; below 0: it does not
         self.sent = 0                       # datagrams
@@ -434,13 +438,13 @@ class Disk:
 class ServerNode(Node):
     """A process that runs a server, on the disk of the world."""
 
-    def __init__(self, world: "World") -> None:
+    def __init__(self, world: World) -> None:
         world.boots += 1
         super().__init__(world, f"server#{world.boots}", "server", SERVER)
         disk = world.disk
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
-        self._greetings: Dict[bytes, int] = {}      # of each session: the last mail that waited when it began
+        self._greetings: dict[bytes, int] = {}      # of each session: the last mail that waited when it began
         self.server = Server(self.loop, self.send, Registry(mailbox, mailbox_limit=world.mailbox))
         world.trace("%s starts", self.name)
         self.server.start()
@@ -466,7 +470,7 @@ class ServerNode(Node):
 class Screen:
     """The reader of a client's stdout: fast, slow (bytes a second), stalled, or gone."""
 
-    def __init__(self, life: "Life") -> None:
+    def __init__(self, life: Life) -> None:
         self.rate = NEVER
         self.gone = False
         self.is_pipe = False    # so that its writer hears at once that it is gone, not with the next write
@@ -516,10 +520,10 @@ class Screen:
 class SimClient(Client):
     """A client that tells the ledger what it says, at the moment in which it says it."""
 
-    life: "Life"
+    life: Life
 
-    def _tell(self, nick: str, event: protocol.Event) -> None:
-        if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED):
+    def _tell(self, nick: str, event: Event) -> None:
+        if event.kind in (RECEIVED, SAVED, REFUSED):
             self.life.ledger.closed(self.life, nick, event.kind, event.messages)
         self.life.is_telling = True
         super()._tell(nick, event)
@@ -531,7 +535,7 @@ class SimClient(Client):
         if conversation is None:
             return 0
         return conversation.messages + sum(event.messages for event in conversation.events
-                                           if event.kind in (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED))
+                                           if event.kind in (RECEIVED, SAVED, REFUSED))
 
     def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
         """Shows a line for an event (that often)."""
@@ -545,7 +549,7 @@ class SimClient(Client):
 class SimInbox(Inbox):
     """An inbox that tells when it goes on without what is missing, because the server did not answer in time."""
 
-    life: "Life"
+    life: Life
 
     def _release(self, now: float, incoming: Incoming) -> None:
         if incoming.mail is None:
@@ -556,24 +560,24 @@ class SimInbox(Inbox):
 class Life(Node):
     """A process that runs a client, with a standard input that somebody types into."""
 
-    def __init__(self, world: "World", nick: str, address: Address, secret: Optional[bytes], stay: bool = False,
+    def __init__(self, world: World, nick: str, address: Address, secret: bytes | None, stay: bool = False,
                  name: str = "", speech: str = "plain") -> None:
         self.nick: str = nick
         self.speech = speech                # "json": objects, to and fro; "talk": commands begin with a slash
-        self.outcomes: Dict[int, str] = {}  # what the closing object of a message said, by its ``ref``
+        self.outcomes: dict[int, str] = {}  # what the closing object of a message said, by its ``ref``
         before = [life for life in world.lives if life.nick == nick]
         super().__init__(world, name or f"{nick}#{len(before) + 1}", nick, address)
         self.ledger = world.ledger
-        self.lines: List[str] = []          # on stdout, complete
-        self.complaints: List[str] = []     # on stderr
-        self.exit_code: Optional[int] = None
-        self.typed: List[Message] = []
-        self.open: Dict[str, Deque[Message]] = {}
+        self.lines: list[str] = []          # on stdout, complete
+        self.complaints: list[str] = []     # on stderr
+        self.exit_code: int | None = None
+        self.typed: list[Message] = []
+        self.open: dict[str, deque[Message]] = {}
         self.fed = 0                        # bytes of stdin that the program has read
         self.quit_at = 2 ** 62              # what was typed behind this is for nobody
         self.is_away = False                # a ``dereg`` was typed, and no ``reg`` since
-        self.last_shown: Dict[Life, Message] = {}
-        self.released: Set[str] = set()     # whose messages may be out of order: the server did not answer
+        self.last_shown: dict[Life, Message] = {}
+        self.released: set[str] = set()     # whose messages may be out of order: the server did not answer
         self.screen = Screen(self)
         self._written_at = 0                # bytes ever typed
         self._stdin = bytearray()
@@ -623,7 +627,7 @@ class Life(Node):
         self._stdin += data
         self._written_at += len(data)
 
-    def _spoken(self, line: str, words: List[str]) -> str:
+    def _spoken(self, line: str, words: list[str]) -> str:
         """A line as it is typed in the speech of this life."""
         if self.speech == "json" and words[0] == "send" and len(words) == 3:
             return json.dumps({"send": words[1], "text": words[2], "ref": len(self.ledger.messages)})
@@ -687,7 +691,7 @@ class Life(Node):
         self.client.receive(datagram, source)
 
     def settle(self) -> None:
-        """Ends the turn, as ``udpchat.Console`` does."""
+        """Ends the turn, as ``client.Console`` does."""
         client = self.client
         client.settle()
         if client.output.pending > MAX_PENDING:
@@ -736,7 +740,7 @@ class Life(Node):
                 raise Violation(f"{self.name} is offline and shows {line[:80]}")
             self.ledger.shown(self, found.group(1), found.group(3))
 
-    def _understood(self, told: Dict[str, Any]) -> str:
+    def _understood(self, told: dict[str, Any]) -> str:
         """An object as the line that others get for it."""
         if told["type"] == "message":
             return f"{told['from']}: {clean(told['text'])}"
@@ -749,7 +753,7 @@ class Life(Node):
         name = names[told.get("count", 1) != 1] if told["type"] == "undelivered" else names[0]
         return SAYINGS[name].line.format(**{"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": "", **told})
 
-    def _note_outcome(self, told: Dict[str, Any]) -> None:
+    def _note_outcome(self, told: dict[str, Any]) -> None:
         if told["ref"] in self.outcomes:
             raise Violation(f"{self.name} closes {told['ref']} as {self.outcomes[told['ref']]}, and again: {told}")
         self.outcomes[told["ref"]] = told.get("reason", told["type"])
@@ -787,14 +791,14 @@ class Weather(NamedTuple):
 class Network:
     """Carries datagrams from node to node, as well as the weather and the partitions allow."""
 
-    def __init__(self, world: "World") -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self.weather = Weather()
-        self.blocked: Counter[Tuple[str, str]] = Counter()      # (from, to): hosts
-        self.filter: Optional[Callable[[str, str, List[Any]], bool]] = None     # False: this datagram is lost
+        self.blocked: Counter[tuple[str, str]] = Counter()      # (from, to): hosts
+        self.filter: Callable[[str, str, list[Any]], bool] | None = None     # False: this datagram is lost
         self.datagrams = 0
         self.digest = 0
-        self.captured: Deque[Tuple[bytes, str]] = deque(maxlen=50)      # what peers said lately, and to whom
+        self.captured: deque[tuple[bytes, str]] = deque(maxlen=50)      # what peers said lately, and to whom
         self.balance: Counter[Address] = Counter()      # bytes that strangers sent, less what they got
 
     def send(self, node: Node, datagram: bytes, address: Address) -> None:
@@ -864,7 +868,7 @@ class Network:
             self.blocked[source, target] -= 1
 
 
-def unpack(datagram: bytes) -> List[Any]:
+def unpack(datagram: bytes) -> list[Any]:
     """The maps of a datagram, as far as they can be read."""
     unpacker = msgpack.Unpacker()
     unpacker.feed(datagram)
@@ -885,7 +889,7 @@ class Shown:
                           if isinstance(value.get("info"), dict)) or f"{len(self._datagram)} bytes of nothing"
 
     @staticmethod
-    def _fields(info: Dict[str, Any]) -> str:
+    def _fields(info: dict[str, Any]) -> str:
         return " ".join(f"{key}={Shown._short(value)}" for key, value in info.items() if key != "pad")
 
     @staticmethod
@@ -909,16 +913,16 @@ class World:
         self.now = START
         self.tracing = tracing
         self.mailbox = mailbox              # messages that the server keeps for one recipient
-        self.at: Dict[Address, Node] = {}
-        self.lives: List[Life] = []
+        self.at: dict[Address, Node] = {}
+        self.lives: list[Life] = []
         self.ledger = Ledger()
         self.network = Network(self)
         self.disk = Disk()
         self.boots = self.crashes = 0
         self.healthy_since = NEVER          # nothing is broken any more from here on
-        self.refusals: List[Tuple[str, str]] = []
-        self.server: Optional[ServerNode] = None
-        self._events: List[Tuple[float, int, Callable[[], None]]] = []
+        self.refusals: list[tuple[str, str]] = []
+        self.server: ServerNode | None = None
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._ports = 5000
 
@@ -963,8 +967,8 @@ class World:
         self._ports += 1
         return host, self._ports
 
-    def client(self, nick: str, address: Optional[Address] = None, stay: bool = False,
-               secret: Optional[bytes] = None, name: str = "", speech: str = "plain") -> Life:
+    def client(self, nick: str, address: Address | None = None, stay: bool = False,
+               secret: bytes | None = None, name: str = "", speech: str = "plain") -> Life:
         """Starts a client; its secret is the nick's own unless another one is given."""
         own = zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
         return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name,
@@ -974,7 +978,7 @@ class World:
         """The clients that run, in the order of their start."""
         return (life for life in self.lives if life.alive)
 
-    def life_of(self, nick: str) -> Optional[Life]:
+    def life_of(self, nick: str) -> Life | None:
         """The client that runs with ``nick``."""
         return next((life for life in self.running() if life.nick == nick), None)
 
@@ -997,14 +1001,14 @@ class Storm:
         self.nicks = NICKS[:pick.choice((2, 2, 3, 3, 4, 5))]
         self.length = pick.uniform(10, 60)
         self.lives: Counter[str] = Counter()
-        self.ports: Dict[str, List[Address]] = {nick: [] for nick in self.nicks}
+        self.ports: dict[str, list[Address]] = {nick: [] for nick in self.nicks}
         self._serial = 0
-        self._faults: Dict[str, Callable[[], None]] = {
+        self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
             "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
             "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes}
         self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0}
-        self._habits: Dict[str, Callable[[Life], None]] = {
+        self._habits: dict[str, Callable[[Life], None]] = {
             "burst": self._burst, "dereg": self._dereg, "quit": self._quit, "chatter": self._chatter}
 
     # what happens
@@ -1136,7 +1140,7 @@ class Storm:
         if self.world.server is None or not self.world.server.alive:
             self.world.start_server()
 
-    def _some_client(self) -> Optional[Life]:
+    def _some_client(self) -> Life | None:
         running = list(self.world.running())
         return self.random.choice(running) if running else None
 
@@ -1151,7 +1155,7 @@ class Storm:
         self._start_later(life.nick)
 
     def _stop_node(self) -> None:
-        node: Optional[Node] = self.world.server if self.random.random() < 0.4 else self._some_client()
+        node: Node | None = self.world.server if self.random.random() < 0.4 else self._some_client()
         if node is not None and node.alive:
             node.stop_for(self.random.choice((0.05, 0.3, 1.0, 6.0, 20.0)) * self.random.uniform(0.5, 1.5))
 
@@ -1216,7 +1220,7 @@ class Storm:
     def _stranger(self) -> None:
         """Somebody who can send from an address of his own, and guess nicks but no random number."""
         pick, world = self.random, self.world
-        nodes: List[Node] = list(world.running())
+        nodes: list[Node] = list(world.running())
         if world.server is not None and world.server.alive:
             nodes.append(world.server)
         source = ("10.66.6.6", pick.randrange(1, 65536))
@@ -1324,7 +1328,7 @@ class Storm:
             raise Violation("the server is busy, though nothing happens")
 
     @staticmethod
-    def _check_client(life: Life, table: List[Tuple[str, str, int, str]]) -> None:
+    def _check_client(life: Life, table: list[tuple[str, str, int, str]]) -> None:
         client = life.client
         if client.state != ACTIVE:
             raise Violation(f"{life.name} is {client.state}")

@@ -6,7 +6,7 @@ import signal
 import time
 from itertools import permutations
 from pathlib import Path
-from typing import Iterator, List
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,7 +22,7 @@ def chat(tmp_path: Path) -> Iterator[Chat]:
         yield world
 
 
-def after(lines: List[str], line: str) -> List[str]:
+def after(lines: list[str], line: str) -> list[str]:
     """What comes behind the last ``line``."""
     return lines[len(lines) - lines[::-1].index(line):]
 

@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple, Union
+from collections.abc import Iterator
 
 import pyte
 import pytest
@@ -39,7 +39,7 @@ def assert_one_complaint(process: Process, code: int) -> None:
     assert not re.search("[\x00-\x08\x0a-\x1f\x7f]", process.errors[0])
 
 
-WRONG_ARGUMENTS: List[List[Union[str, bytes]]] = [
+WRONG_ARGUMENTS: list[list[str | bytes]] = [
     [],
     ["--"],
     ["talk"],
@@ -89,7 +89,7 @@ WRONG_ARGUMENTS: List[List[Union[str, bytes]]] = [
 
 
 @pytest.mark.parametrize("arguments", WRONG_ARGUMENTS, ids=repr)
-def test_wrong_arguments_are_one_line_on_stderr_and_exit_2(chat: Chat, arguments: List[Union[str, bytes]]) -> None:
+def test_wrong_arguments_are_one_line_on_stderr_and_exit_2(chat: Chat, arguments: list[str | bytes]) -> None:
     assert_one_complaint(chat.complete(*arguments), 2)
 
 
@@ -117,7 +117,7 @@ def test_version_is_on_stdout(chat: Chat) -> None:
                   "--mtu", "--identity", "--anonymous", "--log-level"]),
     (["-s", "0"], ["PORT", "--store"]),
 ], ids=repr)
-def test_help_names_every_argument_and_its_default(chat: Chat, mode: List[str], words: List[str]) -> None:
+def test_help_names_every_argument_and_its_default(chat: Chat, mode: list[str], words: list[str]) -> None:
     shown = chat.complete(*mode, "--help")
     assert shown.wait() == 0 and not shown.err.data
     text = shown.out.data.decode()
@@ -268,7 +268,7 @@ def test_mailbox_takes_as_many_messages_as_allowed(chat: Chat) -> None:
     assert [line[-3:] for line in bob.lines if line.startswith("alice: ")] == ["one", "two"]
 
 
-def digest(paths: List[Path]) -> Dict[str, str]:
+def digest(paths: list[Path]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -353,7 +353,7 @@ def test_ack_timeout_says_how_long_a_client_waits_for_the_recipient(chat: Chat) 
 
 
 @pytest.mark.parametrize("options, most, least", [([], 1200, 1000), (["--mtu", "8000"], 8000, 2000)])
-def test_mtu_bounds_the_datagrams_of_a_client(chat: Chat, options: List[str], most: int, least: int) -> None:
+def test_mtu_bounds_the_datagrams_of_a_client(chat: Chat, options: list[str], most: int, least: int) -> None:
     chat.absent("bob")
     proxy = chat.proxy()
     alice = chat.client("alice", *options, port=proxy.port)
@@ -896,7 +896,7 @@ def test_signal_ends_a_client_that_has_not_come_to_the_network_yet(chat: Chat) -
     identity = chat.directory / "identity"
     os.mkfifo(identity)
     alice = chat.start("alice", "--identity", str(identity))
-    writers: List[int] = []
+    writers: list[int] = []
 
     def is_reading() -> bool:
         try:
@@ -944,7 +944,7 @@ def test_second_signal_ends_at_once_and_names_what_was_not_delivered(chat: Chat)
 PLAIN = ("--no-time", "--color", "never")
 
 
-def screen(process: Process) -> Tuple[List[str], Tuple[int, int]]:
+def screen(process: Process) -> tuple[list[str], tuple[int, int]]:
     """What a terminal of 80 columns shows, and where the cursor is (line, column)."""
     terminal = pyte.Screen(80, 40)
     pyte.ByteStream(terminal).feed(bytes(process.out.data))

@@ -8,13 +8,11 @@ import selectors
 import socket
 import time
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from collections.abc import Iterator
 
 import pytest
 
-import udpchat
-from terminal import OUTPUT_LIMIT, Output
-from udpchat import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, Alarm, Log, Loop, Port, TimerHeap
+from loop import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Alarm, Log, Loop, Output, Port, TimerHeap
 
 
 class Paper:
@@ -47,7 +45,7 @@ class Hands:
 @pytest.fixture(name="hands")
 def clock_set_by_hand(monkeypatch: pytest.MonkeyPatch) -> Hands:
     hands = Hands()
-    monkeypatch.setattr("udpchat.time.monotonic", lambda: hands.time)
+    monkeypatch.setattr("loop.time.monotonic", lambda: hands.time)
     return hands
 
 
@@ -69,7 +67,7 @@ def test_timers_run_in_the_order_of_their_times_and_cancelled_ones_not_at_all() 
 
 
 def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: Loop, tmp_path: Path) -> None:
-    calls: List[str] = []
+    calls: list[str] = []
     with open(tmp_path / "file", "w+b") as file:
         loop.watch(file.fileno(), selectors.EVENT_READ, lambda: calls.append("read"))
         loop._turn()
@@ -89,14 +87,14 @@ class Pair:
     def __init__(self) -> None:
         self.loop = Loop()
         self.ours, self.theirs = socket.socketpair()
-        self.calls: List[str] = []
+        self.calls: list[str] = []
 
     def watch(self, *events: int) -> None:
         for event in events:
             name = "read" if event == selectors.EVENT_READ else "write"
             self.loop.watch(self.ours.fileno(), event, functools.partial(self.calls.append, name))
 
-    def turn(self) -> List[str]:
+    def turn(self) -> list[str]:
         """Who is called in one turn, which does not wait."""
         del self.calls[:]
         self.loop.call_at(self.loop.now(), lambda: None)
@@ -107,7 +105,7 @@ class Pair:
 @pytest.fixture(name="pair", params=["as everywhere", "as on Linux"])
 def loop_that_watches_a_socket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     if request.param == "as everywhere":
-        monkeypatch.setattr(udpchat, "epoll_of", lambda selector: None)
+        monkeypatch.setattr("loop.epoll_of", lambda selector: None)
     elif not hasattr(select, "epoll"):
         pytest.skip("there is no epoll here")
     pair = Pair()
@@ -169,7 +167,7 @@ def test_cancelled_timers_do_not_pile_up() -> None:
 
 
 def test_an_alarm_that_is_set_later_and_later_rings_once_at_its_last_time(loop: Loop, hands: Hands) -> None:
-    rung: List[float] = []
+    rung: list[float] = []
     alarm = Alarm(loop, lambda: rung.append(loop.now()))
     for _ in range(50):
         alarm.set(loop.now() + 1.0)
@@ -183,7 +181,7 @@ def test_an_alarm_that_is_set_later_and_later_rings_once_at_its_last_time(loop: 
 
 
 def test_a_timer_fires_though_every_turn_takes_long(loop: Loop, hands: Hands) -> None:
-    rung: List[int] = []
+    rung: list[int] = []
     loop.call_at(loop.now() + 0.5, lambda: rung.append(1))
 
     def take_long() -> None:
@@ -209,7 +207,7 @@ def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop:
 
 
 @pytest.fixture(name="read")
-def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[List[bytes]]:
+def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """What was read of the three datagrams that are there when the selector has waited: a second, or for a timer."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours, socket.socket(
             socket.AF_INET, socket.SOCK_DGRAM) as theirs:
@@ -217,7 +215,7 @@ def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.M
         port, read = Port(ours, loop), []
         port.receive = lambda datagram, _: read.append(datagram)
 
-        def wait(timeout: float, most: int) -> List[Tuple[int, int]]:
+        def wait(timeout: float, most: int) -> list[tuple[int, int]]:
             hands.time += min(timeout, 1.0)
             return [(ours.fileno(), selectors.EVENT_READ)]
         monkeypatch.setattr(loop, "_wait", wait)
@@ -226,7 +224,7 @@ def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.M
         yield read
 
 
-def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: Loop, read: List[bytes]) -> None:
+def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: Loop, read: list[bytes]) -> None:
     loop._turn()
     assert read == [b"0"] and not loop.calm
     loop.call_at(loop.now(), lambda: None)      # the next turn does not wait
@@ -234,7 +232,7 @@ def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: 
     assert read == [b"0", b"1", b"2"] and loop.calm
 
 
-def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: Loop, read: List[bytes]) -> None:
+def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: Loop, read: list[bytes]) -> None:
     calm = []
     loop.call_at(loop.now() + 0.5, lambda: calm.append(loop.calm))
     loop._turn()
@@ -243,7 +241,7 @@ def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: Loop, rea
 
 def test_an_output_tells_of_each_line_when_its_last_byte_is_written() -> None:
     taken = bytearray()
-    told: List[int] = []
+    told: list[int] = []
     allowed = [7]
 
     def put(data: bytes) -> int:
@@ -265,7 +263,7 @@ def test_an_output_whose_reader_is_gone_takes_nothing_more() -> None:
     def put(data: bytes) -> int:
         raise BrokenPipeError(32, "Broken pipe")
     output = Output(put)
-    told: List[int] = []
+    told: list[int] = []
     output.write(b"lost\n", told.append)
     output.flush()
     output.write(b"more\n", told.append)
@@ -309,7 +307,7 @@ def test_a_record_begins_with_local_time_to_the_millisecond(monkeypatch: pytest.
     paper, log = Paper(), a_log()
     log.output = Output(paper.put)
     at = time.mktime((2026, 11, 22, 9, 41, 7, 0, 0, -1)) + 0.0625
-    monkeypatch.setattr("udpchat.time.time", lambda: at)
+    monkeypatch.setattr("loop.time.time", lambda: at)
     log.error("the store cannot be written")
     assert bytes(paper.data) == b"2026-11-22 09:41:07,062 ERROR the store cannot be written\n"
 

@@ -8,7 +8,7 @@ import signal
 import stat
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,7 +26,7 @@ def section(title: str) -> str:
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def blocks(title: str, language: str = "") -> List[str]:
+def blocks(title: str, language: str = "") -> list[str]:
     """The fenced blocks of a section that are in ``language``."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
@@ -67,7 +67,7 @@ class Shell:
         """Ends the program that was started last, as a service manager does."""
         os.kill(int(self._pid.read_text()), signal.SIGTERM)
 
-    def mail(self, nick: str) -> List[str]:
+    def mail(self, nick: str) -> list[str]:
         """What waits for ``nick``: by whom, and what."""
         client = self.chat.client(nick)
         assert client.finish() == 0
@@ -92,7 +92,7 @@ def test_the_screens_in_readme_are_what_the_program_draws() -> None:
 
 # --- recipes --------------------------------------------------------------------------------------------------
 
-def crontab(text: str) -> "tuple[Dict[str, str], str]":
+def crontab(text: str) -> tuple[dict[str, str], str]:
     """The environment, and the command of the only entry."""
     *settings, entry = text.splitlines()
     environment = dict(line.split("=", 1) for line in settings)

@@ -1,15 +1,19 @@
 """The simulation can fail: each of these faults, put into the program, is found by one of the first random storms."""
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator
+from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from protocol import Conversation, Delivery, Inbox, Incoming, Info, ReceiveStream, SendStream
+from client import Client
+from conversation import Conversation, Delivery, Inbox, Incoming
+from loop import Output
+from protocol import Info
 from registry import ONLINE, Registry, Session, Table
+from server import Server
+from stream import ReceiveStream, SendStream
 from tests.simulate import run_seed
-from terminal import Output
-from udpchat import Client, Server
 
 SEEDS = 300
 
@@ -144,7 +148,7 @@ def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
 
 
 # each fault, and a seed that is known to find it: it is tried first
-FAULTS: Dict[Patch, int] = {
+FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
     acks_before_it_commits: 36,
     takes_a_failed_commit_for_done: 39,

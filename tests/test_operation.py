@@ -10,11 +10,14 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 import udpchat
+from server import DROPS, Server
+from loop import ERROR, SystemRandom, json_line
 from protocol import encode, padded
 from registry import Mailbox, Registry
 from tests.processes import DEADLINE, ROOT, SAVED, WELCOME, Chat, Process, received
@@ -33,13 +36,13 @@ def world_of_one_test(tmp_path: Path) -> Iterator[Chat]:
 class World:
     """A loop in which nothing happens."""
 
-    random = udpchat.SystemRandom()
+    random = SystemRandom()
 
     def now(self) -> float:
         return 0.0
 
 
-def messages(path: Path) -> List[str]:
+def messages(path: Path) -> list[str]:
     """The records in a log, without time and level."""
     found = [TEXT_LINE.fullmatch(line) for line in path.read_text().splitlines()]
     assert all(found)
@@ -50,7 +53,7 @@ def wait_for_log(chat: Chat, path: Path, text: str) -> None:
     chat.until(lambda: path.exists() and text in path.read_text(), f"{text!r} in {path.name}")
 
 
-def summary(chat: Chat, server: Process, path: Path) -> Dict[str, int]:
+def summary(chat: Chat, server: Process, path: Path) -> dict[str, int]:
     """What SIGUSR1 has the server write into its log."""
     before = path.read_text().count(" summary: ")
     server.signal(signal.SIGUSR1)
@@ -160,7 +163,7 @@ def test_json_log_is_one_object_a_line(chat: Chat) -> None:
     wait_for_log(chat, log, "deregistered")
     server.signal(signal.SIGUSR1)
     wait_for_log(chat, log, "summary")
-    records: List[Dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    records: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(record["level"], record["message"].split(" ")[0]) for record in records] == [
         ("info", "b\u00f6b"), ("info", "b\u00f6b"), ("info", "summary")]
     assert all(JSON_TIME.fullmatch(record["time"]) for record in records)
@@ -172,7 +175,7 @@ def test_json_log_is_one_object_a_line(chat: Chat) -> None:
 
 def test_json_log_shows_control_characters_as_escapes() -> None:
     text = "x\x1b[2J\n\u2028\udcff"
-    line = udpchat.json_line(0.0625, udpchat.ERROR, text, {})
+    line = json_line(0.0625, ERROR, text, {})
     assert line.isascii() and line.isprintable()
     assert json.loads(line) == {"time": "1970-01-01T00:00:00.062Z", "level": "error", "message": text}
 
@@ -189,7 +192,7 @@ def test_client_takes_the_same_options(chat: Chat) -> None:
 
 @pytest.mark.parametrize("options", [["--log-format", "xml"], ["--log-level", "loud"], ["--log-file"]], ids=repr)
 @pytest.mark.parametrize("mode", [["server", "0"], ["client", "alice"]], ids=repr)
-def test_wrong_log_options_are_wrong_arguments(chat: Chat, mode: List[str], options: List[str]) -> None:
+def test_wrong_log_options_are_wrong_arguments(chat: Chat, mode: list[str], options: list[str]) -> None:
     ended = chat.complete(*mode, *options)
     assert ended.wait() == 2 and len(ended.errors) == 1
 
@@ -259,16 +262,16 @@ def test_refused_nicks_are_counted(chat: Chat) -> None:
 
 
 def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
-    server = udpchat.Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    server = Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
     counters = server.counters()
     assert all(type(count) is int and count == 0 for count in counters.values())
     assert all(re.fullmatch("[a-z_]+", name) for name in counters)
-    assert {f"drop_{why}" for why in udpchat.DROPS} <= set(counters)
+    assert {f"drop_{why}" for why in DROPS} <= set(counters)
 
 
 # --- start and end --------------------------------------------------------------------------------------------
 
-def join_line(chat: Chat, *options: str) -> "re.Match[bytes]":
+def join_line(chat: Chat, *options: str) -> re.Match[bytes]:
     """The second line of a server that was started on a terminal."""
     server = chat.run_on_terminal("server", "0", "--store", ":memory:", *options)
     server.see_match(r"\[Server listening on .*\]\r")
@@ -394,7 +397,7 @@ def test_store_of_a_stopped_server_is_one_file_that_can_be_copied(chat: Chat) ->
 
 
 def test_every_counter_is_in_the_readme() -> None:
-    server = udpchat.Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    server = Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
     told = set(re.findall("`([a-z_]+)`", (ROOT / "README.md").read_text()))
     assert {"uptime", "datagrams_in", "bytes_in", "datagrams_out", "bytes_out", "not_sent"} <= told
     assert set(server.counters()) <= told

@@ -14,7 +14,8 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jsonschema
 import pytest
@@ -26,7 +27,7 @@ from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SA
 
 README = (ROOT / "README.md").read_text()
 PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
-Event = Dict[str, Any]
+Event = dict[str, Any]
 
 
 def block(heading: str, language: str) -> str:
@@ -51,7 +52,7 @@ def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
-def events_of(process: Process) -> List[Event]:
+def events_of(process: Process) -> list[Event]:
     """Its events so far; all are valid."""
     found = [json.loads(line, parse_constant=no_constant) for line in process.lines]
     for event in found:
@@ -59,7 +60,7 @@ def events_of(process: Process) -> List[Event]:
     return found
 
 
-def kind(event: Event) -> Tuple[str, Optional[str]]:
+def kind(event: Event) -> tuple[str, str | None]:
     """What an event is, and why."""
     return event["type"], event.get("reason")
 
@@ -67,7 +68,7 @@ def kind(event: Event) -> Tuple[str, Optional[str]]:
 class Program:
     """A client that speaks JSON."""
 
-    def __init__(self, chat: Chat, nick: str, *options: str, port: Optional[int] = None, ready: bool = True) -> None:
+    def __init__(self, chat: Chat, nick: str, *options: str, port: int | None = None, ready: bool = True) -> None:
         self.chat = chat
         self.process = chat.start(nick, "--json", *options, port=port)
         if ready:
@@ -82,13 +83,13 @@ class Program:
         self.tell(send=nick, text=text, **({} if ref is None else {"ref": ref}))
 
     @property
-    def events(self) -> List[Event]:
+    def events(self) -> list[Event]:
         """Its events so far; all are valid."""
         return events_of(self.process)
 
     def see(self, type_: str, **fields: Any) -> Event:
         """Waits for an event with these fields; gives the first one."""
-        found: List[Event] = []
+        found: list[Event] = []
 
         def is_there() -> bool:
             found[:] = [event for event in self.events
@@ -107,7 +108,7 @@ class Program:
             return known.get(nick) == state
         self.chat.until(does, f"{nick} to be {state}")
 
-    def closings(self, ref: Any) -> List[Event]:
+    def closings(self, ref: Any) -> list[Event]:
         """The events that end the send with that ``ref``."""
         return [event for event in self.events
                 if event.get("ref") == ref and event["type"] in ("received", "saved", "failed")]
@@ -123,7 +124,7 @@ def without_time(event: Event) -> Event:
 
 # --- every event ----------------------------------------------------------------------------------------------
 
-Kinds = Set[Tuple[str, Optional[str]]]
+Kinds = set[tuple[str, str | None]]
 ALL: Kinds = {(saying.type, saying.reason) for saying in SAYINGS.values()} | {
     ("message", None), ("client", None), ("help", None)}
 
@@ -147,7 +148,7 @@ def test_the_schema_and_the_table_of_the_readme_have_every_event() -> None:
     assert all(f'"{name}"' in cases for pair in ALL for name in pair if name is not None)
 
 
-def messages(chat: Chat) -> List[Event]:
+def messages(chat: Chat) -> list[Event]:
     """Direct, by the server, as mail; with all that is said meanwhile."""
     bob = Program(chat, "bob")
     alice = Program(chat, "alice")
@@ -174,7 +175,7 @@ def messages(chat: Chat) -> List[Event]:
     return alice.events + bob.events
 
 
-def relays(chat: Chat) -> List[Event]:
+def relays(chat: Chat) -> list[Event]:
     """Two behind routers that let only the server in."""
     bob = Program(chat, "bob", port=chat.proxy().port)
     alice = Program(chat, "alice", port=chat.proxy().port)
@@ -185,7 +186,7 @@ def relays(chat: Chat) -> List[Event]:
     return alice.events + bob.events
 
 
-def silence(chat: Chat) -> List[Event]:
+def silence(chat: Chat) -> list[Event]:
     """The server stops, and goes on; it stops once more, and that is the end."""
     chat.absent("bob")
     alice = Program(chat, "alice")
@@ -207,7 +208,7 @@ def silence(chat: Chat) -> List[Event]:
     return alice.events
 
 
-def limits(chat: Chat) -> List[Event]:
+def limits(chat: Chat) -> list[Event]:
     """A server that takes two, and keeps one message."""
     chat.server("--max-clients", "2", "--mailbox-limit", "1")
     chat.absent("bob")
@@ -225,7 +226,7 @@ def limits(chat: Chat) -> List[Event]:
     return alice.events + again.events + more.events + thief.events
 
 
-def by_itself(_: Chat) -> List[Event]:
+def by_itself(_: Chat) -> list[Event]:
     """A disk that fails only the simulated world has."""
     line = JsonLines("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
     event: Event = json.loads(line)
@@ -235,7 +236,7 @@ def by_itself(_: Chat) -> List[Event]:
     return [event]
 
 
-PRODUCED: Dict[Any, Kinds] = {
+PRODUCED: dict[Any, Kinds] = {
     messages: {("message", None), ("received", None), ("saved", None), ("offline", None), ("registered", None),
                ("left", None), ("table", None), ("mail", None), ("client", None), ("help", None), ("failed", "unknown"),
                ("failed", "too-long"), ("failed", "offline"), ("error", "usage"), ("error", "unknown-command"),
@@ -414,7 +415,7 @@ def test_quiet_shows_only_objects_that_are_messages(chat: Chat) -> None:
 
 # --- one message ----------------------------------------------------------------------------------------------
 
-def run_send(chat: Chat, *arguments: str, stdin: Union[str, bytes] = "", **environment: str) -> Process:
+def run_send(chat: Chat, *arguments: str, stdin: str | bytes = "", **environment: str) -> Process:
     """Runs ``udpchat send`` as carl until it ends."""
     defaults = {"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"}
     process = chat.run("send", *arguments, environment={**defaults, **environment})
@@ -423,7 +424,7 @@ def run_send(chat: Chat, *arguments: str, stdin: Union[str, bytes] = "", **envir
     return process
 
 
-def result(process: Process) -> Tuple[int, List[str], List[str]]:
+def result(process: Process) -> tuple[int, list[str], list[str]]:
     return process.popen.returncode, process.lines, process.errors
 
 
@@ -467,7 +468,7 @@ def test_send_waits_for_its_text_also_where_stdin_does_not_block(chat: Chat) -> 
 
 
 @pytest.fixture
-def open_pipe() -> Iterator[Tuple[int, int]]:
+def open_pipe() -> Iterator[tuple[int, int]]:
     """The two ends of a pipe that stays open."""
     ends = os.pipe()
     yield ends
@@ -476,7 +477,7 @@ def open_pipe() -> Iterator[Tuple[int, int]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat: Chat, open_pipe: Tuple[int, int],
+def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat: Chat, open_pipe: tuple[int, int],
                                                                            number: int) -> None:
     read_end, write_end = open_pipe
     sent = chat.run("send", "bob", "--nick", "carl", stdin=read_end)
@@ -487,7 +488,7 @@ def test_send_that_is_interrupted_before_it_has_its_text_fails_and_says_so(chat:
     assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: interrupted"])
 
 
-def test_send_waits_for_its_text_no_longer_than_its_timeout(chat: Chat, open_pipe: Tuple[int, int]) -> None:
+def test_send_waits_for_its_text_no_longer_than_its_timeout(chat: Chat, open_pipe: tuple[int, int]) -> None:
     sent = chat.run("send", "bob", "--nick", "carl", "--timeout", "1", stdin=open_pipe[0])
     assert sent.wait() == 1
     assert (sent.lines, sent.errors) == ([], ["udpchat: nothing was sent: the text did not come in time"])
@@ -600,7 +601,7 @@ def test_a_server_may_be_named_by_its_ipv6_address(chat: Chat) -> None:
     bob.see("carl: one", "carl: two")
 
 
-WRONG_SENDS: List[Tuple[List[str], Dict[str, str]]] = [
+WRONG_SENDS: list[tuple[list[str], dict[str, str]]] = [
     ([], {}), (["two words", "hello"], {}), (["bob,", "hello"], {}), ([",", "hello"], {}), (["a/b", "hello"], {}),
     (["bob", "hello", "--server", "127.0.0.1:0"], {}), (["bob", "hello", "--server", "127.0.0.1:x"], {}),
     (["bob", "hello", "--server", "127.0.0.1:"], {}), (["bob", "hello", "--server", "[::1"], {}),
@@ -612,8 +613,8 @@ WRONG_SENDS: List[Tuple[List[str], Dict[str, str]]] = [
 
 
 @pytest.mark.parametrize("arguments, environment", WRONG_SENDS, ids=repr)
-def test_send_with_wrong_arguments_is_one_line_on_stderr(chat: Chat, arguments: List[str],
-                                                         environment: Dict[str, str]) -> None:
+def test_send_with_wrong_arguments_is_one_line_on_stderr(chat: Chat, arguments: list[str],
+                                                         environment: dict[str, str]) -> None:
     sent = chat.complete("send", *arguments, environment={"UDPCHAT_NICK": "carl", **environment})
     assert sent.popen.returncode == 2 and not sent.out.data
     assert len(sent.errors) == 1 and sent.err.data.endswith(b"\n")
@@ -658,7 +659,7 @@ def test_scripts_are_not_told_that_the_server_is_back(chat: Chat) -> None:
 
 # --- the bots of the README -----------------------------------------------------------------------------------
 
-def install(chat: Chat) -> Dict[str, str]:
+def install(chat: Chat) -> dict[str, str]:
     """The environment of somebody who has installed the program."""
     program = chat.directory / "bin" / "udpchat"
     program.parent.mkdir()

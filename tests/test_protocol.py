@@ -9,16 +9,20 @@ import ipaddress
 import tracemalloc
 from itertools import accumulate
 from random import Random
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any
+from collections.abc import Iterator, Sequence
 
 import msgpack
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import protocol
-from protocol import (INITIAL_TIMEOUT, PROOF_BYTES, QUEUE_LIMIT, RECEIVED, SAVED, Address, Conversation, Decoder,
-                      Event, Info, Message, Outbox, Packet, Place, Ranges, ReceiveStream, SendStream, encode, is_host,
-                      is_valid, join_pieces, padded, split_text)
+from conversation import (DIRECT, EXISTS, NO_ACK, OFFLINE, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, REFUSED, RELAY, SAVE,
+                          SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, Outbox, Place)
+from protocol import (PROOF_BYTES, Address, Decoder, Info, Message, encode, is_host, is_valid, join_pieces, padded,
+                      split_text)
+from stream import (CLOCK_GRAIN, INITIAL_TIMEOUT, INITIAL_WINDOW, LOST, MAX_EARLY, MAX_SHOWN_RANGES, MAX_TIMEOUT,
+                    MAX_WINDOW, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
 settings.load_profile("arguments")
@@ -28,7 +32,7 @@ settings.load_profile("arguments")
 ID, STREAM = 7, 2 ** 62 + 1
 SESSION, TOKEN = b"s" * 16, b"t" * 32
 ENTRY = ["bob", "192.0.2.1", 5000, "online"]
-EXAMPLES: Dict[str, Info] = {   # one of each tag, with every optional field
+EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION},
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9},
@@ -52,13 +56,13 @@ EXAMPLES: Dict[str, Info] = {   # one of each tag, with every optional field
 }
 FIELDS = [(tag, field) for tag, info in EXAMPLES.items() for field in info]
 REQUIRED_FIELDS = [(tag, field) for tag, fields in protocol.REQUIRED.items() for field in fields]
-OF_EVERY_TYPE: List[Any] = [None, True, 7, 1.5, "bob", SESSION, [], {}]
+OF_EVERY_TYPE: list[Any] = [None, True, 7, 1.5, "bob", SESSION, [], {}]
 GOOD = encode("probe", {"id": ID, "to": "bob"})
-GOOD_MESSAGES: List[Message] = [("probe", {"id": ID, "to": "bob"})]
+GOOD_MESSAGES: list[Message] = [("probe", {"id": ID, "to": "bob"})]
 WHOLE = [encode(tag, info) for tag, info in EXAMPLES.items()]
 
 
-def decode(datagram: bytes) -> List[Message]:
+def decode(datagram: bytes) -> list[Message]:
     return Decoder().decode(datagram)
 
 
@@ -66,7 +70,7 @@ def accepts(tag: str, info: Info) -> bool:
     return decode(encode(tag, info)) == [(tag, info)]
 
 
-def swallow(datagram: bytes) -> List[Message]:
+def swallow(datagram: bytes) -> list[Message]:
     """Decodes hostile bytes: whatever comes out is valid, and the decoder is as good as new afterwards."""
     decoder = Decoder()
     messages = decoder.decode(datagram)
@@ -267,7 +271,7 @@ def test_random_bytes_never_raise(datagram: bytes) -> None:
 
 
 @given(st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), min_size=1, max_size=5))
-def test_a_datagram_with_wrong_bytes_never_raises(datagram: bytes, changes: List[Tuple[int, int]]) -> None:
+def test_a_datagram_with_wrong_bytes_never_raises(datagram: bytes, changes: list[tuple[int, int]]) -> None:
     spoiled = bytearray(datagram)
     for position, value in changes:
         spoiled[position % len(spoiled)] = value
@@ -275,7 +279,7 @@ def test_a_datagram_with_wrong_bytes_never_raises(datagram: bytes, changes: List
 
 
 @given(st.sampled_from(FIELDS), ANYTHING)
-def test_a_field_with_anything_in_it_never_raises(tag_and_field: Tuple[str, str], value: Any) -> None:
+def test_a_field_with_anything_in_it_never_raises(tag_and_field: tuple[str, str], value: Any) -> None:
     tag, field = tag_and_field
     swallow(msgpack.packb({"tag": tag, "info": {**EXAMPLES[tag], field: value}}))
 
@@ -357,7 +361,7 @@ class Link:
     def __init__(self, random: Random, loss: float = 0.0, repeat: float = 0.0, jitter: float = 0.0,
                  delay: float = 0.01) -> None:
         self.random, self.loss, self.repeat, self.jitter, self.delay = random, loss, repeat, jitter, delay
-        self.queue: List[Tuple[float, int, Any]] = []
+        self.queue: list[tuple[float, int, Any]] = []
         self.count = 0
 
     def put(self, now: float, what: Any) -> None:
@@ -368,7 +372,7 @@ class Link:
                 heapq.heappush(self.queue, (arrival, self.count, what))
 
     def due(self) -> float:
-        return self.queue[0][0] if self.queue else protocol.NEVER
+        return self.queue[0][0] if self.queue else NEVER
 
     def get(self, now: float) -> Iterator[Any]:
         while self.queue and self.queue[0][0] <= now:
@@ -392,34 +396,34 @@ def singles(count: int, size: int = 900) -> SendStream:
     return stream
 
 
-def numbers(packets: Sequence[Packet]) -> List[int]:
+def numbers(packets: Sequence[Packet]) -> list[int]:
     return [number for packet in packets for number in range(packet.first, packet.end)]
 
 
 def check_sender(stream: SendStream) -> None:
     """Every counter equals a recount."""
     sent, unsent = list(stream._sent), list(stream._unsent)
-    assert stream.in_flight == sum(packet.state == protocol.SENT for packet in sent)
-    assert stream._lost == sum(packet.state == protocol.LOST for packet in sent)
-    assert all(packet.state == protocol.UNSENT for packet in unsent)
+    assert stream.in_flight == sum(packet.state == SENT for packet in sent)
+    assert stream._lost == sum(packet.state == LOST for packet in sent)
+    assert all(packet.state == UNSENT for packet in unsent)
     assert numbers(sent + unsent) == list(range(stream.base, stream.end))
     assert stream.base <= stream.top <= stream.end and all(packet.end <= stream.top for packet in sent)
     assert stream.size >= 0 and (stream.size == 0) == (not stream.held)
     assert stream.base - 1 not in stream.continued
     assert all(stream.base <= number < stream.end for number in stream.continued)
-    assert 0 < stream.path.window <= protocol.MAX_WINDOW
-    assert 0 < stream.path.timeout(stream.longest) <= protocol.MAX_TIMEOUT
+    assert 0 < stream.path.window <= MAX_WINDOW
+    assert 0 < stream.path.timeout(stream.longest) <= MAX_TIMEOUT
 
 
-def check_poll(stream: SendStream, packets: List[Packet], now: float) -> None:
+def check_poll(stream: SendStream, packets: list[Packet], now: float) -> None:
     """What was sent respects the windows; something is due, but not at once, as long as something is held."""
     check_sender(stream)
-    assert not packets or stream.in_flight <= min(int(stream.path.window), protocol.MAX_WINDOW)
+    assert not packets or stream.in_flight <= min(int(stream.path.window), MAX_WINDOW)
     assert sum(packet.end > stream.edge for packet in stream._sent) <= 1, "only a question goes beyond the edge"
     assert numbers(packets) == sorted(set(numbers(packets)))
-    assert now < stream.due() and (stream.due() < protocol.NEVER) == (stream.held > 0)
+    assert now < stream.due() and (stream.due() < NEVER) == (stream.held > 0)
     if stream.in_flight == 0:
-        assert stream.timer == protocol.NEVER
+        assert stream.timer == NEVER
 
 
 def check_receiver(stream: ReceiveStream) -> None:
@@ -427,9 +431,9 @@ def check_receiver(stream: ReceiveStream) -> None:
     assert stream.buffered == len(stream._pieces) + sum(len(run.items) for run in stream._runs) + sum(
         len(items) for items, _ in stream._early.values())
     assert bool(stream._runs) == (stream.taken < stream.ready)
-    assert stream.buffered <= protocol.MAX_EARLY + protocol.MAX_ITEMS
+    assert stream.buffered <= MAX_EARLY + protocol.MAX_ITEMS
     assert stream.next <= stream.taken <= stream.ready <= stream.reached
-    assert len(stream.shown.spans) <= protocol.MAX_SHOWN_RANGES
+    assert len(stream.shown.spans) <= MAX_SHOWN_RANGES
     ack = stream.ack(more=False)
     assert is_valid("ack", ack) and ack["next"] == stream.next
     assert ack["next"] + ack["room"] <= max(stream.edge, stream.next)
@@ -437,7 +441,7 @@ def check_receiver(stream: ReceiveStream) -> None:
     assert all(before[1] < after[0] for before, after in zip(spans, spans[1:])), "sorted and disjoint"
 
 
-def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> Tuple[List[str], int]:
+def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> tuple[list[str], int]:
     """Runs a stream over two links until all is acked; returns the texts shown and the numbers closed."""
     receiver, now, shown, closed = ReceiveStream(sender.stream), 0.0, [], 0
     random = link.random
@@ -467,7 +471,7 @@ def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> T
     return shown, closed
 
 
-def some_texts(random: Random, count: int) -> List[str]:
+def some_texts(random: Random, count: int) -> list[str]:
     return [f"{index} " + random.choice(LETTERS) * random.choice([0, 3, 40, 300, 2000]) for index in range(count)]
 
 
@@ -494,7 +498,7 @@ def test_the_longest_text_arrives_whole(letter: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(LETTERS), st.integers(0, 800)), max_size=8))
-def test_a_long_text_is_cut_between_characters_and_never_too_small(parts: List[Tuple[str, int]]) -> None:
+def test_a_long_text_is_cut_between_characters_and_never_too_small(parts: list[tuple[str, int]]) -> None:
     text = "".join(letter * count for letter, count in parts)
     pieces = split_text(text)
     assert "".join(pieces) == text
@@ -504,7 +508,7 @@ def test_a_long_text_is_cut_between_characters_and_never_too_small(parts: List[T
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 10)), max_size=30), st.integers(1, 8))
-def test_ranges_hold_what_was_added_and_forget_the_lowest_first(added: List[Tuple[int, int]], most: int) -> None:
+def test_ranges_hold_what_was_added_and_forget_the_lowest_first(added: list[tuple[int, int]], most: int) -> None:
     ranges, everything = Ranges(most), Ranges(1000)
     for start, length in added:
         ranges.add(start, start + length)
@@ -536,7 +540,7 @@ SENDER_STEPS = st.lists(st.one_of(
 
 @settings(max_examples=400)
 @given(SENDER_STEPS)
-def test_no_sequence_of_acks_confuses_a_sender(steps: List[Any]) -> None:
+def test_no_sequence_of_acks_confuses_a_sender(steps: list[Any]) -> None:
     stream, now, sizes = SendStream(1, 900), 0.0, [0]
     stream.edge = 8     # a receiver with little room, so that its limits are met
     for step, *arguments in steps:
@@ -611,7 +615,7 @@ def test_a_window_that_was_not_used_does_not_grow() -> None:
         stream.queue(["x"], [900])
         stream.poll(float(number))
         stream.on_ack(number + 0.01, number + 1, [], 4096)
-    assert stream.path.window == protocol.INITIAL_WINDOW
+    assert stream.path.window == INITIAL_WINDOW
 
 
 def test_nothing_goes_beyond_the_edge_and_an_older_edge_is_ignored() -> None:
@@ -634,15 +638,15 @@ def round_trips(stream: SendStream, samples: Sequence[float]) -> None:
 
 
 @given(st.lists(st.floats(0.001, 0.9), min_size=1, max_size=20))
-def test_the_timeout_follows_rfc_6298(samples: List[float]) -> None:
+def test_the_timeout_follows_rfc_6298(samples: list[float]) -> None:
     stream = SendStream(1, 900, initial_timeout=5.0)
     round_trips(stream, samples)
     smoothed, variation = samples[0], samples[0] / 2
     for sample in samples[1:]:
         variation = 0.75 * variation + 0.25 * abs(smoothed - sample)
         smoothed = 0.875 * smoothed + 0.125 * sample
-    wanted = max(smoothed + max(protocol.CLOCK_GRAIN, 4 * variation), protocol.MIN_TIMEOUT)
-    assert stream.path.timeout(stream.longest) == pytest.approx(min(wanted, protocol.MAX_TIMEOUT), rel=1e-4)
+    wanted = max(smoothed + max(CLOCK_GRAIN, 4 * variation), MIN_TIMEOUT)
+    assert stream.path.timeout(stream.longest) == pytest.approx(min(wanted, MAX_TIMEOUT), rel=1e-4)
 
 
 def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
@@ -666,14 +670,14 @@ def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
 def test_a_path_of_any_length_is_measured_and_hardly_anything_sent_twice(round_trip: float) -> None:
     stream, receiver = singles(2000), ReceiveStream(1)
     now, sent = 0.0, 0
-    answers: List[Tuple[float, protocol.Info]] = []
+    answers: list[tuple[float, protocol.Info]] = []
     while stream.held and now < 200:
         for packet in stream.poll(now):
             sent += 1
             receiver.on_data(packet.first, packet.items)
             receiver.written(len(take(receiver)))
             answers.append((now + round_trip, receiver.ack()))
-        now = min(stream.due(), answers[0][0] if answers else protocol.NEVER)
+        now = min(stream.due(), answers[0][0] if answers else NEVER)
         while answers and answers[0][0] <= now:
             _, ack = answers.pop(0)
             stream.on_ack(now, ack["next"], ack["have"], ack["room"])
@@ -809,11 +813,11 @@ def test_another_route_takes_everything_along_and_knows_nothing_of_the_path() ->
 
 # the receiver
 
-def take(stream: ReceiveStream, most: int = protocol.MAX_EARLY) -> List[str]:
+def take(stream: ReceiveStream, most: int = MAX_EARLY) -> list[str]:
     return [text for run in stream.take(most) for text in join_pieces(run.first, run.items, run.more)]
 
 
-def labels(first: int, count: int) -> List[str]:
+def labels(first: int, count: int) -> list[str]:
     return [f"<{number}>" for number in range(first, first + count)]
 
 
@@ -832,12 +836,12 @@ RECEIVER_STEPS = st.lists(st.one_of(
 
 @settings(max_examples=400)
 @given(RECEIVER_STEPS)
-def test_no_sequence_of_data_confuses_a_receiver(steps: List[Any]) -> None:
+def test_no_sequence_of_data_confuses_a_receiver(steps: list[Any]) -> None:
     stream, handed, granted = ReceiveStream(1), 1, 1
-    beginnings: List[int] = []      # of the texts handed out and not written
-    brought: Set[int] = set()
-    seen: Set[int] = set()          # handed out here
-    elsewhere: Set[int] = set()     # shown by another route
+    beginnings: list[int] = []      # of the texts handed out and not written
+    brought: set[int] = set()
+    seen: set[int] = set()          # handed out here
+    elsewhere: set[int] = set()     # shown by another route
     for step, *arguments in steps:
         if step in ("data", "next"):
             first, count, more, base = arguments
@@ -901,15 +905,15 @@ HONEST_STEPS = st.lists(st.one_of(
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), HONEST_STEPS)
-def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_first(lengths: List[int],
-                                                                                      steps: List[Any]) -> None:
+def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_first(lengths: list[int],
+                                                                                      steps: list[Any]) -> None:
     starts = list(accumulate(lengths, initial=1))
     last, stream = starts.pop() - 1, ReceiveStream(1)
     texts = ["".join(labels(start, length)) for start, length in zip(starts, lengths)]
     more = set(range(1, last + 1)) - {start + length - 1 for start, length in zip(starts, lengths)}
-    shown: List[str] = []
-    direct: List[str] = []
-    handed: List[Tuple[int, int]] = []      # what waits to be written: texts, 0 for a skip, and the number behind
+    shown: list[str] = []
+    direct: list[str] = []
+    handed: list[tuple[int, int]] = []      # what waits to be written: texts, 0 for a skip, and the number behind
 
     def bring(first: int, count: int) -> None:
         count = min(count, last + 1 - first)
@@ -1110,19 +1114,19 @@ def test_a_text_longer_than_any_sender_may_send_is_cut_so_that_memory_stays_boun
 
 BOB: Address = ("192.0.2.1", 5000)
 ELSEWHERE: Address = ("192.0.2.2", 6000)
-ONLINE, OFFLINE = Place(True, BOB), Place(False, BOB)
-Sent = List[Tuple[Message, Optional[Address]]]
+BOB_ONLINE, BOB_OFFLINE = Place(True, BOB), Place(False, BOB)
+Sent = list[tuple[Message, Address | None]]
 
 
 class World:
     """A conversation, its clock, and receivers that answer for the recipient and for the server."""
 
-    def __init__(self, place: Optional[Place] = ONLINE, mtu: int = protocol.MAX_DATAGRAM) -> None:
+    def __init__(self, place: Place | None = BOB_ONLINE, mtu: int = protocol.MAX_DATAGRAM) -> None:
         self.now = 1000.0
         self.conversation = Conversation("alice", "bob", STREAM, mtu)
         self.conversation.session = SESSION
         self.conversation.locate(self.now, place)
-        self.receivers: Dict[str, ReceiveStream] = {}
+        self.receivers: dict[str, ReceiveStream] = {}
 
     def send(self, *texts: str, at: float = 1.0) -> None:
         self.conversation.send(self.now, texts, at)
@@ -1132,8 +1136,8 @@ class World:
         for datagram, address in self.conversation.poll(self.now, calm):
             assert len(datagram) <= self.conversation.mtu
             message, = decode(datagram)
-            assert message[0] == ("chat" if self.conversation.route == protocol.DIRECT else "save")
-            assert message[1].get("relay", False) == (self.conversation.route == protocol.RELAY)
+            assert message[0] == ("chat" if self.conversation.route == DIRECT else "save")
+            assert message[1].get("relay", False) == (self.conversation.route == RELAY)
             assert (address is None) == (message[0] == "save")
             sent.append((message, address))
         assert not calm or self.conversation.due() > self.now, "a poll leaves nothing due"
@@ -1154,7 +1158,7 @@ class World:
     def answer(self, sent: Sent) -> None:
         """What receivers say who take everything."""
         for (tag, info), _ in sent:
-            route = protocol.DIRECT if tag == "chat" else protocol.SAVE
+            route = DIRECT if tag == "chat" else SAVE
             receiver = self.receivers.setdefault(route, ReceiveStream(STREAM))
             receiver.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
             receiver.advance(info["base"])
@@ -1162,13 +1166,13 @@ class World:
             ack = receiver.ack()
             self.conversation.on_ack(self.now, ack["next"], ack["have"], ack["room"], route)
 
-    def events(self) -> List[Event]:
+    def events(self) -> list[Event]:
         events = [event._replace(first=0) for event in self.conversation.events]
         self.conversation.events.clear()
         return events
 
 
-def texts_of(sent: Sent) -> List[str]:
+def texts_of(sent: Sent) -> list[str]:
     """The texts that are named, once each, by their numbers."""
     found = {info["n"] + index: text for (_, info), _ in sent for index, text in enumerate(info["text"])}
     more = {number for (_, info), _ in sent for number in info.get("more", ())}
@@ -1176,7 +1180,7 @@ def texts_of(sent: Sent) -> List[str]:
     return join_pieces(min(found), [found[number] for number in sorted(found)], more)
 
 
-def addresses(sent: Sent) -> Set[Optional[Address]]:
+def addresses(sent: Sent) -> set[Address | None]:
     return {address for _, address in sent}
 
 
@@ -1185,7 +1189,7 @@ def saving() -> World:
     world = World()
     world.send("hello")
     world.run(0.5)
-    assert world.events() == [Event(protocol.NO_ACK, 1)]
+    assert world.events() == [Event(NO_ACK, 1)]
     return world
 
 
@@ -1198,15 +1202,15 @@ def test_a_server_that_answers_but_takes_nothing_is_asked_seldom_once_the_messag
             sent[int((world.now - start) / 30)] += 1
             world.now += 0.005
             world.conversation.server_heard(world.now)
-            world.ack(1, protocol.DIRECT if tag == "chat" else protocol.SAVE)
+            world.ack(1, DIRECT if tag == "chat" else SAVE)
         world.now += 0.03
-    assert world.conversation.stuck and [event.kind for event in world.events()] == [protocol.NO_ACK]
+    assert world.conversation.stuck and [event.kind for event in world.events()] == [NO_ACK]
     assert sent[1] > 50 and sent[2] <= 6, "as often as any request as long as it may help, then every 5 s"
 
 
 @pytest.mark.parametrize("mtu", [1200, 1500, 9000, 65507])
-@pytest.mark.parametrize("place", [ONLINE, None])
-def test_no_datagram_is_larger_than_the_mtu_and_all_arrives_as_it_was_sent(mtu: int, place: Optional[Place]) -> None:
+@pytest.mark.parametrize("place", [BOB_ONLINE, None])
+def test_no_datagram_is_larger_than_the_mtu_and_all_arrives_as_it_was_sent(mtu: int, place: Place | None) -> None:
     random = Random(mtu)
     texts = some_texts(random, 150) + [""] * 2000 + ["𝒜" * 16384, "x" * 65536]
     world, received = World(place, mtu), []
@@ -1223,7 +1227,7 @@ def test_no_datagram_is_larger_than_the_mtu_and_all_arrives_as_it_was_sent(mtu: 
         sent += turn
         world.answer(turn)
     assert texts_of(sent) == received
-    closing = protocol.RECEIVED if place else protocol.SAVED
+    closing = RECEIVED if place else SAVED
     assert sum(event.messages for event in world.events() if event.kind == closing) == len(received)
 
 
@@ -1233,18 +1237,18 @@ def test_a_text_goes_straight_to_the_recipient_and_its_ack_is_the_receipt() -> N
     (message, address), = world.poll()
     assert message == ("chat", {"from": "alice", "to": "bob", "stream": STREAM, "n": 1, "base": 1, "text": ["hello"]})
     assert address == BOB and world.events() == []
-    world.ack(2, protocol.DIRECT)
-    assert world.events() == [Event(protocol.RECEIVED, 1)]
-    assert world.run(100) == [] and world.conversation.due() == protocol.NEVER
+    world.ack(2, DIRECT)
+    assert world.events() == [Event(RECEIVED, 1)]
+    assert world.run(100) == [] and world.conversation.due() == NEVER
 
 
 def test_one_ack_for_several_texts_counts_messages_and_not_numbers() -> None:
     world = World()
     world.send("a", "x" * 2000, "b")
     world.poll()
-    world.ack(3, protocol.DIRECT)
-    world.ack(6, protocol.DIRECT)
-    assert world.events() == [Event(protocol.RECEIVED, 1), Event(protocol.RECEIVED, 2)]
+    world.ack(3, DIRECT)
+    world.ack(6, DIRECT)
+    assert world.events() == [Event(RECEIVED, 1), Event(RECEIVED, 2)]
 
 
 def test_without_an_ack_for_500_ms_everything_held_goes_to_the_server_in_order() -> None:
@@ -1255,14 +1259,14 @@ def test_without_an_ack_for_500_ms_everything_held_goes_to_the_server_in_order()
     assert sum(info["n"] == 1 for (_, info), _ in sent) >= 3, "sent again within that time"
     world.now += 0.001
     saved = world.poll()
-    assert world.events() == [Event(protocol.NO_ACK, len(texts))]
+    assert world.events() == [Event(NO_ACK, len(texts))]
     while texts_of(saved) != texts:
         assert addresses(saved) == {None} and len(saved) < 1000
         world.answer(saved)
         saved += world.run(0.01)
     world.answer(saved)
     events = world.events()
-    assert {event.kind for event in events} == {protocol.SAVED}
+    assert {event.kind for event in events} == {SAVED}
     assert sum(event.messages for event in events) == len(texts)
 
 
@@ -1272,10 +1276,10 @@ def test_silence_is_no_silence_while_something_that_has_arrived_is_unread() -> N
     world.poll()
     world.now += 5.0
     world.poll(calm=False)
-    assert world.events() == [] and world.conversation.route == protocol.DIRECT
-    world.ack(1, protocol.DIRECT)
+    assert world.events() == [] and world.conversation.route == DIRECT
+    world.ack(1, DIRECT)
     world.poll()
-    assert world.conversation.route == protocol.DIRECT
+    assert world.conversation.route == DIRECT
 
 
 def test_an_ack_that_moves_nothing_is_a_sign_of_life() -> None:
@@ -1283,51 +1287,51 @@ def test_an_ack_that_moves_nothing_is_a_sign_of_life() -> None:
     world.send("hello")
     for _ in range(50):
         world.run(0.4)
-        world.ack(1, protocol.DIRECT)
-    assert world.conversation.route == protocol.DIRECT and world.events() == []
+        world.ack(1, DIRECT)
+    assert world.conversation.route == DIRECT and world.events() == []
 
 
 def test_somebody_else_at_the_address_sends_the_messages_to_the_server_at_once() -> None:
     world = World()
     world.send("a", "b")
     world.poll()
-    world.conversation.on_nack(world.now, 1, 2, "not-me", protocol.DIRECT)
-    assert world.events() == [Event(protocol.NO_ACK, 2)]
-    assert texts_of(world.poll()) == ["a", "b"] and world.conversation.route == protocol.SAVE
+    world.conversation.on_nack(world.now, 1, 2, "not-me", DIRECT)
+    assert world.events() == [Event(NO_ACK, 2)]
+    assert texts_of(world.poll()) == ["a", "b"] and world.conversation.route == SAVE
 
 
 def test_a_refusal_that_is_not_for_what_is_held_on_this_route_changes_nothing() -> None:
     world = World()
     world.send("a", "b")
     world.poll()
-    world.ack(2, protocol.DIRECT)
+    world.ack(2, DIRECT)
     world.events()
-    world.conversation.on_nack(world.now, 1, 1, "not-me", protocol.DIRECT)
-    world.conversation.on_nack(world.now, 3, 9, "not-me", protocol.DIRECT)
-    world.conversation.on_nack(world.now, 2, 2, "full", protocol.SAVE)
-    world.conversation.on_nack(world.now, 2, 2, "full", protocol.DIRECT)
-    assert world.events() == [] and world.conversation.route == protocol.DIRECT and world.conversation.messages == 1
+    world.conversation.on_nack(world.now, 1, 1, "not-me", DIRECT)
+    world.conversation.on_nack(world.now, 3, 9, "not-me", DIRECT)
+    world.conversation.on_nack(world.now, 2, 2, "full", SAVE)
+    world.conversation.on_nack(world.now, 2, 2, "full", DIRECT)
+    assert world.events() == [] and world.conversation.route == DIRECT and world.conversation.messages == 1
 
 
 def test_for_somebody_offline_the_server_is_asked_at_once_and_each_message_says_so_once() -> None:
-    world = World(OFFLINE)
+    world = World(BOB_OFFLINE)
     world.send("a")
     world.send("b", "c")
-    assert world.events() == [Event(protocol.OFFLINE, 1), Event(protocol.OFFLINE, 2)]
+    assert world.events() == [Event(OFFLINE, 1), Event(OFFLINE, 2)]
     sent = world.poll()
     assert addresses(sent) == {None} and texts_of(sent) == ["a", "b", "c"]
-    world.conversation.locate(world.now, OFFLINE)
+    world.conversation.locate(world.now, BOB_OFFLINE)
     world.run(2.0)
-    world.ack(4, protocol.SAVE)
-    assert world.events() == [Event(protocol.SAVED, 3)]
+    world.ack(4, SAVE)
+    assert world.events() == [Event(SAVED, 3)]
 
 
 def test_somebody_who_goes_offline_takes_what_is_held_to_the_server() -> None:
     world = World()
     world.send("a")
     world.poll()
-    world.conversation.locate(world.now, OFFLINE)
-    assert world.events() == [Event(protocol.OFFLINE, 1)] and texts_of(world.poll()) == ["a"]
+    world.conversation.locate(world.now, BOB_OFFLINE)
+    assert world.events() == [Event(OFFLINE, 1)] and texts_of(world.poll()) == ["a"]
 
 
 def test_somebody_who_moves_is_followed() -> None:
@@ -1342,7 +1346,7 @@ def test_somebody_without_an_address_to_send_to_is_reached_by_relay() -> None:
     world = World(Place(True, None))
     world.send("a")
     world.poll()
-    assert world.conversation.route == protocol.RELAY and world.events() == []
+    assert world.conversation.route == RELAY and world.events() == []
 
 
 def test_a_saved_text_keeps_the_time_at_which_it_was_sent() -> None:
@@ -1356,15 +1360,15 @@ def test_a_saved_text_keeps_the_time_at_which_it_was_sent() -> None:
 def test_somebody_who_exists_is_tried_once_more_and_then_relayed_to_for_a_minute() -> None:
     world = saving()
     world.conversation.on_exists(world.now, 1, ELSEWHERE)
-    assert world.events() == [Event(protocol.EXISTS, 1)]
+    assert world.events() == [Event(EXISTS, 1)]
     assert addresses(world.run(0.49)) == {ELSEWHERE}
-    assert addresses(world.run(0.02)[-1:]) == {None} and world.conversation.route == protocol.RELAY
-    world.ack(2, protocol.SAVE)
-    assert world.events() == [Event(protocol.SAVED, 1, relayed=True)], "nothing is said twice"
+    assert addresses(world.run(0.02)[-1:]) == {None} and world.conversation.route == RELAY
+    world.ack(2, SAVE)
+    assert world.events() == [Event(SAVED, 1, relayed=True)], "nothing is said twice"
     world.now += 59.0
     world.send("b")
-    assert addresses(world.poll()) == {None} and world.conversation.route == protocol.RELAY
-    world.ack(3, protocol.SAVE)
+    assert addresses(world.poll()) == {None} and world.conversation.route == RELAY
+    world.ack(3, SAVE)
     world.now += 1.0
     world.send("c")
     assert addresses(world.poll()) == {BOB}
@@ -1373,7 +1377,7 @@ def test_somebody_who_exists_is_tried_once_more_and_then_relayed_to_for_a_minute
 def test_a_relay_ends_as_soon_as_the_entry_changes() -> None:
     world = saving()
     world.conversation.on_exists(world.now, 1, None)
-    assert world.conversation.route == protocol.RELAY and world.events() == [Event(protocol.EXISTS, 1)]
+    assert world.conversation.route == RELAY and world.events() == [Event(EXISTS, 1)]
     world.poll()
     world.conversation.locate(world.now, Place(True, ELSEWHERE))
     assert addresses(world.poll()) == {ELSEWHERE}
@@ -1384,45 +1388,45 @@ def test_what_is_held_after_a_minute_of_relay_is_tried_directly_again() -> None:
     world.conversation.on_exists(world.now, 1, None)
     for _ in range(120):
         world.run(0.49)
-        world.ack(1, protocol.SAVE)
-    assert world.conversation.route == protocol.RELAY
+        world.ack(1, SAVE)
+    assert world.conversation.route == RELAY
     world.run(1.3)
-    assert world.conversation.route == protocol.DIRECT
+    assert world.conversation.route == DIRECT
 
 
 def test_a_retry_that_works_is_a_receipt() -> None:
     world = saving()
     world.conversation.on_exists(world.now, 1, BOB)
     world.answer(world.poll())
-    assert world.events() == [Event(protocol.EXISTS, 1), Event(protocol.RECEIVED, 1)]
+    assert world.events() == [Event(EXISTS, 1), Event(RECEIVED, 1)]
 
 
 @pytest.mark.parametrize("number", [2, 9])
 def test_that_somebody_exists_is_not_believed_for_a_number_never_sent(number: int) -> None:
     world = saving()
     world.conversation.on_exists(world.now, number, BOB)
-    assert world.events() == [] and world.conversation.route == protocol.SAVE
+    assert world.events() == [] and world.conversation.route == SAVE
 
 
 def test_a_silent_server_is_said_once_and_leaves_the_messages_stuck_until_it_is_heard() -> None:
     world = saving()
     sent = world.run(2.49)
-    assert 1 + len(sent) >= protocol.SERVER_ATTEMPTS and world.events() == [] and not world.conversation.stuck
+    assert 1 + len(sent) >= SERVER_ATTEMPTS and world.events() == [] and not world.conversation.stuck
     world.run(0.02)
-    assert world.events() == [Event(protocol.SILENT, 1)] and world.conversation.stuck
+    assert world.events() == [Event(SILENT, 1)] and world.conversation.stuck
     world.run(100)
     assert world.events() == [] and world.conversation.messages == 1
     world.conversation.server_heard(world.now)
     assert not world.conversation.stuck
     world.answer(world.poll())
-    assert world.events() == [Event(protocol.SAVED, 1)] and not world.conversation.held
+    assert world.events() == [Event(SAVED, 1)] and not world.conversation.held
 
 
 def test_when_the_silence_of_the_server_is_forgotten_it_is_asked_at_once() -> None:
     world = World(Place(True, None))
     world.send("hello")
     world.run(4.0)
-    assert world.events() == [Event(protocol.SILENT, 1)]
+    assert world.events() == [Event(SILENT, 1)]
     world.conversation.locate(world.now, Place(True, None))
     assert not world.conversation.stuck and len(world.poll()) == 1
 
@@ -1432,7 +1436,7 @@ def test_a_server_that_falls_silent_again_is_said_again() -> None:
     world.run(3.0)
     world.conversation.server_heard(world.now)
     world.run(3.0)
-    assert world.events() == [Event(protocol.SILENT, 1)] * 2
+    assert world.events() == [Event(SILENT, 1)] * 2
 
 
 def test_the_server_being_heard_changes_nothing_for_what_is_sent_directly() -> None:
@@ -1441,52 +1445,52 @@ def test_the_server_being_heard_changes_nothing_for_what_is_sent_directly() -> N
     for _ in range(6):
         world.run(0.09)
         world.conversation.server_heard(world.now)
-    assert world.events() == [Event(protocol.NO_ACK, 1)]
+    assert world.events() == [Event(NO_ACK, 1)]
 
 
 def test_a_recipient_that_answers_but_takes_nothing_for_30_s_is_relayed_to() -> None:
     world = World()
     world.send("a", "b")
     for second in range(30):
-        assert world.conversation.route == protocol.DIRECT, second
+        assert world.conversation.route == DIRECT, second
         for _ in range(4):
             world.run(0.25)
-            world.ack(1, protocol.DIRECT, room=0)
+            world.ack(1, DIRECT, room=0)
     world.poll()
-    assert world.events() == [Event(protocol.NO_ACK, 2)] and world.conversation.route == protocol.RELAY
+    assert world.events() == [Event(NO_ACK, 2)] and world.conversation.route == RELAY
 
 
 def test_a_server_that_answers_but_takes_nothing_for_30_s_leaves_the_messages_stuck_and_held() -> None:
     world = saving()
     for _ in range(119):
         world.run(0.25)
-        world.ack(1, protocol.SAVE, room=0)
+        world.ack(1, SAVE, room=0)
     assert not world.conversation.stuck
     world.run(0.5)
     assert world.conversation.stuck and world.conversation.texts() == ["hello"] and world.events() == []
-    world.ack(2, protocol.SAVE)
-    assert not world.conversation.stuck and world.events() == [Event(protocol.SAVED, 1)]
+    world.ack(2, SAVE)
+    assert not world.conversation.stuck and world.events() == [Event(SAVED, 1)]
 
 
 @pytest.mark.parametrize("seconds", [3, 20, 29, 45])
 def test_a_recipient_that_moves_again_and_again_but_takes_nothing_holds_nobody_up(seconds: int) -> None:
-    world, stuck, relayed = World(), protocol.NEVER, protocol.NEVER
+    world, stuck, relayed = World(), NEVER, NEVER
     world.send("hello")
     for second in range(1, 200):
         for _ in range(4):
             world.run(0.25)
-            world.ack(1, protocol.DIRECT if world.conversation.route == protocol.DIRECT else protocol.SAVE, room=0)
-        if world.conversation.route == protocol.RELAY:
+            world.ack(1, DIRECT if world.conversation.route == DIRECT else SAVE, room=0)
+        if world.conversation.route == RELAY:
             relayed = min(relayed, second)
         if second % seconds == 0:
             world.conversation.locate(world.now, Place(True, ("127.0.0.1", 1000 + second)))
         if world.conversation.stuck:
             stuck = min(stuck, second)
-        assert world.conversation.stuck == (stuck < protocol.NEVER), "it stays so, whichever way is tried"
+        assert world.conversation.stuck == (stuck < NEVER), "it stays so, whichever way is tried"
     assert 30 <= relayed <= 32 and stuck <= 62
-    assert world.events() == [Event(protocol.NO_ACK, 1)] and world.conversation.texts() == ["hello"]
-    world.ack(2, protocol.DIRECT)
-    assert not world.conversation.stuck and world.events() == [Event(protocol.RECEIVED, 1)]
+    assert world.events() == [Event(NO_ACK, 1)] and world.conversation.texts() == ["hello"]
+    world.ack(2, DIRECT)
+    assert not world.conversation.stuck and world.events() == [Event(RECEIVED, 1)]
 
 
 def test_progress_starts_the_30_s_anew() -> None:
@@ -1495,9 +1499,9 @@ def test_progress_starts_the_30_s_anew() -> None:
     for next_ in range(2, 12):
         for _ in range(100):
             world.run(0.25)
-            world.ack(next_ - 1, protocol.DIRECT)
-        world.ack(next_, protocol.DIRECT)
-    assert world.events() == [Event(protocol.RECEIVED, 1)] * 10
+            world.ack(next_ - 1, DIRECT)
+        world.ack(next_, DIRECT)
+    assert world.events() == [Event(RECEIVED, 1)] * 10
 
 
 @pytest.mark.parametrize("reason", ["full", "unknown", "disk"])
@@ -1505,18 +1509,18 @@ def test_a_refusal_of_the_server_closes_exactly_what_it_names(reason: str) -> No
     world = World(None)
     world.send("a", "x" * 2000, "b")        # 1, 2-4, 5
     world.poll()
-    world.conversation.on_nack(world.now, 1, 4, reason, protocol.SAVE)
-    assert world.events() == [Event(protocol.REFUSED, 2, reason)] and world.conversation.texts() == ["b"]
-    world.conversation.on_nack(world.now, 1, 4, reason, protocol.SAVE)
+    world.conversation.on_nack(world.now, 1, 4, reason, SAVE)
+    assert world.events() == [Event(REFUSED, 2, reason)] and world.conversation.texts() == ["b"]
+    world.conversation.on_nack(world.now, 1, 4, reason, SAVE)
     assert world.events() == []
-    world.ack(6, protocol.SAVE)
-    assert world.events() == [Event(protocol.SAVED, 1)]
+    world.ack(6, SAVE)
+    assert world.events() == [Event(SAVED, 1)]
 
 
-@pytest.mark.parametrize("route, kind", [(protocol.DIRECT, protocol.RECEIVED), (protocol.SAVE, protocol.SAVED)])
+@pytest.mark.parametrize("route, kind", [(DIRECT, RECEIVED), (SAVE, SAVED)])
 def test_a_late_ack_from_the_other_route_counts(route: str, kind: str) -> None:
     world = saving()
-    if route == protocol.SAVE:
+    if route == SAVE:
         world.poll()
         world.conversation.on_exists(world.now, 1, BOB)
         world.events()
@@ -1529,16 +1533,17 @@ def test_a_late_ack_before_the_new_route_was_used_does_not_make_its_datagrams_to
     world.send(*["a"] * 10, "x" * 690)
     world.poll()
     world.conversation.locate(world.now, None)
-    world.ack(11, protocol.DIRECT)
+    world.ack(11, DIRECT)
     world.send("y" * 690)
     assert texts_of(world.poll()) == ["x" * 690, "y" * 690]
 
 
 TEXT = st.builds(str.__mul__, st.sampled_from(LETTERS), st.sampled_from([0, 1, 5, 200, 700, 2500]))
-ROUTE = st.sampled_from([protocol.DIRECT, protocol.SAVE])
+ROUTE = st.sampled_from([DIRECT, SAVE])
 CONVERSATION_STEPS = st.lists(st.one_of(
     st.tuples(st.just("send"), st.lists(TEXT, min_size=1, max_size=4)),
-    st.tuples(st.just("locate"), st.sampled_from([None, ONLINE, OFFLINE, Place(True, ELSEWHERE), Place(True, None)])),
+    st.tuples(st.just("locate"), st.sampled_from([None, BOB_ONLINE, BOB_OFFLINE, Place(True, ELSEWHERE),
+                                                  Place(True, None)])),
     st.tuples(st.just("ack"), st.integers(-3, 8), st.lists(RANGE, max_size=3), st.sampled_from([0, 90, 4096]), ROUTE),
     st.tuples(st.just("nack"), st.integers(-2, 2), st.integers(0, 5), st.sampled_from(["not-me", "full"]), ROUTE),
     st.tuples(st.just("exists"), st.integers(0, 3), st.sampled_from([None, BOB, ELSEWHERE])),
@@ -1549,9 +1554,9 @@ CONVERSATION_STEPS = st.lists(st.one_of(
 ), max_size=40)
 
 
-def check_conversation(world: World, messages: List[str], events: List[Event]) -> None:
+def check_conversation(world: World, messages: list[str], events: list[Event]) -> None:
     """Whatever happened: each message is either closed or held, and the counters tell how many."""
-    closing = (protocol.RECEIVED, protocol.SAVED, protocol.REFUSED)
+    closing = (RECEIVED, SAVED, REFUSED)
     closed = sum(event.messages for event in events if event.kind in closing)
     conversation = world.conversation
     assert all(event.messages > 0 for event in events)
@@ -1563,9 +1568,9 @@ def check_conversation(world: World, messages: List[str], events: List[Event]) -
 
 @settings(max_examples=300)
 @given(CONVERSATION_STEPS)
-def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: List[Any]) -> None:
+def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: list[Any]) -> None:
     world, messages, events = World(), [], []
-    told = {protocol.NO_ACK: 0, protocol.OFFLINE: 0, protocol.EXISTS: 0}    # of how many of the messages
+    told = {NO_ACK: 0, OFFLINE: 0, EXISTS: 0}    # of how many of the messages
     conversation = world.conversation
     for step, *arguments in steps:
         base = conversation.stream.base
@@ -1599,7 +1604,7 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: Lis
     for _ in range(400):
         conversation.server_heard(world.now)
         world.answer(world.run(0.01))
-    assert not conversation.held and conversation.due() == protocol.NEVER
+    assert not conversation.held and conversation.due() == NEVER
     check_conversation(world, messages, events + world.events())
 
 
@@ -1607,11 +1612,11 @@ def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
     world = World()
     world.send("a", "b", "x" * 2000, "c")
     world.poll()
-    world.conversation.on_ack(0.0, 3, [], 4096, protocol.DIRECT)
-    world.conversation.on_nack(0.1, 3, 9, "not-me", protocol.DIRECT)
+    world.conversation.on_ack(0.0, 3, [], 4096, DIRECT)
+    world.conversation.on_nack(0.1, 3, 9, "not-me", DIRECT)
     world.send("d")
-    world.conversation.on_ack(0.2, 6, [], 4096, protocol.SAVE)
-    assert world.conversation.events == [Event(RECEIVED, 2, "", 1), Event(protocol.NO_ACK, 2, "", 3),
+    world.conversation.on_ack(0.2, 6, [], 4096, SAVE)
+    assert world.conversation.events == [Event(RECEIVED, 2, "", 1), Event(NO_ACK, 2, "", 3),
                                          Event(SAVED, 1, "", 3)]
 
 
@@ -1623,7 +1628,7 @@ LETTERS_KEPT = st.lists(st.tuples(st.sampled_from(["bob", "a" * 32, "é" * 32]),
 
 @given(LETTERS_KEPT, st.integers(1, 30))
 def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_counted(
-        kept: List[Tuple[str, int, int, float, str, bool]], start: int) -> None:
+        kept: list[tuple[str, int, int, float, str, bool]], start: int) -> None:
     start = min(start, len(kept)) - 1           # where the datagram begins: within a run, maybe
     sizes, sent = protocol.mail_sizes(kept)[start:], kept[start:]
     info = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": protocol.mail_runs(sent)}
@@ -1647,7 +1652,7 @@ def outbox_with(nicks: Sequence[str], online: bool = True) -> Outbox:
     return outbox
 
 
-def ack_of(stream: int, next_: int) -> Dict[str, Any]:
+def ack_of(stream: int, next_: int) -> dict[str, Any]:
     return {"stream": stream, "next": next_, "have": [], "room": 4096}
 
 
@@ -1660,10 +1665,10 @@ def test_an_outbox_sends_to_whom_something_happened_and_to_whom_it_is_time() -> 
 
 
 def test_an_outbox_looks_after_so_many_in_one_go_and_after_the_others_at_once() -> None:
-    outbox = outbox_with([f"n{number}" for number in range(3 * protocol.POLLS_PER_TURN // 2)])
-    assert len(list(outbox.poll(0.0))) == protocol.POLLS_PER_TURN
+    outbox = outbox_with([f"n{number}" for number in range(3 * POLLS_PER_TURN // 2)])
+    assert len(list(outbox.poll(0.0))) == POLLS_PER_TURN
     assert outbox.due() <= 0.0
-    assert len(list(outbox.poll(0.0))) == protocol.POLLS_PER_TURN // 2
+    assert len(list(outbox.poll(0.0))) == POLLS_PER_TURN // 2
     assert outbox.due() > 0.0
 
 
@@ -1695,7 +1700,7 @@ def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() ->
 
 
 def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "CONVERSATIONS_KEPT", 2)
+    monkeypatch.setattr("conversation.CONVERSATIONS_KEPT", 2)
     outbox = outbox_with(["bob", "carol"])
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
@@ -1712,7 +1717,7 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
 
 def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_forgotten_meanwhile(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "CONVERSATIONS_KEPT", 2)
+    monkeypatch.setattr("conversation.CONVERSATIONS_KEPT", 2)
     outbox = outbox_with(["bob", "carol"])
     for _ in range(2):
         list(outbox.poll(0.0))
@@ -1733,7 +1738,7 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
     outbox, now = Outbox("alice"), 0.0
     outbox.open(now, "bob", Place(True, ("192.0.2.1", 9)), 7)
     outbox.send(now, "bob", ["text"] * QUEUE_LIMIT, now)
-    kinds: List[str] = []
+    kinds: list[str] = []
 
     def poll() -> None:
         list(outbox.poll(now))

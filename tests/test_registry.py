@@ -14,7 +14,8 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, cast
+from typing import Any, cast
+from collections.abc import Callable, Iterator
 
 import msgpack
 import pytest
@@ -46,11 +47,11 @@ def filled(size: int) -> Table:
     return table
 
 
-def contents(table: Table) -> Dict[str, Tuple[str, int, str]]:
+def contents(table: Table) -> dict[str, tuple[str, int, str]]:
     return {nick: entry[1:4] for nick, entry in table.entries.items()}
 
 
-def mirrored(pages: List[Page], mirror: Optional[Table] = None) -> Table:
+def mirrored(pages: list[Page], mirror: Table | None = None) -> Table:
     mirror = Table() if mirror is None else mirror
     for page in pages:
         assert mirror.apply(page) is not None
@@ -73,7 +74,7 @@ def test_no_two_entries_share_a_version_and_each_has_that_of_its_last_change() -
 @pytest.mark.parametrize("change", [("bob", "192.0.2.9", 5000, ONLINE), ("bob", "192.0.2.1", 5001, ONLINE),
                                     ("bob", "192.0.2.1", 5000, OFFLINE), ("bob", "192.0.2.1", 5000, GONE),
                                     ("eve", "192.0.2.1", 5000, ONLINE)])
-def test_every_difference_is_a_change_and_its_repetition_is_none(change: Tuple[str, str, int, str]) -> None:
+def test_every_difference_is_a_change_and_its_repetition_is_none(change: tuple[str, str, int, str]) -> None:
     table = Table()
     table.set("bob", "192.0.2.1", 5000, ONLINE)
     assert table.set(*change)
@@ -115,7 +116,7 @@ def test_pages_join_without_a_gap_and_name_every_entry_once_in_the_order_of_chan
 
 @given(st.lists(st.tuples(st.text(min_size=1, max_size=32), st.sampled_from([A[0], C[0]]), st.integers(0, 65535)),
                 max_size=60), st.integers(200, 1100))
-def test_a_page_on_the_wire_is_no_longer_than_asked_for(entries: List[Tuple[str, str, int]], size: int) -> None:
+def test_a_page_on_the_wire_is_no_longer_than_asked_for(entries: list[tuple[str, str, int]], size: int) -> None:
     table = Table()
     for nick, host, port in entries:
         table.set(nick, host, port, OFFLINE)
@@ -193,7 +194,7 @@ class Mirroring(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table, self.mirror = Table(), Table()
-        self.questions, self.wire, self.told = [0], [], 0       # type: List[int], List[Page], int
+        self.questions, self.wire, self.told = [0], [], 0       # type: list[int], list[Page], int
 
     @rule(nick=st.sampled_from("abcde"), port=st.integers(1, 2), state=st.sampled_from([ONLINE, OFFLINE, GONE]))
     def change(self, nick: str, port: int, state: str) -> None:
@@ -290,7 +291,7 @@ def test_a_table_that_is_not_to_be_trusted_has_everybody_offline() -> None:
 
 def test_the_log_of_changes_stays_short_and_still_serves_every_version() -> None:
     random, table = Random(2), Table()
-    copies: List[Table] = []
+    copies: list[Table] = []
     for step in range(3000):
         table.set(random.choice("abcdefgh"), "192.0.2.1", random.randrange(3), random.choice([ONLINE, OFFLINE, GONE]))
         assert len(table._log) <= 2 * 8 + 65
@@ -316,7 +317,7 @@ class Faulty:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
-        self.fails: Tuple[str, ...] = ()
+        self.fails: tuple[str, ...] = ()
 
     def _check(self, statement: str) -> None:
         if statement.startswith(self.fails):
@@ -365,7 +366,7 @@ def parcel_of(first: int, *texts: str) -> Parcel:
                   [n for n, text in enumerate(texts, first) if text.endswith("…")])
 
 
-def letters_of(sender: str, stream: int, parcel: Parcel) -> List[Letter]:
+def letters_of(sender: str, stream: int, parcel: Parcel) -> list[Letter]:
     """A parcel as its recipient gets it."""
     return [[sender, stream, n, at, text, n in parcel.more]
             for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
@@ -375,13 +376,13 @@ def keep(box: Mailbox, nick: str, *texts: str, sender: str = SENDER, stream: int
     box.keep(box.known[nick], sender, stream, parcel_of(box.stream_next(sender, stream), *texts))
 
 
-def mail(box: Mailbox, nick: str = "bob") -> List[Tuple[int, str]]:
+def mail(box: Mailbox, nick: str = "bob") -> list[tuple[int, str]]:
     """The mail of ``nick`` on the disk, with its numbers."""
     first = box._db.execute("SELECT min(seq) FROM mail WHERE recipient = ?", (box.known[nick].id,)).fetchone()[0] or 1
     return [(seq, letter[4]) for seq, letter in enumerate(box.fetch(box.known[nick], first, EVERYTHING), first)]
 
 
-def counts(known: Known) -> Tuple[int, int, int, int, int]:
+def counts(known: Known) -> tuple[int, int, int, int, int]:
     return known.first, known.last, known.waiting, known.messages, known.size
 
 
@@ -404,7 +405,7 @@ def test_what_was_kept_comes_back_in_every_field_and_character(box: Mailbox, pat
 
 
 @pytest.mark.parametrize("times", [[WALL, WALL, WALL], [WALL, WALL + 0.1, WALL], [0.0, 1e9 / 3, WALL]])
-def test_every_number_keeps_its_own_time(box: Mailbox, times: List[float]) -> None:
+def test_every_number_keeps_its_own_time(box: Mailbox, times: list[float]) -> None:
     box.keep(box.known["bob"], SENDER, STREAM, Parcel(1, ["one", "two", "three"], times, ()))
     box.commit(WALL)
     assert [letter[3] for letter in box.fetch(box.known["bob"], 1, EVERYTHING)] == times
@@ -600,8 +601,8 @@ class Shadow:
 
     def __init__(self) -> None:
         self.first, self.last = 1, 0
-        self.kept: List[Tuple[int, Letter]] = []        # on the disk, with their numbers
-        self.turn: List[Tuple[int, Letter]] = []        # since the last commit
+        self.kept: list[tuple[int, Letter]] = []        # on the disk, with their numbers
+        self.turn: list[tuple[int, Letter]] = []        # since the last commit
 
     def copy(self) -> Shadow:
         copy = Shadow()
@@ -621,11 +622,11 @@ class Storing(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.box = open_box(self.folder / "store.db")
         self.fault = faulty(self.box)
-        self.known: Dict[str, Shadow] = {}
-        self.on_disk: Dict[str, Shadow] = {}
-        self.streams: Dict[Tuple[str, int], int] = {}
-        self.turn_streams: Dict[Tuple[str, int], int] = {}
-        self.forgotten: Set[str] = set()
+        self.known: dict[str, Shadow] = {}
+        self.on_disk: dict[str, Shadow] = {}
+        self.streams: dict[tuple[str, int], int] = {}
+        self.turn_streams: dict[tuple[str, int], int] = {}
+        self.forgotten: set[str] = set()
 
     def teardown(self) -> None:
         self.box.close()
@@ -642,7 +643,7 @@ class Storing(RuleBasedStateMachine):
 
     @precondition(lambda self: self.known)
     @rule(which=WHICH, sender=SENDERS, stream=st.integers(1, 2), texts=TEXTS)
-    def keep(self, which: int, sender: str, stream: int, texts: List[str]) -> None:
+    def keep(self, which: int, sender: str, stream: int, texts: list[str]) -> None:
         nick = self.one(which)
         shadow = self.known[nick]
         texts[-1] = texts[-1].rstrip("…")
@@ -735,7 +736,7 @@ def sqlite_file(path: Path, *statements: str) -> bytes:
     return path.read_bytes()
 
 
-FOREIGN: Dict[str, Tuple[Callable[[Path], object], str]] = {
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text": (lambda path: path.write_text("dear diary\n" * 100), "is not a udpchat store"),
     "one byte": (lambda path: path.write_bytes(b"S"), "is not a udpchat store"),
     "only the magic of SQLite": (lambda path: path.write_bytes(b"SQLite format 3\0"), "is not a udpchat store"),
@@ -844,7 +845,7 @@ def assert_usable(path: Path) -> None:
 
 def test_a_crash_between_any_steps_of_its_making_leaves_a_store_that_can_be_opened(
         tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: List[Path] = []
+    copies: list[Path] = []
     with monkeypatch.context() as patch:
         patch.setattr(Watched, "done", lambda: copies.append(copied(path, tmp_path / str(len(copies)))), raising=False)
         patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
@@ -954,7 +955,7 @@ def test_mail_kept_in_the_turn_in_which_its_recipient_is_forgotten_goes_with_it(
 
 
 @pytest.mark.parametrize("fails", [(), ("COMMIT",)])
-def test_whatever_was_pending_for_a_forgotten_nick_is_dropped(box: Mailbox, path: Path, fails: Tuple[str, ...]) -> None:
+def test_whatever_was_pending_for_a_forgotten_nick_is_dropped(box: Mailbox, path: Path, fails: tuple[str, ...]) -> None:
     keep(box, "bob", "one", "two")
     box.commit(WALL)
     keep(box, "bob", "three")
@@ -1026,13 +1027,13 @@ def empty_registry() -> Registry:
     return new_registry()
 
 
-def admit(reg: Registry, nick: str, address: Address, token: Optional[bytes] = None, now: float = 0.0,
+def admit(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0,
           wall: float = WALL) -> Session:
     number = next(IDS)
     return reg.admit(now, wall, number.to_bytes(16, "big"), nick, address, token, number)
 
 
-def register(reg: Registry, nick: str, address: Address, token: Optional[bytes] = None, now: float = 0.0,
+def register(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0,
              wall: float = WALL) -> Session:
     assert reg.claim(nick, address, token) == GRANTED
     return admit(reg, nick, address, token, now, wall)
@@ -1043,7 +1044,7 @@ def save(reg: Registry, nick: str, *texts: str, stream: int = STREAM) -> None:
     assert reg.mailbox.commit(WALL)
 
 
-def state_of(reg: Registry, nick: str) -> Optional[Tuple[str, int, str]]:
+def state_of(reg: Registry, nick: str) -> tuple[str, int, str] | None:
     entry = reg.table.get(nick)
     return entry[1:4] if entry is not None else None
 
@@ -1490,7 +1491,7 @@ def test_a_mailbox_takes_texts_up_to_its_last_byte(reg: Registry, left: int, fit
 
 @given(st.lists(st.lists(st.text("aü", max_size=20), min_size=1, max_size=3), max_size=8), st.integers(0, 8),
        st.integers(0, 100))
-def test_what_fits_are_the_most_whole_texts_that_break_no_limit(texts: List[List[str]], limit: int, room: int) -> None:
+def test_what_fits_are_the_most_whole_texts_that_break_no_limit(texts: list[list[str]], limit: int, room: int) -> None:
     reg = new_registry(mailbox_limit=limit)
     register(reg, "bob", A)
     reg.mailbox.known["bob"].size = MAILBOX_SIZE - room
@@ -1573,8 +1574,8 @@ class Deciding(RuleBasedStateMachine):
         self.box = Mailbox(":memory:", SERVER)
         self.reg = Registry(self.box, self.LIMIT, max_known=self.LIMIT)
         self.now, self.wall = 0.0, WALL
-        self.greeting: Dict[bytes, int] = {}    # session -> number of the last mail that comes first
-        self.ended: List[Session] = []
+        self.greeting: dict[bytes, int] = {}    # session -> number of the last mail that comes first
+        self.ended: list[Session] = []
 
     def teardown(self) -> None:
         self.box.close()

@@ -17,12 +17,13 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import pyte
 import pytest
 
-from terminal import NICK_COLORS, PASTE_OFF, PASTE_ON
+from editor import NICK_COLORS, PASTE_OFF, PASTE_ON
 from tests.processes import (NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
 from tests.test_terminal import Xterm
@@ -53,7 +54,7 @@ class Glass(Xterm):
     """A terminal's screen, that keeps what goes off it, counts bells, and shows what is dim as blinking."""
 
     def __init__(self, columns: int, rows: int) -> None:
-        self.gone: List[str] = []
+        self.gone: list[str] = []
         self.bells = 0
         super().__init__(columns, rows)
 
@@ -150,7 +151,7 @@ class Window:
         return text.rstrip()
 
     @property
-    def picture(self) -> List[str]:
+    def picture(self) -> list[str]:
         """The rows that are seen, without blank ones at the end."""
         self._look()
         rows = [self._row(y) for y in range(self.glass.lines)]
@@ -159,7 +160,7 @@ class Window:
         return rows
 
     @property
-    def rows(self) -> List[str]:
+    def rows(self) -> list[str]:
         """The rows that were ever seen, from the first one on, without the cursor."""
         picture = [row.replace(CURSOR, "").rstrip() for row in self.picture]
         return self.glass.gone + picture
@@ -176,7 +177,7 @@ class Window:
 
     def shows_row(self, pattern: str) -> str:
         """Waits until some row is ``pattern``; gives it."""
-        found: List[str] = []
+        found: list[str] = []
 
         def is_there() -> bool:
             found[:] = [row for row in self.rows if re.fullmatch(pattern, row)]
@@ -184,7 +185,7 @@ class Window:
         self.chat.until(is_there, f"a row {pattern}")
         return found[-1]
 
-    def cells(self, text: str) -> List[pyte.screens.Char]:
+    def cells(self, text: str) -> list[pyte.screens.Char]:
         """How the last row that has ``text`` in it draws it."""
         self._look()
         y = max(y for y in range(self.glass.lines) if text in self._row(y).replace(CURSOR, ""))
@@ -204,7 +205,7 @@ Open = Callable[..., Window]
 @pytest.fixture
 def open_window(chat: Chat) -> Iterator[Open]:
     """Opens windows on which alice chats; the prompt is there."""
-    windows: List[Window] = []
+    windows: list[Window] = []
 
     def open_(*options: str, nick: str = "alice", ready: bool = True, arguments: Sequence[str] = (),
               **keywords: Any) -> Window:
@@ -269,7 +270,7 @@ def test_a_text_of_several_rows_stays_whole_when_messages_come(chat: Chat, open_
     assert sum(">>>" in row for row in alice.rows) == 1
 
 
-def wrapped(text: str, columns: int, left: int) -> List[str]:
+def wrapped(text: str, columns: int, left: int) -> list[str]:
     """The rows that ``text`` takes, with the cursor so many characters before its end."""
     units = re.findall("[^\u0301]\u0301?", text)
     units = [unit.replace("e\u0301", "é") for unit in units] + [""]
@@ -313,7 +314,7 @@ RESIZED = [
 
 @pytest.mark.parametrize("sizes", [sizes for _, sizes in RESIZED], ids=[name for name, _ in RESIZED])
 def test_a_wrapped_text_fits_a_window_that_gets_another_size(chat: Chat, open_window: Open,
-                                                             sizes: List[Tuple[int, int]]) -> None:
+                                                             sizes: list[tuple[int, int]]) -> None:
     bob = chat.client("bob")
     alice = open_window(columns=40)
     meet(alice, bob)
@@ -773,8 +774,8 @@ def test_nicks_have_colours_that_stay_and_what_is_not_a_message_has_none(chat: C
 
 @pytest.mark.parametrize("options, environment", [
     (("--no-time",), {"NO_COLOR": "1"}), (("--no-time", "--color=never"), {}), (PLAIN, {"COLORTERM": "truecolor"})])
-def test_nothing_is_coloured_for_who_wants_no_colours(chat: Chat, open_window: Open, options: Tuple[str, ...],
-                                                      environment: Dict[str, str]) -> None:
+def test_nothing_is_coloured_for_who_wants_no_colours(chat: Chat, open_window: Open, options: tuple[str, ...],
+                                                      environment: dict[str, str]) -> None:
     bob = chat.client("bob")
     alice = open_window(*options, **environment)
     meet(alice, bob)
@@ -932,7 +933,7 @@ def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> No
     assert not any("Waiting" in row for row in alice.rows)
 
 
-def send_to_stopped_bob(chat: Chat, open_window: Open) -> Tuple[Process, Window]:
+def send_to_stopped_bob(chat: Chat, open_window: Open) -> tuple[Process, Window]:
     """A bob who does not go on, and the window in which a message for him waits."""
     bob = chat.client("bob")
     bob.signal(signal.SIGSTOP)

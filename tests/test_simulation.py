@@ -7,15 +7,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any, Callable, List, Set, Tuple
+from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 import protocol
 import registry
+from client import ACTIVE, AWAY, OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
-from udpchat import ACTIVE, AWAY, OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 
 SEEDS = 300
 CHUNK = 30
@@ -26,7 +27,7 @@ def is_ready(life: Life) -> bool:
     return life.client.state == ACTIVE and life.client.table.is_online(life.nick)
 
 
-def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> Tuple[World, List[Life]]:
+def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[World, list[Life]]:
     """A world with a server and clients that are all online and know each other."""
     world = World(1, mailbox=mailbox)
     world.start_server()
@@ -36,9 +37,9 @@ def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> Tuple[Worl
     return world, lives
 
 
-def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str, List[Any]], bool]:
+def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str, list[Any]], bool]:
     """A filter for the network that loses every datagram with one of ``tags`` between these hosts."""
-    def passes(from_: str, to: str, maps: List[Any]) -> bool:
+    def passes(from_: str, to: str, maps: list[Any]) -> bool:
         hit = from_ == (source or from_) and to == (target or to)
         return not (hit and any(value["tag"] in tags for value in maps))
     return passes
@@ -54,7 +55,7 @@ def ends(life: Life, text: str) -> int:
     return sum(line.endswith(text) for line in life.lines)
 
 
-def tags_of(datagram: bytes) -> List[str]:
+def tags_of(datagram: bytes) -> list[str]:
     """What is in a datagram."""
     return [tag for tag, _ in protocol.Decoder().decode(datagram)]
 
@@ -126,10 +127,10 @@ def test_mail_is_acked_as_mail_and_not_to_senders_that_did_not_send_it() -> None
     world.run(1)
     alice.type("send bob hello")
     world.run(1)
-    mails: Set[int] = set()
-    acks: Set[int] = set()
+    mails: set[int] = set()
+    acks: set[int] = set()
 
-    def listen(source: str, target: str, maps: List[Any]) -> bool:
+    def listen(source: str, target: str, maps: list[Any]) -> bool:
         for value in maps:
             if value["tag"] in ("mail", "ack"):
                 (mails if value["tag"] == "mail" else acks).add(value["info"]["stream"])
@@ -573,9 +574,9 @@ def test_a_nick_belongs_to_its_first_owner_also_while_nobody_runs_with_it() -> N
 
 def test_a_late_copy_of_an_old_registration_does_not_throw_its_sender_out() -> None:
     world, (alice, bob) = start("alice", "bob")
-    copies: List[bytes] = []
+    copies: list[bytes] = []
 
-    def keep(source: str, target: str, maps: List[Any]) -> bool:
+    def keep(source: str, target: str, maps: list[Any]) -> bool:
         copies.extend(encode(value["tag"], value["info"]) for value in maps
                       if value["tag"] == "reg" and "cookie" in value["info"])
         return True
@@ -785,8 +786,8 @@ def test_what_must_always_hold_holds_in_random_storms(first: int) -> None:
 
 @pytest.mark.parametrize("first", range(0, 60, CHUNK))
 def test_it_holds_also_where_few_streams_can_go_on_at_once(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "STREAMS_PER_SENDER", 1)
-    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 6)
+    monkeypatch.setattr("conversation.STREAMS_PER_SENDER", 1)
+    monkeypatch.setattr("conversation.STREAMS_IN_ALL", 6)
     for seed in range(first, first + CHUNK):
         assert not run_seed(seed).failure
 

@@ -23,23 +23,25 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import protocol
 import registry
-import terminal
 import udpchat
-from protocol import Address, Decoder, Inbox, Info, addressed, encode, padded
-from registry import DAMAGED, DAY, Mailbox, Registry, Table, load_secret, token_for
+from client import ACTIVE, AWAY, LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
+from conversation import STREAMS_PER_SENDER, Inbox, Outbox
+from home import load_secret, token_for
+from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Loop, Output, Port, Timer, TimerHeap, clean
+from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
+from registry import DAMAGED, DAY, Mailbox, Registry, Table
+from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, Server
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
-from terminal import OUTPUT_LIMIT, Output
-from udpchat import (ACTIVE, AWAY, COOKIE_TIME, DATAGRAMS_PER_TURN, LEAVING, PING_INTERVAL, SYNC_INTERVAL, SYNC_PAGES,
-                     Client, Loop, Port, Server, TimerHeap, Timer)
 
 settings.register_profile("strangers", deadline=None, database=None, derandomize=True, max_examples=100)
 
@@ -51,7 +53,7 @@ READY = "[Client table updated.]"
 NO_DISK = "[The server cannot save messages now, message for bob not saved.]"
 
 
-def maps_of(datagram: bytes) -> List[Tuple[str, Info]]:
+def maps_of(datagram: bytes) -> list[tuple[str, Info]]:
     """What is in a datagram."""
     return Decoder().decode(datagram)
 
@@ -88,15 +90,15 @@ class Desk:
 
     def __init__(self, **options: int) -> None:
         self.loop = DeskLoop()
-        self.sent: List[Tuple[bytes, Address]] = []
-        replies = options.pop("stranger_replies", udpchat.STRANGER_REPLIES)
+        self.sent: list[tuple[bytes, Address]] = []
+        replies = options.pop("stranger_replies", STRANGER_REPLIES)
         self.registry = Registry(Mailbox(":memory:", b"i" * 16), **options)
         self.server = Server(self.loop, lambda datagram, address: self.sent.append((datagram, address)),
                              self.registry, stranger_replies=replies)
         self.server.start()
         self.turn()
 
-    def turn(self) -> List[Tuple[bytes, Address]]:
+    def turn(self) -> list[tuple[bytes, Address]]:
         """Ends a turn; gives what was sent in it."""
         before = len(self.sent)
         self.loop.timers.run(self.loop.time)
@@ -112,7 +114,7 @@ class Desk:
         self.loop.time = end
         self.turn()
 
-    def say(self, address: Address, *datagrams: bytes) -> List[Tuple[str, Info]]:
+    def say(self, address: Address, *datagrams: bytes) -> list[tuple[str, Info]]:
         """Sends datagrams in one turn; gives what comes back to that address in it."""
         for datagram in datagrams:
             self.server.receive(datagram, address)
@@ -124,28 +126,28 @@ class Desk:
         assert tag == "cookie"
         return bytes(info["cookie"])
 
-    def ask_for(self, nick: str, address: Address, token: Optional[bytes] = None) -> List[Tuple[str, Info]]:
+    def ask_for(self, nick: str, address: Address, token: bytes | None = None) -> list[tuple[str, Info]]:
         """Asks for a nick from an address that is proved; gives the answer."""
         info: Info = {"id": self.loop.random.getrandbits(63), "nick": nick, "cookie": self.cookie(address)}
         if token is not None:
             info["token"] = token
         return self.say(address, padded("reg", info, protocol.REG_SIZE))
 
-    def register(self, nick: str, address: Address, token: Optional[bytes] = None) -> bytes:
+    def register(self, nick: str, address: Address, token: bytes | None = None) -> bytes:
         """Registers somebody who holds the table then; gives the session."""
         welcome = dict(self.ask_for(nick, address, token))["welcome"]
         session = bytes(welcome["session"])
         self.say(address, ping(session, welcome["version"]))
         return session
 
-    def state(self) -> Tuple[Any, ...]:
+    def state(self) -> tuple[Any, ...]:
         """All that a stranger must not change."""
         found = self.registry
         return ([entry[:4] for entry in sorted(found.table.entries.values())],
                 sorted((s.id, s.nick, s.address) for s in found.sessions.values()), sorted(found.live),
                 sorted((k.nick, k.first, k.last, k.messages, k.owner) for k in found.mailbox.known.values()))
 
-    def kept(self) -> Dict[str, int]:
+    def kept(self) -> dict[str, int]:
         """How much the server keeps of each kind."""
         server, found = self.server, self.registry
         return {"probes": len(server._probes), "sessions": len(found.sessions), "closed": len(found.closed),
@@ -178,7 +180,7 @@ def stranger(number: int) -> Address:
 
 # --- a chat ---------------------------------------------------------------------------------------------------
 
-def start(*nicks: str, seed: int = 1) -> Tuple[World, List[Life]]:
+def start(*nicks: str, seed: int = 1) -> tuple[World, list[Life]]:
     """A world with a server and clients that are all online and know each other."""
     world = World(seed)
     world.start_server()
@@ -192,15 +194,15 @@ class Tap:
     """Counts what is sent: (host, tag) -> maps."""
 
     def __init__(self, world: World) -> None:
-        self.counts: Counter[Tuple[str, str]] = Counter()
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.lost: Callable[[str, str, str], bool] = lambda source, target, tag: False
         world.network.filter = self._passes
 
-    def _passes(self, source: str, target: str, maps: List[Any]) -> bool:
+    def _passes(self, source: str, target: str, maps: list[Any]) -> bool:
         self.counts.update((source, value["tag"]) for value in maps)
         return not any(self.lost(source, target, value["tag"]) for value in maps)
 
-    def of(self, host: str) -> Dict[str, int]:
+    def of(self, host: str) -> dict[str, int]:
         """What a host has sent."""
         return {tag: number for (source, tag), number in self.counts.items() if source == host}
 
@@ -222,7 +224,7 @@ def tables_agree(world: World) -> bool:
     return all(contents(life.client.table) == table for life in world.running())
 
 
-def contents(table: Table) -> Dict[str, Tuple[str, int, str]]:
+def contents(table: Table) -> dict[str, tuple[str, int, str]]:
     """What a table says, without versions."""
     return {nick: entry[1:4] for nick, entry in table.entries.items()}
 
@@ -237,7 +239,7 @@ def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
     """What somebody who knows no random number can say in the server's name to ``nick``; behind a ``for``, or not."""
     number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
     other = "alice" if nick == "bob" else "bob"
-    infos: Dict[str, Info] = {
+    infos: dict[str, Info] = {
         "cookie": {"id": number, "server": secret, "cookie": secret},
         "welcome": {"id": number, "nick": nick, "boot": number, "session": secret, "version": 1},
         "refused": {"id": number, "session": secret, "nick": nick, "reason": "owned"},
@@ -379,7 +381,7 @@ def test_chat_of_somebody_unknown_or_offline_is_not_shown() -> None:
     assert bob.lines[lines:] == []
 
 
-def held_up(world: World, alice: Life) -> Tuple[Tap, int]:
+def held_up(world: World, alice: Life) -> tuple[Tap, int]:
     """alice has sent something to bob, who does not answer: gives her stream."""
     tap = Tap(world)
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
@@ -417,7 +419,7 @@ def with_no_account(world: World, seconds: float) -> None:
 
 # --- forgeries of clients -------------------------------------------------------------------------------------
 
-def forged_requests(random: Random) -> Dict[str, bytes]:
+def forged_requests(random: Random) -> dict[str, bytes]:
     """What somebody who knows no random number can say in the name of a client."""
     number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
     return {
@@ -536,13 +538,13 @@ def balance_of(desk: Desk, unproven: Callable[[Address], bool]) -> Callable[[byt
 SESSIONS = ("alice", "bob", "closed", "replaced", "evicted", "nobody's", "eve", "mallory")
 
 
-@functools.lru_cache(maxsize=None)
-def _sessions() -> Tuple[Dict[str, bytes], bytes]:
+@functools.cache
+def _sessions() -> tuple[dict[str, bytes], bytes]:
     """The sessions that ``crowded`` has, and a cookie for another address: the same each time."""
     return crowded()[1:]
 
 
-def crowded() -> Tuple[Desk, Dict[str, bytes], bytes]:
+def crowded() -> tuple[Desk, dict[str, bytes], bytes]:
     """A desk at which there is a session of each kind."""
     desk = Desk(max_clients=6)
     sessions = {"closed": desk.register("alice", home(1))}
@@ -588,7 +590,7 @@ def requests() -> st.SearchStrategy[bytes]:
 @given(st.lists(st.tuples(st.lists(requests(), min_size=1, max_size=20), st.integers(0, 3)), min_size=1, max_size=5))
 @settings(settings.get_profile("strangers"), max_examples=60)
 def test_the_server_never_sends_more_to_an_unproven_address_than_came_from_there(
-        datagrams: List[Tuple[List[bytes], int]]) -> None:
+        datagrams: list[tuple[list[bytes], int]]) -> None:
     desk, _, _ = crowded()
     take = balance_of(desk, lambda address: address[0] != HOME)
     for maps, source in datagrams:
@@ -626,7 +628,7 @@ def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_n
                           st.sampled_from([1, 300, 2 ** 40]), st.integers(1, 3)), min_size=1, max_size=30))
 @settings(settings.get_profile("strangers"))
 def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
-        maps: List[Tuple[str, int, int, int]]) -> None:
+        maps: list[tuple[str, int, int, int]]) -> None:
     loop, sent = DeskLoop(), []
     client = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "bob", SERVER)
     client.state = ACTIVE
@@ -689,13 +691,13 @@ def test_a_change_of_the_table_is_told_soon_however_long_it_took_to_tell_the_las
     desk.wait(1)
     before = len(desk.sent)
     desk.register("carol", home(3))
-    desk.wait(udpchat.BROADCAST_WAIT + 0.1)
+    desk.wait(BROADCAST_WAIT + 0.1)
     told = [info for datagram, to in desk.sent[before:] if to == home(1) for tag, info in maps_of(datagram)
             if tag == "table"]
     assert [row[0] for info in told for row in info["set"]] == ["carol"]
 
 
-def noise(random: Random, sessions: List[bytes]) -> bytes:
+def noise(random: Random, sessions: list[bytes]) -> bytes:
     """One datagram of a flood."""
     session = random.choice(sessions + [random.getrandbits(128).to_bytes(16, "big")])
     number = random.getrandbits(63)
@@ -786,7 +788,7 @@ def test_one_source_that_registers_without_end_fills_nothing_beyond_the_limits(
 
 
 def test_numbers_that_nobody_completes_hold_up_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udpchat, "MAX_SAVED_EARLY", 2000)
+    monkeypatch.setattr("server.MAX_SAVED_EARLY", 2000)
     desk = Desk()
     alice, bob, eve = (desk.register(nick, home(n)) for n, nick in enumerate(("alice", "bob", "eve")))
     desk.say(home(0), encode("dereg", {"session": alice}))
@@ -802,8 +804,8 @@ def test_numbers_that_nobody_completes_hold_up_no_other_stream(monkeypatch: pyte
 
 def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at_once(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udpchat, "MAX_SAVE_STREAMS", 50)
-    monkeypatch.setattr(udpchat, "MAX_SAVED_EARLY", 2000)
+    monkeypatch.setattr("server.MAX_SAVE_STREAMS", 50)
+    monkeypatch.setattr("server.MAX_SAVED_EARLY", 2000)
     desk = Desk()
     alice, bob, eve = (desk.register(nick, home(n)) for n, nick in enumerate(("alice", "bob", "eve")))
     desk.say(home(0), encode("dereg", {"session": alice}))
@@ -820,7 +822,7 @@ def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at
 
 
 def test_saves_for_somebody_online_that_wait_for_the_probe_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udpchat, "MAX_SAVE_STREAMS", 50)
+    monkeypatch.setattr("server.MAX_SAVE_STREAMS", 50)
     desk = Desk()
     desk.register("alice", home(1))
     eve = desk.register("eve", EVE)
@@ -873,7 +875,7 @@ def test_who_answers_probes_is_not_remembered_for_ever() -> None:
 
 def test_mail_in_memory_is_bounded_though_nobody_acks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAIL_AHEAD", 64), ("MAIL_TOTAL", 200), ("MAIL_STEP", 4)):
-        monkeypatch.setattr(udpchat, name, value)
+        monkeypatch.setattr("server." + name, value)
     desk = Desk()
     bob = desk.register("bob", home(0))
     for number in range(1, 21):
@@ -906,8 +908,8 @@ def tracemalloc_kept() -> int:
 
 def test_ten_thousand_clients_behind_one_host_can_register() -> None:
     desk = Desk()
-    welcomed: Set[Address] = set()
-    cookies: Dict[Address, bytes] = {}
+    welcomed: set[Address] = set()
+    cookies: dict[Address, bytes] = {}
     addresses = [(HOME, 1024 + number) for number in range(10_000)]
     for begin in range(0, len(addresses), DATAGRAMS_PER_TURN):
         for address in addresses[begin:begin + DATAGRAMS_PER_TURN]:
@@ -956,8 +958,8 @@ def test_the_end_of_stdin_is_not_put_off_by_what_the_last_command_wrote_to_stder
     _, (alice, _) = start("alice", "bob")
     client = alice.client
     monkeypatch.setattr(client.errors, "_put", len)
-    monkeypatch.setattr(protocol.Outbox, "room", lambda self, now, nick: 0)
-    monkeypatch.setattr(protocol.Outbox, "is_stuck", lambda self, now, nick: True)
+    monkeypatch.setattr(Outbox, "room", lambda self, now, nick: 0)
+    monkeypatch.setattr(Outbox, "is_stuck", lambda self, now, nick: True)
     client.feed(b"send bob " + b"x" * OUTPUT_LIMIT)
     client.feed(b"")
     client.settle()
@@ -968,7 +970,7 @@ def test_the_end_of_stdin_is_not_put_off_by_what_the_last_command_wrote_to_stder
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
     inbox = Inbox()
     assert max(crowd(inbox, 10, 8, 40, early)) <= 1000
     held = sum(incoming.stream.buffered for streams in inbox._streams.values() for incoming in streams.values())
@@ -977,7 +979,7 @@ def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkey
 
 @pytest.mark.parametrize("early", [False, True])
 def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 300 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 300 * protocol.PIECE_MEMORY)
     inbox = Inbox()
     for sender in range(100):
         inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": 1, "base": 1, "n": 1 + early,
@@ -986,7 +988,7 @@ def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkey
 
 
 def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
     inbox, shown = Inbox(), []
     for number, _ in enumerate(crowd(inbox, 10, 8, 40, early=True)):
         if number % 10 == 0:
@@ -1000,7 +1002,7 @@ def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monke
 
 def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "CHUNK_LIMIT", 30)
+    monkeypatch.setattr("loop.CHUNK_LIMIT", 30)
     world, (bob, mallory) = start("bob", "mallory")
     bob.screen.set_rate(0)
     bob.screen.filled = bob.screen.size
@@ -1018,7 +1020,7 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
     given, found = ("192.0.2.1", 4119), ("192.0.2.2", 4119)
     alice = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "alice", given)
 
-    def last(tag: str) -> Tuple[Info, Address]:
+    def last(tag: str) -> tuple[Info, Address]:
         return next((info, to) for datagram, to in reversed(sent) for name, info in maps_of(datagram) if name == tag)
 
     def wait(seconds: float) -> None:
@@ -1045,7 +1047,7 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "INBOX_LIMIT", 40 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 40 * protocol.PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
     bob = lives[1]
     bob.screen.set_rate(0)
@@ -1060,10 +1062,10 @@ def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pyte
 
 
 def test_few_streams_of_each_sender_and_of_all_together_go_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 40)
+    monkeypatch.setattr("conversation.STREAMS_IN_ALL", 40)
     inbox = Inbox()
     for _ in crowd(inbox, 1, 50, 1, early=True):
-        assert len(inbox._streams["eve0"]) <= protocol.STREAMS_PER_SENDER
+        assert len(inbox._streams["eve0"]) <= STREAMS_PER_SENDER
     for _ in crowd(inbox, 60, 2, 1, early=False):
         assert sum(map(len, inbox._streams.values())) == inbox._kept <= 40
         for delivery in inbox.take(1.0, lambda: True):
@@ -1086,7 +1088,7 @@ def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
 
 def test_memories_of_streams_are_bounded_and_who_has_most_of_them_loses_his_own(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "MEMORIES", 500)
+    monkeypatch.setattr("conversation.MEMORIES", 500)
     inbox = Inbox()
     for number in range(30):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
@@ -1095,20 +1097,20 @@ def test_memories_of_streams_are_bounded_and_who_has_most_of_them_loses_his_own(
     gaps(inbox, "mallory", 200, 40)
     memories = inbox._memories
     assert memories.size <= 500 and memories.size == sum(memories._sizes.values())
-    assert len(memories._of["alice"]) == 30 - protocol.STREAMS_PER_SENDER and len(memories._of["mallory"]) < 100
+    assert len(memories._of["alice"]) == 30 - STREAMS_PER_SENDER and len(memories._of["mallory"]) < 100
     for number in range(30):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
         assert not list(inbox.take(1.0, lambda: True))
 
 
-def letter(stream: int, text: str, number: int = 1) -> List[Any]:
+def letter(stream: int, text: str, number: int = 1) -> list[Any]:
     return ["alice", stream, number, 1e9, [text], []]
 
 
-def texts_of(inbox: Inbox, mail: int, *letters: List[Any], first: int = 1, base: int = 1) -> List[str]:
+def texts_of(inbox: Inbox, mail: int, *letters: list[Any], first: int = 1, base: int = 1) -> list[str]:
     """What is shown, and written, of a mail."""
     inbox.on_mail(1.0, {"to": "bob", "stream": mail, "n": first, "base": base, "items": list(letters)})
-    shown: List[str] = []
+    shown: list[str] = []
     for delivery in inbox.take(1.0, lambda: True):
         shown += delivery.texts
         delivery.written(len(delivery.texts))
@@ -1119,14 +1121,14 @@ def test_mail_of_more_streams_than_a_sender_has_room_for_is_shown_once_however_o
     inbox = Inbox()
     letters = [letter(stream, str(stream)) for stream in range(1, 101)]
     assert texts_of(inbox, 7, *letters) == [str(stream) for stream in range(1, 101)]
-    assert len(inbox._streams["alice"]) <= protocol.STREAMS_PER_SENDER
+    assert len(inbox._streams["alice"]) <= STREAMS_PER_SENDER
     assert texts_of(inbox, 8, *letters) == []
     assert inbox.acks()[-1][0]["next"] == 101
     assert texts_of(inbox, 9, letters[0], letter(1, "more", 2)) == ["more"]
 
 
 @pytest.mark.parametrize("later", [[], [3002]])
-def test_everything_that_the_mail_has_made_ready_is_shown_and_before_its_later_letters(later: List[int]) -> None:
+def test_everything_that_the_mail_has_made_ready_is_shown_and_before_its_later_letters(later: list[int]) -> None:
     inbox = Inbox()
     for first in (2, 1002, 2002):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": 1, "base": 1, "n": first,
@@ -1136,7 +1138,7 @@ def test_everything_that_the_mail_has_made_ready_is_shown_and_before_its_later_l
 
 
 def test_a_crowd_does_not_make_a_client_forget_what_the_mail_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "STREAMS_IN_ALL", 20)
+    monkeypatch.setattr("conversation.STREAMS_IN_ALL", 20)
     inbox = Inbox()
     assert texts_of(inbox, 7, letter(1, "once")) == ["once"]
     for _ in crowd(inbox, 60, 2, 1, early=False):
@@ -1222,10 +1224,10 @@ def test_a_nick_whose_owner_stays_away_lapses() -> None:
     session = desk.register("bob", home(1), b"b" * 32)
     desk.say(home(1), encode("dereg", {"session": session}))
     desk.loop.wall_time += 89 * DAY
-    desk.wait(udpchat.HOUSEKEEPING)
+    desk.wait(HOUSEKEEPING)
     assert dict(desk.ask_for("bob", EVE, b"e" * 32))["refused"]["reason"] == "owned"
     desk.loop.wall_time += 2 * DAY
-    desk.wait(udpchat.HOUSEKEEPING)
+    desk.wait(HOUSEKEEPING)
     assert "welcome" in dict(desk.ask_for("bob", EVE, b"e" * 32))
 
 
@@ -1377,7 +1379,7 @@ class FaultySocket:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
-    def _maybe_fail(self, codes: Tuple[int, ...]) -> None:
+    def _maybe_fail(self, codes: tuple[int, ...]) -> None:
         if self.failing and self._random.random() < 0.2:
             self.failures += 1
             code = self._random.choice(codes)
@@ -1388,7 +1390,7 @@ class FaultySocket:
         self._maybe_fail(self.SENDING)
         return self._sock.sendto(datagram, address)
 
-    def recvfrom(self, size: int) -> Tuple[bytes, Any]:
+    def recvfrom(self, size: int) -> tuple[bytes, Any]:
         """Receives, or fails."""
         self._maybe_fail(self.RECEIVING)
         return self._sock.recvfrom(size)
@@ -1441,14 +1443,14 @@ def _tick(loop: Loop) -> None:
     loop.call_at(loop.now() + 0.001, functools.partial(_tick, loop))
 
 
-def turn_all(loops: List[Loop]) -> None:
+def turn_all(loops: list[Loop]) -> None:
     """One turn of each loop."""
     for loop in loops:
         loop._turn()
 
 
 def test_a_change_that_falls_into_a_long_broadcast_is_told_right_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udpchat, "BROADCAST_DATAGRAMS", 3)
+    monkeypatch.setattr("server.BROADCAST_DATAGRAMS", 3)
     desk = Desk()
     for number in range(6):
         desk.register(f"n{number}", home(number))
@@ -1517,7 +1519,7 @@ def test_a_wall_clock_that_jumps_by_years_harms_nobody_and_stamps_no_nonsense(ye
 def test_whoever_is_stopped_for_longer_than_the_silence_comes_back_by_itself(who: str) -> None:
     world, (alice, bob) = start("alice", "bob")
     assert world.server is not None
-    everybody: Dict[str, Node] = {"server": world.server, "sender": alice, "recipient": bob}
+    everybody: dict[str, Node] = {"server": world.server, "sender": alice, "recipient": bob}
     stopped = [node for name, node in everybody.items() if who in (name, "all")]
     for number in range(20):
         world.call_at(world.now + 5 * number, functools.partial(alice.type, f"send bob {number}"))
@@ -1602,7 +1604,7 @@ def test_mutants_of_other_chats_from_the_right_and_the_wrong_addresses_do_nothin
 
 def test_mutants_of_the_chat_itself_end_nobody_and_leave_every_line_clean() -> None:
     world, lives = start("alice", "bob", "carol", seed=100)
-    live: List[bytes] = []
+    live: list[bytes] = []
     carry = world.network.send
 
     def send(node: Any, datagram: bytes, address: Address) -> None:
@@ -1625,7 +1627,7 @@ def test_mutants_of_the_chat_itself_end_nobody_and_leave_every_line_clean() -> N
     with_no_account(world, 60)
     for life in lives:
         for line in life.lines:
-            assert terminal.clean(line) == line, "nothing raw"
+            assert clean(line) == line, "nothing raw"
             assert line.startswith("[") or protocol.is_nick(line.partition(": ")[0]), line
     dave = world.client("dave")
     with_no_account(world, 3)

@@ -12,7 +12,7 @@ import sysconfig
 import termios
 import time
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from collections.abc import Iterator
 
 import pytest
 
@@ -34,18 +34,18 @@ def chat(tmp_path: Path) -> Iterator[Chat]:
 SHOWN = re.compile(r"alice: (?:<\d+-\d+-\d+ \d+:\d+:\d+> )?(.*)")
 
 
-def texts_of(lines: List[str]) -> List[str]:
+def texts_of(lines: list[str]) -> list[str]:
     """The messages of alice among ``lines``, whichever way they came."""
     return [match.group(1) for match in map(SHOWN.fullmatch, lines) if match is not None]
 
 
-def numbered(count: int) -> List[str]:
+def numbered(count: int) -> list[str]:
     return [f"text {number}" for number in range(count)]
 
 
-def real_text(lines: int) -> List[str]:
+def real_text(lines: int) -> list[str]:
     """Lines that people wrote: of the sources of the standard library, as long as they hold no control characters."""
-    found: List[str] = []
+    found: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             text = path.read_bytes().decode()
@@ -119,7 +119,7 @@ def test_receipt_means_that_the_message_was_written(chat: Chat) -> None:
     assert texts_of(bob.lines)[:direct] + texts_of(again.lines) == texts
 
 
-def full_pipe() -> Tuple[int, int]:
+def full_pipe() -> tuple[int, int]:
     """A pipe that takes nothing more."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -171,7 +171,7 @@ def test_terminal_that_is_stopped_with_control_s_holds_the_sender_and_loses_noth
 
 # --- standard input -------------------------------------------------------------------------------------------
 
-def closed(redirection: str) -> List[str]:
+def closed(redirection: str) -> list[str]:
     """The program with a standard stream that is closed."""
     return ["sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM]
 

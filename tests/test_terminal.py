@@ -12,17 +12,19 @@ import sys
 import termios
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pyte
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import terminal
-from terminal import (DEFAULT_SIZE, EDIT_LIMIT, HISTORY_FILE_LINES, HISTORY_LINE_LIMIT, HISTORY_LINES, NICK_COLORS,
-                      PASTE_LIMIT, READ_SIZE, SEQUENCE_LIMIT, Action, Commands, Editor, History, Key, Keys, Screen,
-                      Style, Terminal, char_width, cut, text_width, wants_color)
+from editor import (DEFAULT_SIZE, EDIT_LIMIT, HISTORY_FILE_LINES, HISTORY_LINES, HISTORY_LINE_LIMIT, NICK_COLORS,
+                    PASTE_LIMIT, SEQUENCE_LIMIT, Action, Editor, History, Key, Keys, Screen, Style, Terminal,
+                    char_width, cut, text_width, wants_color)
+from loop import READ_SIZE
+from terminal import Commands
 
 ROOT = Path(__file__).resolve().parent.parent
 ACUTE = "\u0301"                 # a combining accent: no column of its own
@@ -86,7 +88,7 @@ def test_without_colours_a_text_stays_as_it_is() -> None:
     ("auto", True, {"TERM": "dumb"}, False), ("auto", True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
     ("auto", True, {"TERM": "xterm", "NO_COLOR": ""}, True)])
 def test_colours_are_for_terminals_that_can_unless_somebody_wants_none(
-        when: str, is_terminal: bool, environment: Dict[str, str], wanted: bool) -> None:
+        when: str, is_terminal: bool, environment: dict[str, str], wanted: bool) -> None:
     assert wants_color(when, is_terminal, environment) is wanted
 
 
@@ -176,7 +178,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "history"
 
 
-def walk(history: History) -> List[str]:
+def walk(history: History) -> list[str]:
     """All lines, the newest first."""
     lines = [history.previous("")]
     while history.previous(lines[-1]) != lines[-1]:
@@ -249,7 +251,7 @@ def test_a_file_that_is_too_long_is_cut_when_it_is_loaded(path: Path) -> None:
 
 
 def test_a_file_that_is_far_too_large_is_read_at_its_end_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "HISTORY_READ", 10)
+    monkeypatch.setattr("editor.HISTORY_READ", 10)
     path.parent.mkdir()
     path.write_text("first\nsecond\nthird\nlast\n")
     assert walk(History(str(path))) == ["last"]
@@ -338,7 +340,7 @@ def test_a_rewrite_that_fails_leaves_the_file_and_nothing_beside_it(path: Path,
 NICKS = ["bob", "bert", "bob2"]
 
 
-def complete(before: str) -> Tuple[int, List[str]]:
+def complete(before: str) -> tuple[int, list[str]]:
     start = before.rfind(" ") + 1
     return start, [nick for nick in NICKS if nick.startswith(before[start:])]
 
@@ -348,7 +350,7 @@ def editor() -> Editor:
     return Editor(History(None), complete)
 
 
-def press(editor: Editor, *keys: str) -> List[Action]:
+def press(editor: Editor, *keys: str) -> list[Action]:
     """Presses keys by name; what is none is typed."""
     return editor.feed(b"".join(PRESS.get(key, key.encode()) for key in keys))
 
@@ -370,7 +372,7 @@ def with_cursor(editor: Editor) -> str:
     (["one two-three", "home", "kill-next-word"], "| two-three"), (["one two", "word-left", "kill-start"], "|two"),
     (["one two", "word-left", "kill-end"], "one |"), (["one two", "kill-word", "yank", "yank"], "one twotwo|"),
     (["one", "kill-start", "kill-start", "yank"], "one|"), (["yank"], "|")])
-def test_keys_edit_the_line(editor: Editor, keys: List[str], wanted: str) -> None:
+def test_keys_edit_the_line(editor: Editor, keys: list[str], wanted: str) -> None:
     assert press(editor, *keys) == []
     assert with_cursor(editor) == wanted
 
@@ -548,7 +550,7 @@ FRAGMENTS = st.one_of(
 INPUTS = st.lists(FRAGMENTS, max_size=25).map(b"".join)
 
 
-def result(parts: Sequence[bytes]) -> Tuple[List[Action], str, int]:
+def result(parts: Sequence[bytes]) -> tuple[list[Action], str, int]:
     """The actions (how often the bell rings may depend on the cuts), the text and the cursor."""
     editor = Editor(History(None), complete)
     actions = [action for part in parts for action in editor.feed(part)]
@@ -569,9 +571,9 @@ class Line:
     """The simplest editor that there is: a list of characters, each with what joins it."""
 
     def __init__(self) -> None:
-        self.units: List[str] = []
+        self.units: list[str] = []
         self.cursor = 0
-        self.killed: List[str] = []
+        self.killed: list[str] = []
 
     def press(self, key: str) -> None:
         """Does what ``key`` is to do."""
@@ -606,7 +608,7 @@ EDITS = ["left", "right", "home", "end", "backspace", "delete", "kill-start", "k
 
 @given(st.lists(st.one_of(st.sampled_from(UNITS), st.sampled_from(EDITS)), max_size=60))
 @settings(max_examples=150, deadline=None)
-def test_editing_is_that_of_a_list_of_characters(keys: List[str]) -> None:
+def test_editing_is_that_of_a_list_of_characters(keys: list[str]) -> None:
     editor, line = Editor(History(None), complete), Line()
     for key in keys:
         press(editor, key)
@@ -621,7 +623,7 @@ def test_editing_is_that_of_a_list_of_characters(keys: List[str]) -> None:
 class Xterm(pyte.Screen):
     """As xterm does it: rows are cut, not flowed anew; the row with the cursor stays when the window gets lower."""
 
-    def resize(self, lines: Optional[int] = None, columns: Optional[int] = None) -> None:
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
         """Takes the new size."""
         lines, columns = lines or self.lines, columns or self.columns
         x, y = self.cursor.x, self.cursor.y
@@ -661,7 +663,7 @@ class Glass:
         """Messages, with the area taken off before."""
         self.write(self.screen.erase() + "".join(line + "\n" for line in lines).encode())
 
-    def draw(self, text: str, cursor: Optional[int] = None, notices: Sequence[str] = (), prompt: str = "> ") -> bytes:
+    def draw(self, text: str, cursor: int | None = None, notices: Sequence[str] = (), prompt: str = "> ") -> bytes:
         """Draws the area; the cursor is at the end if nothing else is said."""
         data = self.screen.draw(notices, prompt, text, len(text) if cursor is None else cursor)
         self.write(data)
@@ -673,7 +675,7 @@ class Glass:
         self.write(self.screen.resize(columns, rows))
 
     @property
-    def rows(self) -> List[str]:
+    def rows(self) -> list[str]:
         """What is seen, without blanks at the end of rows and blank rows at the end."""
         rows = [unicodedata.normalize("NFC", row).rstrip() for row in self.xterm.display]
         while rows and not rows[-1]:
@@ -681,7 +683,7 @@ class Glass:
         return rows
 
     @property
-    def cursor(self) -> Tuple[int, int]:
+    def cursor(self) -> tuple[int, int]:
         """Row and column."""
         return self.xterm.cursor.y, self.xterm.cursor.x
 
@@ -898,8 +900,8 @@ def test_a_large_text_is_drawn_without_delay(glass: Glass) -> None:
 CELLS = {"a": "a", "b": "b", "-": "-", "\n": "↵", "\t": " ", "\x01": "^A", "界": "界", "e" + ACUTE: "é"}
 
 
-def expected_area(columns: int, rows: int, notices: Sequence[str], text: List[str],
-                  cursor: int) -> Tuple[List[str], int, int]:
+def expected_area(columns: int, rows: int, notices: Sequence[str], text: list[str],
+                  cursor: int) -> tuple[list[str], int, int]:
     """The area by the simplest layout: one cell after the other, two of them for a wide one."""
     area, used, places = [""], 0, []
     for unit in text + [""]:
@@ -923,8 +925,8 @@ class Expected:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.messages: List[str] = []
-        self.area: List[str] = []
+        self.messages: list[str] = []
+        self.area: list[str] = []
         self.row = self.column = 0
 
     def scroll_to(self, row: int) -> None:
@@ -939,7 +941,7 @@ class Expected:
     def erase(self) -> None:
         self.area, self.row, self.column = [], 0, 0
 
-    def draw(self, area: List[str], row: int, column: int) -> None:
+    def draw(self, area: list[str], row: int, column: int) -> None:
         self.area, self.row, self.column = area, row, column
         self.scroll_to(len(self.messages) + len(area) - 1)
 
@@ -949,14 +951,14 @@ class Expected:
         self.erase()
 
     @property
-    def seen(self) -> List[str]:
+    def seen(self) -> list[str]:
         seen = self.messages + self.area
         while seen and not seen[-1]:
             seen = seen[:-1]
         return seen
 
     @property
-    def cursor(self) -> Tuple[int, int]:
+    def cursor(self) -> tuple[int, int]:
         return len(self.messages) + self.row, self.column
 
 
@@ -969,7 +971,7 @@ STEPS = st.one_of(
 
 @given(st.lists(STEPS, max_size=25))
 @settings(max_examples=150, deadline=None)
-def test_messages_are_seen_in_order_and_below_them_exactly_the_area(steps: List[Any]) -> None:
+def test_messages_are_seen_in_order_and_below_them_exactly_the_area(steps: list[Any]) -> None:
     columns, glass, expected = 10, Glass(10, 6), Expected(6)
     for number, (kind, *arguments) in enumerate(steps):
         if kind == "draw":
@@ -999,7 +1001,7 @@ class Pty:
     def __init__(self) -> None:
         self.user, self.side = pty.openpty()
 
-    def attributes(self) -> List[Any]:
+    def attributes(self) -> list[Any]:
         """As ``termios`` gives them."""
         return termios.tcgetattr(self.side)
 
@@ -1079,7 +1081,7 @@ def test_what_is_no_terminal_has_no_settings() -> None:
 
 @pytest.mark.parametrize("rows, columns, size", [(50, 132, (132, 50)), (0, 0, (80, 24)), (0, 40, (40, 24))])
 def test_the_size_is_that_of_the_terminal_if_it_has_one(line: Pty, rows: int, columns: int,
-                                                        size: Tuple[int, int]) -> None:
+                                                        size: tuple[int, int]) -> None:
     fcntl.ioctl(line.side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     assert Terminal(line.side, line.side).size() == size
 
@@ -1140,7 +1142,7 @@ TEXT = 'a "quoted" \\ text, "ref": 99, "send": "eve", ' * 9000
     {"send": "bob", "text": TEXT, "ref": 7}, {"ref": 7, "send": "bob", "text": TEXT},
     {"send": "bob", "ref": 7, "text": TEXT + "\n"}])
 def test_a_send_as_an_object_that_is_far_too_long_still_says_to_whom_and_its_ref(
-        value: Dict[str, Any], cut: int) -> None:
+        value: dict[str, Any], cut: int) -> None:
     commands, data = Commands(True), json.dumps(value).encode() + b"\n"
     for start in range(0, len(data), cut):
         commands.feed(data[start:start + cut])
