@@ -13,8 +13,8 @@ from protocol import (MAX_DATAGRAM, MAX_TEXT, PROOF_BYTES, REG_SIZE, SESSION_SIZ
                       are_short, encode, padded, since_of, split_text)
 from stream import NEVER, SendStream
 from registry import ONLINE, Mirror, Page, Table
-from loop import (ANSWER_LIMIT, OUTPUT_LIMIT, Alarm, Loop, Output, Reader, Writer, clean, jittered, log, new_id,
-                  show_address)
+from loop import (OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean, jittered, log,
+                  new_id, show_address)
 from conversation import (ACK_TIMEOUT, DIRECT, RECEIVED, REFUSED, SAVED, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT,
                           Event, Inbox, Outbox, Place)
 from editor import Action
@@ -28,12 +28,11 @@ PING_INTERVAL = 15.0      # s between pings
 LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
+ANSWER_LIMIT = 2 ** 20     # bytes of backlog for stdout at which no command is read: its writer may not read meanwhile
 LINES_PER_TURN = 512      # of stdin that are carried out before the network gets its turn; sends to one nick are one
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
 LAST_TIME = 1.9           # s after Ctrl-C until the program ends, whatever is not written yet: two are promised
 COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
-PROGRESS_INTERVAL = 0.5   # s between looks at how far a long pipe is
-PROGRESS_LINES = 1000     # sends from which on it is long
 SHOWN_OF_LINE = 80        # characters of a line that nobody understands
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
 LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
@@ -69,13 +68,13 @@ class Sent(NamedTuple):
 class Request:
     """Something that the server is asked until it answers: five times, 500 ms apart."""
 
-    def __init__(self, loop: Any, ask: Callable[[], None], unanswered: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, ask: Callable[[], None], unanswered: Callable[[], None]) -> None:
         self._loop = loop
         self._ask = ask
         self._unanswered = unanswered
         self._interval = REQUEST_INTERVAL
         self._attempts = 0
-        self._alarm = Alarm(loop, self._again)
+        self._alarm = RestartableTimer(loop, self._again)
 
     @property
     def is_running(self) -> bool:
@@ -100,7 +99,7 @@ class Request:
             self._attempts += 1
             self._alarm.set(self._loop.now() + jittered(self._loop, self._interval))
             self._ask()
-        elif self._loop.calm:
+        elif self._loop.drained:
             self._unanswered()
         else:
             self._alarm.set(self._loop.now())
@@ -112,7 +111,7 @@ class Client:
     ``settle`` ends each turn. ``hungry`` tells whether commands may be read, ``exit_code`` is None until the end.
     """
 
-    def __init__(self, loop: Any, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
+    def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
                  secret: bytes | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
                  mtu: int = MAX_DATAGRAM, errors: Output | None = None,
                  lines: Lines | None = None, prompt: Prompt | None = None) -> None:
@@ -153,11 +152,11 @@ class Client:
         self._request = Request(loop, self._send_reg, self._reg_unanswered)
         self._dereg = Request(loop, self._send_dereg, self._dereg_unanswered)
         self._ping = Request(loop, self._send_ping, self._ping_unanswered)
-        self._ping_alarm = Alarm(loop, self._ping.start)
-        self._sync_alarm = Alarm(loop, self._send_sync)
-        self._old_table_alarm = Alarm(loop, self._distrust_table)
-        self._hold_alarm = Alarm(loop, self._look_after_holds)
-        self._next_turn = Alarm(loop, lambda: None)
+        self._ping_alarm = RestartableTimer(loop, self._ping.start)
+        self._sync_alarm = RestartableTimer(loop, self._send_sync)
+        self._old_table_alarm = RestartableTimer(loop, self._distrust_table)
+        self._hold_alarm = RestartableTimer(loop, self._look_after_holds)
+        self._next_turn = RestartableTimer(loop, lambda: None)
         self._last_asked = -NEVER
         # what comes in
         self._inbox = Inbox()
@@ -166,7 +165,7 @@ class Client:
         self._accepting = True                  # messages; no more once the program is about to leave
         # what goes out
         self._outbox = Outbox(nick, mtu, ack_timeout)
-        self._outbox_alarm = Alarm(loop, lambda: None)      # the end of the turn polls it
+        self._outbox_alarm = RestartableTimer(loop, lambda: None)      # the end of the turn polls it
         # commands
         self._input = Commands(self.lines.is_for_programs)
         self._quit = ""                         # "dereg" or "quit", once that command waits for its turn
@@ -177,7 +176,7 @@ class Client:
         self._undelivered = 0
         self.queued = self.closed = 0           # messages, in all
         self._result = 0
-        self._wait_alarm = Alarm(loop, lambda: None)        # the end of the turn shows who waits
+        self._wait_alarm = RestartableTimer(loop, lambda: None)        # the end of the turn shows who waits
         self._commands: dict[str, Callable[[str, Sequence[str]], None]] = {
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
             "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
@@ -565,7 +564,7 @@ class Client:
                 self._send_ping()
 
     def _look_after_holds(self) -> None:
-        if self.loop.calm:
+        if self.loop.drained:
             self._inbox.expire(self.loop.now())
         if self._inbox.holding:
             self._ask_about_mail()
@@ -841,7 +840,7 @@ class Client:
 
     def _send_messages(self, now: float) -> None:
         """Polls the conversations to which something happened or whose time has come."""
-        for datagram, address in self._outbox.poll(now, self.loop.calm):
+        for datagram, address in self._outbox.poll(now, self.loop.drained):
             self._send_now(datagram, address if address is not None else self.server)
         self._outbox_alarm.set(self._outbox.due())
 
@@ -1054,50 +1053,10 @@ class Client:
                 self._input.clear()
 
 
-class Progress:
-    """How far a long pipe is, in the last row of a terminal; it is taken off before anything else is written there."""
-
-    def __init__(self, loop: Loop, client: Client, terminal: Writer, others: Sequence[Output]) -> None:
-        """``others``: all that goes to the same terminal."""
-        self._loop = loop
-        self._client = client
-        self._terminal = terminal
-        self._is_shown = False
-        for output in others:
-            output.before = self._take_off
-        self._began = loop.now()
-        self._alarm = Alarm(loop, self._show)
-        self._alarm.set(self._began + PROGRESS_INTERVAL)
-
-    def _show(self) -> None:
-        client, now = self._client, self._loop.now()
-        self._alarm.set(now + PROGRESS_INTERVAL)
-        if client.queued > PROGRESS_LINES and not client.errors.pending:
-            rate = client.closed / (now - self._began)
-            self._is_shown = True
-            self._put(f"\r{client.queued:,} sent, {client.closed:,} done, {rate:,.0f}/s\x1b[K")
-
-    def _put(self, text: str) -> None:
-        try:
-            self._terminal.put(text.encode())
-        except OSError:
-            pass        # it has hung up
-
-    def _take_off(self) -> None:
-        if self._is_shown:
-            self._is_shown = False
-            self._put("\r\x1b[K")
-
-    def close(self) -> None:
-        """Takes it off for good."""
-        self._alarm.cancel()
-        self._take_off()
-
-
 class Console:
     """Connects a client to the standard streams: each is watched only while something is wanted of it."""
 
-    def __init__(self, loop: Loop, client: Client, reader: Reader, writer: Writer, errors: Writer,
+    def __init__(self, loop: SelectorLoop, client: Client, reader: Reader, writer: Writer, errors: Writer,
                  prompt: Prompt | None = None) -> None:
         self._loop = loop
         self._client = client
@@ -1106,10 +1065,6 @@ class Console:
         self._errors = errors
         self._board = prompt if isinstance(prompt, Board) else None
         self._desk = prompt if isinstance(prompt, Desk) else None
-        self._progress = None
-        if errors.is_terminal and not reader.is_terminal:
-            outputs = [client.errors, client.output] if writer.is_terminal else [client.errors]
-            self._progress = Progress(loop, client, errors, outputs)
         self._is_open = True                    # the terminal, as long as it has not hung up
         self._wanted = (False, False, False)    # of stdin, stdout and stderr
 
@@ -1129,8 +1084,6 @@ class Console:
         """Leaves the terminal as it was, whatever has happened."""
         if self._desk is not None:
             self._desk.close()
-        if self._progress is not None:
-            self._progress.close()
 
     def _settle(self) -> None:
         client = self._client

@@ -1,4 +1,31 @@
-"""The event loop, and what it watches."""
+"""The event loop: one selector, one heap of timers, the UDP socket, byte streams in and out, and the log.
+
+Rules of this file
+------------------
+- One thread. Nothing blocks but the selector's own wait. Whatever is written without blocking may be taken in part.
+- Everything impure that a server or a client needs comes through ``Loop``: time, timers, randomness. So the tests can
+  run the same server and client on a loop of their own, in virtual time.
+- It knows nothing of chat, of messages, or of who is on the other side.
+- No error of a socket or of a log file ends the program.
+
+One turn of the loop
+--------------------
+::
+
+    wait     until a descriptor is ready or the first timer is due
+    read     every ready descriptor, with a limit for each, so that no source starves another
+    run      every timer that is due
+    settle   once: the owner carries out what the turn has brought
+
+``now`` is read once, after the wait, and holds until the turn has ended. ``Scheduler`` is the part of a turn that is
+pure: it turns readings of a clock into ``now``, and runs timers. The real loop and the simulated one share it.
+
+Time that does not count
+------------------------
+A process that was suspended (SIGSTOP, a closed lid) or held up by a slow disk has heard nobody meanwhile. When it goes
+on, its timeouts would fire before it has read the answers that wait in its socket. So ``now`` leaves that time out, and
+a timeout that would call somebody dead also asks whether the socket was read empty (``drained``).
+"""
 from __future__ import annotations
 
 import errno
@@ -11,43 +38,17 @@ import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 from collections import deque
-from typing import (Any)
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-# --- texts ----------------------------------------------------------------------------------------------------
-
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
-UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-
-
-def clean(text: str) -> str:
-    """``text`` with every control character as its escape: fit for one line of a terminal."""
-    if text.isprintable():
-        return text
-    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+Address = tuple[str, int]       # a numeric host, without brackets, and a port
+NEVER = float("inf")            # a time that does not come
 
 
-def rfc3339(at: float) -> str:
-    """A wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
-    try:
-        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
-    except (OverflowError, ValueError, OSError):
-        return "1970-01-01T00:00:00.000Z"
+# --- timers ---------------------------------------------------------------------------------------------------
 
-
-# --- timers and the loop --------------------------------------------------------------------------------------
-
-Address = tuple[str, int]
-NEVER = float("inf")       # a time that does not come
-
-LOST_TIME = 0.1           # s; what a turn took beyond it, or a wait ended later, did not run: it is not counted
-WAITED = 0.00002          # s; a selector that returns sooner had something to return at once
-MAX_WAIT = 86400.0        # s; a loop with nothing to do turns once in that time: selectors refuse more than some weeks
-MOST_EVENTS = 64          # descriptors that one wait tells of; the program watches far fewer
 COMPACT_TIMERS = 64       # cancelled timers that may lie in the heap; beyond, they may be half of it
 
 
@@ -62,14 +63,14 @@ class Timer:
         self._heap = heap
 
     def cancel(self) -> None:
-        """Makes sure that the callback is not called."""
+        """Make sure that the callback is not called."""
         if self.callback is not None:
             self.callback = None
             self._heap.note_cancelled()
 
 
 class TimerHeap:
-    """Timers in the order of their times. Cancelled ones stay until they surface, or are too many."""
+    """Timers in the order of their times. Cancelled ones stay until they surface, or until there are too many."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
@@ -80,14 +81,14 @@ class TimerHeap:
         return len(self._heap)
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Schedules ``callback`` for ``when``; timers of the same time run in the order of their making."""
+        """Schedule ``callback`` for ``when``; timers of the same time run in the order in which they were made."""
         timer = Timer(when, callback, self)
         self._count += 1
         heapq.heappush(self._heap, (when, self._count, timer))
         return timer
 
     def note_cancelled(self) -> None:
-        """Takes note of one more cancelled timer, and removes all of them if they pile up."""
+        """Count one more cancelled timer; remove all of them if they pile up."""
         self._cancelled += 1
         if self._cancelled > COMPACT_TIMERS and self._cancelled * 2 > len(self._heap):
             self._heap = [entry for entry in self._heap if entry[2].callback is not None]
@@ -95,14 +96,14 @@ class TimerHeap:
             self._cancelled = 0
 
     def next_time(self) -> float:
-        """When the first timer is due; ``NEVER`` if there is none."""
+        """Return when the first timer is due; ``NEVER`` if there is none."""
         while self._heap and self._heap[0][2].callback is None:
             heapq.heappop(self._heap)
             self._cancelled -= 1
         return self._heap[0][0] if self._heap else NEVER
 
     def run(self, now: float) -> None:
-        """Calls every timer that is due; those that they add run in the next turn."""
+        """Call every timer that is due. Timers that they add run in the next turn, so that a turn always ends."""
         last = self._count
         while self.next_time() <= now and self._heap[0][1] <= last:
             timer = heapq.heappop(self._heap)[2]
@@ -111,44 +112,128 @@ class TimerHeap:
             callback()
 
 
-class SystemRandom:
-    """Random numbers that nobody can foresee. (The standard ones take longer to import than the selectors.)"""
+# --- the loop -------------------------------------------------------------------------------------------------
 
-    def getrandbits(self, bits: int) -> int:
-        """A number of so many bits."""
+LOST_TIME = 0.1           # s; what a turn takes, or a wait ends late, beyond that does not count: see above
+WAITED = 0.00002          # s; a selector that returns sooner did not have to wait
+MAX_WAIT = 86400.0        # s; a loop with nothing to do turns once in that time: selectors refuse more than some weeks
+
+
+class Random(Protocol):
+    """The random numbers that a loop hands out."""
+
+    def getrandbits(self, bits: int, /) -> int:
+        """Return a number of ``bits`` bits."""
+        ...
+
+    def uniform(self, low: float, high: float, /) -> float:
+        """Return a number in [low, high]."""
+        ...
+
+
+class Loop(Protocol):
+    """What a server or a client may ask of the loop that it runs on."""
+
+    drained: bool       # every descriptor that was ready in this turn was read empty: silence is silence
+    random: Random
+
+    def now(self) -> float:
+        """Return the monotonic time of this turn, minus the time in which the process was suspended; seconds."""
+        ...
+
+    def clock(self) -> float:
+        """Return the monotonic time of this very moment, in seconds: for measuring inside a turn."""
+        ...
+
+    def wall(self) -> float:
+        """Return the seconds since 1970."""
+        ...
+
+    def call_at(self, when: float, callback: Callable[[], None], /) -> Timer:
+        """Call ``callback`` in the turn in which ``now()`` has reached ``when``."""
+        ...
+
+
+class Scheduler:
+    """The pure part of a turn: readings of a clock come in, ``now`` and calls of due timers come out.
+
+    ``begin_wait`` ends a turn and returns how long to wait, ``end_wait`` begins the next one. Both get the reading of a
+    clock that never goes back, in seconds.
+    """
+
+    def __init__(self, clock: float) -> None:
+        self.drained = True
+        self.timers = TimerHeap()
+        self._now = clock
+        self._lost = 0.0            # s of the clock that do not count
+        self._wait_began = clock
+        self._wait_ended = clock
+        self._timeout = 0.0         # s that the wait was to last at most
+
+    def now(self) -> float:
+        """Return the monotonic time of this turn, minus the time in which the process was suspended; seconds."""
+        return self._now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Call ``callback`` in the turn in which ``now()`` has reached ``when``."""
+        return self.timers.call_at(when, callback)
+
+    def begin_wait(self, clock: float, at_once: bool = False) -> float:
+        """End a turn; return the seconds until the first timer is due, 0 if one is already, or if ``at_once``."""
+        took = clock - self._wait_ended
+        if took > LOST_TIME:
+            self._lost += took - LOST_TIME
+        timeout = 0.0 if at_once else self.timers.next_time() - (clock - self._lost)
+        if timeout < 0.0:
+            timeout = 0.0
+        elif timeout > MAX_WAIT:
+            timeout = MAX_WAIT
+        self._wait_began, self._timeout = clock, timeout
+        return timeout
+
+    def end_wait(self, clock: float) -> None:
+        """Begin a turn."""
+        late = clock - self._wait_began - self._timeout
+        if late > LOST_TIME:
+            self._lost += late
+        self._wait_ended = clock
+        self._now = clock - self._lost
+        self.drained = True
+
+    def run_timers(self) -> None:
+        """Call every timer that is due."""
+        self.timers.run(self._now)
+
+
+class SystemRandom:
+    """Random numbers that nobody can foresee. (The ``random`` module takes longer to import than the selectors.)"""
+
+    def getrandbits(self, bits: int, /) -> int:
+        """Return a number of ``bits`` bits."""
         return int.from_bytes(os.urandom(-(-bits // 8)), "big") >> -bits % 8
 
-    def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high]."""
+    def uniform(self, low: float, high: float, /) -> float:
+        """Return a number in [low, high]."""
         return low + (high - low) * self.getrandbits(53) / 2 ** 53
 
 
-# event -> the bits, of a selector or of epoll, that wake whoever waits for it: all but those of the other event, so an
-# error wakes both
-WAKES = {selectors.EVENT_READ: ~(selectors.EVENT_WRITE | getattr(select, "EPOLLOUT", 0)),
-         selectors.EVENT_WRITE: ~selectors.EVENT_READ}
-NOBODY: dict[int, tuple[int, Callable[[], None]]] = {}
+Watchers = dict[int, Callable[[], None]]        # selectors.EVENT_* -> who is called
+NOBODY: Watchers = {}
 
 
-class Loop:
-    """One selector and one heap of timers. The owner sets ``settle``, called at the end of every turn."""
+class SelectorLoop(Scheduler):
+    """The real loop: one selector, one heap of timers. The owner sets ``settle``, called at the end of every turn."""
 
-    def __init__(self) -> None:
-        self.random = SystemRandom()
-        self.wall = time.time       # gives the seconds since 1970
-        self.clock = time.monotonic     # gives the seconds as of this very moment: for measuring inside a turn
-        self.calm = True            # every descriptor that was ready was read empty
-        self.reads_one = False      # most likely there is only one datagram, and no timer wants to know of all
+    def __init__(self, selector: selectors.BaseSelector | None = None) -> None:
+        super().__init__(time.monotonic())
+        self.random: Random = SystemRandom()
+        self.wall = time.time           # returns the seconds since 1970
+        self.clock = time.monotonic     # returns the monotonic time of this very moment
+        self.reads_one = False          # see ``UdpSocket``
         self.settle: Callable[[], None] = lambda: None
-        self._selector = selectors.DefaultSelector()
-        self._epoll = epoll_of(self._selector)
-        self._wait: Callable[[float, int], list[tuple[int, int]]] = (
-            self._select if self._epoll is None else self._epoll.poll)
-        self._watched: dict[int, dict[int, tuple[int, Callable[[], None]]]] = {}    # fd -> event -> what wakes whom
-        self._always: dict[int, dict[int, tuple[int, Callable[[], None]]]] = {}     # regular files: epoll refuses them
-        self._timers = TimerHeap()
-        self._lost = 0.0            # s of the clock that do not count
-        self._now = self._woken = time.monotonic()      # when the last wait ended, as counted, and by the clock
+        self._selector = selectors.DefaultSelector() if selector is None else selector
+        self._watched: dict[int, Watchers] = {}     # by descriptor
+        self._always: dict[int, Watchers] = {}      # regular files: epoll refuses them, and they are always ready
         self._running = False
         self._waker, self._wake = socket.socketpair()
         for end in (self._waker, self._wake):
@@ -156,20 +241,12 @@ class Loop:
         self.watch(self._waker.fileno(), selectors.EVENT_READ, self.take_signals)
         self._signals: dict[int, Callable[[], None]] = {}
 
-    def now(self) -> float:
-        """Seconds that this process was able to run, as of this turn."""
-        return self._now
-
-    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Calls ``callback`` in the turn in which ``now()`` has reached ``when``."""
-        return self._timers.call_at(when, callback)
-
     def watch(self, fd: int, event: int, callback: Callable[[], None] | None) -> None:
-        """Calls ``callback`` whenever ``fd`` is ready for ``event`` (a selectors.EVENT_*); None: no more."""
+        """Call ``callback`` whenever ``fd`` is ready for ``event`` (a selectors.EVENT_*); None: not any more."""
         watchers = dict(self._watched.get(fd, NOBODY))      # a copy: a turn may be going through the old one
         had = bool(watchers)
         if callback is not None:
-            watchers[event] = (WAKES[event], callback)
+            watchers[event] = callback
         elif event in watchers:
             del watchers[event]
         self._always.pop(fd, None)
@@ -190,13 +267,13 @@ class Loop:
             self._watched.pop(fd, None)
 
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
-        """Calls ``callback`` in the loop, not in the handler, when the signal comes."""
+        """Call ``callback`` in the loop, not in the handler, when the signal arrives."""
         self._signals[number] = callback
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(number, lambda *_: None)
 
     def take_signals(self) -> None:
-        """Calls back for the signals that have come until now."""
+        """Call back for the signals that have arrived until now."""
         try:
             numbers = self._waker.recv(64)
         except BlockingIOError:
@@ -206,90 +283,65 @@ class Loop:
                 self._signals[number]()
 
     def stop(self) -> None:
-        """Makes ``run`` return after this turn."""
+        """Make ``run`` return after this turn."""
         self._running = False
 
     def run(self) -> None:
-        """Turns until ``stop``."""
+        """Run turns until ``stop``."""
         self._running = True
         while self._running:
-            self._turn()
+            self.turn()
 
-    def _turn(self) -> None:
-        before = time.monotonic()
-        took = before - self._woken
-        if took > LOST_TIME:        # the turn before this one: it counts as LOST_TIME
-            self._lost += took - LOST_TIME
-        first = self._timers.next_time()
-        timeout = first - (before - self._lost)
-        if timeout < 0.0 or self._always:
-            timeout = 0.0
-        elif timeout > MAX_WAIT:
-            timeout = MAX_WAIT
-        events = self._wait(timeout, MOST_EVENTS)
-        self._woken = woken = time.monotonic()
-        if woken - before > timeout + LOST_TIME:
-            self._lost += woken - before - timeout
-        self._now = now = woken - self._lost
-        self.reads_one = woken - before > WAITED and first > now
-        self.calm = True
-        for fd, ready in events:
-            for wakes, callback in self._watched.get(fd, NOBODY).values():
-                if ready & wakes:
+    def turn(self) -> None:
+        """Run one turn: wait, read, run the timers, settle."""
+        began = time.monotonic()
+        timeout = self.begin_wait(began, at_once=bool(self._always))
+        events = self._selector.select(timeout)
+        ended = time.monotonic()
+        self.end_wait(ended)
+        is_due = self.timers.next_time() <= self._now
+        self.reads_one = ended - began > WAITED and not is_due
+        for key, mask in events:
+            for event, callback in self._watched.get(key.fd, NOBODY).items():
+                if mask & event:
                     callback()
         if self._always:
             for watchers in list(self._always.values()):
-                for _, callback in watchers.values():
+                for callback in watchers.values():
                     callback()
-        if first <= now:
-            self._timers.run(now)
+        if is_due:
+            self.run_timers()
         self.settle()
 
-    def _select(self, timeout: float, most: int) -> list[tuple[int, int]]:
-        """Waits for at most ``timeout`` seconds; gives at most ``most`` descriptors that are ready, and what for."""
-        return [(key.fd, event) for key, event in self._selector.select(timeout)[:most]]
-
     def close(self) -> None:
-        """Gives the descriptors back."""
+        """Close the descriptors of the loop."""
         signal.set_wakeup_fd(-1)
-        if self._epoll is not None:
-            self._epoll.close()
         self._selector.close()
         self._waker.close()
         self._wake.close()
 
 
-def epoll_of(selector: selectors.BaseSelector) -> Any:
-    """The epoll of a selector, to wait without the objects that ``select`` makes of events; None if it has none.
+class RestartableTimer:
+    """A timer that is restarted often. The heap gets a new entry only if it must fire earlier than the one before."""
 
-    It is another descriptor of the same epoll: both are to be closed.
-    """
-    if sys.platform == "linux" and type(selector) is selectors.EpollSelector:   # a subclass may wait in its own way
-        return select.epoll.fromfd(os.dup(selector.fileno()))
-    return None
-
-
-class Alarm:
-    """A timer that is set anew often: it is only moved forward when it must ring earlier than before."""
-
-    def __init__(self, loop: Any, callback: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, callback: Callable[[], None]) -> None:
         self._loop = loop
         self._callback = callback
         self._timer: Timer | None = None
         self._when = NEVER
 
     def set(self, when: float) -> None:
-        """Rings at ``when`` (``NEVER``: not at all), not at the time set before."""
+        """Fire at ``when`` (``NEVER``: not at all) instead of at the time that was set before."""
         self._when = when
         if when == NEVER:
             self.cancel()
         elif self._timer is None or when < self._timer.when:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(when, self._ring)
+            self._timer = self._loop.call_at(when, self._fire)
 
     def cancel(self) -> None:
-        """Does not ring."""
+        """Do not fire."""
         self._when = NEVER
         if self._timer is not None:
             self._timer.cancel()
@@ -297,10 +349,10 @@ class Alarm:
 
     @property
     def is_set(self) -> bool:
-        """Whether it will ring."""
+        """Whether it is going to fire."""
         return self._timer is not None
 
-    def _ring(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
         when, self._when = self._when, NEVER
         if when > self._loop.now():
@@ -309,34 +361,33 @@ class Alarm:
             self._callback()
 
 
-JITTER = 0.25             # part by which every repeated request varies, up and down
+JITTER = 0.25             # part by which every repeated request varies, up and down: nobody stays in step with others
 
 
-def jittered(loop: Any, seconds: float) -> float:
-    """``seconds``, 25 % more or less."""
-    return float(seconds * loop.random.uniform(1 - JITTER, 1 + JITTER))
+def jittered(loop: Loop, seconds: float) -> float:
+    """Return ``seconds``, up to 25 % more or less."""
+    return seconds * loop.random.uniform(1 - JITTER, 1 + JITTER)
 
 
-def new_id(loop: Any) -> int:
-    """A random id of 63 bits."""
-    return int(loop.random.getrandbits(63))
+def new_id(loop: Loop) -> int:
+    """Return a random id of 63 bits: SQLite's integers are signed."""
+    return loop.random.getrandbits(63)
 
 
 # --- byte streams ---------------------------------------------------------------------------------------------
 
 READ_SIZE = 65536         # bytes read from stdin in one turn
 WRITE_SIZE = 65536        # bytes offered to stdout at once
-OUTPUT_LIMIT = 65536      # bytes that wait for stdout before no more messages are shown
-CHUNK_LIMIT = 4096        # the same in calls of ``write``: empty ones wait, too
-ANSWER_LIMIT = 2 ** 20    # bytes that wait for it before no command is read: who writes one may not read meanwhile
+OUTPUT_LIMIT = 65536      # bytes of backlog at which no more messages are shown
+CHUNK_LIMIT = 4096        # calls of ``write`` in the backlog at which no more are shown: empty ones wait, too
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 
 def reopen(fd: int, flags: int) -> int:
-    """A non-blocking descriptor of one's own for an inherited one, or that one itself where there is no such thing.
+    """Return a non-blocking descriptor of our own for an inherited one, or ``fd`` where there is no such thing.
 
     O_NONBLOCK belongs to the open file description, which other processes share: it must not be set on theirs.
-    Opening /proc/self/fd anew (Linux) or the terminal by its name gives a description of one's own.
+    Opening /proc/self/fd again (Linux), or the terminal by its name, makes a description of our own.
     """
     mode = os.fstat(fd).st_mode
     path = f"/proc/self/fd/{fd}"
@@ -351,7 +402,7 @@ def reopen(fd: int, flags: int) -> int:
 
 
 def read_some(fd: int) -> bytes | None:
-    """At most ``READ_SIZE`` bytes, b"" at the end, None where there is nothing now. Raises OSError."""
+    """Return at most ``READ_SIZE`` bytes, b"" at the end, None if there is nothing now. Raise OSError."""
     try:
         return os.read(fd, READ_SIZE)
     except OSError as error:
@@ -361,10 +412,10 @@ def read_some(fd: int) -> bytes | None:
 
 
 class Reader:
-    """Standard input, of any kind: ``read`` gives what is there, b"" at the end, None where there is nothing now."""
+    """Standard input of any kind, read without blocking."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd        # to be watched: a FIFO whose writers have left does not tell that to who opens it anew
+        self.fd = fd        # the one to watch: a reopened FIFO does not report that its writers have left
         try:
             self._own = reopen(fd, os.O_RDONLY)
         except OSError:     # closed
@@ -372,7 +423,7 @@ class Reader:
         self.is_terminal = os.isatty(fd)
 
     def read(self) -> bytes | None:
-        """At most ``READ_SIZE`` bytes."""
+        """Return at most ``READ_SIZE`` bytes, b"" at the end, None if there is nothing now."""
         try:
             return read_some(self._own)
         except OSError:
@@ -380,7 +431,7 @@ class Reader:
 
 
 class Writer:
-    """A standard stream to write to, of any kind: ``put`` takes what goes without blocking."""
+    """A standard stream of any kind, written to without blocking."""
 
     def __init__(self, fd: int) -> None:
         try:
@@ -394,14 +445,14 @@ class Writer:
         self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
 
     def put(self, data: bytes) -> int:
-        """Writes; gives how many bytes were taken, 0 if none can be now. Raises OSError if the reader is gone."""
+        """Write; return how many bytes were taken, 0 if none can be now. Raise OSError if the reader is gone."""
         try:
             if self._socket is not None:
                 return self._socket.send(data, socket.MSG_DONTWAIT)
             if not self._may_block:
                 return os.write(self.fd, data)
             if select.select([], [self.fd], [], 0)[1]:
-                return os.write(self.fd, data[:select.PIPE_BUF])    # a writable pipe takes so much
+                return os.write(self.fd, data[:select.PIPE_BUF])    # a pipe that is writable has room for that much
             return 0
         except OSError as error:
             if error.errno in TRANSIENT:
@@ -410,47 +461,44 @@ class Writer:
 
 
 class Output:
-    """What waits to be written to one stream, in order, and who is told when it is.
+    """The backlog of one stream, in order, and who is told when some of it is written.
 
-    ``put`` takes bytes and gives how many were taken. ``broken`` tells that the reader is gone.
+    ``put`` gets bytes and returns how many it took. ``broken``: the reader is gone.
     """
 
     def __init__(self, put: Callable[[bytes], int]) -> None:
         self._put = put
         self._chunks: deque[tuple[bytes, Callable[[int], None] | None]] = deque()
-        self.before: Callable[[], None] | None = None    # called before anything is written
         self.pending = 0        # bytes
         self.broken = False
 
     def write(self, data: bytes, written: Callable[[int], None] | None = None) -> None:
-        """Appends ``data``; ``written`` is told how many of its lines are written, each time that some are.
+        """Append ``data``; call ``written`` with a number of its lines each time that as many more are written.
 
-        For empty data, it is told (0) when all that was appended before is written; if there is nobody to tell, nothing
-        is appended.
+        For empty data, ``written`` is called with 0 once all that was appended before is written. Empty data without
+        ``written`` is ignored.
         """
         if not self.broken and (data or written is not None):
             self._chunks.append((data, written))
             self.pending += len(data)
 
     def has_room(self) -> bool:
-        """Whether messages may be written: not too much waits."""
+        """Return whether messages may be written: the backlog is not too long."""
         return self.pending < OUTPUT_LIMIT and len(self._chunks) < CHUNK_LIMIT
 
     def give_up(self) -> None:
-        """Takes nothing any more: nobody reads it."""
+        """Drop the backlog and everything that comes later: nobody reads it."""
         self.broken = True
         self._chunks.clear()
         self.pending = 0
 
     def flush(self) -> None:
-        """Writes what can be written now, and tells whoever waits for it."""
+        """Write what can be written now, and call back for each chunk."""
         chunks = self._chunks
         while chunks and not self.broken:
             data = chunks[0][0] if len(chunks) == 1 else self._batch()
             taken = 0
             if data:
-                if self.before is not None:
-                    self.before()
                 try:
                     taken = self._put(data)
                 except OSError:
@@ -478,7 +526,7 @@ class Output:
         return b"".join(batch)
 
     def _split(self, taken: int) -> None:
-        """The first chunk was written up to ``taken``: tells of its lines, keeps the rest."""
+        """Keep what is left of the first chunk, of which ``taken`` bytes were written; call back for its lines."""
         data, written = self._chunks[0]
         self._chunks[0] = data[taken:], written
         lines = data.count(b"\n", 0, taken)
@@ -486,36 +534,50 @@ class Output:
             written(lines)
 
 
-# --- the log and the socket -----------------------------------------------------------------------------------
-
-MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is
-DATAGRAMS_PER_TURN = 128  # read from the socket before timers and acks get their turn
-SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
-
+# --- the log --------------------------------------------------------------------------------------------------
 
 LEVELS = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
 NO_COUNTERS: Mapping[str, int] = {}
 
+# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
+UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with every control character as its escape: fit for one line of a terminal."""
+    if text.isprintable():
+        return text
+    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+
+
+def rfc3339(at: float) -> str:
+    """Return a wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
+    try:
+        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
+    except (OverflowError, ValueError, OSError):
+        return "1970-01-01T00:00:00.000Z"
+
 
 def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
-    """A record of the log for people, in local time."""
+    """Return a record of the log for people, in local time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     counts = "".join(f" {name}={count}" for name, count in counters.items())
     return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}{':' if counts else ''}{counts}")
 
 
 def json_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
-    """A record of the log for programs."""
+    """Return a record of the log for programs."""
     import json
     return json.dumps({"time": rfc3339(at), "level": LEVELS[level], "message": message, **counters})
 
 
 class LogFile:
-    """A file that the log is appended to. What a full disk does not take waits, and is tried again."""
+    """A file that the log is appended to. What a full disk refuses stays in the backlog, and is tried again."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError."""
+        """Open or make the file. Raise OSError."""
         self._path = os.path.abspath(path)
         self._fd = self._open()
 
@@ -524,23 +586,24 @@ class LogFile:
         return os.open(self._path, flags, 0o666)
 
     def put(self, data: bytes) -> int:
-        """Writes; gives how many bytes were taken."""
+        """Write; return how many bytes were taken."""
         try:
             return os.write(self._fd, data)
         except OSError:
             return 0
 
     def reopen(self) -> None:
-        """Opens the file of that name, which may be another by now. Raises OSError: then the old one stays."""
+        """Open the file of that name again: it may be another one by now. Raise OSError; the old one then stays."""
         fd = self._open()
         os.close(self._fd)
         self._fd = fd
 
 
 class Log:
-    """Diagnostics: one line for each record of a level that is on, to an output that never blocks.
+    """Diagnostics: one line for each record of a level that is on.
 
-    While nobody reads that output, what exceeds its limit is lost; the next record that gets through tells how many.
+    Logging never blocks: beyond 64 KiB of backlog, records are dropped and counted; the next record that gets through
+    is preceded by one that says how many.
     """
 
     def __init__(self) -> None:
@@ -548,14 +611,14 @@ class Log:
         self.line: Callable[[float, int, str, Mapping[str, int]], str] = text_line
         self.output: Output | None = None
         self._file: LogFile | None = None
-        self._lost = 0
+        self._dropped = 0
 
     def write_to(self, file: LogFile) -> None:
-        """From now on, what is logged goes to a file."""
+        """Log to a file from now on."""
         self._file, self.output = file, Output(file.put)
 
     def reopen(self) -> None:
-        """Opens the file anew, if there is one: it has been renamed."""
+        """Open the log file again, if there is one: it has been renamed."""
         self.flush()
         try:
             if self._file is not None:
@@ -564,31 +627,31 @@ class Log:
             self.error("cannot open the log anew: %s", error.strerror)
 
     def flush(self) -> None:
-        """Writes what waits, as far as that goes now."""
+        """Write the backlog, as far as that is possible now."""
         if self.output is not None and self.output.pending:
             self.output.flush()
 
     def count(self, what: str, counters: Mapping[str, int]) -> None:
-        """Tells how often what happened, whatever the level is."""
+        """Log counters, whatever the level is."""
         self._note(INFO, what, (), counters)
 
     def debug(self, template: str, *arguments: object) -> None:
-        """What happens to single datagrams."""
+        """Log what happens to single datagrams."""
         if self.level <= DEBUG:
             self._note(DEBUG, template, arguments)
 
     def info(self, template: str, *arguments: object) -> None:
-        """What happens."""
+        """Log what happens."""
         if self.level <= INFO:
             self._note(INFO, template, arguments)
 
     def warning(self, template: str, *arguments: object) -> None:
-        """What somebody should know of."""
+        """Log what somebody should know of."""
         if self.level <= WARNING:
             self._note(WARNING, template, arguments)
 
     def error(self, template: str, *arguments: object) -> None:
-        """What somebody should do something about."""
+        """Log what somebody should do something about."""
         if self.level <= ERROR:
             self._note(ERROR, template, arguments)
 
@@ -597,11 +660,11 @@ class Log:
         if self.output is None:
             return
         if self.output.pending >= OUTPUT_LIMIT:
-            self._lost += 1
+            self._dropped += 1
             return
-        if self._lost:
-            self._write(WARNING, f"{self._lost} records lost", {})
-            self._lost = 0
+        if self._dropped:
+            self._write(WARNING, f"{self._dropped} records lost", {})
+            self._dropped = 0
         self._write(level, template % arguments if arguments else template, counters)
         self.output.flush()
 
@@ -613,21 +676,34 @@ class Log:
 log = Log()
 
 
-def normal(address: tuple[Any, ...]) -> Address:
-    """An address of the socket as (host, port); an IPv4-mapped one as IPv4."""
+# --- the UDP socket -------------------------------------------------------------------------------------------
+
+MAX_RECEIVED = 65535            # bytes; the largest UDP datagram there is
+DATAGRAMS_PER_TURN = 128        # read from the socket before timers and acks get their turn
+SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
+
+
+def unmapped(address: tuple[Any, ...]) -> Address:
+    """Return an address of an IPv6 socket as (host, port); an IPv4-mapped one (RFC 4291 §2.5.5.2) as IPv4."""
     host = address[0]
     if host.startswith("::ffff:") and "." in host:
         host = host[7:]
     return host, address[1]
 
 
-class Port:
-    """A UDP socket: gives datagrams to ``receive``, takes them with ``send``. No error of it ends the program."""
+def show_address(address: Address) -> str:
+    """Return ``HOST:PORT``, with brackets around an IPv6 host."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def __init__(self, sock: socket.socket, loop: Loop) -> None:
+
+class UdpSocket:
+    """The UDP socket: calls ``receive`` for each datagram, sends with ``send``. No error of it ends the program."""
+
+    def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
         self._sock = sock
         self._loop = loop
-        self._mapped = sock.family == socket.AF_INET6
+        self._is_ipv6 = sock.family == socket.AF_INET6
         self.datagrams_in = self.bytes_in = self.datagrams_out = self.bytes_out = self.not_sent = 0
         self.receive: Callable[[bytes, Address], None] = lambda datagram, address: None
         sock.setblocking(False)
@@ -646,15 +722,15 @@ class Port:
                 continue
             self.datagrams_in += 1
             self.bytes_in += len(datagram)
-            self.receive(datagram, normal(address) if self._mapped else address)
+            self.receive(datagram, unmapped(address) if self._is_ipv6 else address)
             if self._loop.reads_one:
                 break       # to look for more would cost as much; if there is more, the next turn begins at once
-        self._loop.calm = False
+        self._loop.drained = False
 
     def send(self, datagram: bytes, address: Address) -> None:
-        """Sends; what cannot be sent is lost, like a datagram on the way: whoever sent it will repeat it."""
+        """Send; what cannot be sent is lost, like a datagram on its way: the sender's stream repeats it."""
         try:
-            if self._mapped and ":" not in address[0]:
+            if self._is_ipv6 and ":" not in address[0]:
                 self._sock.sendto(datagram, ("::ffff:" + address[0], address[1]))
             else:
                 self._sock.sendto(datagram, address)
@@ -665,12 +741,6 @@ class Port:
             log.debug("sending to %s: %s", show_address(address), error)
 
     def counters(self) -> dict[str, int]:
-        """What came and went since the start."""
+        """Return what came and went since the start."""
         return {"datagrams_in": self.datagrams_in, "bytes_in": self.bytes_in, "datagrams_out": self.datagrams_out,
                 "bytes_out": self.bytes_out, "not_sent": self.not_sent}
-
-
-def show_address(address: Address) -> str:
-    """``HOST:PORT``, with brackets around an IPv6 host."""
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict, deque
-from typing import (Any)
 from collections.abc import Callable, Iterator
 
 import protocol
@@ -12,7 +11,7 @@ from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail
 from stream import NEVER, ReceiveStream, Run, SendStream
 from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN, Page,
                       Parcel, Registry, Session)
-from loop import Alarm, jittered, log, new_id, show_address
+from loop import Loop, RestartableTimer, jittered, log, new_id, show_address
 
 
 DEFAULT_PORT = 4119
@@ -93,7 +92,7 @@ class MailStream:
         capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - 4 - protocol.MAIL_RUN_SIZE
         self.session = session
         self.stream = SendStream(id_, capacity)
-        self.alarm = Alarm(server.loop, functools.partial(server.send_mail, session))
+        self.alarm = RestartableTimer(server.loop, functools.partial(server.send_mail, session))
         self.loaded = session.offset    # the number in the mailbox of the last that is in the stream
         self.counted = 0                # numbers that the server has counted as in memory
 
@@ -104,7 +103,7 @@ class Server:
     ``receive`` takes datagrams, ``settle`` ends each turn; ``send`` is called with (datagram, address) there.
     """
 
-    def __init__(self, loop: Any, send: Callable[[bytes, Address], None], registry: Registry,
+    def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
                  nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES) -> None:
         self.loop = loop
         self.registry = registry
@@ -128,14 +127,14 @@ class Server:
         self._page_cache: dict[int, tuple[bytes, int]] = {}     # version -> the page after it, the version it reaches
         self._cached_version = 0                                # of the table when the cache was empty
         self._to_sync: dict[bytes, int] = {}                    # session -> the version that it holds
-        self._sync_alarm = Alarm(loop, lambda: None)            # the end of the turn answers
+        self._sync_alarm = RestartableTimer(loop, lambda: None)            # the end of the turn answers
         self._told = registry.table.version                     # version of the last broadcast
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0
         self._telling: Iterator[tuple[Session, bytes]] | None = None     # who is still to be told what
-        self._broadcast_alarm = Alarm(loop, lambda: None)      # the end of the turn tells
-        self._silence_alarm = Alarm(loop, self._probe_silent)
-        self._deletion_alarm = Alarm(loop, self._delete_acked)
+        self._broadcast_alarm = RestartableTimer(loop, lambda: None)      # the end of the turn tells
+        self._silence_alarm = RestartableTimer(loop, self._probe_silent)
+        self._deletion_alarm = RestartableTimer(loop, self._delete_acked)
         self._stranger_second = 0
         self._stranger_replies = 0
         self._most_replies = stranger_replies
@@ -408,7 +407,7 @@ class Server:
         if probe.id not in self._probes:
             return
         now = self.loop.now()
-        if now >= probe.deadline and self.loop.calm:
+        if now >= probe.deadline and self.loop.drained:
             self._close_probe(probe)
             self._not_there(probe)
             return

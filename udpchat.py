@@ -48,8 +48,8 @@ from protocol import MAX_DATAGRAM, MAX_NICK, SESSION_BYTES, Address, is_nick
 from conversation import ACK_TIMEOUT
 from stream import NEVER
 from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, Mailbox, Registry, StoreError
-from loop import (LEVELS, MAX_WAIT, LogFile, Loop, Output, Port, Reader, Writer, clean, json_line, log, normal,
-                  read_some, show_address)
+from loop import (LEVELS, MAX_WAIT, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean, json_line, log,
+                  read_some, show_address, unmapped)
 from editor import History, Style, Terminal, wants_color
 from home import load_secret, state_home
 from terminal import FOR_PEOPLE, ROUTINE, STATUS, Board, Desk, JsonLines, Lines, Prompt
@@ -275,9 +275,9 @@ def run_server(options: argparse.Namespace) -> int:
     mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
     if mailbox is None:
         return EXIT_FAILED
-    loop = Loop()
+    loop = SelectorLoop()
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
-    port = Port(sock, loop)
+    port = UdpSocket(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
     began = time.monotonic()
 
@@ -294,7 +294,7 @@ def run_server(options: argparse.Namespace) -> int:
     loop.on_signal(signal.SIGUSR1, summarize)
     loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
-    where = normal(sock.getsockname())
+    where = unmapped(sock.getsockname())
     announce(f"[Server listening on {show_address(where)}]\n" + (how_to_join(where) if os.isatty(STDOUT) else ""))
     loop.run()
     loop.close()
@@ -423,7 +423,7 @@ def server_argument(text: str) -> tuple[str, int]:
         raise Usage(str(error)) from None
 
 
-def lines_for(options: argparse.Namespace, nick: str, loop: Loop, is_terminal: bool, style: Style) -> Lines:
+def lines_for(options: argparse.Namespace, nick: str, loop: SelectorLoop, is_terminal: bool, style: Style) -> Lines:
     """How events are told: as objects, as plain lines, or as lines for people."""
     hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
     if options.json:
@@ -485,18 +485,18 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         complain(f"nothing was sent: {error}")
         return EXIT_FAILED
     secret = secret_of(options)
-    loop = Loop()
+    loop = SelectorLoop()
     try:
         sock = bind(family, ("::" if family == socket.AF_INET6 else "0.0.0.0", options.client_port))
     except OSError as error:
         complain(f"cannot use port {options.client_port}: {error.strerror}")
         return EXIT_FAILED
-    port, reader, writer = Port(sock, loop), Reader(STDIN), Writer(STDOUT)
+    port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = Style(wants_color(options.color, is_terminal, os.environ))
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.complete(before))
-    client = Client(loop, port.send, output, nick, normal(server), secret, options.ack_timeout / 1000, options.stay,
+    client = Client(loop, port.send, output, nick, unmapped(server), secret, options.ack_timeout / 1000, options.stay,
                     options.mtu, errors, lines_for(options, nick, loop, is_terminal, style), prompt)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(client.show_log)

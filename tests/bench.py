@@ -63,7 +63,7 @@ if str(ROOT) not in sys.path:
 
 import protocol    # noqa: E402
 import udpchat    # noqa: E402
-from loop import Loop    # noqa: E402
+from loop import SelectorLoop    # noqa: E402
 from conversation import DIRECT, QUEUE_LIMIT, Conversation, Place    # noqa: E402
 from protocol import FOR_SIZE, Decoder, Info, addressed, encode, letters_of, padded, since_of    # noqa: E402
 from registry import ONLINE, Page, Table    # noqa: E402
@@ -1046,23 +1046,21 @@ def watched(arguments: list[str]) -> None:
     longest = [0.0, 0.0]
     woken: list[tuple[float, float]] = []
 
-    class Watched(Loop):
+    class Watched(SelectorLoop):
         """What lies between two waits is a turn."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._plain_wait, self._wait = self._wait, self._watched_wait
-
-        def _watched_wait(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        def begin_wait(self, clock: float, at_once: bool = False) -> float:
             if woken:
                 began, used = woken.pop()
                 longest[0] = max(longest[0], time.monotonic() - began)
                 longest[1] = max(longest[1], time.thread_time() - used)
-            events = self._plain_wait(timeout, most)
-            woken.append((time.monotonic(), time.thread_time()))
-            return events
+            return super().begin_wait(clock, at_once)
 
-    setattr(udpchat, "Loop", Watched)
+        def end_wait(self, clock: float) -> None:
+            super().end_wait(clock)
+            woken.append((time.monotonic(), time.thread_time()))
+
+    setattr(udpchat, "SelectorLoop", Watched)
     code = udpchat.main(arguments[1:])
     Path(arguments[0]).write_text(" ".join(map(str, longest)))
     sys.exit(code)

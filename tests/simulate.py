@@ -8,7 +8,8 @@ Everything comes from one seed, so a run that fails can be replayed to the lette
 How it works
 ------------
 ``World`` is a scheduler of events in virtual time. A ``Node`` is a process: it owns a ``SimLoop`` (what the program
-gets instead of ``loop.Loop``), an inbox, and does turns as ``loop.Loop`` does: datagrams, timers, settle.
+gets instead of ``loop.SelectorLoop``), an inbox, and does the
+same turns: datagrams, timers, settle.
 ``ServerNode`` runs a ``Server`` on a ``Disk`` that outlives it; ``Life`` runs a ``Client`` with a standard input that
 somebody types into and a ``Screen`` that may be slow, stalled or gone. ``Network`` loses, delays, repeats and garbles.
 
@@ -40,7 +41,7 @@ import msgpack
 import protocol
 from client import ACTIVE, AWAY, ENDED, JOINING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event, Inbox, Incoming
-from loop import DATAGRAMS_PER_TURN, ERROR, INFO, LOST_TIME, Output, Timer, TimerHeap, clean, log
+from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
 from registry import Mailbox, Registry
 from server import Server
@@ -228,31 +229,21 @@ class Ledger:
 
 # --- a process ------------------------------------------------------------------------------------------------
 
-class SimLoop:
-    """What the program gets instead of ``loop.Loop``."""
+class SimLoop(Scheduler):
+    """What the program gets instead of ``loop.SelectorLoop``: the same scheduler, on a virtual clock."""
 
     def __init__(self, world: World, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.calm = True
-        self.timers = TimerHeap()
-        self.local = world.now
+        super().__init__(world.now)
+        self.random: Random = random.Random(seed)
         self._world = world
 
-    def now(self) -> float:
-        """Seconds that this process was able to run, as of this turn."""
-        return self.local
-
     def clock(self) -> float:
-        """The same: inside a turn, no time passes."""
-        return self.local
+        """The same as ``now``: inside a turn, no time passes."""
+        return self.now()
 
     def wall(self) -> float:
         """Seconds since 1970."""
         return EPOCH + self._world.now
-
-    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Calls ``callback`` in the turn in which ``now()`` has reached ``when``."""
-        return self.timers.call_at(when, callback)
 
 
 class Node:
@@ -271,8 +262,6 @@ class Node:
         self.sent = 0                       # datagrams
         self._turn_at = NEVER
         self._ended = world.now             # when the last turn did
-        self._timeout = NEVER               # s that the program would then wait
-        self._lost = 0.0                    # s in which it did not run
         self._second = self._turns = self._sent_before = 0
         world.at[address] = self
 
@@ -349,27 +338,22 @@ class Node:
     def _turn(self) -> None:
         now, loop = self.world.now, self.loop
         self._check_rate(int(now))
-        waited = now - self._ended
-        if waited > self._timeout + LOST_TIME:
-            self._lost += waited - self._timeout
-        loop.local = now - self._lost
-        loop.calm = True
+        loop.end_wait(now)
         self.read()
         for _ in range(min(len(self.inbox), DATAGRAMS_PER_TURN)):
             datagram, source = self.inbox.popleft()
             self.receive(datagram, source)
-        loop.calm = not self.inbox
-        loop.timers.run(loop.local)
+        loop.drained = not self.inbox
+        loop.run_timers()
         self._ended = now
         self.settle()
         if not self.alive:
             return
-        due = loop.timers.next_time()
-        self._timeout = max(0.0, due - loop.local)
+        timeout = loop.begin_wait(now)
         if self.inbox:
             self.wake(now)
-        elif due < NEVER:
-            self.wake(due + self._lost)
+        elif timeout < MAX_WAIT:
+            self.wake(now + timeout)
         if len(loop.timers) > MAX_TIMERS:
             raise Violation(f"{self.name} has {len(loop.timers)} timers")
 

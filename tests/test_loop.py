@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-import select
 import selectors
 import socket
+import stat
 import time
 from pathlib import Path
+from typing import Any
 from collections.abc import Iterator
 
 import pytest
 
-from loop import COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Alarm, Log, Loop, Output, Port, TimerHeap
+from loop import (COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Log, Output, RestartableTimer, SelectorLoop,
+                  TimerHeap, UdpSocket)
 
 
 class Paper:
@@ -49,10 +52,26 @@ def clock_set_by_hand(monkeypatch: pytest.MonkeyPatch) -> Hands:
     return hands
 
 
+class IdleSelector(selectors.SelectSelector):
+    """A selector that never waits, and never finds anything."""
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if stat.S_ISREG(os.fstat(fileobj).st_mode):
+            raise PermissionError("as epoll does")
+        return super().register(fileobj, events, data)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return []
+
+
+@pytest.fixture(name="selector")
+def selector_that_never_waits() -> IdleSelector:
+    return IdleSelector()
+
+
 @pytest.fixture(name="loop")
-def loop_that_never_waits(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
-    loop = Loop()
-    monkeypatch.setattr(loop, "_wait", lambda timeout, most: [])
+def loop_that_never_waits(hands: Hands, selector: IdleSelector) -> Iterator[SelectorLoop]:
+    loop = SelectorLoop(selector)
     yield loop
     loop.close()
 
@@ -66,26 +85,26 @@ def test_timers_run_in_the_order_of_their_times_and_cancelled_ones_not_at_all() 
     assert rung == [1.0, 2.0] and heap.next_time() == 3.0
 
 
-def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: Loop, tmp_path: Path) -> None:
+def test_a_regular_file_is_always_ready_for_all_that_it_is_watched_for(loop: SelectorLoop, tmp_path: Path) -> None:
     calls: list[str] = []
     with open(tmp_path / "file", "w+b") as file:
         loop.watch(file.fileno(), selectors.EVENT_READ, lambda: calls.append("read"))
-        loop._turn()
+        loop.turn()
         loop.watch(file.fileno(), selectors.EVENT_WRITE, lambda: calls.append("write"))
-        loop._turn()
+        loop.turn()
         loop.watch(file.fileno(), selectors.EVENT_READ, None)
-        loop._turn()
+        loop.turn()
         loop.watch(file.fileno(), selectors.EVENT_WRITE, None)
         loop.call_at(loop.now(), lambda: None)
-        loop._turn()
+        loop.turn()
     assert calls == ["read", "read", "write", "write"]
 
 
 class Pair:
     """A loop that watches one end of a pair of sockets; ``calls``: who was called."""
 
-    def __init__(self) -> None:
-        self.loop = Loop()
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.loop = SelectorLoop(selector)
         self.ours, self.theirs = socket.socketpair()
         self.calls: list[str] = []
 
@@ -98,19 +117,15 @@ class Pair:
         """Who is called in one turn, which does not wait."""
         del self.calls[:]
         self.loop.call_at(self.loop.now(), lambda: None)
-        self.loop._turn()
+        self.loop.turn()
         return self.calls
 
 
-@pytest.fixture(name="pair", params=["as everywhere", "as on Linux"])
-def loop_that_watches_a_socket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    if request.param == "as everywhere":
-        monkeypatch.setattr("loop.epoll_of", lambda selector: None)
-    elif not hasattr(select, "epoll"):
-        pytest.skip("there is no epoll here")
-    pair = Pair()
+@pytest.fixture(name="pair", params=[selectors.SelectSelector, selectors.DefaultSelector],
+                ids=["the plainest selector", "the best selector"])
+def loop_that_watches_a_socket(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    pair = Pair(request.param())
     with pair.ours, pair.theirs:
-        assert (pair.loop._epoll is None) == (request.param == "as everywhere")
         yield pair
         pair.loop.close()
 
@@ -155,7 +170,7 @@ def test_whoever_stops_watching_one_descriptor_in_the_turn_of_another_is_not_mis
         for ours, theirs in ((pair.ours, other), (other, pair.ours)):
             pair.loop.watch(ours.fileno(), selectors.EVENT_READ, functools.partial(
                 pair.loop.watch, theirs.fileno(), selectors.EVENT_READ, None))
-        assert pair.turn() == [] and len(pair.loop._watched) == 2, "one of them, beside that for signals"
+        assert pair.turn() == [], "the first one has ended the watch of the other"
 
 
 def test_cancelled_timers_do_not_pile_up() -> None:
@@ -166,21 +181,21 @@ def test_cancelled_timers_do_not_pile_up() -> None:
     assert len(heap) <= COMPACT_TIMERS + 2
 
 
-def test_an_alarm_that_is_set_later_and_later_rings_once_at_its_last_time(loop: Loop, hands: Hands) -> None:
+def test_an_alarm_that_is_set_later_and_later_rings_once_at_its_last_time(loop: SelectorLoop, hands: Hands) -> None:
     rung: list[float] = []
-    alarm = Alarm(loop, lambda: rung.append(loop.now()))
+    alarm = RestartableTimer(loop, lambda: rung.append(loop.now()))
     for _ in range(50):
         alarm.set(loop.now() + 1.0)
         hands.time += 0.05
-        loop._turn()
+        loop.turn()
     due = loop.now() + 1.0 - 0.05
     while len(rung) < 1 and hands.time < 200:
         hands.time += 0.05
-        loop._turn()
+        loop.turn()
     assert len(rung) == 1 and rung[0] >= due - 1e-6
 
 
-def test_a_timer_fires_though_every_turn_takes_long(loop: Loop, hands: Hands) -> None:
+def test_a_timer_fires_though_every_turn_takes_long(loop: SelectorLoop, hands: Hands) -> None:
     rung: list[int] = []
     loop.call_at(loop.now() + 0.5, lambda: rung.append(1))
 
@@ -188,54 +203,56 @@ def test_a_timer_fires_though_every_turn_takes_long(loop: Loop, hands: Hands) ->
         hands.time += 1.5 * LOST_TIME
     loop.settle = take_long
     for _ in range(10):
-        loop._turn()
+        loop.turn()
     assert rung == [1]
 
 
-def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop: Loop, hands: Hands) -> None:
+def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop: SelectorLoop, hands: Hands) -> None:
     before = loop.now()
 
     def be_stopped() -> None:
         hands.time += 60.0
     loop.settle = be_stopped
-    loop._turn()
+    loop.turn()
     assert loop.now() <= before + LOST_TIME + 1e-6
     loop.settle = lambda: None
     hands.time += 0.01
-    loop._turn()
+    loop.turn()
     assert loop.now() <= before + 2 * LOST_TIME
 
 
 @pytest.fixture(name="read")
-def what_a_loop_reads_that_waits(loop: Loop, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+def what_a_loop_reads_that_waits(loop: SelectorLoop, hands: Hands, selector: IdleSelector,
+                                 monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """What was read of the three datagrams that are there when the selector has waited: a second, or for a timer."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours, socket.socket(
             socket.AF_INET, socket.SOCK_DGRAM) as theirs:
         ours.bind(("127.0.0.1", 0))
-        port, read = Port(ours, loop), []
+        port, read = UdpSocket(ours, loop), []
         port.receive = lambda datagram, _: read.append(datagram)
 
-        def wait(timeout: float, most: int) -> list[tuple[int, int]]:
+        def wait(timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
             hands.time += min(timeout, 1.0)
-            return [(ours.fileno(), selectors.EVENT_READ)]
-        monkeypatch.setattr(loop, "_wait", wait)
+            return [(selector.get_key(ours.fileno()), selectors.EVENT_READ)]
+        monkeypatch.setattr(selector, "select", wait)
         for number in range(3):
             theirs.sendto(b"%d" % number, ours.getsockname())
         yield read
 
 
-def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: Loop, read: list[bytes]) -> None:
-    loop._turn()
-    assert read == [b"0"] and not loop.calm
+def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: SelectorLoop,
+                                                                          read: list[bytes]) -> None:
+    loop.turn()
+    assert read == [b"0"] and not loop.drained
     loop.call_at(loop.now(), lambda: None)      # the next turn does not wait
-    loop._turn()
-    assert read == [b"0", b"1", b"2"] and loop.calm
+    loop.turn()
+    assert read == [b"0", b"1", b"2"] and loop.drained
 
 
-def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: Loop, read: list[bytes]) -> None:
+def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: SelectorLoop, read: list[bytes]) -> None:
     calm = []
-    loop.call_at(loop.now() + 0.5, lambda: calm.append(loop.calm))
-    loop._turn()
+    loop.call_at(loop.now() + 0.5, lambda: calm.append(loop.drained))
+    loop.turn()
     assert read == [b"0", b"1", b"2"] and calm == [True]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import udpchat
 from server import DROPS, Server
-from loop import ERROR, SystemRandom, json_line
+from loop import ERROR, Random, Scheduler, SystemRandom, json_line
 from protocol import encode, padded
 from registry import Mailbox, Registry
 from tests.processes import DEADLINE, ROOT, SAVED, WELCOME, Chat, Process, received
@@ -33,13 +33,16 @@ def world_of_one_test(tmp_path: Path) -> Iterator[Chat]:
         yield chat
 
 
-class World:
+class StoppedLoop(Scheduler):
     """A loop in which nothing happens."""
 
-    random = SystemRandom()
+    random: Random = SystemRandom()
 
-    def now(self) -> float:
-        return 0.0
+    def clock(self) -> float:
+        return self.now()
+
+    def wall(self) -> float:
+        return self.now()
 
 
 def messages(path: Path) -> list[str]:
@@ -262,7 +265,7 @@ def test_refused_nicks_are_counted(chat: Chat) -> None:
 
 
 def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
-    server = Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    server = Server(StoppedLoop(0.0), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
     counters = server.counters()
     assert all(type(count) is int and count == 0 for count in counters.values())
     assert all(re.fullmatch("[a-z_]+", name) for name in counters)
@@ -397,7 +400,7 @@ def test_store_of_a_stopped_server_is_one_file_that_can_be_copied(chat: Chat) ->
 
 
 def test_every_counter_is_in_the_readme() -> None:
-    server = Server(World(), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
+    server = Server(StoppedLoop(0.0), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
     told = set(re.findall("`([a-z_]+)`", (ROOT / "README.md").read_text()))
     assert {"uptime", "datagrams_in", "bytes_in", "datagrams_out", "bytes_out", "not_sent"} <= told
     assert set(server.counters()) <= told

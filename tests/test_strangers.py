@@ -35,7 +35,7 @@ import udpchat
 from client import ACTIVE, AWAY, LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
 from conversation import STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
-from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Loop, Output, Port, Timer, TimerHeap, clean
+from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, Mailbox, Registry, Table
 from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, Server
@@ -64,8 +64,8 @@ class DeskLoop:
     """A loop without descriptors: time passes when the test says so."""
 
     def __init__(self) -> None:
-        self.random = Random(1)
-        self.calm = True
+        self.random: Any = Random(1)
+        self.drained = True
         self.time = 1000.0
         self.wall_time = EPOCH
         self.timers = TimerHeap()
@@ -665,7 +665,7 @@ def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> No
 
 
 def test_two_servers_make_different_cookies() -> None:
-    secrets_ = {Server(Loop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))._secret
+    secrets_ = {Server(SelectorLoop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))._secret
                 for _ in range(5)}
     assert len(secrets_) == 5 and all(len(secret) == 32 for secret in secrets_)
 
@@ -1399,9 +1399,9 @@ class FaultySocket:
 def test_errors_of_the_network_lose_nothing() -> None:
     loops, ports, faulty = [], [], []
     for _ in range(3):
-        loops.append(Loop())
+        loops.append(SelectorLoop())
         faulty.append(FaultySocket(udpchat.bind(socket.AF_INET, ("127.0.0.1", 0))))
-        ports.append(Port(faulty[-1], loops[-1]))   # type: ignore[arg-type]
+        ports.append(UdpSocket(faulty[-1], loops[-1]))   # type: ignore[arg-type]
     address: Address = faulty[0].getsockname()
     server = Server(loops[0], ports[0].send, Registry(Mailbox(":memory:", b"i" * 16)))
     ports[0].receive, loops[0].settle = server.receive, server.settle
@@ -1414,7 +1414,7 @@ def test_errors_of_the_network_lose_nothing() -> None:
         port.receive, loop.settle = clients[-1].receive, clients[-1].settle
         clients[-1].start()
     for loop in loops:
-        loop._timers.call_at(loop.now(), functools.partial(_tick, loop))
+        loop.timers.call_at(loop.now(), functools.partial(_tick, loop))
     end = time.monotonic() + DEADLINE
     while not all(client.table.is_online(nick) for client in clients for nick in ("alice", "bob")):
         assert time.monotonic() < end, screens
@@ -1438,15 +1438,15 @@ def _put(screen: bytearray, data: bytes) -> int:
     return len(data)
 
 
-def _tick(loop: Loop) -> None:
+def _tick(loop: SelectorLoop) -> None:
     """Keeps a loop from waiting, so that several can take turns in one thread."""
     loop.call_at(loop.now() + 0.001, functools.partial(_tick, loop))
 
 
-def turn_all(loops: list[Loop]) -> None:
+def turn_all(loops: list[SelectorLoop]) -> None:
     """One turn of each loop."""
     for loop in loops:
-        loop._turn()
+        loop.turn()
 
 
 def test_a_change_that_falls_into_a_long_broadcast_is_told_right_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1549,16 +1549,16 @@ def test_processes_that_are_stopped_for_a_moment_lose_nothing(tmp_path: Path) ->
 
 
 def test_timers_far_in_the_future_do_not_ring_early_and_do_not_end_the_loop() -> None:
-    loop, rung = Loop(), []
+    loop, rung = SelectorLoop(), []
     loop.call_at(loop.now() + 3000 * DAY, lambda: rung.append("far"))
     loop.call_at(float("inf"), lambda: rung.append("never"))
     loop.call_at(loop.now() + 0.01, lambda: rung.append("near"))
     while not rung:
-        loop._turn()
+        loop.turn()
     loop.on_signal(signal.SIGALRM, lambda: rung.append("woken"))
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     while len(rung) < 2:
-        loop._turn()
+        loop.turn()
     loop.close()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert rung == ["near", "woken"]
