@@ -1,1133 +1,1099 @@
-"""The client."""
+"""The client: one user, online at one server, who chats with others.
+
+Rules of this file
+------------------
+- Nothing impure but what it is handed: the loop, a way to send datagrams, a display; beside that it writes to the log.
+  So the tests run the same client in a simulated world.
+- A part is handed what it needs, and reports to its owner, the ``Client``, what others must hear of.
+- Nothing from the network is believed without a reason: see ``Client.receive``.
+
+The parts
+---------
+::
+
+    ServerLink    registering, keepalive, outage and return, deregistering: one state
+    TableSync     the copy of the server's table: asks for what is missing, says where a peer can be reached
+    Sending       messages out: the outbox, and when to poll it
+    Receiving     messages in: the inbox, what is shown, acks
+    Leaving       the order in which things end: sends, then what is to be written, then the registration
+    Shell         (in ``terminal``) the command language
+    Receipts      (in ``terminal``) what became of each message, as lines; what is handed back at the end
+    Display       (in ``terminal``) stdout and stderr
+"""
 from __future__ import annotations
 
-import selectors
-import signal
-import sys
-import unicodedata
-from collections import OrderedDict, deque
-from typing import (Any, NamedTuple)
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Protocol
 
-from protocol import (MAX_DATAGRAM, MAX_TEXT, PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Address, Decoder, Info,
-                      are_short, encode, padded, since_of, split_text)
-from stream import NEVER, SendStream
-from registry import ONLINE, Mirror, Page, Table
-from loop import (OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean, jittered, log,
-                  new_id, show_address)
-from conversation import (ACK_TIMEOUT, DIRECT, RECEIVED, REFUSED, SAVED, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT,
-                          Event, Inbox, Outbox, Place)
-from editor import Action
-from terminal import Board, Commands, Desk, Lines, Prompt, Sends
-from home import token_for
+from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
+from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
+from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, encode, padded, since_of
+from registry import ONLINE, Mirror, Page
+from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
+
+Send = Callable[[bytes, Address], None]     # sends a datagram
 
 
-REQUEST_INTERVAL = SERVER_INTERVAL     # s between attempts of a request to the server
-REQUEST_ATTEMPTS = SERVER_ATTEMPTS
-PING_INTERVAL = 15.0      # s between pings
-LOST_PING_INTERVAL = 2.0  # s between pings while the server is silent
-SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
-OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
-ANSWER_LIMIT = 2 ** 20     # bytes of backlog for stdout at which no command is read: its writer may not read meanwhile
-LINES_PER_TURN = 512      # of stdin that are carried out before the network gets its turn; sends to one nick are one
-END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
-LAST_TIME = 1.9           # s after Ctrl-C until the program ends, whatever is not written yet: two are promised
-COOKIES_PER_ATTEMPT = 3        # cookies taken for one attempt to register
-SHOWN_OF_LINE = 80        # characters of a line that nobody understands
-STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
-LAST_REQUEST_INTERVAL = 0.1     # s between attempts to deregister when there is no time left
-WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
-WAITS_SHOWN = 3           # recipients named there, at most
+# --- the server -----------------------------------------------------------------------------------------------
+
+PING_INTERVAL = 15.0            # s between pings
+OUTAGE_PING_INTERVAL = 2.0      # s between pings, and questions for the table, while the server is silent
+COOKIES_PER_ATTEMPT = 3         # cookies accepted for one attempt to register
+HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
+PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
+PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
 
 
-JOINING, ACTIVE, LEAVING, AWAY, ENDED = "joining", "active", "leaving", "away", "ended"
+class LinkState(Enum):
+    """Where a client stands with its server, see ``ServerLink``."""
 
-CLOSINGS = (RECEIVED, SAVED, REFUSED)
-REFUSALS = ("unknown", "full", "disk")      # that have a line of their own
-
-HELP = """\
-send NICK MESSAGE   send MESSAGE (the rest of the line) to NICK
-talk NICK           send every line to NICK from now on; commands then begin with / (/who, /end ends it)
-dereg NICK          go offline (NICK: your own)
-reg NICK            come online again
-who                 show everybody who is known
-help                show this
-quit                go offline and end
-"""
+    OFFLINE = "offline"
+    REGISTERING = "registering"
+    SYNCING = "syncing"
+    ONLINE = "online"
+    RETURNING = "returning"
+    LEAVING = "leaving"
 
 
-class Sent(NamedTuple):
-    """A message on its way: what an event says of which one it is."""
+OFFLINE, REGISTERING, SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
+VISIBLE, RETURNING, LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
 
-    number: int         # the first that it takes in its stream
-    id: str
-    ref: object         # what its sender calls it
-    began: float        # s, when it was queued
-
-
-class Request:
-    """Something that the server is asked until it answers: five times, 500 ms apart."""
-
-    def __init__(self, loop: Loop, ask: Callable[[], None], unanswered: Callable[[], None]) -> None:
-        self._loop = loop
-        self._ask = ask
-        self._unanswered = unanswered
-        self._interval = REQUEST_INTERVAL
-        self._attempts = 0
-        self._alarm = RestartableTimer(loop, self._again)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether an answer is awaited."""
-        return self._alarm.is_set
-
-    def start(self) -> None:
-        """Asks for the first time."""
-        self._attempts = 0
-        self._again()
-
-    def hurry(self, interval: float) -> None:
-        """Asks more often, from the next start on."""
-        self._interval = interval
-
-    def stop(self) -> None:
-        """The answer is here, or nobody wants it any more."""
-        self._alarm.cancel()
-
-    def _again(self) -> None:
-        if self._attempts < REQUEST_ATTEMPTS:
-            self._attempts += 1
-            self._alarm.set(self._loop.now() + jittered(self._loop, self._interval))
-            self._ask()
-        elif self._loop.drained:
-            self._unanswered()
-        else:
-            self._alarm.set(self._loop.now())
+TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
+    OFFLINE: (REGISTERING,), REGISTERING: (SYNCING, OFFLINE), SYNCING: (VISIBLE, LEAVING, OFFLINE),
+    VISIBLE: (RETURNING, LEAVING, OFFLINE), RETURNING: (VISIBLE, LEAVING, OFFLINE), LEAVING: (OFFLINE,),
+}
 
 
-class Client:
-    """One user: commands come in by ``feed``, datagrams by ``receive``, lines go to the output.
+class LinkOwner(Protocol):
+    """Who hears of what happens between a client and its server."""
 
-    ``settle`` ends each turn. ``hungry`` tells whether commands may be read, ``exit_code`` is None until the end.
+    def on_registered(self, session: bytes, boot: int, version: int) -> None: ...   # version: of the server's table
+    def on_session_lost(self) -> None: ...                  # another one is on its way
+    def on_server_silent(self, is_news: bool) -> None: ...
+    def on_server_back(self, is_same: bool) -> None: ...    # is_same: it still knows the session
+    def on_pong(self, asked: float, version: int, mail: int) -> None: ...   # to a ping of that time
+    def on_refused(self, reason: str) -> None: ...
+    def on_unanswered(self) -> None: ...                    # a client that starts, or leaves
+    def on_left(self) -> None: ...
+
+
+class ServerLink:
+    """What lies between a client and its server: handshake, keepalive, outage and return, deregistering.
+
+    States, and what leads from one to another::
+
+        OFFLINE ──start──> REGISTERING ──welcome──> SYNCING ──the table shows us online──> ONLINE
+           ^                    │                      │                                   │  ^
+           │<──refused, silent──┘                      │         called offline, or session│  │the table shows
+           │                                           │         unknown: server restarted v  │us online again
+           │                                           │                                 RETURNING
+           │                                           └──────────> LEAVING <──────────────┘ (also from ONLINE)
+           └───────────────────bye, or session unknown─────────────────┘
+
+    - OFFLINE: nothing is sent or accepted. REGISTERING: only ``reg`` is sent, for a cookie, then for a session.
+    - SYNCING: there is a session; the table comes, then the mail that waited. No command is carried out before the
+      table shows us online, so that a script never races its own start. Silence of the server ends a client here.
+    - ONLINE: everything works. A ping every 15 s keeps the session and the NAT's mapping alive.
+    - RETURNING: the server has called us offline, or has restarted and does not know the session. A new one is asked
+      for as long as it takes; the user's commands and the chat with peers go on meanwhile.
+    - LEAVING: ``dereg`` is sent until ``bye`` comes. In every state, ``close`` leads to OFFLINE at once.
+
+    An outage (``is_silent``) is no state: it may begin and pass in each of the last four.
+
+    The server may answer from another of its addresses than the one that was asked: one that listens on all of them
+    cannot choose. In a session it is asked where it answered; while it is silent, at both in turn.
     """
 
-    def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
-                 secret: bytes | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
-                 mtu: int = MAX_DATAGRAM, errors: Output | None = None,
-                 lines: Lines | None = None, prompt: Prompt | None = None) -> None:
-        self.loop = loop
-        self.output = output
-        self.errors = errors if errors is not None else Output(len)
-        self.lines = lines if lines is not None else Lines()
-        self.nick = nick
+    def __init__(self, loop: Loop, send: Send, nick: str, server: Address, owner: LinkOwner,
+                 table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None) -> None:
+        """``table_version``: returns up to which version the server's table is here.
+
+        ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
+        """
+        self.state = OFFLINE
+        self.is_silent = False                  # the server does not answer
+        self.was_heard = False                  # it has spoken in this turn
+        self.session: bytes | None = None
         self.server = server                    # where it is asked,
-        self._given_server = server             # where it was said to be, and so is asked for a session,
-        self._other_server = server             # and where it is asked next, if it is silent
-        self.exit_code: int | None = None
-        self.hungry = False                     # whether stdin may be read now
-        self.decoder = Decoder()
-        self.state = JOINING
-        self._send_now = send
-        self._secret = secret
-        self._stay = stay
-        self._prompt = prompt                   # on a terminal
-        self._write = output.write if prompt is None else self._write_above     # to stdout
-        self._on_its_way: dict[str, deque[Sent]] = {}   # to whom what was sent, if anybody wants to know of which
-        self._keeps_track = self.lines.is_for_programs or prompt is not None
-        # what the server gave
-        self._session: bytes | None = None
+        self.other_server = server              # and where it is asked next, if it is silent
+        self._given_server = server             # where it was said to be: registrations begin there
+        self._loop = loop
+        self._send = send
+        self._nick = nick
+        self._owner = owner
+        self._proof = proof
+        self._table_version = table_version
         self._server_id: bytes | None = None
         self._cookie: bytes | None = None
         self._cookies_left = 0
         self._reg_id = 0
-        self._mirror = Mirror()
-        self._pages = 0                         # that came since the last sync ...
-        self._synced = -NEVER                   # ... and when that was
-        self._confirmed = False                 # the server was told, in this session, that the table is here
-        self._visible = False                   # online in one's own table
-        self._greeted = False                   # "[You have messages]" was shown for this coming online
-        self._heard = False                     # the server has spoken in this turn
-        self._was_visible = False               # commands are carried out since then
+        self._boot = 0
         self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
-        self._request = Request(loop, self._send_reg, self._reg_unanswered)
-        self._dereg = Request(loop, self._send_dereg, self._dereg_unanswered)
-        self._ping = Request(loop, self._send_ping, self._ping_unanswered)
-        self._ping_alarm = RestartableTimer(loop, self._ping.start)
-        self._sync_alarm = RestartableTimer(loop, self._send_sync)
-        self._old_table_alarm = RestartableTimer(loop, self._distrust_table)
-        self._hold_alarm = RestartableTimer(loop, self._look_after_holds)
-        self._next_turn = RestartableTimer(loop, lambda: None)
-        self._last_asked = -NEVER
-        # what comes in
-        self._inbox = Inbox()
-        self._allowance = 0                     # bytes that may tell a stranger that this is somebody else
-        self._table_news = False
-        self._accepting = True                  # messages; no more once the program is about to leave
-        # what goes out
-        self._outbox = Outbox(nick, mtu, ack_timeout)
-        self._outbox_alarm = RestartableTimer(loop, lambda: None)      # the end of the turn polls it
-        # commands
-        self._input = Commands(self.lines.is_for_programs)
-        self._quit = ""                         # "dereg" or "quit", once that command waits for its turn
-        self._ending = ""                       # "end", "quit", "signal", "reader"
-        self._interrupted = False
-        self._deadline = NEVER
-        self._failed = False                    # some message was neither delivered nor kept
-        self._undelivered = 0
-        self.queued = self.closed = 0           # messages, in all
-        self._result = 0
-        self._wait_alarm = RestartableTimer(loop, lambda: None)        # the end of the turn shows who waits
-        self._commands: dict[str, Callable[[str, Sequence[str]], None]] = {
-            "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
-            "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
-        self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self._on_cookie}
-        self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self._on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
-            "mail": self._on_mail, "refused": self._on_refused, "bye": self._on_bye}
+        self._last_pong = -NEVER                # when an unasked one caused a ping
+        self._registration = Request(loop, self._send_reg, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping = Request(loop, self.ping, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_timer = RestartableTimer(loop, self._ping.start)
 
-    # lines
+    def _go(self, state: LinkState) -> None:
+        """Change the state: the only place where that happens."""
+        if state is not self.state:
+            assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
+            self.state = state
 
-    def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
-        """Shows a line for an event (that often)."""
-        line = self.lines.event(event, **fields)
-        if line:
-            self._write(line.encode() * times)
-        else:
-            complaint = self.lines.complaint(event, **fields).encode() * times
-            if complaint:
-                (self.errors.write if self._prompt is None else self._write)(complaint)
+    @property
+    def is_starting(self) -> bool:
+        """Whether the client was not online yet since it was started, or told to come online."""
+        return self.state in (REGISTERING, SYNCING)
 
-    def show_log(self, data: bytes) -> int:
-        """Shows lines of the log, which would go to the same terminal; gives how many bytes were taken."""
-        if not self.output.has_room():
-            return 0
-        self._write(data)
-        return len(data)
+    @property
+    def is_registered(self) -> bool:
+        """Whether the client is there for others: it has a session, or had one and gets another."""
+        return self.state in (VISIBLE, RETURNING, SYNCING)
 
-    def _write_above(self, data: bytes, written: Callable[[int], None] | None = None) -> None:
-        """Appends to the output of a terminal, above the prompt."""
-        if data and self._prompt is not None:
-            self.output.write(self._prompt.erase())
-        self.output.write(data, written)
-
-    def _hand_back(self, nick: str, text: str, sent: Sent | None = None, ref: object = None) -> None:
-        """Names a message that was not delivered, as the line that would send it again."""
-        self._undelivered += 1
-        ref = ref if sent is None else sent.ref
-        self.errors.write(self.lines.undelivered(nick, text, ref).encode())
-        self.tell("undelivered", to=nick, text=text, ref=ref, id=None if sent is None else sent.id)
+    def reach(self, host: str, port: int) -> Address | None:
+        """Return an address, if it is of our family: others can be reached by way of the server alone."""
+        return (host, port) if (":" in host) == (":" in self.server[0]) else None
 
     # registering
 
     def start(self) -> None:
-        """Registers."""
+        """Come online."""
+        self._go(REGISTERING)
         self._register()
 
     def _register(self) -> None:
-        self.server = self._other_server = self._given_server
-        self._reg_id = new_id(self.loop)
+        self.server = self.other_server = self._given_server
+        self._reg_id = new_id(self._loop)
         self._cookie = None
-        self._request.start()
+        self._registration.start()
 
     def _send_reg(self) -> None:
         self._cookies_left = COOKIES_PER_ATTEMPT
         self._emit_reg()
 
     def _emit_reg(self) -> None:
-        info: Info = {"id": self._reg_id, "nick": self.nick}
+        info: Info = {"id": self._reg_id, "nick": self._nick}
         if self._cookie is not None and self._server_id is not None:
             info["cookie"] = self._cookie
-            if self._secret is not None:
-                info["token"] = token_for(self._secret, self._server_id, self.nick)
-        self._send_now(padded("reg", info, REG_SIZE), self.server)
+            if self._proof is not None:
+                info["token"] = self._proof(self._server_id, self._nick)
+        self._send(padded("reg", info, REG_SIZE), self.server)
 
-    def _on_cookie(self, info: Info, address: Address) -> None:
-        """The server answers, maybe from another of its addresses (one that listens on all of them cannot choose).
-
-        In this session it is asked there. Only who got the request knows its id.
-        """
-        if info["id"] == self._reg_id and self._request.is_running and self._cookies_left:
+    def on_cookie(self, info: Info, address: Address) -> None:
+        """Prove our address. The cookie counts from any address: only the server that got the request knows its id."""
+        if info["id"] == self._reg_id and self._registration.is_running and self._cookies_left:
             self._cookies_left -= 1
             if address != self.server:
                 log.info("the server answers from %s", show_address(address))
-                self.server, self._other_server = address, self.server
+                self.server, self.other_server = address, self.server
             self._server_id, self._cookie = info["server"], info["cookie"]
             self._emit_reg()
 
-    def _on_welcome(self, info: Info) -> None:
-        if info["id"] != self._reg_id or not self._request.is_running or info["nick"] != self.nick:
+    def on_welcome(self, info: Info) -> None:
+        """Begin a session."""
+        if info["id"] != self._reg_id or not self._registration.is_running or info["nick"] != self._nick:
             return
-        self._request.stop()
-        self._server_heard(same=False)
-        self._session = info["session"]
-        self._outbox.register(self.loop.now(), info["session"])
-        self._inbox.forget_mail(self.loop.now())
-        self._visible = self._greeted = self._confirmed = False
-        self.state = ACTIVE
-        self.tell("registered", nick=self.nick)
-        self._mirror.register(info["boot"], info["version"])
-        if not (self._mirror.is_of_this_boot or self._old_table_alarm.is_set):
-            self._old_table_alarm.set(self.loop.now() + OLD_TABLE_TIME)
+        self._registration.stop()
+        self.heard(is_same=False)
+        self.session = info["session"]
+        self._boot = info["boot"]
+        self._go(SYNCING if self.is_starting else RETURNING)
         self._plan_ping()
-        if self._mirror.is_of_this_boot and self._mirror.is_whole:
-            self._confirm_table()
-            self._look_at_oneself()
-        else:
-            self._send_sync()
+        self._owner.on_registered(info["session"], info["boot"], info["version"])
 
     def _reg_unanswered(self) -> None:
-        """Five attempts without an answer end a program that starts, or that was told to come online."""
-        starting = self._is_starting()
-        self._server_silent(always=starting)
-        if starting:
-            self._give_up(1)
+        """Five attempts without an answer end a client that starts; one that was online goes on trying."""
+        if self.is_starting:
+            self._owner.on_unanswered()
         else:
+            self.announce_silence()
             self._register()
 
-    def _is_starting(self) -> bool:
-        """Whether the client has not been online since it was started, or told to come online."""
-        return self.state == JOINING or self.state == ACTIVE and not self._was_visible
-
-    def _on_refused(self, info: Info) -> None:
+    def on_refused(self, info: Info) -> None:
+        """React to a refusal of our registration, or of our session."""
         if "session" in info:
-            own = info["session"] == self._session and not self._request.is_running
+            is_ours = info["session"] == self.session and not self._registration.is_running
         else:
-            own = info.get("id") == self._reg_id and self._request.is_running
-        if not own or self.state in (AWAY, ENDED):
+            is_ours = info.get("id") == self._reg_id and self._registration.is_running
+        if not is_ours or self.state is OFFLINE:
             return
         reason = info["reason"]
-        if reason == "replaced":    # by somebody else, or by a late copy of a request of one's own: that will be seen
+        if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
             self._session_is_gone()
             return
-        self._request.stop()
-        if reason == "full" and not self._is_starting():
-            self.loop.call_at(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL), self._try_again)
-            return
-        self.tell({"full": "server-full", "owned": "owned"}.get(reason, "taken"), nick=self.nick)
-        self._give_up(1)
+        self._registration.stop()
+        if reason == "full" and not self.is_starting:
+            wait = jittered(self._loop, OUTAGE_PING_INTERVAL)
+            self._loop.call_at(self._loop.now() + wait, self._try_again)
+        else:
+            self._owner.on_refused(reason)
 
     def _try_again(self) -> None:
-        """Registers, if that is still wanted: the server that restarted was full."""
-        if self.state == ACTIVE and not self._request.is_running:
+        """Register, if that is still wanted: the server that restarted was full."""
+        if self.is_registered and not self._registration.is_running:
             self._register()
 
-    # the server's life
+    def on_own_state(self, is_online: bool) -> None:
+        """Note whether the table shows us online."""
+        if is_online and self.is_registered and not self._registration.is_running:
+            self._go(VISIBLE)
+        elif not is_online and self.state is VISIBLE:
+            self._go(RETURNING)
 
-    def _server_heard(self, same: bool = True) -> None:
-        """Takes note that the server is there; ``same``: and still knows this session."""
-        self._heard = True
-        if self._outbox.lost:
-            self._outbox.lost = False
+    # keepalive
+
+    def heard(self, is_same: bool = True) -> None:
+        """Note a sign of life of the server; ``is_same``: it still knows this session."""
+        self.was_heard = True
+        if self.is_silent:
+            self.is_silent = False
             self._plan_ping()
-            if same or self.lines.is_for_programs:      # people see the welcome
-                self.tell("back")
+            self._owner.on_server_back(is_same)
 
-    def _server_silent(self, always: bool = False) -> None:
-        """Announces an outage, once; ``always``: again, because the program ends over it."""
-        if not self._outbox.lost or always:
-            self.tell("silent")
-        if not self._outbox.lost:
-            self._outbox.lost = True
-            if self._session is not None:
-                self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
+    def announce_silence(self, always: bool = False) -> None:
+        """Announce an outage, once; ``always``: again, because the client ends over it."""
+        is_news = not self.is_silent
+        self.is_silent = True
+        if is_news or always:
+            self._owner.on_server_silent(is_news)
+        if is_news and self.session is not None:
+            self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
 
     def _plan_ping(self) -> None:
         self._ping.stop()
-        self._ping_alarm.set(self.loop.now() + jittered(self.loop, PING_INTERVAL))
+        self._ping_timer.set(self._loop.now() + jittered(self._loop, PING_INTERVAL))
 
-    def _send_ping(self) -> None:
-        if self.state == ACTIVE and self._session is not None:
-            self._emit_ping(self._session)
+    def ping_now(self) -> None:
+        """Ping until an answer comes, from now on."""
+        if not self._ping.is_running:
+            self._ping.start()
+
+    def ping(self) -> None:
+        """Send one ping, if there is a session: its answer tells how much mail there is."""
+        if self.is_registered and self.session is not None:
+            self._emit_ping(self.session)
         else:
             self._ping.stop()
 
     def _emit_ping(self, session: bytes) -> None:
-        id_ = new_id(self.loop)
-        self._pings[id_] = self.loop.now()
-        while len(self._pings) > 4 * REQUEST_ATTEMPTS:
+        id_ = new_id(self._loop)
+        self._pings[id_] = self._loop.now()
+        while len(self._pings) > PINGS_REMEMBERED:
             self._pings.popitem(last=False)
-        self._ask_server("ping", {"id": id_, "session": session, "version": self._mirror.version})
+        self._ask("ping", {"id": id_, "session": session, "version": self._table_version()})
 
-    def _ask_server(self, tag: str, info: Info) -> None:
-        self._send_now(padded(tag, info, SESSION_SIZE), self.server)
+    def _ask(self, tag: str, info: Info) -> None:
+        self._send(padded(tag, info, SESSION_SIZE), self.server)
+
+    def sync(self, version: int) -> bool:
+        """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
+        if not self.is_registered or self.session is None:
+            return False
+        self._ask("sync", {"session": self.session, "version": version})
+        return True
 
     def _ping_unanswered(self) -> None:
-        if self._is_starting():
-            self._server_silent(always=True)
-            self._give_up(1)
+        if self.is_starting:
+            self._owner.on_unanswered()
             return
-        self._server_silent()
-        self.server, self._other_server = self._other_server, self.server
-        self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
+        self.announce_silence()
+        self.server, self.other_server = self.other_server, self.server
+        self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
 
-    def _ping_now(self) -> None:
-        if not self._ping.is_running:
-            self._ping.start()
-
-    def _on_pong(self, info: Info) -> None:
-        if self.state not in (ACTIVE, LEAVING):
+    def on_pong(self, info: Info) -> None:
+        """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
+        if not self.is_registered and self.state is not LEAVING:
             return
-        sent = self._pings.pop(info["id"], None)
-        if sent is None:
-            if not self._ping.is_running and self.state == ACTIVE and self.loop.now() - self._last_asked > 1.0:
-                self._last_asked = self.loop.now()
-                self._ping_alarm.set(self.loop.now() + self.loop.random.uniform(0, 1))
-            elif self.state == LEAVING and self._dereg.is_running:
-                self._leave_check()
+        asked = self._pings.pop(info["id"], None)
+        if asked is None:
+            self._on_unasked_pong()
             return
-        same = info["boot"] == self._mirror.boot
-        self._server_heard(same)
-        if not same:
+        is_same = info["boot"] == self._boot
+        self.heard(is_same)
+        if not is_same:
             self._session_is_gone()
             return
         self._plan_ping()
-        self._inbox.answer(sent, info["mail"])
-        if self._mirror.expect(info["version"]):
-            self._want_sync()
+        self._owner.on_pong(asked, info["version"], info["mail"])
 
-    def _leave_check(self) -> None:
-        """Somebody says that the server has restarted: a ping will tell whether there is anything left to leave."""
-        if self.loop.now() - self._last_asked > REQUEST_INTERVAL / 2 and self._session is not None:
-            self._last_asked = self.loop.now()
-            self._emit_ping(self._session)
+    def _on_unasked_pong(self) -> None:
+        """Somebody says that the server has restarted, maybe the server: a ping will tell."""
+        now = self._loop.now()
+        if self.state is LEAVING:
+            if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
+                self._last_pong = now
+                if self.session is not None:
+                    self._emit_ping(self.session)
+        elif not self._ping.is_running and now - self._last_pong > PONG_INTERVAL:
+            self._last_pong = now
+            self._ping_timer.set(now + self._loop.random.uniform(0, 1))     # not all clients in the same instant
 
     def _session_is_gone(self) -> None:
-        """The server does not know this session any more: registers again, or has nothing to leave."""
+        """The server does not know this session any more: register again, unless there is just nothing to leave."""
         self._ping.stop()
-        self._ping_alarm.cancel()
-        self._sync_alarm.cancel()
-        if self.state == LEAVING:
-            self._went_away()
-        elif not self._request.is_running:
+        self._ping_timer.cancel()
+        if self.state is LEAVING:
+            self._left()
+            return
+        self._owner.on_session_lost()
+        if self.state is VISIBLE:
+            self._go(RETURNING)
+        if not self._registration.is_running:
             log.info("the server does not know this session any more: registering again")
             self._register()
 
-    # the table
+    def on_probe(self, info: Info, is_trusted: bool) -> None:
+        """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
+        if info["to"] == self._nick and self.session is not None and (self.is_registered or self.state is LEAVING):
+            answer: Info = {"id": info["id"], "nick": self._nick}
+            if is_trusted:
+                answer["session"] = self.session
+            self._send(encode("alive", answer), self.server)
 
-    @property
-    def table(self) -> Table:
-        """Who is known, as far as this client knows."""
-        return self._mirror.table
+    def leave(self, is_hasty: bool = False) -> None:
+        """Deregister; ``is_hasty``: there is little time."""
+        self.stop_asking()
+        self._go(LEAVING)
+        if is_hasty:
+            self._deregistration.interval = HASTY_INTERVAL
+        self._deregistration.start()
 
-    def _send_sync(self) -> None:
-        if self.state != ACTIVE or self._session is None:
+    def _send_dereg(self) -> None:
+        if self.session is not None:
+            self._ask("dereg", {"session": self.session})
+
+    def on_bye(self, info: Info) -> None:
+        """Accept the answer to a deregistration."""
+        if self.state is LEAVING and info["session"] == self.session:
+            self._left()
+
+    def _left(self) -> None:
+        self._owner.on_left()
+        self.close()
+
+    def stop_asking(self) -> None:
+        """Neither register nor ping any more."""
+        self._ping_timer.cancel()
+        self._registration.stop()
+        self._ping.stop()
+
+    def close(self) -> None:
+        """Be offline, whatever was going on."""
+        self.stop_asking()
+        self._deregistration.stop()
+        self.is_silent = False
+        self.session = None
+        self._go(OFFLINE)
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
+OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
+
+
+class TableSync(Mirror):
+    """A client's copy of the server's table, kept complete.
+
+    A page that does not follow on what is here, or a pong with a higher version, shows that something is missing: then
+    the server is asked every 200 ms until nothing is. After a restart of the server the old table stays in force
+    until the new one is whole, for 30 s at most; then everybody in it counts as offline, and messages go to the server.
+    """
+
+    def __init__(self, loop: Loop, nick: str, link: ServerLink, on_changed: Callable[[Sequence[str]], None],
+                 on_own_state: Callable[[bool, bool], None]) -> None:
+        """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
+        super().__init__()
+        self.has_news = False                   # to be told to the user
+        self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
+        self._loop = loop
+        self._nick = nick
+        self._link = link
+        self._on_changed = on_changed
+        self._on_own_state = on_own_state
+        self._shows_us = False                  # online, in the table of the server as it runs now
+        self._is_confirmed = False              # in this session, the table was whole
+        self._pages = 0                         # that came since the last question ...
+        self._asked = -NEVER                    # ... and when that was
+        self._sync_timer = RestartableTimer(loop, self._ask)
+        self._old_table_timer = RestartableTimer(loop, self._distrust)
+
+    def place_of(self, nick: str) -> Place | None:
+        """Return where ``nick`` can be reached; None: nobody knows that nick."""
+        entry = self.table.get(nick)
+        if entry is None:
+            return None
+        return Place(entry.state == ONLINE, self._link.reach(entry.host, entry.port))
+
+    def is_at(self, nick: str, address: Address) -> bool:
+        """Return whether ``nick`` is online at ``address``."""
+        entry = self.table.entries.get(nick)
+        return entry is not None and entry.state == ONLINE and (entry.host, entry.port) == address
+
+    def begin_session(self, boot: int, version: int) -> None:
+        """Catch up with a server, as it runs since ``boot``, whose table has that version."""
+        self._shows_us = self._is_confirmed = False
+        self.register(boot, version)
+        if not (self.is_of_this_boot or self._old_table_timer.is_set):
+            self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
+        if self.is_of_this_boot and self.is_whole:
+            self._confirm()
+            self._refresh_own_state()
+        else:
+            self._ask()
+
+    def end_session(self) -> None:
+        """There is no session: nobody to ask."""
+        self._sync_timer.cancel()
+
+    def stop(self) -> None:
+        """Neither ask nor wait any more: the client leaves."""
+        self._sync_timer.cancel()
+        self._old_table_timer.cancel()
+
+    def _ask(self) -> None:
+        if not self._link.sync(self.version):
             return
         self._pages = 0
-        self._synced = self.loop.now()
-        interval = LOST_PING_INTERVAL if self._outbox.lost else SYNC_INTERVAL
-        self._sync_alarm.set(self._synced + jittered(self.loop, interval))
-        self._ask_server("sync", {"session": self._session, "version": self._mirror.version})
+        self._asked = self._loop.now()
+        self._sync_timer.set(self._asked + jittered(self._loop, self.interval))
 
-    def _want_sync(self) -> None:
-        """Asks for what is missing, at once unless that was done just now."""
-        if not self._sync_alarm.is_set:
-            self._sync_alarm.set(max(self.loop.now(), self._synced + SYNC_INTERVAL))
+    def ask_soon(self) -> None:
+        """Ask for what is missing, at once unless that was done just now."""
+        if not self._sync_timer.is_set:
+            self._sync_timer.set(max(self._loop.now(), self._asked + SYNC_INTERVAL))
 
-    def _on_table(self, info: Info) -> None:
-        if self.state != ACTIVE:
-            return
-        changed = self._mirror.apply(Page(since_of(info), info["version"], info["set"]))
+    def on_version(self, version: int) -> None:
+        """Note how far the server is; ask if something is missing here."""
+        if self.expect(version):
+            self.ask_soon()
+
+    def on_table(self, info: Info) -> None:
+        """Accept a page of the table."""
+        changed = self.apply(Page(since_of(info), info["version"], info["set"]))
         if changed is None:
-            self._want_sync()
+            self.ask_soon()
             return
         self._pages += 1
         self._note_changes(changed)
-        if self._mirror.is_whole:
-            self._sync_alarm.cancel()
-            self._old_table_alarm.cancel()
-            self._confirm_table()
-            if not self._visible:
-                self._look_at_oneself()
+        if self.is_whole:
+            self._sync_timer.cancel()
+            self._old_table_timer.cancel()
+            self._confirm()
+            if not self._shows_us:
+                self._refresh_own_state()
         elif self._pages >= SYNC_PAGES:
-            self._send_sync()
+            self._ask()
         else:
-            self._sync_alarm.set(self.loop.now() + jittered(self.loop, SYNC_INTERVAL))
+            self._sync_timer.set(self._loop.now() + jittered(self._loop, SYNC_INTERVAL))
 
-    def _confirm_table(self) -> None:
-        """Tells the server and the user, once a session, that the table is here: changes and mail may come."""
-        if not self._confirmed:
-            self._confirmed = self._table_news = True
-            self._ping_now()
+    def _confirm(self) -> None:
+        """Tell the server and the user, once a session, that the table is here."""
+        if not self._is_confirmed:
+            self._is_confirmed = self.has_news = True
+            self._link.ping_now()       # the version is in the ping
 
-    def _distrust_table(self) -> None:
+    def _distrust(self) -> None:
         """The table is too old to say who is online, and there is no other: messages go to the server."""
-        self._note_changes(self._mirror.distrust())
+        self._note_changes(self.distrust())
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
         if not nicks:
             return
-        self._table_news = True
-        for nick in nicks:
-            self._outbox.locate(self.loop.now(), nick, self._place(nick))
-        if self.nick in nicks:
-            self._look_at_oneself()
+        self.has_news = True
+        self._on_changed(nicks)
+        if self._nick in nicks:
+            self._refresh_own_state()
 
-    def _look_at_oneself(self) -> None:
-        visible = self.table.is_online(self.nick) and self._mirror.is_of_this_boot
-        if self._visible and not visible:
-            self._greeted = False
-            self._ping_now()
-        elif not visible and self._mirror.is_of_this_boot:
-            self._ping_now()
-        self._visible = visible
-        self._was_visible = self._was_visible or visible
+    def _refresh_own_state(self) -> None:
+        was_online, self._shows_us = self._shows_us, self.table.is_online(self._nick) and self.is_of_this_boot
+        self._on_own_state(self._shows_us, was_online)
 
-    def _place(self, nick: str) -> Place | None:
-        entry = self.table.get(nick)
-        if entry is None:
-            return None
-        return Place(entry.state == ONLINE, self._reach(entry.host, entry.port))
 
-    def _reach(self, host: str, port: int) -> Address | None:
-        """An address, if it is of the family of ours: others can be sent to by the server alone."""
-        return (host, port) if (":" in host) == (":" in self.server[0]) else None
+# --- messages out ---------------------------------------------------------------------------------------------
 
-    # datagrams
+class Sending:
+    """Messages out: queues them, and polls the conversations to which something happened or whose time has come."""
 
-    def receive(self, datagram: bytes, address: Address) -> None:
-        """Takes a datagram from the network."""
-        if self.state == ENDED:
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, outbox: Outbox, receipts: Receipts,
+                 place_of: Callable[[str], Place | None]) -> None:
+        """``place_of``: returns where a nick can be reached, see ``TableSync``."""
+        self.outbox = outbox
+        self._place_of = place_of
+        self._loop = loop
+        self._send = send
+        self._link = link
+        self._receipts = receipts
+        self._timer = RestartableTimer(loop, lambda: None)     # the end of the turn polls
+
+    def queue(self, command: SendCommand) -> bool:
+        """Queue as many of the texts as there is room for; return False if the rest must wait.
+
+        Texts for somebody whose messages are stuck fail at once while the queue is full, so that a script goes on.
+        """
+        outbox, nick, now = self.outbox, command.nick, self._loop.now()
+        if nick not in outbox.conversations:
+            outbox.open(now, nick, self._place_of(nick), new_id(self._loop))
+        room = outbox.room(now, nick)
+        if room:
+            texts = self._receipts.fitting(command, command.take(room))
+            if texts:
+                stream = outbox.conversations[nick].stream
+                self._receipts.track(nick, stream.stream, stream.end, texts, command.ref)
+                outbox.send(now, nick, texts, self._loop.wall())
+            return True
+        if outbox.is_stuck(now, nick):
+            self._receipts.hand_back(command)
+            command.texts = []
+            return True
+        return False
+
+    def settle(self) -> None:
+        """Send what is due, and tell what has happened to messages."""
+        outbox, link = self.outbox, self._link
+        if link.was_heard:
+            link.was_heard = False
+            outbox.server_heard(self._loop.now())
+        if not link.is_registered and link.state is not LEAVING:
             return
-        messages = self.decoder.decode(datagram)
-        if address != self.server and address != self._other_server:
-            self._allowance = len(datagram)
-            for tag, info in messages:
-                handler = self._from_peers.get(tag)
-                if handler is not None and (self.state in (ACTIVE, LEAVING) or tag == "cookie"):
-                    handler(info, address)
-            return
-        trusted = False
-        for tag, info in messages:
-            if tag == "for":
-                trusted = self._session is not None and info["session"] == self._session[:PROOF_BYTES]
-                if trusted:
-                    self._server_heard()
-            elif tag == "cookie":
-                self._on_cookie(info, address)
-            elif tag == "welcome":
-                self._on_welcome(info)
-            elif tag == "pong":
-                self._on_pong(info)
-            elif tag == "probe":
-                self._on_probe(info, trusted)
-            elif tag in self._from_server and (trusted or tag in ("refused", "bye")):
-                self._from_server[tag](info)
+        now = self._loop.now()
+        if outbox.due() <= now:
+            for datagram, address in outbox.poll(now, self._loop.drained):
+                self._send(datagram, address if address is not None else link.server)
+            self._timer.set(outbox.due())
+        if outbox.eventful:
+            self.tell_events()
 
-    def _on_ack(self, info: Info, address: Address | None = None) -> None:
-        """Takes what a peer has received, or (without an address) what the server has kept."""
-        self._outbox.on_ack(self.loop.now(), info, address)
+    def tell_events(self) -> None:
+        """Tell what has happened to messages since the last time."""
+        for nick, events in self.outbox.take_events():
+            for event in events:
+                if event.kind == SILENT:
+                    self._link.announce_silence()
+                else:
+                    self._receipts.tell(nick, event)
 
-    def _on_nack(self, info: Info, address: Address | None = None) -> None:
-        """Takes what a peer, or (without an address) the server, refuses."""
-        self._outbox.on_nack(self.loop.now(), info, address)
 
-    def _on_probe(self, info: Info, trusted: bool) -> None:
-        if info["to"] == self.nick and self.state in (ACTIVE, LEAVING) and self._session is not None:
-            answer: Info = {"id": info["id"], "nick": self.nick}
-            if trusted:
-                answer["session"] = self._session
-            self._send_now(encode("alive", answer), self.server)
+# --- messages in ----------------------------------------------------------------------------------------------
 
-    def _on_exists(self, info: Info) -> None:
-        _, host, port, _ = info["entry"]
-        self._outbox.on_exists(self.loop.now(), info, self._reach(host, port))
+class Receiving:
+    """Messages in: accepts them, shows them in order, and acknowledges what was written.
 
-    # what comes in
+    While a stream waits for messages that may be in the mail, the server is asked how much mail there is.
+    """
 
-    def _on_chat(self, info: Info, address: Address) -> None:
-        sender = info["from"]
-        if info["to"] != self.nick:
-            nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
-                                   "last": info["n"] + len(info["text"]) - 1})
-            if len(nack) <= self._allowance:
-                self._allowance -= len(nack)
-                self._send_now(nack, address)
-            return
-        entry = self._mirror.table.entries.get(sender)
-        if entry is None or entry.state != ONLINE or (entry.host, entry.port) != address:
-            self._want_sync()
-            return
-        self._inbox.on_chat(self.loop.now(), info, address, self._accepting)
-        if self._inbox.holding:
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, inbox: Inbox, display: Display) -> None:
+        self.inbox = inbox
+        self.accepts = True                     # messages; not any more once the client is about to leave
+        self._loop = loop
+        self._send = send
+        self._link = link
+        self._display = display
+        self._is_online = False                 # in our own table: mail is relayed, not kept
+        self._is_greeted = False                # "[You have messages]" was shown for this coming online
+        self._hold_timer = RestartableTimer(loop, self._look_after_holds)
+
+    def start_over(self) -> None:
+        """Expect another stream of mail, numbered from 1: a session has begun, or has ended."""
+        self.inbox.forget_mail(self._loop.now())
+        self._is_online = self._is_greeted = False
+
+    def on_own_state(self, is_online: bool) -> None:
+        """Note whether the table shows us online: if it does not, mail that comes is announced again."""
+        if self._is_online and not is_online:
+            self._is_greeted = False
+        self._is_online = is_online
+
+    def stop_asking(self) -> None:
+        """Ask nobody about missing messages any more."""
+        self._hold_timer.cancel()
+        self.inbox.stop_asking()
+
+    def on_chat(self, info: Info, address: Address) -> None:
+        """Accept texts of a peer who is known to be at ``address``."""
+        self.inbox.on_chat(self._loop.now(), info, address, self.accepts)
+        if self.inbox.holding:
             self._ask_about_mail()
 
-    def _on_mail(self, info: Info) -> None:
-        if info["to"] == self.nick and self._mirror.is_of_this_boot and self._accepting:
-            self._inbox.on_mail(self.loop.now(), info)
+    def on_mail(self, info: Info) -> None:
+        """Accept mail from the server."""
+        if self.accepts:
+            self.inbox.on_mail(self._loop.now(), info)
 
     def _ask_about_mail(self) -> None:
-        """Asks, now and again while a stream is held, how much mail there is: what is missing there may be in it."""
-        if not self._hold_alarm.is_set and self.state == ACTIVE:
-            self._hold_alarm.set(self.loop.now() + jittered(self.loop, REQUEST_INTERVAL))
-            if self._inbox.is_asking:
-                self._send_ping()
+        """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it."""
+        if not self._hold_timer.is_set and self._link.is_registered:
+            self._hold_timer.set(self._loop.now() + jittered(self._loop, SERVER_INTERVAL))
+            if self.inbox.is_asking:
+                self._link.ping()
 
     def _look_after_holds(self) -> None:
-        if self.loop.drained:
-            self._inbox.expire(self.loop.now())
-        if self._inbox.holding:
+        if self._loop.drained:
+            self.inbox.expire(self._loop.now())
+        if self.inbox.holding:
             self._ask_about_mail()
 
-    # showing
-
-    def _show(self) -> None:
-        """Hands to the output what is ready, as long as it has room."""
-        for delivery in self._inbox.take(self.loop.now(), self.output.has_room):
+    def show(self) -> None:
+        """Hand to the display what is ready, as long as it has room."""
+        if not self.inbox.has_news:
+            return
+        display = self._display
+        for delivery in self.inbox.take(self._loop.now(), display.output.has_room):
             via = "direct"
             if delivery.times:
-                via = "relay" if self._visible else "mail"
+                via = "relay" if self._is_online else "mail"
                 self._greet()
-            shown = self.lines.messages(delivery, via) if delivery.texts else ""
-            self._write(shown.encode(), delivery.written)
-        if self._inbox.holding:
+            if delivery.texts:
+                display.show_messages(delivery, via, delivery.written)
+            else:
+                display.write(b"", delivery.written)
+        if self.inbox.holding:
             self._ask_about_mail()
 
     def _greet(self) -> None:
-        """Announces the mail that comes first after coming online."""
-        if not self._greeted and not self._visible:
-            self.tell("mail")
-        self._greeted = True
+        """Announce the mail that comes first after coming online."""
+        if not self._is_greeted and not self._is_online:
+            self._display.tell("mail")
+        self._is_greeted = True
 
-    # commands
-
-    def _takes_commands(self) -> bool:
-        """Whether commands count: online for everybody to see (not only at the start), or away; not while leaving."""
-        return (self.state == ACTIVE and self._was_visible or self.state == AWAY) and not (self._quit or self._ending)
-
-    def _may_command(self) -> bool:
-        """Whether one is carried out now: there is room for what it may say, too."""
-        return (self._takes_commands() and self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT)
-
-    def feed(self, data: bytes) -> None:
-        """Takes what was read from stdin; b"" at its end."""
-        if self._prompt is not None and b"\n" in data:
-            self._prompt.answered()
-        self._input.feed(data)
-
-    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Takes lines that somebody typed at a terminal, see ``Commands``."""
-        if not self._ending:
-            self._input.enter(lines, pasted)
-
-    def put(self, nick: str, text: str) -> None:
-        """Takes one text for one nick, as if it had come in by ``feed``."""
-        self._input.put(Sends(nick, [text]))
-
-    def _carry_out(self) -> None:
-        """Carries out the commands that wait, in order, as far as that is possible now."""
-        for _ in range(LINES_PER_TURN):
-            if not self._input.waiting or not self._may_command():
-                return
-            command = self._input.take()
-            if command.shown:
-                self._write((clean(command.shown) + "\n").encode("utf-8", "replace"))
-            if command.sends is not None:
-                if not self._do_sends(command.sends):
-                    return
-            elif command.broken:
-                self._failed = True
-                self.tell("object", line=clean(command.broken[:SHOWN_OF_LINE]), ref=command.ref)
-            elif command.words:
-                self._do(*command.words)
-
-    def _do(self, name: str, *words: str) -> None:
-        if self.state == AWAY and name not in ("reg", "help", "quit", "end"):
-            self.tell("away", usage=self._way_back())
-        elif name == "send":
-            self._tell_usage("send NICK MESSAGE")
-        elif name not in self._commands or name == "end" and not self._input.talk:
-            slash = self._input.slash
-            self._failed = self._failed or bool(slash)      # it may have been meant as a text
-            self.tell("command", name=clean(slash + name), help=slash + "help")
-        else:
-            self._commands[name](name, words)
-
-    def _way_back(self) -> str:
-        """What to say to come online."""
-        return f"{self._input.slash}reg {self.nick}"
-
-    def _tell_usage(self, usage: str) -> None:
-        self.tell("usage", usage=self._input.slash + usage)
-
-    def complete(self, before: str) -> tuple[int, list[str]]:
-        """What the word at the end of ``before`` may become: where it begins, and the candidates, best first."""
-        start = before.rfind(" ") + 1
-        words, word = before[:start].split(), before[start:]
-        slash = self._input.slash
-        if not words:
-            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or slash]
-            return start, [name for name in found if slash + word and name.startswith(word)]
-        if len(words) > 1 or words[0] not in [slash + name for name in ("send", "talk", "dereg", "reg")]:
-            return start, []
-        if words[0] in (slash + "dereg", slash + "reg"):
-            return start, [self.nick] if self.nick.startswith(word) else []
-        known = sorted((entry.state != ONLINE, nick) for nick, entry in self.table.entries.items() if nick != self.nick)
-        return start, [nick for _, nick in known if nick.startswith(word)]
-
-    def _wants(self, name: str, words: Sequence[str], usage: str = "") -> bool:
-        """Whether a command has the words that its usage asks for; says so if not."""
-        if len(words) == len(usage.split()):
-            return True
-        self._tell_usage(f"{name} {usage}".rstrip())
-        return False
-
-    def _do_talk(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words, "NICK"):
-            nick = unicodedata.normalize("NFC", words[0])
-            if self.table.get(nick) is None:
-                self._failed = True     # whoever talks on would talk to nobody
-                self.tell("talk-unknown", nick=clean(nick))
-            else:
-                self._input.talk = nick
-
-    def _do_end(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words):
-            self._input.talk = ""
-
-    def _do_dereg(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words, "NICK"):
-            if unicodedata.normalize("NFC", words[0]) != self.nick:
-                self.tell("dereg-other")
-            else:
-                self._quit = name
-
-    def _do_reg(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words, "NICK"):
-            if unicodedata.normalize("NFC", words[0]) != self.nick:
-                self.tell("reg-other", nick=self.nick)
-            elif self.state == AWAY:
-                self.state = JOINING
-                self._outbox.away = False
-                self._was_visible = False
-                self._accepting = True
-                self._register()
-            else:
-                self.tell("registered-already")
-
-    def _do_who(self, name: str, words: Sequence[str]) -> None:
-        if not self._wants(name, words):
+    def acknowledge(self) -> None:
+        """Ack every stream that brought something, or of which something was written."""
+        if not self.inbox.unacked:
             return
-        self._write(self.lines.clients([(entry.nick, show_address((entry.host, entry.port)), entry.state)
-                                        for entry in sorted(self.table.entries.values())]).encode())
+        acks = self.inbox.acks()       # taken in any state: what is not answered now is not owed later
+        if self._link.is_registered or self._link.state is LEAVING:
+            for info, address in acks:
+                self._send(encode("ack", info), address if address is not None else self._link.server)
 
-    def _do_help(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words):
-            self._write(self.lines.help(HELP).encode())
 
-    def _do_quit(self, name: str, words: Sequence[str]) -> None:
-        if self._wants(name, words):
-            self._quit = name
+# --- leaving --------------------------------------------------------------------------------------------------
 
-    def _do_sends(self, sends: Sends) -> bool:
-        """Queues texts; False if they have to wait."""
-        if self.state == AWAY:
-            for text in sends.texts:
-                self.tell("not-sent", usage=self._way_back(), to=sends.nick, text=text, ref=sends.ref)
-            return True
-        nick, outbox, now = sends.nick, self._outbox, self.loop.now()
-        if nick not in self._mirror.table.entries:
-            nick = unicodedata.normalize("NFC", nick)
-            if nick not in self._mirror.table.entries:
-                self._failed = True
-                self._tell_unknown(nick, self._fitting(sends, sends.texts), sends.ref)
-                return True
-        if nick not in outbox.conversations:
-            outbox.open(now, nick, self._place(nick), new_id(self.loop))
-        room = outbox.room(now, nick)
-        if room:
-            texts = self._fitting(sends, sends.take(room))
-            if texts:
-                if self._keeps_track:
-                    self._track(outbox.conversations[nick].stream, nick, texts, sends.ref)
-                outbox.send(now, nick, texts, self.loop.wall())
-                self.queued += len(texts)
-        elif outbox.is_stuck(now, nick):
-            for text in self._fitting(sends, sends.texts):
-                self._hand_back(nick, text, None, sends.ref)
-            return True
-        if sends.texts:
-            self._input.put_back(sends)
-        return room > 0
+END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
+LAST_TIME = 1.9           # s after Ctrl-C until the program ends, whatever is not written yet: two are promised
 
-    def _tell_unknown(self, nick: str, texts: list[str], ref: object) -> None:
-        if not self.lines.is_for_programs:
-            self.tell("unknown", len(texts), to=clean(nick))
+
+class Reason(Enum):
+    """Why a client leaves."""
+
+    DEREG = "dereg"                     # only goes offline; all others end the program
+    QUIT = "quit"
+    END_OF_INPUT = "end of stdin"
+    SIGNAL = "signal"
+    READER_GONE = "nobody reads stdout"
+
+
+class Leaving:
+    """The order in which a client goes offline (``dereg``) or ends (``quit``, end of stdin, a signal, no reader).
+
+    First every send must have its closing line, or be stuck. Then no message is accepted any more, and those that were
+    are written. Then the client deregisters. Then, unless it only goes offline, it reports what was not delivered, and
+    ends once that is written. A signal, or a reader that is gone, allows 1.5 s for all of it.
+    """
+
+    def __init__(self, loop: Loop, link: ServerLink, table: TableSync, sending: Sending, receipts: Receipts,
+                 receiving: Receiving, display: Display, shell: Shell, stay: bool) -> None:
+        self.command: Reason | None = None
+        self.ending: Reason | None = None
+        self.is_over = False                    # but for the writing
+        self.exit_code: int | None = None       # None until the end
+        self._result = 0                        # the exit code that it will be
+        self._deadline = NEVER
+        self._is_interrupted = False
+        self._loop = loop
+        self._link = link
+        self._table = table
+        self._sending = sending
+        self._receipts = receipts
+        self._receiving = receiving
+        self._display = display
+        self._shell = shell
+        self._stay = stay
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the client is about to go offline or to end: no further command is carried out."""
+        return self.command is not None or self.ending is not None
+
+    def settle(self, may_end: Callable[[], bool]) -> None:
+        """Take the next step; ``may_end``: returns whether the end of stdin counts."""
+        shell = self._shell
+        if not self.is_under_way and (self._stay or not shell.has_ended):
             return
-        for text in texts:
-            self.tell("unknown", to=nick, text=text, ref=ref)
-
-    def _track(self, stream: SendStream, nick: str, texts: list[str], ref: object) -> None:
-        """Takes note of what is to be sent, to say later of which message an event is."""
-        number = stream.end
-        sent = self._on_its_way.setdefault(nick, deque())
-        for text in texts:
-            sent.append(Sent(number, f"{stream.stream}:{number}", ref, self.loop.now()))
-            number += len(split_text(text))
-
-    def _fitting(self, sends: Sends, texts: list[str]) -> list[str]:
-        """Those of ``texts``, out of ``sends``, that are not too long; says which are."""
-        size = sends.size
-        if not size and are_short(texts, MAX_TEXT):
-            return texts
-        return [text for text in texts if self._fits(max(size, len(text.encode())), sends)]
-
-    def _fits(self, size: int, sends: Sends) -> bool:
-        if size > MAX_TEXT:
-            self._failed = True
-            self.tell("too-long", size=size, most=MAX_TEXT, to=clean(sends.nick), ref=sends.ref)
-        return size <= MAX_TEXT
-
-    # settling
-
-    def settle(self) -> None:
-        """Ends a turn: carry out commands, send what windows allow, write stdout, ack what it took."""
-        if self.exit_code is not None:
+        if self.command is Reason.QUIT and not self.ending:
+            self._end(Reason.QUIT)
+        if shell.has_ended and not (shell.waiting or self._stay) and may_end():
+            self._end(Reason.END_OF_INPUT)
+        if self.is_over or self._link.state is LEAVING or not self.is_under_way:
             return
-        output, commands, outbox, inbox = self.output, self._input, self._outbox, self._inbox
-        if commands.waiting:
-            self._carry_out()
-        if self._heard:
-            self._heard = False
-            outbox.server_heard(self.loop.now())
-        if self.state in (ACTIVE, LEAVING):
-            now = self.loop.now()
-            if outbox.due() <= now:
-                self._send_messages(now)
-            if outbox.eventful:
-                self._tell_events()
-        if self._table_news and output.has_room():
-            self._table_news = False
-            self.tell("table")
-        news = inbox.has_news
-        if news:
-            self._show()
-        output.flush()
-        if outbox.told:
-            outbox.count_told()
-        if inbox.unacked:
-            self._ack()
-        if self._quit or self._ending or commands.ended and not self._stay:
-            self._proceed()
-        moved = (output.pending or self.errors.pending or self._prompt is not None) and self._write_rest()
-        if output.broken and self._ending != "reader":
-            self._reader_is_gone()
-            moved = True
-        able = not (commands.ended and not commands.waiting) and self._may_command() and not outbox.is_full
-        self.hungry = able and not commands.waiting
-        # what the limits of this turn left undone, and no event will recall; once the output has room again, that will
-        if (moved or able and commands.waiting and not self.errors.pending
-                or news and inbox.is_ready and output.has_room()):
-            self._next_turn.set(self.loop.now())
-        if self.state == ENDED and not output.pending + self.errors.pending:
+        is_late = self._loop.now() >= self._deadline
+        if not is_late and not self._sending.outbox.is_settled:
+            return
+        if not self._link.is_registered:
+            self._conclude()
+            return
+        self._receiving.accepts = False
+        is_written = not (self._display.output.pending or self._receiving.inbox.has_chat)
+        if is_late or self._display.output.broken or is_written:
+            self._table.stop()
+            self._receiving.stop_asking()
+            self._link.leave(is_hasty=self.ending in (Reason.SIGNAL, Reason.READER_GONE))
+
+    def finish(self) -> None:
+        """End, once everything is over and written."""
+        if self.is_over and not self._display.pending:
             self.exit_code = self._result
 
-    def _write_rest(self) -> bool:
-        """Writes what has been added since, draws the prompt; gives whether room became free: what waits must know."""
-        lines, errors = self.output.pending, self.errors.pending
-        self.output.flush()
-        self.errors.flush()
-        if self._prompt is not None:
-            self._draw(self._prompt)
-        return self.output.pending < lines or self.errors.pending < errors
-
-    def _ack(self) -> None:
-        """Answers every stream that brought something, or of which something was written."""
-        acks = self._inbox.acks()       # taken in any state: what is not answered now is not owed later
-        if self.state in (ACTIVE, LEAVING):
-            for info, address in acks:
-                self._send_now(encode("ack", info), address if address is not None else self.server)
-
-    def _send_messages(self, now: float) -> None:
-        """Polls the conversations to which something happened or whose time has come."""
-        for datagram, address in self._outbox.poll(now, self.loop.drained):
-            self._send_now(datagram, address if address is not None else self.server)
-        self._outbox_alarm.set(self._outbox.due())
-
-    def _tell_events(self) -> None:
-        for nick, events in self._outbox.take_events():
-            for event in events:
-                self._tell(nick, event)
-
-    def _tell(self, nick: str, event: Event) -> None:
-        name = event.kind
-        if name == SILENT:
-            self._server_silent()
-            return
-        if name in CLOSINGS:
-            self.closed += event.messages
-        if name == REFUSED:
-            self._failed = True
-            name = event.reason if event.reason in REFUSALS else "disk"
-        if not self._keeps_track:
-            self.tell(name, event.messages, to=nick)
-            return
-        for sent in self._meant(nick, event):
-            self.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(event, sent))
-
-    def _meant(self, nick: str, event: Event) -> list[Sent]:
-        """The messages that an event is about; forgets those that it closes."""
-        sent = self._on_its_way[nick]
-        if event.kind not in CLOSINGS:
-            return [message for message in sent if message.number >= event.first][:event.messages]
-        found = [sent.popleft() for _ in range(event.messages)]
-        if not sent:
-            del self._on_its_way[nick]
-        return found
-
-    def _outcome(self, event: Event, sent: Sent) -> dict[str, Any]:
-        """On which way a message went, and how many milliseconds it took, once it is closed."""
-        if event.kind not in CLOSINGS:
-            return {}
-        return {"via": "direct" if event.kind == RECEIVED else "relay" if event.relayed else "mail",
-                "ms": round((self.loop.now() - sent.began) * 1000, 3)}
-
-    def _draw(self, prompt: Prompt) -> None:
-        """On a terminal, once all lines are written: draws what waits, and asks for the next command."""
-        if not (self.output.pending or prompt.asks and (self._ending or self._quit == "quit")):
-            self.output.write(prompt.draw(self._waits(), self._input.prompt))
-            self.output.flush()
-
-    def _waits(self) -> list[str]:
-        """A line for each recipient whose messages wait for longer than one thinks that they should."""
-        now, late, next_ = self.loop.now(), [], NEVER
-        for nick, sent in self._on_its_way.items():
-            if now >= sent[0].began + WAIT_SHOWN:
-                late.append(nick)
-            else:
-                next_ = min(next_, sent[0].began + WAIT_SHOWN)
-        self._wait_alarm.set(next_)
-        lines = [self._wait(nick, len(self._on_its_way[nick])) for nick in late[:WAITS_SHOWN]]
-        others = len(late) - WAITS_SHOWN
-        return lines + [f"[{others} more recipient{'s' * (others > 1)} to wait for.]"] * (others > 0)
-
-    def _wait(self, nick: str, count: int) -> str:
-        direct = self._outbox.conversations[nick].route == DIRECT
-        waiting = f"{count} message{'s' * (count > 1)}"
-        return f"[Waiting for {nick}: {waiting}.]" if direct else f"[Waiting for the server: {waiting} for {nick}.]"
-
-    # leaving
-
-    def _proceed(self) -> None:
-        """Takes the next step towards what waits for the sends before it: ``dereg``, ``quit``, the end."""
-        if self._quit == "quit" and not self._ending:
-            self._end("quit")
-        if self._input.ended and not (self._input.waiting or self._stay) and self._takes_commands():
-            self._end("end")
-        if self.state in (LEAVING, ENDED) or not (self._quit or self._ending):
-            return
-        over = self.loop.now() >= self._deadline
-        if not over and not self._outbox.is_settled:
-            return
-        if self.state == ACTIVE:
-            self._accepting = False
-            if over or self.output.broken or not (self.output.pending or self._inbox.has_chat):
-                self._leave()
-        else:
-            self._conclude()
-
-    def _end(self, why: str, limit: float = NEVER) -> None:
-        """Begins the orderly end, which takes at most about ``limit`` seconds."""
-        self._ending = why
-        self.hungry = False
-        if why == "quit":
-            self._input.clear()     # what stands behind ``quit`` is for nobody; else, it was meant to be done
+    def _end(self, why: Reason, limit: float = NEVER) -> None:
+        """Begin the orderly end, which takes at most about ``limit`` seconds."""
+        self.ending = why
+        if why is Reason.QUIT:
+            self._shell.clear()     # what stands behind ``quit`` was not meant to be done; else, it was
         if limit < NEVER:
-            self._deadline = self.loop.now() + limit
-            self.loop.call_at(self._deadline, lambda: None)
-            self.loop.call_at(self._deadline + LAST_TIME - END_TIME, self._end_now)
+            self._deadline = self._loop.now() + limit
+            self._loop.call_at(self._deadline, lambda: None)
+            self._loop.call_at(self._deadline + LAST_TIME - END_TIME, self._end_now)
+            if self._link.state is REGISTERING:
+                self._conclude()        # there is nothing to wait for
 
     def _end_now(self) -> None:
-        if self.state != ENDED:
+        if not self.is_over:
             self._conclude()
-        self.output.flush()
-        self.errors.flush()
+        self._display.flush()
         self.exit_code = self._result
 
     def interrupt(self) -> None:
-        """Ctrl-C or SIGTERM: an orderly end; the second time, at once."""
-        if self._interrupted:
+        """Ctrl-C or SIGTERM: end in order; the second time, at once."""
+        if self._is_interrupted:
             self._end_now()
             return
-        self._interrupted = True
-        self._end("signal", END_TIME)       # also if only the output is awaited still
-        if self.state == JOINING:
-            self._conclude()
+        self._is_interrupted = True
+        self._end(Reason.SIGNAL, END_TIME)      # also if only the writing is left
 
     def time_is_over(self) -> None:
-        """Ends: what is not closed by now counts as not delivered."""
-        if not self._ending or self._deadline == NEVER:
-            self._end("signal", 0.0)
-            if self.state == JOINING:
-                self._conclude()
+        """End: what is not closed by now counts as not delivered."""
+        if not self.ending or self._deadline == NEVER:
+            self._end(Reason.SIGNAL, 0.0)
 
-    def reader_gone(self) -> None:
-        """Nobody reads stdout any more."""
-        self.output.give_up()
+    def reader_is_gone(self) -> bool:
+        """End, because nobody reads stdout; return False if that was known."""
+        if self.ending is Reason.READER_GONE:
+            return False
+        self._receipts.has_failed = True
+        if not self.is_over:
+            self._end(Reason.READER_GONE, END_TIME)
+        return True
 
-    def _reader_is_gone(self) -> None:
-        self._failed = True
-        if self.state != ENDED:
-            self._end("reader", END_TIME)
+    def unanswered(self) -> None:
+        """End, because the server is silent: a failure, unless we deregister and no command has asked for that."""
+        is_failure = self._link.state is not LEAVING or self.command is not None
+        self._link.announce_silence(always=is_failure)
+        self.give_up(int(is_failure))
 
-    def _leave(self) -> None:
-        self._stop_asking()
-        self.state = LEAVING
-        if self._ending in ("signal", "reader"):
-            self._dereg.hurry(LAST_REQUEST_INTERVAL)
-        self._dereg.start()
-
-    def _stop_asking(self) -> None:
-        for alarm in (self._ping_alarm, self._sync_alarm, self._old_table_alarm, self._hold_alarm):
-            alarm.cancel()
-        for request in (self._request, self._ping):
-            request.stop()
-        self._inbox.stop_asking()
-
-    def _send_dereg(self) -> None:
-        if self._session is not None:
-            self._ask_server("dereg", {"session": self._session})
-
-    def _dereg_unanswered(self) -> None:
-        asked = self._quit in ("dereg", "quit")
-        self._server_silent(always=asked)
-        self._give_up(int(asked))
-
-    def _on_bye(self, info: Info) -> None:
-        if self.state == LEAVING and info["session"] == self._session:
-            self._went_away()
-
-    def _went_away(self) -> None:
-        self._tell_events()
-        self._stop_asking()
-        self._dereg.stop()
-        self._outbox.lost = False
-        self._session = None
-        self._inbox.forget_mail(self.loop.now())
-        self._visible = False
-        self.state = AWAY
-        self._outbox.away = True
-        self._quit = ""
-        self.tell("left", nick=self.nick)
-
-    def _give_up(self, code: int) -> None:
-        """Ends the program over something: says so."""
+    def give_up(self, code: int) -> None:
+        """End the program over something, and say so."""
         self._report()
-        self.tell("exiting")
+        self._display.tell("exiting")
         self._stop(code)
 
     def _conclude(self) -> None:
-        """Ends the program as asked."""
+        """End the program as asked."""
         self._report()
         self._stop(0)
 
     def _stop(self, code: int) -> None:
-        self._stop_asking()
-        self._dereg.stop()
-        self._outbox_alarm.cancel()
-        self.hungry = False
-        self.state = ENDED
-        self._result = code or int(self._failed or self._undelivered > 0)
+        self._table.stop()
+        self._receiving.stop_asking()
+        self._link.close()
+        has_failed = self._receipts.has_failed or self._shell.has_failed or self._receipts.undelivered > 0
+        self._result = code or int(has_failed)
+        self.is_over = True
 
     def _report(self) -> None:
-        """Names every message that was not delivered: on stderr, as the line that would send it again."""
-        self._tell_events()
-        for nick, text in self._outbox.undelivered():
-            sent = self._on_its_way.get(nick)
-            self._hand_back(nick, text, sent.popleft() if sent else None)
-        self._on_its_way.clear()
-        self._hand_back_lines()
-        if self._undelivered:
-            self.tell("one-undelivered" if self._undelivered == 1 else "more-undelivered", count=self._undelivered)
-
-    def _hand_back_lines(self) -> None:
-        """Names the messages of the lines that were read, but not carried out any more."""
-        while self._input.waiting:
-            command = self._input.take()
-            if command.sends is not None:
-                for text in self._fitting(command.sends, command.sends.texts):
-                    self._hand_back(command.sends.nick, text, None, command.sends.ref)
-            elif command.words and (command.words[0] == "talk" or command.words[0] == "end" and self._input.talk):
-                self._commands[command.words[0]](command.words[0], command.words[1:])
-            elif command.words and command.words[0] == "quit":
-                self._input.clear()
+        """Name every message that was not delivered: on stderr, as the line that would send it again."""
+        self._sending.tell_events()
+        self._receipts.hand_back_all(self._sending.outbox.undelivered())
+        self._shell.hand_back_rest()
+        self._receipts.tell_undelivered()
 
 
-class Console:
-    """Connects a client to the standard streams: each is watched only while something is wanted of it."""
+# --- the client -----------------------------------------------------------------------------------------------
 
-    def __init__(self, loop: SelectorLoop, client: Client, reader: Reader, writer: Writer, errors: Writer,
-                 prompt: Prompt | None = None) -> None:
+# tags that need no ``for`` before them: the session, or the random id in them, is known to us and the server alone
+SELF_PROVING = frozenset({"welcome", "pong", "refused", "bye"})
+
+
+class Client:
+    """One user. Commands come in by ``shell``, datagrams by ``receive``, lines go to the display.
+
+    ``settle`` ends each turn. ``wants_input`` says whether commands may be read; ``exit_code`` is None until the end.
+    """
+
+    def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Address,
+                 proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
+                 stay: bool = False, observer: Observer | None = None) -> None:
+        """``proof``: see ``ServerLink``; ``ack_timeout``: s; ``stay``: go on receiving at the end of stdin."""
+        self.nick = nick
+        self.decoder = Decoder()
+        self.display = display
+        self.outbox = Outbox(nick, ack_timeout=ack_timeout)
+        self.inbox = Inbox()
+        self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version, proof)
+        self.table_sync = TableSync(loop, nick, self.link, self._on_table_changed, self._on_own_state)
+        self.receipts = Receipts(loop, display, self.outbox.goes_direct, observer)
+        self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
+        self.receiving = Receiving(loop, send, self.link, self.inbox, display)
+        self.shell = Shell(self, display, self.receipts, self.sending.queue)
+        self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
+                               self.shell, stay)
         self._loop = loop
-        self._client = client
-        self._reader = reader
-        self._writer = writer
-        self._errors = errors
-        self._board = prompt if isinstance(prompt, Board) else None
-        self._desk = prompt if isinstance(prompt, Desk) else None
-        self._is_open = True                    # the terminal, as long as it has not hung up
-        self._wanted = (False, False, False)    # of stdin, stdout and stderr
+        self._send = send
+        self._may_read = False                  # stdin, as of the end of the last turn
+        self._allowance = 0                     # bytes that may tell a stranger that this is somebody else
+        self._next_turn = RestartableTimer(loop, lambda: None)
+        self._from_peers: dict[str, Callable[[Info, Address], None]] = {
+            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack}
+        self._from_server: dict[str, Callable[[Info], None]] = {
+            "table": self._on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
+            "mail": self._on_mail, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
+            "refused": self.link.on_refused, "bye": self.link.on_bye}
 
     def start(self) -> None:
-        """From now on, every turn of the loop ends here."""
-        self._loop.settle = self._settle
-        if self._writer.is_pipe and sys.platform == "linux":    # no event but the error when the last reader is gone
-            self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
-        if self._board is not None:
-            self._loop.on_signal(signal.SIGWINCH, self._board.resize)
-            self._loop.on_signal(signal.SIGCONT, self._board.resume)
-        if self._desk is not None:
-            self._loop.on_signal(signal.SIGTSTP, self._desk.suspend)
-            self._desk.open()
+        """Come online."""
+        self.link.start()
 
-    def close(self) -> None:
-        """Leaves the terminal as it was, whatever has happened."""
-        if self._desk is not None:
-            self._desk.close()
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code of the program; None until the end."""
+        return self.leaving.exit_code
 
-    def _settle(self) -> None:
-        client = self._client
-        client.settle()
-        if client.exit_code is not None:
-            self._loop.stop()
+    # datagrams
+
+    def receive(self, datagram: bytes, address: Address) -> None:
+        """Accept a datagram, as far as it can be trusted.
+
+        From the server's address, a map counts if a ``for`` with our session stands before it: nobody else can guess
+        it. From elsewhere, chat counts if the table says that its sender is there, and an ack if the stream in it, a
+        random number, went there (see ``Outbox``).
+        """
+        if self.leaving.is_over:
             return
-        wanted = (client.hungry if self._desk is None else self._is_open,
-                  client.output.pending > 0, client.errors.pending > 0)
-        if wanted != self._wanted:
-            self._watch(wanted)
+        messages, link = self.decoder.decode(datagram), self.link
+        if address != link.server and address != link.other_server:
+            self._allowance = len(datagram)
+            for tag, info in messages:
+                if tag == "cookie":
+                    link.on_cookie(info, address)
+                elif tag in self._from_peers and (link.is_registered or link.state is LEAVING):
+                    self._from_peers[tag](info, address)
+            return
+        is_trusted = False
+        for tag, info in messages:
+            if tag == "for":
+                is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES]
+                if is_trusted:
+                    link.heard()
+            elif tag == "cookie":
+                link.on_cookie(info, address)
+            elif tag == "probe":
+                link.on_probe(info, is_trusted)
+            elif tag in self._from_server and (is_trusted or tag in SELF_PROVING):
+                self._from_server[tag](info)
 
-    def _watch(self, wanted: tuple[bool, bool, bool]) -> None:
-        fds = (self._reader.fd, self._writer.fd, self._errors.fd)
-        events = (selectors.EVENT_READ, selectors.EVENT_WRITE, selectors.EVENT_WRITE)
-        callbacks = (self._on_readable, self._on_writable, self._on_writable)
-        for fd, event, callback, had, has in zip(fds, events, callbacks, self._wanted, wanted):
-            if has != had:
-                self._loop.watch(fd, event, callback if has else None)
-        self._wanted = wanted
+    def _on_ack(self, info: Info, address: Address | None = None) -> None:
+        """Accept what a peer has received, or (without an address) what the server has kept."""
+        self.outbox.on_ack(self._loop.now(), info, address)
 
-    def _on_readable(self) -> None:
-        if self._desk is None and not self._client.hungry:
-            return      # this very turn has brought its end: what is not read is not lost
-        data = self._reader.read()
-        if data and self._desk is not None:
-            self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first
-            for action in self._desk.type(data):
-                self._act(action)
-        elif data is not None:
-            self._is_open = bool(data)
-            self._client.feed(data)
+    def _on_nack(self, info: Info, address: Address | None = None) -> None:
+        """Accept what a peer, or (without an address) the server, refuses."""
+        self.outbox.on_nack(self._loop.now(), info, address)
 
-    def _act(self, action: Action) -> None:
-        if action.kind == "submit":
-            self._client.enter(action.lines, action.pasted)
-        elif action.kind == "interrupt":
-            self._client.interrupt()
-        else:
-            self._client.feed(b"")
+    def _on_exists(self, info: Info) -> None:
+        _, host, port, _ = info["entry"]
+        self.outbox.on_exists(self._loop.now(), info, self.link.reach(host, port))
 
-    def _on_writable(self) -> None:
-        """Nothing to do here: the turn ends with a write."""
+    def _on_table(self, info: Info) -> None:
+        if self.link.is_registered:
+            self.table_sync.on_table(info)
 
-    def _on_reader_gone(self) -> None:
-        self._loop.watch(self._writer.fd, selectors.EVENT_READ, None)
-        self._client.reader_gone()
+    def _on_mail(self, info: Info) -> None:
+        if info["to"] == self.nick and self.table_sync.is_of_this_boot:
+            self.receiving.on_mail(info)
+
+    def _on_chat(self, info: Info, address: Address) -> None:
+        if info["to"] != self.nick:
+            self._tell_not_me(info, address)
+        elif self.table_sync.is_at(info["from"], address):
+            self.receiving.on_chat(info, address)
+        else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
+            self.table_sync.ask_soon()
+
+    def _tell_not_me(self, info: Info, address: Address) -> None:
+        """Somebody else had this address before. Answers are never larger than what they answer."""
+        nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
+                               "last": info["n"] + len(info["text"]) - 1})
+        if len(nack) <= self._allowance:
+            self._allowance -= len(nack)
+            self._send(nack, address)
+
+    # what the link and the table report
+
+    def on_registered(self, session: bytes, boot: int, version: int) -> None:
+        """Begin a session."""
+        self.outbox.register(self._loop.now(), session)
+        self.receiving.start_over()
+        self.display.tell("registered", nick=self.nick)
+        self.table_sync.begin_session(boot, version)
+
+    def on_session_lost(self) -> None:
+        """Wait for another session."""
+        self.table_sync.end_session()
+
+    def on_server_silent(self, is_news: bool) -> None:
+        """Tell of an outage; what waits for the server is stuck."""
+        self.display.tell("silent")
+        if is_news:
+            self.outbox.lost = True
+            self.table_sync.interval = OUTAGE_PING_INTERVAL
+
+    def on_server_back(self, is_same: bool) -> None:
+        """Tell that an outage has passed."""
+        self.outbox.lost = False
+        self.table_sync.interval = SYNC_INTERVAL
+        if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
+            self.display.tell("back")
+
+    def on_pong(self, asked: float, version: int, mail: int) -> None:
+        """Note how far the table and the mail are."""
+        self.inbox.answer(asked, mail)
+        self.table_sync.on_version(version)
+
+    def on_refused(self, reason: str) -> None:
+        """End: the server does not want us."""
+        self.display.tell({"full": "server-full", "owned": "owned"}.get(reason, "taken"), nick=self.nick)
+        self.leaving.give_up(1)
+
+    def on_unanswered(self) -> None:
+        """End: there is no server, or it is gone."""
+        self.leaving.unanswered()
+
+    def on_left(self) -> None:
+        """Be offline, and wait for ``reg``."""
+        self.sending.tell_events()
+        self.table_sync.stop()
+        self.table_sync.interval = SYNC_INTERVAL
+        self.receiving.stop_asking()
+        self.receiving.start_over()
+        self.outbox.lost = False
+        self.outbox.away = True
+        self.leaving.command = None
+        self.display.tell("left", nick=self.nick)
+
+    def _on_table_changed(self, nicks: Sequence[str]) -> None:
+        """Follow those who came, went or moved."""
+        for nick in nicks:
+            self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
+
+    def _on_own_state(self, is_online: bool, was_online: bool) -> None:
+        """Follow what the table says of us; a ping brings us back online."""
+        self.receiving.on_own_state(is_online)
+        self.link.on_own_state(is_online)
+        if not is_online and (was_online or self.table_sync.is_of_this_boot):
+            self.link.ping_now()
+
+    # what the shell asks for
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the client has deregistered."""
+        return self.link.state is OFFLINE
+
+    def takes_commands(self) -> bool:
+        """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
+        return self.link.state in (VISIBLE, RETURNING, OFFLINE) and not (
+            self.leaving.is_under_way or self.leaving.is_over)
+
+    def dereg(self) -> None:
+        """Go offline, once all sends before are settled."""
+        self.leaving.command = Reason.DEREG
+
+    def quit(self) -> None:
+        """Go offline and end, once all sends before are settled."""
+        self.leaving.command = Reason.QUIT
+
+    def reg(self) -> None:
+        """Come online again."""
+        self.outbox.away = False
+        self.receiving.accepts = True
+        self.link.start()
+
+    def clients(self) -> list[KnownClient]:
+        """Return everybody who is known, in the order of the nicks."""
+        return [KnownClient(entry.nick, show_address((entry.host, entry.port)), entry.state, entry.state == ONLINE)
+                for entry in sorted(self.table_sync.table.entries.values())]
+
+    def knows(self, nick: str) -> bool:
+        """Return whether there is such a client."""
+        return nick in self.table_sync.table.entries
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether stdin may be read now."""
+        return self._may_read and not (self.leaving.ending or self.leaving.is_over)
+
+    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
+        """Accept lines that were typed at a terminal."""
+        if not self.leaving.ending:
+            self.shell.enter(lines, pasted)
+
+    def interrupt(self) -> None:
+        """Ctrl-C or SIGTERM: end in order; the second time, at once."""
+        self.leaving.interrupt()
+
+    def reader_gone(self) -> None:
+        """End: nobody reads stdout any more."""
+        self.display.output.give_up()
+
+    # the end of a turn
+
+    def settle(self) -> None:
+        """End a turn: carry out commands, send what windows allow, write stdout, acknowledge what was written."""
+        if self.leaving.exit_code is not None:
+            return
+        self.shell.run()
+        self.sending.settle()
+        if self.table_sync.has_news and self.display.output.has_room():
+            self.table_sync.has_news = False
+            self.display.tell("table")
+        self.receiving.show()
+        self.display.output.flush()
+        self.outbox.count_told()
+        self.receiving.acknowledge()
+        self.leaving.settle(self.takes_commands)
+        self._plan_next_turn(self._write_rest())
+        self.leaving.finish()
+
+    def _write_rest(self) -> bool:
+        """Write what has been added since, draw the prompt; return whether room became free, which others wait for."""
+        output, errors = self.display.output, self.display.errors
+        lines, complaints = output.pending, errors.pending
+        if lines or complaints or self.display.prompt is not None:
+            self.display.flush()
+            asks_no_more = self.leaving.ending is not None or self.leaving.command is Reason.QUIT
+            self.display.draw(self.receipts.notices, self.shell.prompt, asks_no_more)
+        is_news = output.broken and self.leaving.reader_is_gone()
+        return is_news or output.pending < lines or errors.pending < complaints
+
+    def _plan_next_turn(self, has_moved: bool) -> None:
+        """See to what the limits of this turn have left undone, and no event will recall.
+
+        What waits for room in the output is recalled when that has moved.
+        """
+        shell, display = self.shell, self.display
+        may_run = (not shell.has_ended or bool(shell.waiting)) and shell.may_run() and not self.outbox.is_full
+        self._may_read = may_run and not shell.waiting
+        has_commands = may_run and shell.waiting and not display.errors.pending
+        if has_moved or has_commands or (self.inbox.is_ready and display.output.has_room()):
+            self._next_turn.set(self._loop.now())

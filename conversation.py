@@ -450,6 +450,10 @@ class Outbox:
             for text in conversation.texts():
                 yield nick, text
 
+    def goes_direct(self, nick: str) -> bool:
+        """Return whether the messages for ``nick`` (a conversation is open) go straight there at present."""
+        return self.conversations[nick].route == DIRECT
+
     # how much waits
 
     def _is_stuck(self, conversation: Conversation, route: str) -> bool:

@@ -10,7 +10,7 @@ import signal
 import stat
 import unicodedata
 from typing import (Any, NamedTuple)
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 EDIT_LIMIT = 128 * 1024          # characters in the line that is edited
 PASTE_LIMIT = 1024 * 1024        # characters of one paste that are looked at; the rest is dropped
@@ -806,3 +806,125 @@ class Terminal:
         except OSError:
             return DEFAULT_SIZE
         return columns or DEFAULT_SIZE[0], rows or DEFAULT_SIZE[1]
+
+
+# --- prompts --------------------------------------------------------------------------------------------------
+
+class Prompt:
+    """What stands at the bottom of a terminal on which nothing can be drawn: the terminal itself edits the line.
+
+    ``erase`` makes room for a line, ``draw`` shows the prompt below the last one. ``asks``: it waits for an answer.
+    """
+
+    asks = True
+
+    def __init__(self) -> None:
+        self._is_shown = False
+
+    def erase(self) -> bytes:
+        """Return what to write before a line."""
+        shown, self._is_shown = self._is_shown, False
+        return b"\n" if shown else b""
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Return what to write behind the last line."""
+        shown, self._is_shown = self._is_shown, True
+        return b"" if shown else prompt.encode()
+
+    def answered(self) -> None:
+        """Note that a line was typed: the terminal has gone to the next one."""
+        self._is_shown = False
+
+
+class StatusRow(Prompt):
+    """A terminal on which nothing is typed: what is waited for stands at the bottom of the screen."""
+
+    asks = False
+
+    def __init__(self, write: Callable[[bytes], None], terminal: Terminal, style: Style) -> None:
+        super().__init__()
+        self._write = write
+        self._terminal = terminal
+        self._screen = Screen(*terminal.size(), style)
+
+    def erase(self) -> bytes:
+        """Return what to write before a line."""
+        return self._screen.erase()
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Return what shows the notices, if there are any."""
+        return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
+
+    def resize(self) -> None:
+        """Follow the window to its new size."""
+        self._write(self._screen.resize(*self._terminal.size()))
+
+    def resume(self) -> None:
+        """Go on after a stop: the job that had the terminal meanwhile has left the cursor below what was shown."""
+        self._write(self._screen.begin_anew())
+
+
+class EditorScreen(StatusRow):
+    """Somebody at a terminal: the line being typed stays at the bottom of the screen, whatever is said above it."""
+
+    asks = True
+
+    def __init__(self, write: Callable[[bytes], None], flush: Callable[[], None], terminal: Terminal, style: Style,
+                 history: History, complete: Complete) -> None:
+        super().__init__(write, terminal, style)
+        self._flush = flush
+        self._editor = Editor(history, complete)
+        self._is_ours = False       # the terminal
+
+    def open(self) -> None:
+        """Take the terminal, unless this job is in the background: then ``draw`` tries again."""
+        if self._terminal.is_background():
+            return
+        self._is_ours = True
+        self._terminal.leave()
+        self._terminal.enter()
+        self.resize()
+        self._write(PASTE_ON)
+
+    def close(self) -> None:
+        """Give the terminal back as it was, with the cursor below what was said."""
+        if self._is_ours:
+            self._is_ours = False
+            self._write(self._screen.erase() + PASTE_OFF)
+            self._flush()
+            self._terminal.leave()
+
+    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
+        """Return what shows the line being typed, and the notices above it."""
+        if not self._is_ours:
+            self.open()
+        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
+
+    def type(self, data: bytes) -> Iterator[Action]:
+        """Accept what was typed; yield what is left to do about it."""
+        for action in self._editor.feed(data):
+            if action.kind == "suspend":
+                self.suspend()
+            elif action.kind == "clear":
+                self._write(self._screen.clear_screen())
+            elif action.kind == "bell":
+                self._write(b"\a")
+            else:
+                yield action
+
+    def suspend(self) -> None:
+        """Stop this job, as Ctrl-Z does; return when it is continued."""
+        self.close()
+        handlers = [(number, signal.signal(number, signal.SIG_DFL)) for number in (signal.SIGTSTP, signal.SIGCONT)]
+        os.kill(0, signal.SIGTSTP)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        self.resume()
+
+    def resume(self) -> None:
+        """Go on after a stop: the job that had the terminal meanwhile has left it in another state."""
+        self._is_ours = False
+        cleared = self._screen.begin_anew()
+        self.open()
+        if self._is_ours:
+            self._write(cleared)

@@ -361,6 +361,44 @@ class RestartableTimer:
             self._callback()
 
 
+class Request:
+    """A question that is repeated until it is answered, ``attempts`` times, about ``interval`` seconds apart."""
+
+    def __init__(self, loop: Loop, ask: Callable[[], None], unanswered: Callable[[], None], attempts: int,
+                 interval: float) -> None:
+        self.interval = interval
+        self._loop = loop
+        self._ask = ask
+        self._unanswered = unanswered
+        self._most = attempts
+        self._attempts = 0
+        self._timer = RestartableTimer(loop, self._again)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether an answer is awaited."""
+        return self._timer.is_set
+
+    def start(self) -> None:
+        """Ask for the first time."""
+        self._attempts = 0
+        self._again()
+
+    def stop(self) -> None:
+        """Stop asking: the answer is here, or nobody wants it any more."""
+        self._timer.cancel()
+
+    def _again(self) -> None:
+        if self._attempts < self._most:
+            self._attempts += 1
+            self._timer.set(self._loop.now() + jittered(self._loop, self.interval))
+            self._ask()
+        elif self._loop.drained:
+            self._unanswered()
+        else:       # the answer may be in the socket still
+            self._timer.set(self._loop.now())
+
+
 JITTER = 0.25             # part by which every repeated request varies, up and down: nobody stays in step with others
 
 

@@ -1,67 +1,63 @@
-"""What goes in and out of the standard streams: what is typed and asked for, what is said, and how it is drawn.
+"""Commands in, events out: what a client reads from stdin and writes to stdout, on a terminal or not.
 
 Rules of this file
 ------------------
-- Nothing waits. Bytes come in, bytes to write go out. Only ``Reader``, ``Writer``, ``Terminal`` (its settings),
-  ``History`` (its file) and ``Desk`` (which stops this job, as Ctrl-Z does) touch the world.
-- It does not decide anything: what a command means is the client's affair, and so is when an event is told.
-- Whatever bytes come, however they are cut: nothing raises, and the cuts change nothing.
-- Nothing that is drawn moves the cursor on its own: control characters are drawn as two printable ones.
-- It is imported whenever the program starts, which is to be quick: what only a terminal needs is imported late, and
-  a pattern is compiled when it is first used (``re`` remembers it).
+- It does not decide what a command does: ``Shell`` understands the words and calls the client. Nor does it decide when
+  an event happens: it only says how an event is told.
+- Nothing blocks. Only ``Console`` touches the world.
+- Whatever bytes arrive, however they are cut: nothing raises, and the cuts change nothing.
+- It knows nothing of datagrams, streams or sessions.
+- It is imported at every start of the program, which must be quick: what only a terminal or JSON needs is imported
+  when it is used, and a pattern is compiled when it is first used (``re`` caches it).
 
-What is asked for and said
---------------------------
-``Commands`` turns stdin into commands: plain lines, lines of a talk with somebody, or JSON objects. ``SAYINGS`` names
-every event and how it is told; ``Lines`` tells them to people and to scripts that read what people read, ``JsonLines``
-to programs.
+How it works
+------------
+::
 
-From keys to lines
-------------------
-``Keys`` turns bytes into keys. A run of printable characters is one key, and so is a bracketed paste; what is
-unfinished (a character, an escape sequence, a paste) waits for the next bytes. There is no timer: an Escape by itself
-goes with whatever is typed next, as in readline. ``Editor`` turns keys into a changed line and into actions for
-its owner, above all ``submit``. A paste never submits: the newlines in it stay in the text until Enter, and then each
-of its lines is one line for the owner.
+    stdin ──> Console ──> Shell ──> CommandReader      bytes become commands: plain lines, lines of a talk, JSON
+                            └─────> the client         a command becomes a call: send, dereg, reg, quit, clients
 
-What is drawn
--------------
-The *area* is the lowest part of what is on the screen: notices, below them the prompt and the text. Everything above
-it belongs to the owner, who takes it off (``erase``), writes whole lines, and puts it back (``draw``), in one write.
-The area is laid out here, in *hard* rows: each ends with a newline, and while they are written the terminal's own
-wrapping is off. So a terminal that knows other widths than we do, or that flows lines anew when its window changes,
-still has as many rows as we count. All movements are relative to the row in which the area begins. ``Desk`` puts
-all of that together: somebody at a terminal.
+    an event ──> Display ──> TextFormatter or JsonFormatter ──> stdout, or stderr for complaints
+                    └──────> Prompt                             what stands below the last line of a terminal
+
+``EVENT_FORMATS`` names every event and how it is told. On a terminal, lines go above what is being typed: the display
+erases the prompt, writes whole lines, and draws the prompt again, in one write.
 """
 from __future__ import annotations
 
 import functools
 import math
-import os
 import re
+import selectors
 import signal
+import sys
 import time
+import unicodedata
 from collections import deque
-from typing import (Any, NamedTuple)
 from collections.abc import Callable, Collection, Iterator, Sequence
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
-from conversation import Delivery
-from editor import PASTE_OFF, PASTE_ON, Action, Complete, Editor, History, Screen, Style, Terminal, text_width
-from loop import UNSAFE, Output, clean, rfc3339
-from protocol import MAX_TEXT
+from conversation import RECEIVED, REFUSED, SAVED, Event
+from editor import Action, EditorScreen, Prompt, StatusRow, Style, text_width
+from loop import (NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean,
+                  rfc3339)
+from protocol import MAX_TEXT, are_short, split_text
 
 
-# --- what is asked for ----------------------------------------------------------------------------------------
+# --- commands in ----------------------------------------------------------------------------------------------
 
 LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the rest is only counted
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
-SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot
-REF_LIMIT = 256                         # characters of what a sender calls a message
-TAIL_SIZE = 4096                        # bytes of the end of a line that was cut off: a ``ref`` may stand there
+SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot encode
+REF_LIMIT = 256                         # characters of a ``ref``
 
 
-class Sends:
-    """Texts for one nick; ``ref``: what their sender calls them; ``size``: the bytes of a text that was cut off."""
+class SendCommand:
+    """Texts for one nick.
+
+    ``ref``: the name that the sender gave to them; ``size``: the bytes that a text had before it was cut off, or 0.
+    """
 
     __slots__ = ("nick", "texts", "ref", "size")
 
@@ -72,44 +68,46 @@ class Sends:
         self.size = size
 
     def take(self, most: int) -> list[str]:
-        """The first ``most`` of the texts, which are here no more."""
+        """Remove and return the first ``most`` texts."""
         taken, self.texts = self.texts[:most], self.texts[most:]
         return taken
 
 
 class Command(NamedTuple):
-    """Something to do: texts to send, or else the words of a command.
+    """Something to do: texts to send, or else the words of a command, or neither: ignore it.
 
-    ``shown``: the line, where the terminal does not show what is typed by itself. ``broken``: one that means nothing,
-    and the ``ref`` in it.
+    ``echo``: the line, where the terminal does not show what is typed by itself. ``invalid``: an object that means
+    nothing, and the ``ref`` in it.
     """
 
-    sends: Sends | None = None
+    send: SendCommand | None = None
     words: Sequence[str] = ()
-    shown: str = ""
-    broken: str = ""
+    echo: str = ""
+    invalid: str = ""
     ref: object = None
 
 
 class LongLine(str):
-    """A line that was cut off because it is too long; ``size`` are the bytes that it had, ``tail`` the last ones."""
+    """A line that was cut off because it is too long; ``size``: the bytes that it had."""
 
     size = 0
-    tail = ""
 
 
-class Typed(str):
+class TypedLine(str):
     """A line from a terminal that does not show what is typed by itself."""
 
 
 class Block(str):
-    """Lines that all begin with the same ``send NICK ``, which is the string: a read of a pipe mostly is that."""
+    """Lines that all begin with the same ``send NICK ``, which is the string: most reads of a pipe are that."""
 
     texts: list[str]
 
 
 def group_sends(text: str) -> list[str]:
-    """Several lines as a list, or as one ``Block`` if all begin with the same ``send NICK ``. At the speed of C."""
+    """Return several lines as a list, or as one ``Block`` if all begin with the same ``send NICK ``.
+
+    A pipe delivers thousands of lines at once. ``str.count`` and ``str.split`` run at the speed of C.
+    """
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
         start = text[:end]
@@ -120,22 +118,21 @@ def group_sends(text: str) -> list[str]:
     return text.split("\n")
 
 
-class Commands:
-    """What is asked for on stdin: bytes or lines go in, commands come out, in order.
+class CommandReader:
+    """Turns stdin into commands: bytes or lines go in, commands come out, in order.
 
-    While one ``talk``s to somebody, every line is a text for that nick; commands then begin with a slash, and a text
-    that begins with one has two. With ``reads_json``, a line may also be a JSON object.
+    During a ``talk`` every line is a text for that nick; commands then begin with a slash, and a text that begins with
+    one has two. With ``reads_json``, a line may also be a JSON object.
     """
 
     def __init__(self, reads_json: bool = False) -> None:
-        self.talk = ""
+        self.talk = ""              # the nick that lines go to, or none
         self.ended = False          # nothing more will come
-        self.waiting: deque[str | Sends] = deque()    # lines and texts of which ``take`` makes commands
+        self.waiting: deque[str | SendCommand] = deque()    # of which ``take`` makes commands
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
-        self._skipped = 0           # bytes of a line that is too long, ...
-        self._tail = b""            # ... and the last of them
+        self._skipped = 0           # bytes beyond the limit, of a line that has not ended
 
     @property
     def prompt(self) -> str:
@@ -150,30 +147,29 @@ class Commands:
     # in
 
     def feed(self, data: bytes) -> None:
-        """Takes what was read; b"" at the end."""
+        """Accept what was read from stdin; b"" at its end."""
         head, newline, tail = data.rpartition(b"\n")
         if newline:
-            self._take_lines(self._buffer + head)
+            self._add_lines(self._buffer + head)
             self._buffer, self._skipped = tail, 0
         elif data:
             self._buffer += data
         else:
             self.ended = True
             if self._buffer or self._skipped:
-                self._take_lines(self._buffer)
+                self._add_lines(self._buffer)
             self._buffer, self._skipped = b"", 0
         if len(self._buffer) > self._limit:
             self._skipped += len(self._buffer) - self._limit
-            self._tail = (self._tail + self._buffer[self._limit:])[-TAIL_SIZE:]
             self._buffer = self._buffer[:self._limit]
 
-    def _take_lines(self, data: bytes) -> None:
-        if self._skipped or len(data) > self._limit and data.find(b"\n", 0, self._limit + 1) < 0:
+    def _add_lines(self, data: bytes) -> None:
+        starts_long = len(data) > self._limit and data.find(b"\n", 0, self._limit + 1) < 0
+        if self._skipped or starts_long:
             first, newline, data = data.partition(b"\n")      # only the first can be so long: it began in other reads
             line = LongLine(first[:self._limit].decode("utf-8", "replace"))
             line.size = len(first) + self._skipped
-            line.tail = (self._tail + first[self._limit:])[-TAIL_SIZE:].decode("utf-8", "replace")
-            self._skipped, self._tail = 0, b""
+            self._skipped = 0
             self.waiting.append(line)
             if not newline:
                 return
@@ -184,45 +180,45 @@ class Commands:
             self.waiting.append(text)
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Takes lines that were typed; ``pasted``: all but the first come from where a slash means nothing."""
+        """Accept lines that were typed; ``pasted``: all but the first were, and a slash in them means nothing."""
         for count, line in enumerate(lines):
             escape = "/" if count and pasted and self.talk and line.startswith("/") else ""
-            self.waiting.append(Typed(escape + line))
+            self.waiting.append(TypedLine(escape + line))
 
-    def put(self, sends: Sends) -> None:
-        """Takes texts to send."""
-        self.waiting.append(sends)
+    def put(self, send: SendCommand) -> None:
+        """Accept texts to send."""
+        self.waiting.append(send)
 
     def clear(self) -> None:
-        """Forgets what waits."""
+        """Forget what waits."""
         self.waiting.clear()
 
     # out
 
-    def put_back(self, sends: Sends) -> None:
-        """These come first again."""
-        self.waiting.appendleft(sends)
+    def put_back(self, send: SendCommand) -> None:
+        """Make these the next command again."""
+        self.waiting.appendleft(send)
 
     def take(self) -> Command:
-        """The next command."""
+        """Remove and return the next command."""
         line = self.waiting.popleft()
-        if isinstance(line, Sends):
+        if isinstance(line, SendCommand):
             return Command(line)
-        if isinstance(line, Typed):
-            return self._meaning(str(line))._replace(shown=self.prompt + line)
+        if isinstance(line, TypedLine):
+            return self._meaning(str(line))._replace(echo=self.prompt + line)
         return self._meaning(line)
 
     def _meaning(self, line: str) -> Command:
         if self._reads_json and line.lstrip().startswith("{"):
-            return command_of(line)
+            return json_command(line)
         if self.talk:
             return self._meaning_in_talk(line)
         words = line.split(" ", 2)
         if words[0] == "send" and len(words) == 3 and words[1]:
             _, nick, text = words
             if isinstance(line, Block):
-                return Command(Sends(nick, line.texts))
-            return Command(Sends(nick, [text], None, _size(line, text)))
+                return Command(SendCommand(nick, line.texts))
+            return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
         return Command(words=line.split())
 
     def _meaning_in_talk(self, line: str) -> Command:
@@ -234,128 +230,127 @@ class Commands:
             name, _, rest = line[1:].partition(" ")
             nick, blank, text = rest.partition(" ")
             if name == "send" and nick and blank:
-                return Command(Sends(nick, [text], None, _size(line, text)))
+                return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
             return Command(words=line[1:].split())
         if not line:
             return Command()
         text = line[1:] if line.startswith("//") else line
-        return Command(Sends(self.talk, [text], None, _size(line, text)))
+        return Command(SendCommand(self.talk, [text], None, _size_before_cut(line, text)))
 
 
-def _size(line: str, text: str) -> int:
-    """The bytes of the text at the end of a line that was cut off; 0 for one that was not."""
+def _size_before_cut(line: str, text: str) -> int:
+    """Return the bytes that the text at the end of a line had before it was cut off; 0 if it was not."""
     return line.size - len(line[:len(line) - len(text)].encode()) if isinstance(line, LongLine) else 0
 
 
 def _is_ref(ref: object) -> bool:
-    """Whether an event can name a message by ``ref``, and it is small: they are kept as long as the messages wait."""
+    """Return whether an event can name a message by ``ref``, and it is small: it is kept as long as the message."""
     if isinstance(ref, str):
         return len(ref) <= REF_LIMIT
-    return ref is None or isinstance(ref, (int, float)) and -math.inf < ref < math.inf     # nor NaN: JSON has none
+    return ref is None or (isinstance(ref, (int, float)) and -math.inf < ref < math.inf)     # JSON has no NaN
 
 
-def command_of(line: str) -> Command:
-    """What a JSON object asks for."""
+def json_command(line: str) -> Command:
+    """Return what a JSON object asks for."""
     import json
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return _long_send(line) if isinstance(line, LongLine) else Command(broken=line)
-    if type(found) is dict:
-        nick, text, ref = found.get("send"), found.get("text"), found.get("ref")
-        if type(nick) is str and type(text) is str and nick and _is_ref(ref):
-            nick, text = re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text)
-            return Command(Sends(nick, [text], ref))
-        for name in ("dereg", "reg"):
-            if type(found.get(name)) is str:
-                return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
-        for name in ("who", "help", "quit"):
-            if found.get(name) is True:
-                return Command(words=[name])
-        return Command(broken=line, ref=ref if _is_ref(ref) else None)
-    return Command(broken=line)
+        return Command(invalid=line)
+    if type(found) is not dict:
+        return Command(invalid=line)
+    nick, text, ref = found.get("send"), found.get("text"), found.get("ref")
+    if type(nick) is str and type(text) is str and nick and _is_ref(ref):
+        nick, text = re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text)
+        return Command(SendCommand(nick, [text], ref))
+    for name in ("dereg", "reg"):
+        if type(found.get(name)) is str:
+            return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
+    for name in ("who", "help", "quit"):
+        if found.get(name) is True:
+            return Command(words=[name])
+    return Command(invalid=line, ref=ref if _is_ref(ref) else None)
 
 
-def _long_send(line: LongLine) -> Command:
-    """What an object asks for whose end was cut off: if it has the head of a text to send, that is too long."""
-    nick, ref = _member("send", line), _member("ref", line)
-    if type(nick) is str and nick and _is_ref(ref) and re.search(r'"text"\s*:\s*"', line):
-        return Command(Sends(re.sub(SURROGATES, "\ufffd", nick), [""], ref, line.size))
-    return Command(broken=line, ref=ref if _is_ref(ref) else None)
+# --- events out -----------------------------------------------------------------------------------------------
+
+class Tone(Enum):
+    """What an event is to its reader."""
+
+    NEWS = "news"
+    FAILURE = "failure"
 
 
-def _member(name: str, line: LongLine) -> object:
-    """A string or number of a JSON object, at its beginning or end; inside of its strings every quote is escaped."""
-    import json
-    string = rf'"(?:[^"\\]|\\u[0-9a-fA-F]{{4}}|\\.){{0,{2 * REF_LIMIT}}}"'
-    pattern = rf'"{name}"\s*:\s*({string}|-?[0-9][0-9.eE+-]{{0,99}}|true|false)\s*[,}}]'
-    for part in (line, line.tail):
-        match = re.search(pattern, part)
-        if match is not None:
-            try:
-                return json.loads(match[1])
-            except ValueError:
-                return None
-    return None
+NEWS, FAILURE = Tone.NEWS, Tone.FAILURE
 
 
-# --- what is said ---------------------------------------------------------------------------------------------
-
-
-NEWS, BAD = "news", "bad"       # what an event is to its reader
-
-
-class Saying(NamedTuple):
+class EventFormat(NamedTuple):
     """How an event is told: ``line`` to people (with fields in it), ``type`` and ``reason`` to programs."""
 
     line: str
-    tone: str
+    tone: Tone
     type: str
     reason: str | None = None
 
 
-SAYINGS: dict[str, Saying] = {
-    "registered": Saying("[Welcome, You are registered.]", NEWS, "registered"),
-    "table": Saying("[Client table updated.]", NEWS, "table"),
-    "mail": Saying("[You have messages]", NEWS, "mail"),
-    "received": Saying("[Message received by {to}.]", NEWS, "received"),
-    "saved": Saying("[Messages received by the server and saved]", NEWS, "saved"),
-    "no-ack": Saying("[No ACK from {to}, message sent to server.]", NEWS, "no-ack"),
-    "offline": Saying("[{to} is offline, message sent to server.]", NEWS, "offline"),
-    "exists": Saying("[Client {to} exists!!]", NEWS, "exists"),
-    "unknown": Saying("[Unknown client {to}.]", BAD, "failed", "unknown"),
-    "too-long": Saying("[Message too long: {size} bytes, at most {most}.]", BAD, "failed", "too-long"),
-    "full": Saying("[Mailbox of {to} is full, message not saved.]", BAD, "failed", "full"),
-    "disk": Saying("[The server cannot save messages now, message for {to} not saved.]", BAD, "failed", "disk"),
-    "not-sent": Saying("[You are offline. Use: {usage}]", BAD, "failed", "offline"),
-    "undelivered": Saying("", BAD, "failed", "not-delivered"),
-    "one-undelivered": Saying("[1 message not delivered.]", BAD, "undelivered"),
-    "more-undelivered": Saying("[{count} messages not delivered.]", BAD, "undelivered"),
-    "left": Saying("[You are Offline. Bye.]", NEWS, "left"),
-    "silent": Saying("[Server not responding]", BAD, "server-silent"),
-    "back": Saying("[Server is responding again]", NEWS, "server-back"),
-    "exiting": Saying("[Exiting]", NEWS, "exiting"),
-    "server-full": Saying("[The server is full.]", BAD, "refused", "full"),
-    "taken": Saying("[Nickname {nick} is taken.]", BAD, "refused", "taken"),
-    "owned": Saying("[Nickname {nick} belongs to someone else.]", BAD, "refused", "owned"),
-    "talk-unknown": Saying("[Unknown client {nick}.]", BAD, "error", "unknown-client"),
-    "usage": Saying("[Usage: {usage}]", BAD, "error", "usage"),
-    "command": Saying("[Unknown command {name}, try {help}.]", BAD, "error", "unknown-command"),
-    "object": Saying("[Not a command: {line}]", BAD, "error", "not-a-command"),
-    "away": Saying("[You are offline. Use: {usage}]", BAD, "error", "offline"),
-    "dereg-other": Saying("[You can only deregister yourself.]", BAD, "error", "not-yours"),
-    "reg-other": Saying("[You can only register as {nick}.]", BAD, "error", "not-yours"),
-    "registered-already": Saying("[You are registered already.]", NEWS, "error", "registered-already"),
+EVENT_FORMATS: dict[str, EventFormat] = {
+    "registered": EventFormat("[Welcome, You are registered.]", NEWS, "registered"),
+    "table": EventFormat("[Client table updated.]", NEWS, "table"),
+    "mail": EventFormat("[You have messages]", NEWS, "mail"),
+    "received": EventFormat("[Message received by {to}.]", NEWS, "received"),
+    "saved": EventFormat("[Messages received by the server and saved]", NEWS, "saved"),
+    "no-ack": EventFormat("[No ACK from {to}, message sent to server.]", NEWS, "no-ack"),
+    "offline": EventFormat("[{to} is offline, message sent to server.]", NEWS, "offline"),
+    "exists": EventFormat("[Client {to} exists!!]", NEWS, "exists"),
+    "unknown": EventFormat("[Unknown client {to}.]", FAILURE, "failed", "unknown"),
+    "too-long": EventFormat("[Message too long: {size} bytes, at most {most}.]", FAILURE, "failed", "too-long"),
+    "full": EventFormat("[Mailbox of {to} is full, message not saved.]", FAILURE, "failed", "full"),
+    "disk": EventFormat("[The server cannot save messages now, message for {to} not saved.]", FAILURE, "failed",
+                        "disk"),
+    "not-sent": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
+    "undelivered": EventFormat("", FAILURE, "failed", "not-delivered"),
+    "one-undelivered": EventFormat("[1 message not delivered.]", FAILURE, "undelivered"),
+    "more-undelivered": EventFormat("[{count} messages not delivered.]", FAILURE, "undelivered"),
+    "left": EventFormat("[You are Offline. Bye.]", NEWS, "left"),
+    "silent": EventFormat("[Server not responding]", FAILURE, "server-silent"),
+    "back": EventFormat("[Server is responding again]", NEWS, "server-back"),
+    "exiting": EventFormat("[Exiting]", NEWS, "exiting"),
+    "server-full": EventFormat("[The server is full.]", FAILURE, "refused", "full"),
+    "taken": EventFormat("[Nickname {nick} is taken.]", FAILURE, "refused", "taken"),
+    "owned": EventFormat("[Nickname {nick} belongs to someone else.]", FAILURE, "refused", "owned"),
+    "talk-unknown": EventFormat("[Unknown client {nick}.]", FAILURE, "error", "unknown-client"),
+    "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
+    "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
+    "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
+    "away": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
+    "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
+    "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
+    "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
 }
-STATUS = frozenset(SAYINGS)                                     # all but what others say
-ROUTINE = frozenset({"registered", "table", "left", "back"})    # what who sends one message need not know
-FOR_PEOPLE = frozenset({"back"})                                # what scripts that read plain lines were not promised
-FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, that programs get
+STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
+ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
+FOR_PEOPLE = frozenset({"back"})                                # not promised to scripts that read plain lines
+FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, in JSON
+
+
+class ReceivedTexts(Protocol):
+    """Texts of one sender, in order, as they are to be shown."""
+
+    @property
+    def sender(self) -> str: ...
+    @property
+    def texts(self) -> list[str]: ...       # at least one
+    @property
+    def times(self) -> list[float]: ...     # when each was sent, in seconds since 1970, for mail; empty for chat
+    @property
+    def stream(self) -> int: ...            # of the sender, ...
+    @property
+    def first(self) -> int: ...             # ... and the number of the first text in it
 
 
 @functools.lru_cache(maxsize=1024)
 def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """A wall-clock time in local time, for people."""
+    """Return a wall-clock time in local time, for people."""
     try:
         return time.strftime(form, time.localtime(at))
     except (OverflowError, ValueError, OSError):
@@ -363,19 +358,19 @@ def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 
 
 def as_json(value: dict[str, Any]) -> str:
-    """One line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
+    """Return one line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
     import json
     return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
 
 
-class Lines:
+class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
-    ``hidden``: the events that are not told. ``wall``: gives the time that stands before each line, in seconds since
-    1970; None for no time. ``bell``: rings with each message.
+    ``hidden``: the events that are not told. ``wall``: returns the time that stands before each line, in seconds since
+    1970; None for no time. ``bell``: ring with each message.
     """
 
-    is_for_programs = False     # who want to know of which messages an event is, and who say JSON themselves
+    is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
 
     def __init__(self, style: Style = Style(False), wall: Callable[[], float] | None = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
@@ -386,52 +381,53 @@ class Lines:
         self._is_plain = wall is None and not (style.enabled or bell)   # nothing is added to a line
 
     def event(self, name: str, /, **fields: Any) -> str:
-        """What has happened; an empty string where that is not told."""
-        saying = SAYINGS[name]
-        if name in self._hidden or not saying.line:
+        """Return what has happened; an empty string where that is not told."""
+        form = EVENT_FORMATS[name]
+        if name in self._hidden or not form.line:
             return ""
-        line = saying.line.format(**fields)
+        line = form.line.format(**fields)
         if self._is_plain:
             return line + "\n"
-        return f"{self._clock()}{self._style.error(line) if saying.tone == BAD else self._style.dim(line)}\n"
+        styled = self._style.error(line) if form.tone is FAILURE else self._style.dim(line)
+        return f"{self._clock()}{styled}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
-        """What has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
-        saying = SAYINGS[name]
-        return clean(saying.line.format(**fields)) + "\n" if saying.tone == BAD and saying.line else ""
+        """Return what has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
+        form = EVENT_FORMATS[name]
+        return clean(form.line.format(**fields)) + "\n" if form.tone is FAILURE and form.line else ""
 
     def _clock(self) -> str:
         return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
-    def messages(self, delivery: Delivery, via: str) -> str:
-        """What somebody has sent; ``via``: on which way it came."""
-        texts = delivery.texts
+    def messages(self, received: ReceivedTexts, via: str) -> str:
+        """Return what somebody has sent; ``via``: the route that it came by."""
+        texts = received.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
-        sender = delivery.sender
+        sender = received.sender
         start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._style.nick(sender)}: "
-        if delivery.times:
-            return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, delivery.times)])
+        if received.times:
+            return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
     def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
-        """Who is known: nick, address and state."""
+        """Return the known clients, (nick, address, state) each, as aligned lines."""
         wide = max((text_width(nick) for nick, _, _ in entries), default=0)
         far = max((len(address) for _, address, _ in entries), default=0)
         return "".join([f"{self._style.nick(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
                         for nick, address, state in entries])
 
     def help(self, text: str) -> str:
-        """What can be asked for."""
+        """Return the list of commands."""
         return text
 
     def undelivered(self, nick: str, text: str, ref: object) -> str:
-        """The command that would send a message again."""
+        """Return the command that would send a message again."""
         return f"send {nick} {text}\n" if "\n" not in text else as_json({"send": nick, "text": text}) + "\n"
 
 
-class JsonLines(Lines):
-    """Events as JSON objects, one a line, for programs. ``wall`` gives the seconds since 1970."""
+class JsonFormatter(TextFormatter):
+    """Events as JSON objects, one a line, for programs. ``wall`` returns the seconds since 1970."""
 
     is_for_programs = True
 
@@ -445,152 +441,622 @@ class JsonLines(Lines):
         return as_json({name: value for name, value in found.items() if value is not None}) + "\n"
 
     def event(self, name: str, /, **fields: Any) -> str:
-        """What has happened; an empty string where that is not told."""
+        """Return what has happened; an empty string where that is not told."""
         if name in self._hidden:
             return ""
-        saying = SAYINGS[name]
+        form = EVENT_FORMATS[name]
         told = {field: fields[field] for field in FIELDS if field in fields}
-        if saying.type == "error":
-            told["text"] = saying.line.format(**fields)
-        return self._object(saying.type, reason=saying.reason, **told)
+        if form.type == "error":
+            told["text"] = form.line.format(**fields)
+        return self._object(form.type, reason=form.reason, **told)
 
-    def messages(self, delivery: Delivery, via: str) -> str:
-        """What somebody has sent, an object each; ``via``: on which way it came."""
-        sent: Sequence[str | None] = [rfc3339(at) for at in delivery.times] or [None] * len(delivery.texts)
+    def messages(self, received: ReceivedTexts, via: str) -> str:
+        """Return what somebody has sent, an object each; ``via``: the route that it came by."""
+        sent: Sequence[str | None] = [rfc3339(at) for at in received.times] or [None] * len(received.texts)
         return "".join([
-            self._object("message", **{"from": delivery.sender}, to=self._nick, text=text,
-                         id=f"{delivery.stream}:{number}", via=via, sent=at)
-            for number, (text, at) in enumerate(zip(delivery.texts, sent), delivery.first)])
+            self._object("message", **{"from": received.sender}, to=self._nick, text=text,
+                         id=f"{received.stream}:{number}", via=via, sent=at)
+            for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
     def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
-        """Who is known, an object each."""
+        """Return the known clients, an object each."""
         return "".join([self._object("client", nick=nick, address=address, state=state)
                         for nick, address, state in entries])
 
     def help(self, text: str) -> str:
-        """What can be asked for."""
+        """Return the list of commands."""
         return self._object("help", text=text)
 
     def undelivered(self, nick: str, text: str, ref: object) -> str:
-        """The command that would send a message again."""
+        """Return the command that would send a message again."""
         again = {"send": nick, "text": text, "ref": ref}
         return as_json({name: value for name, value in again.items() if value is not None}) + "\n"
 
 
-class Prompt:
-    """What stands at the bottom of a terminal on which nothing can be drawn: it does its own editing.
+# --- the display ----------------------------------------------------------------------------------------------
 
-    ``erase`` makes room for a line, ``draw`` shows the prompt below the last one. ``asks``: somebody is to answer it.
+ANSWER_LIMIT = 2 ** 20    # bytes of backlog for stdout at which no command is read: its writer may not read meanwhile
+
+
+class Display:
+    """Where the events of a client go: to stdout, complaints to stderr; on a terminal, above the prompt.
+
+    ``output`` and ``errors`` are the backlogs of stdout and stderr, ``formatter`` says how events are told, ``prompt``
+    is None where there is no terminal.
     """
 
-    asks = True
+    def __init__(self, output: Output, errors: Output | None = None, formatter: TextFormatter | None = None,
+                 prompt: Prompt | None = None) -> None:
+        self.output = output
+        self.errors = errors if errors is not None else Output(len)
+        self.formatter = formatter if formatter is not None else TextFormatter()
+        self.prompt = prompt
+        self.write = output.write if prompt is None else self._write_above     # to stdout
 
-    def __init__(self) -> None:
-        self._is_shown = False
+    @property
+    def names_messages(self) -> bool:
+        """Whether it matters which message an event is about: to programs, and to people who see what waits."""
+        return self.formatter.is_for_programs or self.prompt is not None
 
-    def erase(self) -> bytes:
-        """What to write before a line."""
-        shown, self._is_shown = self._is_shown, False
-        return b"\n" if shown else b""
+    @property
+    def pending(self) -> int:
+        """The bytes that wait for stdout and stderr."""
+        return self.output.pending + self.errors.pending
 
-    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
-        """What to write behind the last line."""
-        shown, self._is_shown = self._is_shown, True
-        return b"" if shown else prompt.encode()
+    def has_room_for_answers(self) -> bool:
+        """Return whether a command may be carried out: it may have much to say."""
+        return self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
-    def answered(self) -> None:
-        """Somebody has typed a line: the terminal has gone to the next one."""
-        self._is_shown = False
+    def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
+        """Show the line of an event, ``times`` times."""
+        line = self.formatter.event(event, **fields)
+        if line:
+            self.write(line.encode() * times)
+        else:
+            complaint = self.formatter.complaint(event, **fields).encode() * times
+            if complaint:
+                (self.errors.write if self.prompt is None else self.write)(complaint)
 
+    def show_messages(self, received: ReceivedTexts, via: str, written: Callable[[int], None]) -> None:
+        """Show texts of others; ``written`` hears how many of them are written, each time that some are."""
+        self.write(self.formatter.messages(received, via).encode(), written)
 
-class Board(Prompt):
-    """A terminal on which somebody looks on: what is waited for stands at the bottom of the screen."""
+    def show_log(self, data: bytes) -> int:
+        """Show lines of the log, which would go to the same terminal; return how many bytes were taken."""
+        if not self.output.has_room():
+            return 0
+        self.write(data)
+        return len(data)
 
-    asks = False
+    def _write_above(self, data: bytes, written: Callable[[int], None] | None = None) -> None:
+        if data and self.prompt is not None:
+            self.output.write(self.prompt.erase())
+        self.output.write(data, written)
 
-    def __init__(self, output: Output, terminal: Terminal, style: Style) -> None:
-        super().__init__()
-        self._output = output
-        self._terminal = terminal
-        self._screen = Screen(*terminal.size(), style)
+    def flush(self) -> None:
+        """Write what can be written now, to both."""
+        self.output.flush()
+        self.errors.flush()
 
-    def erase(self) -> bytes:
-        """Makes room for a line."""
-        return self._screen.erase()
-
-    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
-        """Shows the notices, if there are any."""
-        return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
-
-    def resize(self) -> None:
-        """The window has another size now."""
-        self._output.write(self._screen.resize(*self._terminal.size()))
-
-    def resume(self) -> None:
-        """Continued: whoever had the terminal meanwhile has left the cursor below what was shown."""
-        self._output.write(self._screen.begin_anew())
-
-
-class Desk(Board):
-    """Somebody at a terminal: what is typed stays at the bottom of the screen, whatever is said above it."""
-
-    asks = True
-
-    def __init__(self, output: Output, terminal: Terminal, style: Style, history: History,
-                 complete: Complete) -> None:
-        super().__init__(output, terminal, style)
-        self._editor = Editor(history, complete)
-        self._is_ours = False       # the terminal
-
-    def open(self) -> None:
-        """The terminal is ours, from now on or from when the shell has it no more."""
-        if self._terminal.is_background():
+    def draw(self, notices: Callable[[], Sequence[str]], question: str, is_ending: bool) -> None:
+        """On a terminal, once all lines are written: draw the notices, and ask for the next command."""
+        prompt = self.prompt
+        if prompt is None or self.output.pending or (prompt.asks and is_ending):
             return
-        self._is_ours = True
-        self._terminal.leave()
-        self._terminal.enter()
-        self.resize()
-        self._output.write(PASTE_ON)
+        self.output.write(prompt.draw(notices(), question))
+        self.output.flush()
+
+
+# --- receipts -------------------------------------------------------------------------------------------------
+
+CLOSINGS = (RECEIVED, SAVED, REFUSED)
+REFUSALS = ("unknown", "full", "disk")      # that have a line of their own
+WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
+WAITS_SHOWN = 3           # recipients named there, at most
+
+
+class Observer:
+    """Sees what becomes of messages, before the user is told; for tests, which override what they need."""
+
+    def on_event(self, nick: str, event: Event) -> None:
+        """Something has happened to messages for ``nick``; its lines follow."""
+
+    def on_told(self, nick: str) -> None:
+        """The lines of that event were told."""
+
+    def on_unknown(self, nick: str, count: int) -> None:
+        """``count`` texts were refused before they were queued: the recipient is not known."""
+
+    def on_too_long(self, nick: str) -> None:
+        """A text was refused before it was queued: it is too long."""
+
+
+class SentMessage(NamedTuple):
+    """A message on its way: what an event says of the one that it is about."""
+
+    number: int         # the first that it takes in its stream
+    id: str
+    ref: object         # what its sender calls it
+    began: float        # s, when it was queued
+
+
+class Receipts:
+    """What became of each message, told to the user; and what is handed back at the end.
+
+    A conversation reports its events in numbers of messages. Only where it matters which message an event is about (on
+    a terminal, and to programs) each message is remembered until it is closed.
+    """
+
+    def __init__(self, loop: Loop, display: Display, goes_direct: Callable[[str], bool],
+                 observer: Observer | None) -> None:
+        """``goes_direct``: returns whether the messages for a nick go straight there at present."""
+        self.has_failed = False         # some message was neither delivered nor kept
+        self.undelivered = 0            # messages handed back
+        self._loop = loop
+        self._display = display
+        self._goes_direct = goes_direct
+        self._observer = observer
+        self._names_messages = display.names_messages
+        self._on_their_way: dict[str, deque[SentMessage]] = {}
+        self._wait_timer = RestartableTimer(loop, lambda: None)        # the end of the turn shows who waits
+
+    # before a message is queued
+
+    def fitting(self, command: SendCommand, texts: list[str]) -> list[str]:
+        """Return those of ``texts``, out of ``command``, that are not too long; tell which are."""
+        size = command.size
+        if not size and are_short(texts, MAX_TEXT):
+            return texts
+        return [text for text in texts if self._fits(max(size, len(text.encode())), command)]
+
+    def _fits(self, size: int, command: SendCommand) -> bool:
+        if size > MAX_TEXT:
+            self.has_failed = True
+            if self._observer is not None:
+                self._observer.on_too_long(command.nick)
+            self._display.tell("too-long", size=size, most=MAX_TEXT, to=clean(command.nick), ref=command.ref)
+        return size <= MAX_TEXT
+
+    def tell_unknown(self, send: SendCommand) -> None:
+        """Close texts for somebody who is not known."""
+        self.has_failed = True
+        texts = self.fitting(send, send.texts)
+        if self._observer is not None:
+            self._observer.on_unknown(send.nick, len(texts))
+        if not self._display.formatter.is_for_programs:
+            self._display.tell("unknown", len(texts), to=clean(send.nick))
+            return
+        for text in texts:
+            self._display.tell("unknown", to=send.nick, text=text, ref=send.ref)
+
+    def track(self, nick: str, stream: int, number: int, texts: list[str], ref: object) -> None:
+        """Remember texts that are about to be queued, from ``number`` on in that stream, if it matters."""
+        if not self._names_messages:
+            return
+        sent = self._on_their_way.setdefault(nick, deque())
+        for text in texts:
+            sent.append(SentMessage(number, f"{stream}:{number}", ref, self._loop.now()))
+            number += len(split_text(text))
+
+    # what becomes of it
+
+    def tell(self, nick: str, event: Event) -> None:
+        """Tell what has happened to messages for ``nick``."""
+        if self._observer is not None:
+            self._observer.on_event(nick, event)
+        name = event.kind
+        if name == REFUSED:
+            self.has_failed = True
+            name = event.reason if event.reason in REFUSALS else "disk"
+        if not self._names_messages:
+            self._display.tell(name, event.messages, to=nick)
+        else:
+            for sent in self._meant(nick, event):
+                self._display.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(event, sent))
+        if self._observer is not None:
+            self._observer.on_told(nick)
+
+    def _meant(self, nick: str, event: Event) -> list[SentMessage]:
+        """Return the messages that an event is about; forget those that it closes."""
+        sent = self._on_their_way[nick]
+        if event.kind not in CLOSINGS:
+            return [message for message in sent if message.number >= event.first][:event.messages]
+        found = [sent.popleft() for _ in range(event.messages)]
+        if not sent:
+            del self._on_their_way[nick]
+        return found
+
+    def _outcome(self, event: Event, sent: SentMessage) -> dict[str, Any]:
+        """Return by which route a message went, and how many milliseconds it took, once it is closed."""
+        if event.kind not in CLOSINGS:
+            return {}
+        if event.kind == RECEIVED:
+            via = "direct"
+        else:
+            via = "relay" if event.relayed else "mail"
+        return {"via": via, "ms": round((self._loop.now() - sent.began) * 1000, 3)}
+
+    # what takes long
+
+    def notices(self) -> list[str]:
+        """Return a line for each recipient whose messages wait for longer than one would expect."""
+        now, late, next_ = self._loop.now(), [], NEVER
+        for nick, sent in self._on_their_way.items():
+            if now >= sent[0].began + WAIT_SHOWN:
+                late.append(nick)
+            else:
+                next_ = min(next_, sent[0].began + WAIT_SHOWN)
+        self._wait_timer.set(next_)
+        lines = [self._notice(nick, self._goes_direct(nick)) for nick in late[:WAITS_SHOWN]]
+        others = len(late) - WAITS_SHOWN
+        if others > 0:
+            lines.append(f"[{_count(others, 'more recipient')} to wait for.]")
+        return lines
+
+    def _notice(self, nick: str, is_direct: bool) -> str:
+        waiting = _count(len(self._on_their_way[nick]), "message")
+        return f"[Waiting for {nick}: {waiting}.]" if is_direct else f"[Waiting for the server: {waiting} for {nick}.]"
+
+    # the end
+
+    def hand_back(self, send: SendCommand) -> None:
+        """Name messages that were never queued, as the lines that would send them again."""
+        for text in self.fitting(send, send.texts):
+            self._hand_back(send.nick, text, send.ref, None)
+
+    def hand_back_all(self, undelivered: Iterator[tuple[str, str]]) -> None:
+        """Name the messages, (recipient, text) each, that were queued and are not closed."""
+        for nick, text in undelivered:
+            sent = self._on_their_way.get(nick)
+            if sent:
+                message = sent.popleft()
+                self._hand_back(nick, text, message.ref, message.id)
+            else:
+                self._hand_back(nick, text, None, None)
+        self._on_their_way.clear()
+
+    def _hand_back(self, nick: str, text: str, ref: object, id_: str | None) -> None:
+        self.undelivered += 1
+        self._display.errors.write(self._display.formatter.undelivered(nick, text, ref).encode())
+        self._display.tell("undelivered", to=nick, text=text, ref=ref, id=id_)
+
+    def tell_undelivered(self) -> None:
+        """Tell how many messages were handed back."""
+        if self.undelivered:
+            name = "one-undelivered" if self.undelivered == 1 else "more-undelivered"
+            self._display.tell(name, count=self.undelivered)
+
+
+def _count(number: int, what: str) -> str:
+    """Return ``1 message``, ``2 messages``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# --- the shell ------------------------------------------------------------------------------------------------
+
+LINES_PER_TURN = 512      # commands carried out before the network gets its turn; sends to one nick are one
+SHOWN_OF_LINE = 80        # characters of a line that nobody understands
+
+HELP = """\
+send NICK MESSAGE   send MESSAGE (the rest of the line) to NICK
+talk NICK           send every line to NICK from now on; commands then begin with / (/who, /end ends it)
+dereg NICK          go offline (NICK: your own)
+reg NICK            come online again
+who                 show everybody who is known
+help                show this
+quit                go offline and end
+"""
+
+
+class KnownClient(NamedTuple):
+    """A row of ``who``; ``address`` as HOST:PORT."""
+
+    nick: str
+    address: str
+    state: str
+    is_online: bool
+
+
+class ChatClient(Protocol):
+    """What the shell asks of the client."""
+
+    nick: str
+
+    @property
+    def is_offline(self) -> bool: ...                       # it has deregistered
+    def takes_commands(self) -> bool: ...                   # now
+    def dereg(self) -> None: ...                            # go offline, once all sends before are settled
+    def reg(self) -> None: ...                              # come online
+    def quit(self) -> None: ...                             # go offline, and end
+    def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
+    def knows(self, nick: str) -> bool: ...
+
+
+class Shell:
+    """The command language: understands commands, and carries them out by calling the client.
+
+    ``has_failed``: a line was no command; it may have been meant as a message.
+    """
+
+    def __init__(self, client: ChatClient, display: Display, receipts: Receipts,
+                 queue: Callable[[SendCommand], bool]) -> None:
+        """``queue``: queues texts for a nick that is known; returns False if what is left of them must wait."""
+        self.has_failed = False
+        self._client = client
+        self._display = display
+        self._receipts = receipts
+        self._queue = queue
+        self._reader = CommandReader(display.formatter.is_for_programs)
+        self.waiting = self._reader.waiting     # what was read and not carried out
+        self._commands: dict[str, Callable[[str, Sequence[str]], None]] = {
+            "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
+            "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
+
+    # in
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come from stdin."""
+        return self._reader.ended
+
+    @property
+    def prompt(self) -> str:
+        """What asks for the next command."""
+        return self._reader.prompt
+
+    def feed(self, data: bytes) -> None:
+        """Accept what was read from stdin; b"" at its end."""
+        if self._display.prompt is not None and b"\n" in data:
+            self._display.prompt.answered()
+        self._reader.feed(data)
+
+    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
+        """Accept lines that were typed at a terminal, see ``CommandReader``."""
+        self._reader.enter(lines, pasted)
+
+    def put(self, nick: str, text: str) -> None:
+        """Accept one text for one nick, as if it had come in by ``feed``."""
+        self._reader.put(SendCommand(nick, [text]))
+
+    def clear(self) -> None:
+        """Forget the commands that wait."""
+        self._reader.clear()
+
+    # carrying out
+
+    def may_run(self) -> bool:
+        """Return whether a command may be carried out now: there is room for what it may say, too."""
+        return self._client.takes_commands() and self._display.has_room_for_answers()
+
+    def run(self) -> None:
+        """Carry out the commands that wait, in order, as far as that is possible now."""
+        for _ in range(LINES_PER_TURN):
+            if not self.waiting or not self.may_run():
+                return
+            command = self._reader.take()
+            if command.echo:
+                self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
+            if command.send is not None:
+                if not self._do_send(command.send):
+                    return
+            elif command.invalid:
+                self.has_failed = True
+                self._display.tell("object", line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
+            elif command.words:
+                self._do(*command.words)
+
+    def _do_send(self, send: SendCommand) -> bool:
+        """Send texts; return False if some must wait."""
+        if self._client.is_offline:
+            for text in send.texts:
+                self._display.tell("not-sent", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
+            return True
+        if not self._client.knows(send.nick):
+            send.nick = unicodedata.normalize("NFC", send.nick)
+            if not self._client.knows(send.nick):
+                self._receipts.tell_unknown(send)
+                return True
+        is_done = self._queue(send)
+        if send.texts:
+            self._reader.put_back(send)
+        return is_done
+
+    def _do(self, name: str, *words: str) -> None:
+        slash = self._reader.slash
+        if self._client.is_offline and name not in ("reg", "help", "quit", "end"):
+            self._display.tell("away", usage=self._way_back())
+        elif name == "send":
+            self._tell_usage("send NICK MESSAGE")
+        elif name not in self._commands or (name == "end" and not slash):
+            self.has_failed = self.has_failed or bool(slash)      # it may have been meant as a text
+            self._display.tell("command", name=clean(slash + name), help=slash + "help")
+        else:
+            self._commands[name](name, words)
+
+    def _way_back(self) -> str:
+        """Return what to say to come online."""
+        return f"{self._reader.slash}reg {self._client.nick}"
+
+    def _tell_usage(self, usage: str) -> None:
+        self._display.tell("usage", usage=self._reader.slash + usage)
+
+    def _has_words(self, name: str, words: Sequence[str], usage: str = "") -> bool:
+        """Return whether a command has the words that its usage asks for; tell the usage if not."""
+        if len(words) == len(usage.split()):
+            return True
+        self._tell_usage(f"{name} {usage}".rstrip())
+        return False
+
+    def _is_own_nick(self, word: str) -> bool:
+        return unicodedata.normalize("NFC", word) == self._client.nick
+
+    def _do_talk(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words, "NICK"):
+            nick = unicodedata.normalize("NFC", words[0])
+            if not self._client.knows(nick):
+                self.has_failed = True      # the lines that follow would go to nobody
+                self._display.tell("talk-unknown", nick=clean(nick))
+            else:
+                self._reader.talk = nick
+
+    def _do_end(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words):
+            self._reader.talk = ""
+
+    def _do_dereg(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words, "NICK"):
+            if self._is_own_nick(words[0]):
+                self._client.dereg()
+            else:
+                self._display.tell("dereg-other")
+
+    def _do_reg(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words, "NICK"):
+            if not self._is_own_nick(words[0]):
+                self._display.tell("reg-other", nick=self._client.nick)
+            elif self._client.is_offline:
+                self._client.reg()
+            else:
+                self._display.tell("registered-already")
+
+    def _do_who(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words):
+            rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
+            self._display.write(self._display.formatter.clients(rows).encode())
+
+    def _do_help(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words):
+            self._display.write(self._display.formatter.help(HELP).encode())
+
+    def _do_quit(self, name: str, words: Sequence[str]) -> None:
+        if self._has_words(name, words):
+            self._client.quit()
+
+    def hand_back_rest(self) -> None:
+        """Report the texts of the lines that were read, but are not carried out any more, as not delivered."""
+        while self.waiting:
+            command = self._reader.take()
+            if command.send is not None:
+                self._receipts.hand_back(command.send)
+            elif command.words:
+                name, *words = command.words
+                if name == "talk" or (name == "end" and self._reader.talk):
+                    self._commands[name](name, words)       # it says to whom the lines behind it were to go
+                elif name == "quit":
+                    self.clear()                            # what stands behind it was not meant to be done
+
+    # completion
+
+    def complete(self, before: str) -> tuple[int, list[str]]:
+        """Return where the word at the end of ``before`` begins, and what it may become, best first."""
+        start = before.rfind(" ") + 1
+        words, word = before[:start].split(), before[start:]
+        slash = self._reader.slash
+        if not words:
+            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or slash]
+            return start, [name for name in found if slash + word and name.startswith(word)]
+        if len(words) > 1 or words[0] not in [slash + name for name in ("send", "talk", "dereg", "reg")]:
+            return start, []
+        if words[0] in (slash + "dereg", slash + "reg"):
+            return start, [nick for nick in [self._client.nick] if nick.startswith(word)]
+        others = [known for known in self._client.clients() if known.nick != self._client.nick]
+        others.sort(key=lambda known: not known.is_online)      # a stable sort: the order of the nicks stays
+        return start, [known.nick for known in others if known.nick.startswith(word)]
+
+
+# --- the console ----------------------------------------------------------------------------------------------
+
+class RunningClient(Protocol):
+    """What the console asks of the client."""
+
+    @property
+    def exit_code(self) -> int | None: ...                  # None until the end
+    @property
+    def wants_input(self) -> bool: ...                      # stdin may be read
+    def settle(self) -> None: ...                           # end a turn
+    def interrupt(self) -> None: ...                        # leave in order; the second time, at once
+    def enter(self, lines: Sequence[str], pasted: bool) -> None: ...        # accept lines that were typed
+    def reader_gone(self) -> None: ...                      # leave: nobody reads stdout
+
+
+class Console:
+    """Connects a client to the standard streams. Each is watched only while something is wanted of it."""
+
+    def __init__(self, loop: SelectorLoop, client: RunningClient, shell: Shell, display: Display, reader: Reader,
+                 writer: Writer, errors: Writer) -> None:
+        self._loop = loop
+        self._client = client
+        self._shell = shell
+        self._display = display
+        self._reader = reader
+        self._writer = writer
+        self._errors = errors
+        self._status = display.prompt if isinstance(display.prompt, StatusRow) else None
+        self._editor = display.prompt if isinstance(display.prompt, EditorScreen) else None
+        self._is_open = True                    # the terminal, as long as it has not hung up
+        self._watched = (False, False, False)   # stdin, stdout and stderr
+
+    def start(self) -> None:
+        """End every turn of the loop here from now on."""
+        self._loop.settle = self._settle
+        if self._writer.is_pipe and sys.platform == "linux":
+            # only an error is reported there, once the last reader has gone: no write is needed to notice that
+            self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
+        if self._status is not None:
+            self._loop.on_signal(signal.SIGWINCH, self._status.resize)
+            self._loop.on_signal(signal.SIGCONT, self._status.resume)
+        if self._editor is not None:
+            self._loop.on_signal(signal.SIGTSTP, self._editor.suspend)
+            self._editor.open()
 
     def close(self) -> None:
-        """Gives the terminal back as it was, with the cursor below what was said."""
-        if self._is_ours:
-            self._is_ours = False
-            self._output.write(self._screen.erase() + PASTE_OFF)
-            self._output.flush()
-            self._terminal.leave()
+        """Leave the terminal as it was, whatever has happened."""
+        if self._editor is not None:
+            self._editor.close()
 
-    def draw(self, notices: Sequence[str], prompt: str) -> bytes:
-        """Shows what is typed, and above it the notices."""
-        if not self._is_ours:
-            self.open()
-        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
+    def _settle(self) -> None:
+        client, display = self._client, self._display
+        client.settle()
+        if client.exit_code is not None:
+            self._loop.stop()
+            return
+        wanted = (client.wants_input if self._editor is None else self._is_open,
+                  display.output.pending > 0, display.errors.pending > 0)
+        if wanted != self._watched:
+            self._watch(wanted)
 
-    def type(self, data: bytes) -> Iterator[Action]:
-        """Takes what was typed; gives what is left to do about it."""
-        for action in self._editor.feed(data):
-            if action.kind == "suspend":
-                self.suspend()
-            elif action.kind == "clear":
-                self._output.write(self._screen.clear_screen())
-            elif action.kind == "bell":
-                self._output.write(b"\a")
-            else:
-                yield action
+    def _watch(self, wanted: tuple[bool, bool, bool]) -> None:
+        fds = (self._reader.fd, self._writer.fd, self._errors.fd)
+        events = (selectors.EVENT_READ, selectors.EVENT_WRITE, selectors.EVENT_WRITE)
+        callbacks = (self._on_readable, self._on_writable, self._on_writable)
+        for fd, event, callback, had, has in zip(fds, events, callbacks, self._watched, wanted):
+            if has != had:
+                self._loop.watch(fd, event, callback if has else None)
+        self._watched = wanted
 
-    def suspend(self) -> None:
-        """Stops this job, as Ctrl-Z does, and goes on when it is continued."""
-        self.close()
-        handlers = [(number, signal.signal(number, signal.SIG_DFL)) for number in (signal.SIGTSTP, signal.SIGCONT)]
-        os.kill(0, signal.SIGTSTP)
-        for number, handler in handlers:
-            signal.signal(number, handler)
-        self.resume()
+    def _on_readable(self) -> None:
+        if self._editor is None and not self._client.wants_input:
+            return      # this very turn has ended the client: what is not read is not lost
+        data = self._reader.read()
+        if data and self._editor is not None:
+            self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first
+            for action in self._editor.type(data):
+                self._act(action)
+        elif data is not None:
+            self._is_open = bool(data)
+            self._shell.feed(data)
 
-    def resume(self) -> None:
-        """Continued: whoever had the terminal meanwhile has left it in another state."""
-        self._is_ours = False
-        cleared = self._screen.begin_anew()
-        self.open()
-        if self._is_ours:
-            self._output.write(cleared)
+    def _act(self, action: Action) -> None:
+        if action.kind == "submit":
+            self._client.enter(action.lines, action.pasted)
+        elif action.kind == "interrupt":
+            self._client.interrupt()
+        else:
+            self._shell.feed(b"")
+
+    def _on_writable(self) -> None:
+        """Do nothing: the turn ends with a write."""
+
+    def _on_reader_gone(self) -> None:
+        self._loop.watch(self._writer.fd, selectors.EVENT_READ, None)
+        self._client.reader_gone()

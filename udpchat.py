@@ -35,6 +35,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # whoever is interrupted while it imports prints no traceback
 import argparse
 import errno
+import functools
 import os
 import re
 import select
@@ -44,16 +45,16 @@ import unicodedata
 from typing import Any, NoReturn
 from collections.abc import Callable, Sequence
 
-from protocol import MAX_DATAGRAM, MAX_NICK, SESSION_BYTES, Address, is_nick
+from protocol import MAX_NICK, MAX_TEXT, SESSION_BYTES, Address, is_nick
 from conversation import ACK_TIMEOUT
 from stream import NEVER
 from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, Mailbox, Registry, StoreError
 from loop import (LEVELS, MAX_WAIT, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean, json_line, log,
                   read_some, show_address, unmapped)
-from editor import History, Style, Terminal, wants_color
-from home import load_secret, state_home
-from terminal import FOR_PEOPLE, ROUTINE, STATUS, Board, Desk, JsonLines, Lines, Prompt
-from client import STDIN_LIMIT, Client, Console
+from editor import EditorScreen, History, Prompt, StatusRow, Style, Terminal, wants_color
+from home import load_secret, state_home, token_for
+from terminal import FOR_PEOPLE, ROUTINE, STATUS, Console, Display, JsonFormatter, TextFormatter
+from client import Client
 from server import DEFAULT_PORT, STRANGER_REPLIES, Server
 gc.freeze()
 gc.enable()
@@ -64,6 +65,7 @@ VERSION = "1.0.0"
 # --- the command line -----------------------------------------------------------------------------------------
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
 STDIN, STDOUT, STDERR = 0, 1, 2
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client at once, and leave its terminal as it is
@@ -201,8 +203,6 @@ def add_chat_options(parser: Parser) -> None:
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
-    parser.add_argument("--mtu", type=whole_number(MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
-                        default=MAX_DATAGRAM, help="largest datagram to send (default: %(default)s)")
     parser.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
     parser.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
@@ -423,14 +423,15 @@ def server_argument(text: str) -> tuple[str, int]:
         raise Usage(str(error)) from None
 
 
-def lines_for(options: argparse.Namespace, nick: str, loop: SelectorLoop, is_terminal: bool, style: Style) -> Lines:
+def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
+                  style: Style) -> TextFormatter:
     """How events are told: as objects, as plain lines, or as lines for people."""
     hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
     if options.json:
-        return JsonLines(nick, loop.wall, hidden)
+        return JsonFormatter(nick, wall, hidden)
     timed = options.time if options.time is not None else is_terminal and options.mode == "client"
-    return Lines(style, loop.wall if timed else None, hidden if is_terminal else hidden | FOR_PEOPLE,
-                 options.bell and is_terminal)
+    return TextFormatter(style, wall if timed else None, hidden if is_terminal else hidden | FOR_PEOPLE,
+                         options.bell and is_terminal)
 
 
 class NoText(Exception):
@@ -466,12 +467,13 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     is_dumb = os.environ.get("TERM") == "dumb"
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
-        return Board(output, Terminal(STDIN, STDOUT), style) if is_shown else None
+        return StatusRow(output.write, Terminal(STDIN, STDOUT), style) if is_shown else None
     if not is_terminal:
         return None
     if is_dumb:
         return Prompt()
-    return Desk(output, Terminal(STDIN, STDOUT), style, History(os.path.join(state_home(), "history")), complete)
+    history = History(os.path.join(state_home(), "history"))
+    return EditorScreen(output.write, output.flush, Terminal(STDIN, STDOUT), style, history, complete)
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
@@ -495,22 +497,23 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = Style(wants_color(options.color, is_terminal, os.environ))
-    prompt = prompt_for(options, is_terminal, output, style, lambda before: client.complete(before))
-    client = Client(loop, port.send, output, nick, unmapped(server), secret, options.ack_timeout / 1000, options.stay,
-                    options.mtu, errors, lines_for(options, nick, loop, is_terminal, style), prompt)
+    prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
+    display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
+    proof = functools.partial(token_for, secret) if secret is not None else None
+    client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
-        log.output = Output(client.show_log)
+        log.output = Output(display.show_log)
     port.receive = client.receive
-    console = Console(loop, client, reader, writer, error_writer, prompt)
+    console = Console(loop, client, client.shell, display, reader, writer, error_writer)
     for number in ENDING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.on_signal(number, client.interrupt)
     if options.mode == "send":
         for recipient in options.nicks:
-            client.put(recipient, text)
-        client.feed(b"")
+            client.shell.put(recipient, text)
+        client.shell.feed(b"")
     if end < NEVER:
-        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.time_is_over)
+        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.leaving.time_is_over)
     try:
         console.start()
         client.start()

@@ -39,14 +39,15 @@ from unittest import mock
 import msgpack
 
 import protocol
-from client import ACTIVE, AWAY, ENDED, JOINING, Client
+from client import OFFLINE, REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event, Inbox, Incoming
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
+from home import token_for
 from registry import Mailbox, Registry
 from server import Server
 from stream import NEVER
-from terminal import SAYINGS, JsonLines
+from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -501,33 +502,33 @@ class Screen:
         return taken
 
 
-class SimClient(Client):
-    """A client that tells the ledger what it says, at the moment in which it says it."""
+class Watch(Observer):
+    """Tells the ledger what a client is about to say of its messages."""
 
-    life: Life
+    def __init__(self, life: Life) -> None:
+        self._life = life
 
-    def _tell(self, nick: str, event: Event) -> None:
+    def on_event(self, nick: str, event: Event) -> None:
+        """Something has happened to messages for ``nick``."""
         if event.kind in (RECEIVED, SAVED, REFUSED):
-            self.life.ledger.closed(self.life, nick, event.kind, event.messages)
-        self.life.is_telling = True
-        super()._tell(nick, event)
-        self.life.is_telling = False
+            self._life.ledger.closed(self._life, nick, event.kind, event.messages)
+
+    def on_unknown(self, nick: str, count: int) -> None:
+        """Texts were refused: nobody knows the recipient."""
+        if nick in self._life.open:
+            self._life.ledger.closed(self._life, nick, "unknown", count, self._queued_for(nick))
+
+    def on_too_long(self, nick: str) -> None:
+        """A text was refused."""
+        self._life.ledger.too_long(self._life)
 
     def _queued_for(self, nick: str) -> int:
         """How many messages for ``nick`` are queued, or closed but not told: from when it was known."""
-        conversation = self._outbox.conversations.get(nick)
+        conversation = self._life.client.outbox.conversations.get(nick)
         if conversation is None:
             return 0
         return conversation.messages + sum(event.messages for event in conversation.events
                                            if event.kind in (RECEIVED, SAVED, REFUSED))
-
-    def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
-        """Shows a line for an event (that often)."""
-        if event == "unknown" and self.life.hears_unknown(fields["to"]):
-            self.life.ledger.closed(self.life, fields["to"], "unknown", times, self._queued_for(fields["to"]))
-        elif event == "too-long":
-            self.life.ledger.too_long(self.life)
-        super().tell(event, times, **fields)
 
 
 class SimInbox(Inbox):
@@ -570,15 +571,14 @@ class Life(Node):
         self.was_interrupted = False
         self._errors = b""
         self._offline = True                # by what it said
-        self.is_telling = False     # what the server said, and no command
         world.trace("%s starts at %s:%d", self.name, *address)
         world.lives.append(self)
-        self.client = SimClient(self.loop, self.send, Output(self.screen.put), nick, SERVER, secret, stay=stay,
-                                errors=Output(self._put_error),
-                                lines=JsonLines(nick, self.loop.wall) if speech == "json" else None)
-        self.client.life = self
-        self.client._inbox = inbox = SimInbox()
-        inbox.life = self
+        formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
+        self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
+        proof = functools.partial(token_for, secret) if secret is not None else None
+        self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self))
+        self.client.inbox.__class__ = SimInbox
+        setattr(self.client.inbox, "life", self)
         self.client.start()
         if speech == "talk":
             self._put_in(f"talk {nick}")
@@ -641,34 +641,30 @@ class Life(Node):
     @property
     def is_cut_off(self) -> bool:
         """Whether it had to end, at its deadline after a signal, before its reader had read everything."""
-        return self.was_interrupted and self.client.output.pending > 0
-
-    def hears_unknown(self, nick: str) -> bool:
-        """Whether a line about an unknown client is told at the time of the command (not by the server)."""
-        return not self.is_telling and nick in self.open
+        return self.was_interrupted and self.display.output.pending > 0
 
     # the program
 
     def read(self) -> None:
         """What happened to the standard streams: signals, the end of the reader, and stdin if it is wanted."""
         client = self.client
-        if self.screen.gone and self.screen.is_pipe and not client.output.broken:
+        if self.screen.gone and self.screen.is_pipe and not self.display.output.broken:
             client.reader_gone()
         for _ in range(self._signals):
             self._signals -= 1
             self.was_interrupted = True
             client.interrupt()
-        if not self._stdin and (self._eof_read or not self._eof) or not client.hungry:
+        if not self._stdin and (self._eof_read or not self._eof) or not client.wants_input:
             return
         if self._stdin:
             size = min(len(self._stdin), self.world.random.choice((7, 200, 65536, 65536)))
             data = bytes(self._stdin[:size])
             del self._stdin[:size]
             self.fed += size
-            client.feed(data)
+            client.shell.feed(data)
         else:
             self._eof_read = True
-            client.feed(b"")
+            client.shell.feed(b"")
 
     def receive(self, datagram: bytes, source: Address) -> None:
         """Hands a datagram to the client."""
@@ -678,14 +674,14 @@ class Life(Node):
         """Ends the turn, as ``client.Console`` does."""
         client = self.client
         client.settle()
-        if client.output.pending > MAX_PENDING:
-            raise Violation(f"{self.name} has {client.output.pending} bytes for stdout")
+        if self.display.output.pending > MAX_PENDING:
+            raise Violation(f"{self.name} has {self.display.output.pending} bytes for stdout")
         if client.exit_code is not None:
             self._exit(client.exit_code)
             return
-        if (self._stdin or self._eof and not self._eof_read) and client.hungry:
+        if (self._stdin or self._eof and not self._eof_read) and client.wants_input:
             self.wake(self.world.now)
-        if client.output.pending:
+        if self.display.output.pending:
             writable = self.screen.writable_at
             if writable < NEVER:
                 self.wake(writable)
@@ -698,10 +694,11 @@ class Life(Node):
 
     def send(self, datagram: bytes, address: Address) -> None:
         """What the client calls to send: while it is not registered, only ``reg``."""
-        if self.client.state in (AWAY, ENDED, JOINING):
+        state = self.client.link.state
+        if state in (OFFLINE, REGISTERING):
             tags = [value["tag"] for value in unpack(datagram)]
-            if self.client.state != JOINING or tags != ["reg"]:
-                raise Violation(f"{self.name} is {self.client.state} and sends {tags}")
+            if state is OFFLINE or tags != ["reg"]:
+                raise Violation(f"{self.name} is {state} and sends {tags}")
         super().send(datagram, address)
 
     def on_line(self, line: str) -> None:
@@ -728,14 +725,15 @@ class Life(Node):
         """An object as the line that others get for it."""
         if told["type"] == "message":
             return f"{told['from']}: {clean(told['text'])}"
-        names = [name for name, saying in SAYINGS.items()
-                 if (saying.type, saying.reason) == (told["type"], told.get("reason"))]
+        names = [name for name, form in EVENT_FORMATS.items()
+                 if (form.type, form.reason) == (told["type"], told.get("reason"))]
         if not names:
             return str(told["type"])
         if told["type"] in ("received", "saved", "failed"):
             self._note_outcome(told)
         name = names[told.get("count", 1) != 1] if told["type"] == "undelivered" else names[0]
-        return SAYINGS[name].line.format(**{"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": "", **told})
+        others = {"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": ""}
+        return EVENT_FORMATS[name].line.format(**{**others, **told})
 
     def _note_outcome(self, told: dict[str, Any]) -> None:
         if told["ref"] in self.outcomes:
@@ -1263,7 +1261,7 @@ class Storm:
             life = world.life_of(nick)
             if life is None:
                 self._start(nick)
-            elif life.is_away and life.client.state == AWAY and not life.has_typed_ahead:
+            elif life.is_away and life.client.is_offline and not life.has_typed_ahead:
                 self._reg(life)
 
     def check_quiet(self) -> None:
@@ -1314,18 +1312,18 @@ class Storm:
     @staticmethod
     def _check_client(life: Life, table: list[tuple[str, str, int, str]]) -> None:
         client = life.client
-        if client.state != ACTIVE:
-            raise Violation(f"{life.name} is {client.state}")
-        mine = [entry[:4] for entry in sorted(client.table.entries.values())]
+        if not client.link.is_registered:
+            raise Violation(f"{life.name} is {client.link.state}")
+        mine = [entry[:4] for entry in sorted(client.table_sync.table.entries.values())]
         if mine != table:
             raise Violation(f"{life.name} has the table {mine}, the server {table}")
-        if not client.table.is_online(life.nick):
+        if not client.table_sync.table.is_online(life.nick):
             raise Violation(f"{life.name} is not online: {table}")
         still = [message for message in life.typed if not message.closing and not message.away]
         if still or life.has_typed_ahead:
             raise Violation(f"{life.name} has open messages: {still[:3]}, stdin {life.has_typed_ahead}")
-        inbox, waits = client._inbox, next(client._outbox.undelivered(), None)
-        if waits is not None or inbox.is_ready or inbox.is_asking or client.output.pending:
+        inbox, waits = client.inbox, next(client.outbox.undelivered(), None)
+        if waits is not None or inbox.is_ready or inbox.is_asking or life.display.output.pending:
             raise Violation(f"{life.name} is busy, though nothing happens")
 
     def leave(self) -> None:

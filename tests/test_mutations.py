@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from client import Client
+from client import ServerLink, TableSync
+from protocol import SESSION_SIZE, padded
 from conversation import Conversation, Delivery, Inbox, Incoming
 from loop import Output
-from protocol import Info
 from registry import ONLINE, Registry, Session, Table
 from server import Server
+from terminal import Shell
 from stream import ReceiveStream, SendStream
 from tests.simulate import run_seed
 
@@ -98,10 +99,7 @@ def forgets_its_base(patch: pytest.MonkeyPatch) -> None:
 
 def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:
     """Believes whoever says that he is somebody."""
-    def on_chat(self: Client, info: Info, address: Any, *rest: Any) -> None:
-        if info["to"] == self.nick:
-            self._inbox.on_chat(self.loop.now(), info, address, self._accepting)
-    patch.setattr(Client, "_on_chat", on_chat)
+    patch.setattr(TableSync, "is_at", lambda self, nick, address: True)
 
 
 def does_not_repeat_what_is_lost(patch: pytest.MonkeyPatch) -> None:
@@ -133,18 +131,18 @@ def acks_inside_a_text(patch: pytest.MonkeyPatch) -> None:
 
 def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
     """A client that has deregistered goes on pinging."""
-    def went_away(self: Client) -> None:
-        session = self._session
+    def close(self: ServerLink) -> None:
+        session = self.session
         original(self)
         if session is not None:
-            self._ask_server("ping", {"id": 1, "session": session, "version": 0})
-    original = Client._went_away
-    patch.setattr(Client, "_went_away", went_away)
+            self._send(padded("ping", {"id": 1, "session": session, "version": 0}, SESSION_SIZE), self.server)
+    original = ServerLink.close
+    patch.setattr(ServerLink, "close", close)
 
 
 def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
     """Ends without a word about the commands that it had read already."""
-    patch.setattr(Client, "_hand_back_lines", lambda self: None)
+    patch.setattr(Shell, "hand_back_rest", lambda self: None)
 
 
 # each fault, and a seed that is known to find it: it is tried first

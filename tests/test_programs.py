@@ -21,7 +21,7 @@ import jsonschema
 import pytest
 
 from protocol import MAX_TEXT
-from terminal import ROUTINE, SAYINGS, JsonLines
+from terminal import ROUTINE, EVENT_FORMATS, JsonFormatter
 from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat, Process,
                              is_offline, received, sends)
 
@@ -125,7 +125,7 @@ def without_time(event: Event) -> Event:
 # --- every event ----------------------------------------------------------------------------------------------
 
 Kinds = set[tuple[str, str | None]]
-ALL: Kinds = {(saying.type, saying.reason) for saying in SAYINGS.values()} | {
+ALL: Kinds = {(form.type, form.reason) for form in EVENT_FORMATS.values()} | {
     ("message", None), ("client", None), ("help", None)}
 
 
@@ -228,7 +228,7 @@ def limits(chat: Chat) -> list[Event]:
 
 def by_itself(_: Chat) -> list[Event]:
     """A disk that fails only the simulated world has."""
-    line = JsonLines("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
+    line = JsonFormatter("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
     event: Event = json.loads(line)
     assert event == {"type": "failed", "reason": "disk", "time": "1970-01-01T00:00:01.500Z", "to": "bob", "id": "1:2",
                      "via": "mail", "ms": 0.5}
@@ -433,7 +433,7 @@ def test_send_says_what_became_of_the_message_and_nothing_else(chat: Chat) -> No
     assert result(run_send(chat, "bob", "hello", " there")) == (0, [received("bob")], [])
     bob.see("carl: hello  there")
     assert result(run_send(chat, "bob", "--quiet", "more")) == (0, [], [])
-    assert result(run_send(chat, "--quiet", "bob", "and", "--mtu", "1500", "more")) == (0, [], [])
+    assert result(run_send(chat, "--quiet", "bob", "and", "--ack-timeout", "500", "more")) == (0, [], [])
     assert result(run_send(chat, "bob", "--quiet", "--", "-x")) == (0, [], [])
     assert result(run_send(chat, "bob", "--quiet", "--", "x", "--")) == (0, [], [])
     bob.see("carl: more", "carl: and more", "carl: -x")
@@ -626,7 +626,7 @@ def test_send_can_say_it_in_json(chat: Chat) -> None:
     event, = events_of(sent)
     assert sent.popen.returncode == 0 and event["type"] == "received"
     assert bob.see("message", text="two\nlines")["id"] == event["id"]
-    assert not {"registered", "table", "left"} & {SAYINGS[name].type for name in set(SAYINGS) - ROUTINE}
+    assert not {"registered", "table", "left"} & {EVENT_FORMATS[name].type for name in set(EVENT_FORMATS) - ROUTINE}
 
 
 # --- what stays as it was -------------------------------------------------------------------------------------

@@ -559,7 +559,7 @@ import udpchat
 
 def settle(client, work=udpchat.Client.settle):
     work(client)
-    if client.table.entries:
+    if client.table_sync.table.entries:
         raise RuntimeError
 
 udpchat.Client.settle = settle

@@ -14,7 +14,7 @@ import pytest
 
 import protocol
 import registry
-from client import ACTIVE, AWAY, OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
+from client import OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
 
@@ -24,7 +24,7 @@ CHUNK = 30
 
 def is_ready(life: Life) -> bool:
     """Whether a client reads commands."""
-    return life.client.state == ACTIVE and life.client.table.is_online(life.nick)
+    return life.client.link.is_registered and life.client.table_sync.table.is_online(life.nick)
 
 
 def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[World, list[Life]]:
@@ -32,7 +32,7 @@ def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[Worl
     world = World(1, mailbox=mailbox)
     world.start_server()
     lives = [world.client(nick, stay=stay) for nick in nicks]
-    world.run_until(lambda: all(life.client.table.is_online(nick) for nick in nicks for life in lives), 5)
+    world.run_until(lambda: all(life.client.table_sync.table.is_online(nick) for nick in nicks for life in lives), 5)
     world.run(1)
     return world, lives
 
@@ -115,10 +115,10 @@ def test_mail_comes_before_the_client_is_announced() -> None:
     bob.type("reg bob")
     world.run(2)
     assert [line[-2:] for line in bob.lines[-3:]] == ["m0", "m1", "m2"] and "[You have messages]" in bob.lines
-    assert not alice.client.table.is_online("bob"), "its mail is not acked yet"
+    assert not alice.client.table_sync.table.is_online("bob"), "its mail is not acked yet"
     world.network.filter = None
     world.run(5)
-    assert alice.client.table.is_online("bob") and count(bob, "[You have messages]") == 1
+    assert alice.client.table_sync.table.is_online("bob") and count(bob, "[You have messages]") == 1
 
 
 def test_mail_is_acked_as_mail_and_not_to_senders_that_did_not_send_it() -> None:
@@ -170,7 +170,7 @@ def test_what_was_passed_over_for_want_of_an_answer_is_shown_when_the_mail_comes
     world.run(5)
     assert count(alice, "[Messages received by the server and saved]") == 1
     world.network.blocked.clear()
-    bob_entry = alice.client.table.get("bob")
+    bob_entry = alice.client.table_sync.table.get("bob")
     assert bob_entry is not None
     world.run(70)
     world.network.block("bob", "server")
@@ -267,7 +267,7 @@ def test_mail_that_cannot_be_read_from_the_disk_comes_when_it_can() -> None:
     assert not ends(bob, "> hello")
     world.disk.failing = False
     world.run(3)
-    assert ends(bob, "> hello") == 1 and alice.client.table.is_online("bob")
+    assert ends(bob, "> hello") == 1 and alice.client.table_sync.table.is_online("bob")
 
 
 # --- slow and gone readers ------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_a_server_restarted_at_once_knows_nobody_online_and_everyone_comes_back_
     world.run(PING_INTERVAL)
     assert [entry.state for entry in table.entries.values()] == ["online"] * 3
     for life in (alice, bob, carol):
-        assert [entry[:4] for entry in sorted(life.client.table.entries.values())] \
+        assert [entry[:4] for entry in sorted(life.client.table_sync.table.entries.values())] \
             == [entry[:4] for entry in sorted(table.entries.values())]
         assert count(life, "[Welcome, You are registered.]") == 2 and life.alive
 
@@ -376,8 +376,8 @@ def test_a_client_that_dies_is_found_out_even_if_everybody_was_lost_before() -> 
     world.network.blocked.clear()
     world.run_until(lambda: is_ready(alice) and is_ready(bob), 60)
     bob.crash()
-    world.run_until(lambda: not alice.client.table.is_online("bob"), 120)
-    assert not alice.client.table.is_online("bob")
+    world.run_until(lambda: not alice.client.table_sync.table.is_online("bob"), 120)
+    assert not alice.client.table_sync.table.is_online("bob")
 
 
 def test_a_client_whose_server_dies_before_it_could_come_online_says_so_and_ends() -> None:
@@ -481,7 +481,7 @@ def test_mail_survives_crashes_of_its_recipient_and_of_the_server_while_it_is_de
     final = world.client("bob")
     world.run(30)
     seen = [line.split(" ")[-1] for life in world.lives for line in life.lines if line.startswith("alice: ")]
-    assert set(seen) == {f"m{number}" for number in range(50)} and final.client.table.is_online("bob")
+    assert set(seen) == {f"m{number}" for number in range(50)} and final.client.table_sync.table.is_online("bob")
 
 
 def test_a_table_that_does_not_come_makes_nobody_unknown() -> None:
@@ -507,7 +507,7 @@ def test_a_client_that_moved_is_found_again() -> None:
     alice.type("send bob hello")
     world.run(PING_INTERVAL * 1.3 + 3)
     assert ends(bob, "hello") == 1
-    entry = alice.client.table.get("bob")
+    entry = alice.client.table_sync.table.get("bob")
     assert entry is not None and (entry.host, entry.port) == bob.address and entry.state == "online"
     alice.type("send bob again")
     world.run(1)
@@ -522,11 +522,11 @@ def test_the_table_of_a_dead_server_does_not_stay_in_force_because_of_dereg_and_
     world.network.filter = losing("table", target="alice")
     world.run_until(lambda: count(alice, "[Welcome, You are registered.]") == 2, 40)
     alice.type("dereg alice")
-    world.run_until(lambda: alice.client.state == AWAY, 40)
+    world.run_until(lambda: alice.client.is_offline, 40)
     alice.type("reg alice")
     bob.crash()
     world.run(OLD_TABLE_TIME + 2)
-    entry = alice.client.table.get("bob")
+    entry = alice.client.table_sync.table.get("bob")
     assert entry is not None and entry.state == "offline"
 
 
@@ -702,7 +702,7 @@ def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_
     alice.type("send bob hello")
     alice.type("dereg alice")
     world.run(10)
-    assert alice.client.state == AWAY
+    assert alice.client.is_offline
     world.network.filter = None
     world.network.blocked.clear()
     bob.type("send alice hi")
@@ -722,7 +722,7 @@ def test_a_script_that_comes_back_after_long_delivers_what_waited_before_it_ends
         alice.type(f"send bob m{number} " + "x" * 60_000)
     alice.type("dereg alice")
     world.run(120)
-    assert alice.client.state == AWAY and not count(alice, "[Mailbox of bob is full, message not saved.]")
+    assert alice.client.is_offline and not count(alice, "[Mailbox of bob is full, message not saved.]")
     bob.screen.set_rate(float("inf"))
     alice.type("reg alice")
     alice.end_input()
@@ -749,7 +749,7 @@ def test_a_deregistered_client_with_unsent_messages_can_end() -> None:
     alice.type("send bob hello")
     alice.type("dereg alice")
     world.run(10)
-    assert alice.client.state == AWAY
+    assert alice.client.is_offline
     alice.end_input()
     world.run(3)
     assert alice.exit_code == 1 and alice.complaints == ["send bob hello"]
@@ -769,10 +769,10 @@ def test_a_client_that_was_stopped_for_long_comes_back_by_itself() -> None:
     world, (alice, bob) = start("alice", "bob")
     bob.stop_for(100)
     world.run(70)
-    assert not alice.client.table.is_online("bob")
+    assert not alice.client.table_sync.table.is_online("bob")
     alice.type("send bob hello")
     world.run(60)
-    assert ends(bob, "hello") == 1 and alice.client.table.is_online("bob")
+    assert ends(bob, "hello") == 1 and alice.client.table_sync.table.is_online("bob")
 
 
 # --- random worlds --------------------------------------------------------------------------------------------

@@ -32,12 +32,13 @@ from hypothesis import given, settings, strategies as st
 import protocol
 import registry
 import udpchat
-from client import ACTIVE, AWAY, LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
+from client import LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
 from conversation import STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, Mailbox, Registry, Table
+from terminal import Display
 from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, Server
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
@@ -185,7 +186,7 @@ def start(*nicks: str, seed: int = 1) -> tuple[World, list[Life]]:
     world = World(seed)
     world.start_server()
     lives = [world.client(nick) for nick in nicks]
-    world.run_until(lambda: all(life.client.table.is_online(nick) for nick in nicks for life in lives), 5)
+    world.run_until(lambda: all(life.client.table_sync.table.is_online(nick) for nick in nicks for life in lives), 5)
     world.run(1)
     return world, lives
 
@@ -221,7 +222,7 @@ def tables_agree(world: World) -> bool:
     """Whether every client that runs has the table of the server."""
     assert world.server is not None
     table = contents(world.server.server.registry.table)
-    return all(contents(life.client.table) == table for life in world.running())
+    return all(contents(life.client.table_sync.table) == table for life in world.running())
 
 
 def contents(table: Table) -> dict[str, tuple[str, int, str]]:
@@ -275,11 +276,11 @@ def shower(world: World, life: Life, name: str, seconds: float) -> int:
 def test_what_a_stranger_says_in_the_name_of_the_server_changes_nothing(name: str) -> None:
     world, (alice, bob) = start("alice", "bob")
     tap, lines = Tap(world), len(bob.lines)
-    session, entries, seconds = bob.client._session, dict(bob.client.table.entries), 10
+    session, entries, seconds = bob.client.link.session, dict(bob.client.table_sync.table.entries), 10
     forged = shower(world, bob, name, seconds)
     world.run(seconds)
-    assert bob.alive and bob.client.state == ACTIVE and bob.client._session == session
-    assert bob.lines[lines:] == [] and bob.client.table.entries == entries
+    assert bob.alive and bob.client.link.is_registered and bob.client.link.session == session
+    assert bob.lines[lines:] == [] and bob.client.table_sync.table.entries == entries
     said = tap.of("bob")
     assert set(said) <= {"ping", "alive"}
     assert said.get("alive", 0) <= (forged if name == "probe" else 0)
@@ -298,7 +299,7 @@ def test_a_stranger_cannot_pass_for_another_address_of_the_server() -> None:
         forge(world, STRANGER, datagram, alice)
     world.start_server()
     world.run(1)
-    assert alice.client.server == SERVER and alice.client.state == ACTIVE
+    assert alice.client.link.server == SERVER and alice.client.link.is_registered
 
 
 def test_a_forged_pong_makes_a_ping_and_a_forged_probe_an_answer_to_the_real_server() -> None:
@@ -317,10 +318,10 @@ def test_a_client_that_registers_believes_only_answers_to_its_request(name: str)
     bob = world.client("bob")       # nobody answers: every datagram but ``reg`` of it would be a violation
     shower(world, bob, name, 1)
     world.run(1)
-    assert bob.alive and bob.lines == [] and bob.client._session is None
+    assert bob.alive and bob.lines == [] and bob.client.link.session is None
     world.start_server()
     world.run(2)
-    assert WELCOME in bob.lines and bob.client.table.is_online("bob")
+    assert WELCOME in bob.lines and bob.client.table_sync.table.is_online("bob")
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -330,10 +331,10 @@ def test_a_client_that_leaves_believes_only_the_answer_for_its_session(name: str
     tap.lost = lambda source, target, tag: source == "server"
     bob.type("dereg bob")
     world.run(0.1)
-    assert bob.client.state == LEAVING
+    assert bob.client.link.state is LEAVING
     shower(world, bob, name, 1.5)
     world.run(1.5)
-    assert bob.client.state == LEAVING and OFFLINE not in bob.lines
+    assert bob.client.link.state is LEAVING and OFFLINE not in bob.lines
     tap.lost = lambda source, target, tag: False
     world.run(2)
     assert bob.lines[-1] == OFFLINE
@@ -347,7 +348,7 @@ def test_a_client_that_is_away_answers_nothing_and_shows_nothing(name: str) -> N
     tap, lines = Tap(world), list(bob.lines)
     shower(world, bob, name, 3)
     world.run(3)
-    assert bob.client.state == AWAY and bob.lines == lines and tap.of("bob") == {}
+    assert bob.client.is_offline and bob.lines == lines and tap.of("bob") == {}
 
 
 # --- forgeries of peers ---------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def test_chat_counts_only_from_where_the_table_has_its_sender(source: str) -> No
     former = alice.address
     if source == "former":
         alice.move(world.new_address("10.0.2.1"))
-        alice.client._ping_now()
+        alice.client.link.ping_now()
         world.run(2)
     tap, lines = Tap(world), len(bob.lines)
     forge(world, {"stranger": EVE, "carol": carol.address, "server": SERVER, "former": former}[source],
@@ -387,7 +388,7 @@ def held_up(world: World, alice: Life) -> tuple[Tap, int]:
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
     world.run(0.2)
-    return tap, alice.client._outbox.conversations["bob"].stream.stream
+    return tap, alice.client.outbox.conversations["bob"].stream.stream
 
 
 @pytest.mark.parametrize("kind", ["ack", "nack"])
@@ -624,14 +625,24 @@ def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_n
     assert len(desk.turn()) == 1, "one who did move is asked"
 
 
+def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
+    """Gives a client that has not started yet a session; forgets what it sent for that."""
+    client.start()
+    info = maps_of(sent[-1][0])[0][1]
+    client.receive(encode("welcome", {"id": info["id"], "nick": client.nick, "boot": 1, "session": b"s" * 16,
+                                      "version": 1}), SERVER)
+    assert client.link.is_registered
+    sent.clear()
+
+
 @given(st.lists(st.tuples(st.sampled_from(["a", "n" * 32]), st.sampled_from([1, 2 ** 31, 2 ** 62]),
                           st.sampled_from([1, 300, 2 ** 40]), st.integers(1, 3)), min_size=1, max_size=30))
 @settings(settings.get_profile("strangers"))
 def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
         maps: list[tuple[str, int, int, int]]) -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "bob", SERVER)
-    client.state = ACTIVE
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", SERVER)
+    register(client, sent)
     datagram = b"".join(encode("chat", {"from": "x", "to": to, "stream": stream, "n": n, "base": 1,
                                         "text": [""] * texts}) for to, stream, n, texts in maps)
     client.receive(datagram, STRANGER)
@@ -642,8 +653,8 @@ def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_tol
 
 def test_who_asks_for_somebody_else_is_told_so() -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "bob", SERVER)
-    client.state = ACTIVE
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", SERVER)
+    register(client, sent)
     client.receive(chat("alice", "carol", "for carol"), STRANGER)
     assert [(maps_of(datagram)[0][0], address) for datagram, address in sent] == [("nack", STRANGER)]
 
@@ -940,7 +951,7 @@ def test_a_flood_of_chat_from_unknown_sources_makes_a_client_ask_for_its_table_a
     world.run(seconds)
     assert bob.lines[lines:] == ["alice: hello"]
     assert tap.of("bob")["sync"] <= seconds / SYNC_INTERVAL + 2 and tap.of("bob").get("nack", 0) == 0
-    assert [len(streams) for streams in bob.client._inbox._streams.values()] == [1] and bob.client._inbox.buffered == 0
+    assert [len(streams) for streams in bob.client.inbox._streams.values()] == [1] and bob.client.inbox.buffered == 0
 
 
 def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool, texts: int = 20) -> Iterator[int]:
@@ -957,15 +968,16 @@ def test_the_end_of_stdin_is_not_put_off_by_what_the_last_command_wrote_to_stder
         monkeypatch: pytest.MonkeyPatch) -> None:
     _, (alice, _) = start("alice", "bob")
     client = alice.client
-    monkeypatch.setattr(client.errors, "_put", len)
+    monkeypatch.setattr(client.display.errors, "_put", len)
     monkeypatch.setattr(Outbox, "room", lambda self, now, nick: 0)
     monkeypatch.setattr(Outbox, "is_stuck", lambda self, now, nick: True)
-    client.feed(b"send bob " + b"x" * OUTPUT_LIMIT)
-    client.feed(b"")
+    client.shell.feed(b"send bob " + b"x" * OUTPUT_LIMIT)
+    client.shell.feed(b"")
     client.settle()
-    assert client._next_turn.is_set, "nothing else would bring another turn: stderr has taken all"
+    due = alice.loop.timers.next_time()
+    assert due <= alice.loop.now(), "nothing else would bring another turn: stderr has taken all"
     client.settle()
-    assert client._ending == "end"
+    assert client.leaving.ending
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -1011,14 +1023,14 @@ def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
         datagram = encode("chat", {"from": "mallory", "to": "bob", "stream": stream, "n": 9, "base": 5, "text": ["x"]})
         world.network.send(mallory, datagram, bob.address)
         world.run(0.1)
-        assert len(bob.client.output._chunks) <= 50 and bob.client._inbox._kept <= 50
-        assert len(bob.client._inbox.holding) <= 50
+        assert len(bob.client.display.output._chunks) <= 50 and bob.client.inbox._kept <= 50
+        assert len(bob.client.inbox.holding) <= 50
 
 
 def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_silent() -> None:
     loop, sent = DeskLoop(), []
     given, found = ("192.0.2.1", 4119), ("192.0.2.2", 4119)
-    alice = Client(loop, lambda datagram, address: sent.append((datagram, address)), Output(len), "alice", given)
+    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice", given)
 
     def last(tag: str) -> tuple[Info, Address]:
         return next((info, to) for datagram, to in reversed(sent) for name, info in maps_of(datagram) if name == tag)
@@ -1038,12 +1050,12 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
     table = protocol.table_map(0, 1, [["alice", "192.0.2.9", 9, "online"]])
     alice.receive(addressed(b"x" * 16, table), found)
     wait(PING_INTERVAL * 1.5 + 6)
-    assert alice._outbox.lost and {to for _, to in sent[-12:]} == {given, found}, "it is looked for at both"
+    assert alice.link.is_silent and {to for _, to in sent[-12:]} == {given, found}, "it is looked for at both"
     for address in (given, found):
-        alice._outbox.lost = True
+        alice.link.announce_silence()
         alice.receive(addressed(b"x" * 16), address)
         wait(0.1)
-        assert not alice._outbox.lost, "and heard from both"
+        assert not alice.link.is_silent, "and heard from both"
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1055,7 +1067,7 @@ def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pyte
         for number in range(200):
             life.type(f"send bob {life.nick}-{number} " + "x" * 600)
     world.run(5)
-    assert bob.client._inbox.buffered <= 40
+    assert bob.client.inbox.buffered <= 40
     bob.screen.set_rate(float("inf"))
     world.run(60)
     assert all(message.closing == "received" for life in lives for message in life.typed)
@@ -1212,11 +1224,11 @@ def test_of_two_processes_with_one_identity_the_running_one_keeps_the_nick_and_a
     second = world.client("bob")
     world.run(3)
     assert second.lines == ["[Nickname bob is taken.]", "[Exiting]"] and first.alive
-    assert first.client.table.is_online("bob")
+    assert first.client.table_sync.table.is_online("bob")
     first.crash()
     third = world.client("bob")
     world.run(3)
-    assert third.lines[0] == WELCOME and third.client.table.is_online("bob")
+    assert third.lines[0] == WELCOME and third.client.table_sync.table.is_online("bob")
 
 
 def test_a_nick_whose_owner_stays_away_lapses() -> None:
@@ -1313,7 +1325,7 @@ def test_while_the_disk_is_full_senders_are_told_and_everything_else_goes_on() -
     assert alice.lines.count(NO_DISK) == 1 and "alice: chat goes on" in carol.lines
     dave = world.client("dave")
     world.run(2)
-    assert dave.client.table.is_online("dave") and alice.client.table.is_online("dave")
+    assert dave.client.table_sync.table.is_online("dave") and alice.client.table_sync.table.is_online("dave")
     world.disk.failing = False
     alice.type("send bob two")
     world.run(2)
@@ -1410,18 +1422,18 @@ def test_errors_of_the_network_lose_nothing() -> None:
     clients = []
     for nick, loop, port, screen in zip(("alice", "bob"), loops[1:], ports[1:], screens):
         put: Callable[[bytes], int] = functools.partial(_put, screen)
-        clients.append(Client(loop, port.send, Output(put), nick, address))
+        clients.append(Client(loop, port.send, Display(Output(put)), nick, address))
         port.receive, loop.settle = clients[-1].receive, clients[-1].settle
         clients[-1].start()
     for loop in loops:
         loop.timers.call_at(loop.now(), functools.partial(_tick, loop))
     end = time.monotonic() + DEADLINE
-    while not all(client.table.is_online(nick) for client in clients for nick in ("alice", "bob")):
+    while not all(client.table_sync.table.is_online(nick) for client in clients for nick in ("alice", "bob")):
         assert time.monotonic() < end, screens
         turn_all(loops)
     for sock in faulty:
         sock.failing = True
-    clients[0].feed(b"".join(b"send bob %d %500d\n" % (number, number) for number in range(300)))
+    clients[0].shell.feed(b"".join(b"send bob %d %500d\n" % (number, number) for number in range(300)))
     while screens[0].count(b"[Message") < 300 or screens[1].count(b"alice: ") < 300:
         assert time.monotonic() < end, screens
         turn_all(loops)
@@ -1527,7 +1539,7 @@ def test_whoever_is_stopped_for_longer_than_the_silence_comes_back_by_itself(who
     for node in stopped:
         node.stop_for(registry.SILENCE * 1.5)
     world.run(250)
-    assert alice.alive and bob.alive and tables_agree(world) and alice.client.table.is_online("bob")
+    assert alice.alive and bob.alive and tables_agree(world) and alice.client.table_sync.table.is_online("bob")
     assert sorted(int(line.split()[-1]) for line in bob.lines if line.startswith("alice: ")) == list(range(20))
     assert all(message.closing in ("received", "saved") for message in alice.typed)
 
@@ -1631,8 +1643,8 @@ def test_mutants_of_the_chat_itself_end_nobody_and_leave_every_line_clean() -> N
             assert line.startswith("[") or protocol.is_nick(line.partition(": ")[0]), line
     dave = world.client("dave")
     with_no_account(world, 3)
-    assert world.server is not None and dave.client.table.is_online("dave")
-    assert contents(dave.client.table) == contents(world.server.server.registry.table)
+    assert world.server is not None and dave.client.table_sync.table.is_online("dave")
+    assert contents(dave.client.table_sync.table) == contents(world.server.server.registry.table)
 
 
 # --- the terminal ---------------------------------------------------------------------------------------------
@@ -1646,11 +1658,11 @@ def test_no_control_character_reaches_the_terminal_raw_by_chat_or_by_mail() -> N
     lines, text = len(bob.lines), "[Welcome]\n[Exiting]\x1b[2J\r" + "".join(CONTROLS)
     forge(world, alice.address, chat("alice", "bob", text), bob)
     with_no_account(world, 1)
-    assert bob.client._session is not None
+    assert bob.client.link.session is not None
     mail = encode("mail", {"to": "bob", "stream": 3, "n": 1, "base": 1,
                            "items": [["alice", 8, 1, EPOCH, [text], []], ["alice", 8, 2, float("nan"), [text], []],
                                      ["alice", 8, 3, 1e300, ["\u202eok"], []]]})
-    forge(world, SERVER, addressed(bob.client._session, mail), bob)
+    forge(world, SERVER, addressed(bob.client.link.session, mail), bob)
     with_no_account(world, 1)
     shown = bob.lines[lines:]
     assert len(shown) == 4 and all(line.startswith("alice: ") for line in shown)
