@@ -29,7 +29,7 @@ from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
 from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
-from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, encode, padded, since_of
+from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Message, encode, padded, since_of
 from registry import ONLINE, Mirror, Page
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
@@ -153,10 +153,6 @@ class ServerLink:
         """Whether the client is there for others: it has a session, or had one and gets another."""
         return self.state in (VISIBLE, RETURNING, SYNCING)
 
-    def reach(self, host: str, port: int) -> Address | None:
-        """Return an address, if it is of our family: others can be reached by way of the server alone."""
-        return (host, port) if (":" in host) == (":" in self.server[0]) else None
-
     # registering
 
     def start(self) -> None:
@@ -170,11 +166,8 @@ class ServerLink:
         self._cookie = None
         self._registration.start()
 
-    def _send_reg(self) -> None:
-        self._cookies_left = COOKIES_PER_ATTEMPT
-        self._emit_reg()
-
-    def _emit_reg(self) -> None:
+    def _send_reg(self, cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
+        self._cookies_left = cookies_left
         info: Info = {"id": self._reg_id, "nick": self._nick}
         if self._cookie is not None and self._server_id is not None:
             info["cookie"] = self._cookie
@@ -185,12 +178,11 @@ class ServerLink:
     def on_cookie(self, info: Info, address: Address) -> None:
         """Prove our address. The cookie counts from any address: only the server that got the request knows its id."""
         if info["id"] == self._reg_id and self._registration.is_running and self._cookies_left:
-            self._cookies_left -= 1
             if address != self.server:
                 log.info("the server answers from %s", show_address(address))
                 self.server, self.other_server = address, self.server
             self._server_id, self._cookie = info["server"], info["cookie"]
-            self._emit_reg()
+            self._send_reg(self._cookies_left - 1)
 
     def on_welcome(self, info: Info) -> None:
         """Begin a session."""
@@ -283,16 +275,14 @@ class ServerLink:
         self._pings[id_] = self._loop.now()
         while len(self._pings) > PINGS_REMEMBERED:
             self._pings.popitem(last=False)
-        self._ask("ping", {"id": id_, "session": session, "version": self._table_version()})
-
-    def _ask(self, tag: str, info: Info) -> None:
-        self._send(padded(tag, info, SESSION_SIZE), self.server)
+        info: Info = {"id": id_, "session": session, "version": self._table_version()}
+        self._send(padded("ping", info, SESSION_SIZE), self.server)
 
     def sync(self, version: int) -> bool:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
         if not self.is_registered or self.session is None:
             return False
-        self._ask("sync", {"session": self.session, "version": version})
+        self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.server)
         return True
 
     def _ping_unanswered(self) -> None:
@@ -336,7 +326,8 @@ class ServerLink:
         self._ping.stop()
         self._ping_timer.cancel()
         if self.state is LEAVING:
-            self._left()
+            self._owner.on_left()
+            self.close()
             return
         self._owner.on_session_lost()
         if self.state is VISIBLE:
@@ -363,16 +354,13 @@ class ServerLink:
 
     def _send_dereg(self) -> None:
         if self.session is not None:
-            self._ask("dereg", {"session": self.session})
+            self._send(padded("dereg", {"session": self.session}, SESSION_SIZE), self.server)
 
     def on_bye(self, info: Info) -> None:
         """Accept the answer to a deregistration."""
         if self.state is LEAVING and info["session"] == self.session:
-            self._left()
-
-    def _left(self) -> None:
-        self._owner.on_left()
-        self.close()
+            self._owner.on_left()
+            self.close()
 
     def stop_asking(self) -> None:
         """Neither register nor ping any more."""
@@ -426,7 +414,11 @@ class TableSync(Mirror):
         entry = self.table.get(nick)
         if entry is None:
             return None
-        return Place(entry.state == ONLINE, self._link.reach(entry.host, entry.port))
+        return Place(entry.state == ONLINE, self.reach(entry.host, entry.port))
+
+    def reach(self, host: str, port: int) -> Address | None:
+        """Return an address, if it is of our family: others can be reached by way of the server alone."""
+        return (host, port) if (":" in host) == (":" in self._link.server[0]) else None
 
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
@@ -473,6 +465,8 @@ class TableSync(Mirror):
 
     def on_table(self, info: Info) -> None:
         """Accept a page of the table."""
+        if not self._link.is_registered:
+            return
         changed = self.apply(Page(since_of(info), info["version"], info["set"]))
         if changed is None:
             self.ask_soon()
@@ -719,15 +713,17 @@ class Leaving:
 
     def settle(self, may_end: Callable[[], bool]) -> None:
         """Take the next step; ``may_end``: returns whether the end of stdin counts."""
-        shell = self._shell
-        if not self.is_under_way and (self._stay or not shell.has_ended):
+        input_ended = self._shell.has_ended and not self._stay
+        if not (self.is_under_way or input_ended):
             return
         if self.command is Reason.QUIT and not self.ending:
             self._end(Reason.QUIT)
-        if shell.has_ended and not (shell.waiting or self._stay) and may_end():
+        if input_ended and not self._shell.waiting and may_end():
             self._end(Reason.END_OF_INPUT)
-        if self.is_over or self._link.state is LEAVING or not self.is_under_way:
-            return
+        if self.is_under_way and not self.is_over and self._link.state is not LEAVING:
+            self._go_on()
+
+    def _go_on(self) -> None:
         is_late = self._loop.now() >= self._deadline
         if not is_late and not self._sending.outbox.is_settled:
             return
@@ -749,8 +745,7 @@ class Leaving:
     def _end(self, why: Reason, limit: float = NEVER) -> None:
         """Begin the orderly end, which takes at most about ``limit`` seconds."""
         self.ending = why
-        if why is Reason.QUIT:
-            self._shell.clear()     # what stands behind ``quit`` was not meant to be done; else, it was
+        self._shell.close(forget=why is Reason.QUIT)    # what stands behind ``quit`` was not meant to be done
         if limit < NEVER:
             self._deadline = self._loop.now() + limit
             self._loop.call_at(self._deadline, lambda: None)
@@ -828,7 +823,7 @@ SELF_PROVING = frozenset({"welcome", "pong", "refused", "bye"})
 class Client:
     """One user. Commands come in by ``shell``, datagrams by ``receive``, lines go to the display.
 
-    ``settle`` ends each turn. ``wants_input`` says whether commands may be read; ``exit_code`` is None until the end.
+    ``settle`` ends each turn. ``wants_input`` says whether commands may be read.
     """
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Address,
@@ -856,18 +851,13 @@ class Client:
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack}
         self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self._on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
+            "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
             "mail": self._on_mail, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
             "refused": self.link.on_refused, "bye": self.link.on_bye}
 
     def start(self) -> None:
         """Come online."""
         self.link.start()
-
-    @property
-    def exit_code(self) -> int | None:
-        """The exit code of the program; None until the end."""
-        return self.leaving.exit_code
 
     # datagrams
 
@@ -888,8 +878,11 @@ class Client:
                     link.on_cookie(info, address)
                 elif tag in self._from_peers and (link.is_registered or link.state is LEAVING):
                     self._from_peers[tag](info, address)
-            return
-        is_trusted = False
+        else:
+            self._receive_from_server(messages, address)
+
+    def _receive_from_server(self, messages: Sequence[Message], address: Address) -> None:
+        link, is_trusted = self.link, False
         for tag, info in messages:
             if tag == "for":
                 is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES]
@@ -912,11 +905,7 @@ class Client:
 
     def _on_exists(self, info: Info) -> None:
         _, host, port, _ = info["entry"]
-        self.outbox.on_exists(self._loop.now(), info, self.link.reach(host, port))
-
-    def _on_table(self, info: Info) -> None:
-        if self.link.is_registered:
-            self.table_sync.on_table(info)
+        self.outbox.on_exists(self._loop.now(), info, self.table_sync.reach(host, port))
 
     def _on_mail(self, info: Info) -> None:
         if info["to"] == self.nick and self.table_sync.is_of_this_boot:
@@ -1042,19 +1031,6 @@ class Client:
     def wants_input(self) -> bool:
         """Whether stdin may be read now."""
         return self._may_read and not (self.leaving.ending or self.leaving.is_over)
-
-    def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Accept lines that were typed at a terminal."""
-        if not self.leaving.ending:
-            self.shell.enter(lines, pasted)
-
-    def interrupt(self) -> None:
-        """Ctrl-C or SIGTERM: end in order; the second time, at once."""
-        self.leaving.interrupt()
-
-    def reader_gone(self) -> None:
-        """End: nobody reads stdout any more."""
-        self.display.output.give_up()
 
     # the end of a turn
 

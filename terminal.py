@@ -786,6 +786,7 @@ class Shell:
         self._display = display
         self._receipts = receipts
         self._queue = queue
+        self._is_closed = False
         self._reader = CommandReader(display.formatter.is_for_programs)
         self.waiting = self._reader.waiting     # what was read and not carried out
         self._commands: dict[str, Callable[[str, Sequence[str]], None]] = {
@@ -811,16 +812,19 @@ class Shell:
         self._reader.feed(data)
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
-        """Accept lines that were typed at a terminal, see ``CommandReader``."""
-        self._reader.enter(lines, pasted)
+        """Accept lines that were typed at a terminal, see ``CommandReader``; none once the client is about to end."""
+        if not self._is_closed:
+            self._reader.enter(lines, pasted)
 
     def put(self, nick: str, text: str) -> None:
         """Accept one text for one nick, as if it had come in by ``feed``."""
         self._reader.put(SendCommand(nick, [text]))
 
-    def clear(self) -> None:
-        """Forget the commands that wait."""
-        self._reader.clear()
+    def close(self, forget: bool) -> None:
+        """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""
+        self._is_closed = True
+        if forget:
+            self._reader.clear()
 
     # carrying out
 
@@ -943,7 +947,7 @@ class Shell:
                 if name == "talk" or (name == "end" and self._reader.talk):
                     self._commands[name](name, words)       # it says to whom the lines behind it were to go
                 elif name == "quit":
-                    self.clear()                            # what stands behind it was not meant to be done
+                    self._reader.clear()                    # what stands behind it was not meant to be done
 
     # completion
 
@@ -970,22 +974,26 @@ class RunningClient(Protocol):
     """What the console asks of the client."""
 
     @property
-    def exit_code(self) -> int | None: ...                  # None until the end
-    @property
     def wants_input(self) -> bool: ...                      # stdin may be read
     def settle(self) -> None: ...                           # end a turn
+
+
+class LeavingClient(Protocol):
+    """What the console asks of the part of the client that knows the end."""
+
+    exit_code: int | None                                   # None until the end
+
     def interrupt(self) -> None: ...                        # leave in order; the second time, at once
-    def enter(self, lines: Sequence[str], pasted: bool) -> None: ...        # accept lines that were typed
-    def reader_gone(self) -> None: ...                      # leave: nobody reads stdout
 
 
 class Console:
     """Connects a client to the standard streams. Each is watched only while something is wanted of it."""
 
-    def __init__(self, loop: SelectorLoop, client: RunningClient, shell: Shell, display: Display, reader: Reader,
-                 writer: Writer, errors: Writer) -> None:
+    def __init__(self, loop: SelectorLoop, client: RunningClient, leaving: LeavingClient, shell: Shell,
+                 display: Display, reader: Reader, writer: Writer, errors: Writer) -> None:
         self._loop = loop
         self._client = client
+        self._leaving = leaving
         self._shell = shell
         self._display = display
         self._reader = reader
@@ -1017,7 +1025,7 @@ class Console:
     def _settle(self) -> None:
         client, display = self._client, self._display
         client.settle()
-        if client.exit_code is not None:
+        if self._leaving.exit_code is not None:
             self._loop.stop()
             return
         wanted = (client.wants_input if self._editor is None else self._is_open,
@@ -1048,9 +1056,9 @@ class Console:
 
     def _act(self, action: Action) -> None:
         if action.kind == "submit":
-            self._client.enter(action.lines, action.pasted)
+            self._shell.enter(action.lines, action.pasted)
         elif action.kind == "interrupt":
-            self._client.interrupt()
+            self._leaving.interrupt()
         else:
             self._shell.feed(b"")
 
@@ -1059,4 +1067,4 @@ class Console:
 
     def _on_reader_gone(self) -> None:
         self._loop.watch(self._writer.fd, selectors.EVENT_READ, None)
-        self._client.reader_gone()
+        self._display.output.give_up()

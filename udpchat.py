@@ -504,10 +504,10 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)
     port.receive = client.receive
-    console = Console(loop, client, client.shell, display, reader, writer, error_writer)
+    console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     for number in ENDING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.on_signal(number, client.interrupt)
+            loop.on_signal(number, client.leaving.interrupt)
     if options.mode == "send":
         for recipient in options.nicks:
             client.shell.put(recipient, text)
@@ -521,7 +521,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     finally:
         console.close()
         loop.close()
-    return client.exit_code or 0
+    return client.leaving.exit_code or 0
 
 
 def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output] | None:

@@ -649,11 +649,11 @@ class Life(Node):
         """What happened to the standard streams: signals, the end of the reader, and stdin if it is wanted."""
         client = self.client
         if self.screen.gone and self.screen.is_pipe and not self.display.output.broken:
-            client.reader_gone()
+            client.display.output.give_up()
         for _ in range(self._signals):
             self._signals -= 1
             self.was_interrupted = True
-            client.interrupt()
+            client.leaving.interrupt()
         if not self._stdin and (self._eof_read or not self._eof) or not client.wants_input:
             return
         if self._stdin:
@@ -676,8 +676,8 @@ class Life(Node):
         client.settle()
         if self.display.output.pending > MAX_PENDING:
             raise Violation(f"{self.name} has {self.display.output.pending} bytes for stdout")
-        if client.exit_code is not None:
-            self._exit(client.exit_code)
+        if client.leaving.exit_code is not None:
+            self._exit(client.leaving.exit_code)
             return
         if (self._stdin or self._eof and not self._eof_read) and client.wants_input:
             self.wake(self.world.now)
