@@ -335,7 +335,7 @@ CHOSEN = {
     "attempts of a request": "conversation.SERVER_ATTEMPTS",
     "interval between them": "conversation.SERVER_INTERVAL",
     "keepalive": "client.PING_INTERVAL",
-    "ping of a silent server": "client.LOST_PING_INTERVAL",
+    "ping of a silent server": "client.OUTAGE_PING_INTERVAL",
     "progress on one route": "conversation.STALL_TIMEOUT",
     "progress on all routes together": "conversation.STUCK_TIMEOUT",
     "relay": "conversation.RELAY_TIME",
