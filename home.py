@@ -1,4 +1,13 @@
-"""What lies in the user's directories."""
+"""What lies in the user's directories: where state is kept, and the secret that proves whose a nick is.
+
+Rules of this file
+------------------
+- It knows nothing of chat. What goes wrong with a file is an OSError, for the command line to tell.
+- A file appears whole or not at all, and only its owner can read it.
+
+A nick belongs to whoever registered it first. The proof is a token, made of the user's secret for one server and one
+nick: a server that learns it can use it nowhere else. The server keeps only a hash of it (see ``registry``).
+"""
 from __future__ import annotations
 
 import errno
@@ -6,21 +15,21 @@ import os
 
 
 def state_home() -> str:
-    """The user's directory for state (XDG_STATE_HOME, or ~/.local/state), with ours in it."""
+    """Return our directory in the user's directory for state (XDG_STATE_HOME, or ~/.local/state)."""
     return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "udpchat")
 
 
-SECRET_BYTES = 32
+SECRET_BYTES = 32         # of randomness: nobody guesses it
 
 
 def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
-    """The proof that a nick is one's own, good at one server only: HMAC-SHA256 (RFC 2104)."""
+    """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
     import hmac
     return hmac.digest(secret, server_id + nick.encode(), "sha256")
 
 
 def load_secret(path: str) -> bytes:
-    """The secret in the file ``path``, which is made (0600, whole or not at all) if there is none. Raises OSError."""
+    """Return the secret in the file ``path``; make the file (0600) if there is none. Raise OSError."""
     try:
         with open(path, "rb") as file:
             secret = bytes.fromhex(file.read(1024).decode("ascii", "replace").strip())

@@ -1,38 +1,26 @@
 #!/usr/bin/env python3
-"""What happens: the event loop, the server and the client that run on it, and the command line.
+"""UdpChat, a chat over bare UDP that a shell script can trust: the command line, and nothing else.
 
 Rules of this file
 ------------------
-- One thread, one selector, one heap of timers. Nothing blocks but the selector's own wait (and SQLite's commit).
-- ``Server`` and ``Client`` do not know each other, and touch nothing impure but what the loop hands them: ``now``,
-  ``wall``, ``call_at``, ``random``, a function that sends a datagram, an ``Output``; beside that, they write to the
-  log. So tests run the very same objects in a simulated world.
-- Dispatch is a table from tag or command to method.
-
-One turn of the loop
---------------------
-    wait     until a descriptor is ready or the first timer is due
-    read     every ready descriptor, bounded, so that no source starves another (of a socket, one datagram after a wait)
-    run      every timer that is due
-    settle   once, in this order: commit the store; send what windows allow; write stdout; send acks for what store
-             and stdout have really taken
-
-``now`` is taken once, after the wait, and holds until the turn has ended.
-
-"Persist, then show, then acknowledge" is what makes an ack a promise. A timeout that would call somebody dead acts only
-when the socket was read empty (``calm``), and the time in which this process itself did not run does not count.
+- It reads arguments, the environment and the standard descriptors, makes the parts and hands them to each other. What
+  they do is said in their own modules: ``server`` and ``client`` run on ``loop``; ``terminal`` and ``editor`` are what
+  a person or a script sees; ``conversation``, ``stream`` and ``protocol`` are what travels; ``registry`` is what the
+  server remembers, ``home`` what the user owns. See docs/architecture.md.
+- A wrong argument is one line on stderr and exit 2 (``Usage``); what fails is one line and exit 1 (``Failure``).
+- It is short: when it is run as a script, Python compiles it each time.
 """
 from __future__ import annotations
 
-# The start of the program is measured (tests/bench.py): what takes long to import is imported where it is used, and
-# the garbage collector does not look at what is imported, now and again, since all of it stays.
+# The start of the program is measured (tests/bench.py). What takes long to import is imported where it is used. And the
+# garbage collector rests meanwhile: all that is imported stays, so there is nothing to collect.
 import gc
 if gc.isenabled():
     gc.disable()
 import signal
 import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # whoever is interrupted while it imports prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports prints no traceback
 import argparse
 import errno
 import functools
@@ -68,11 +56,15 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
 STDIN, STDOUT, STDERR = 0, 1, 2
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
-                  signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client at once, and leave its terminal as it is
+                  signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
 
 
 class Usage(Exception):
-    """The arguments are wrong; the text says how, in one line."""
+    """The arguments are wrong; the text says how, in one line. Exit 2."""
+
+
+class Failure(Exception):
+    """The program cannot do what it was asked; the text says why, in one line. Exit 1."""
 
 
 class Formatter(argparse.HelpFormatter):
@@ -93,12 +85,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raises Usage."""
+        """Raise Usage."""
         raise Usage(message)
 
 
 def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
-    """An argument type: a whole number in [low, high]."""
+    """Return an argument type: a whole number in [low, high]."""
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
@@ -107,7 +99,7 @@ def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
 
 
 def add_log_options(parser: Parser) -> None:
-    """The arguments that every mode has."""
+    """Add the arguments that every mode has."""
     parser.add_argument("--log-level", default="warning", choices=LEVELS,
                         help="what is logged: this and what is more important (default: %(default)s)")
     parser.add_argument("--log-file", metavar="PATH", help="append the log to this file (default: it goes to stderr)")
@@ -116,7 +108,7 @@ def add_log_options(parser: Parser) -> None:
 
 
 def nick_argument(text: str) -> str:
-    """An argument type: a nick."""
+    """Return a nick: an argument type."""
     nick = unicodedata.normalize("NFC", text)
     if not is_nick(nick):
         raise argparse.ArgumentTypeError(f"{text!r} is not a nick: 1 to {MAX_NICK} letters, digits, _ . -")
@@ -124,12 +116,12 @@ def nick_argument(text: str) -> str:
 
 
 def nicks_argument(text: str) -> list[str]:
-    """An argument type: nicks, with commas between them; each counts once."""
+    """Return nicks, which have commas between them, each once: an argument type."""
     return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
 
 
 def build_parser(mode: str = "") -> Parser:
-    """The command line of the program; only the arguments of ``mode`` are there, to start sooner."""
+    """Return the parser of the command line; only the arguments of ``mode`` are there, to start sooner."""
     parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
                     epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client.")
     parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
@@ -143,7 +135,7 @@ def build_parser(mode: str = "") -> Parser:
 
 
 def add_server_options(server: Parser) -> None:
-    """The arguments of ``udpchat server``."""
+    """Add the arguments of ``udpchat server``."""
     server.add_argument("port", nargs="?", type=whole_number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
                         help="default: %(default)s; 0: any")
     server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
@@ -165,7 +157,7 @@ def add_server_options(server: Parser) -> None:
 
 
 def add_client_options(client: Parser) -> None:
-    """The arguments of ``udpchat client``."""
+    """Add the arguments of ``udpchat client``."""
     client.add_argument("nick", nargs="?", metavar="NICK", help="default: UDPCHAT_NICK, or the login name")
     client.add_argument("server_host", nargs="?", metavar="SERVER-HOST",
                         help="default: UDPCHAT_SERVER (HOST[:PORT]), or 127.0.0.1")
@@ -183,7 +175,7 @@ def add_client_options(client: Parser) -> None:
 
 
 def add_send_options(send: Parser) -> None:
-    """The arguments of ``udpchat send``."""
+    """Add the arguments of ``udpchat send``."""
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
     send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
@@ -195,7 +187,7 @@ def add_send_options(send: Parser) -> None:
 
 
 def add_chat_options(parser: Parser) -> None:
-    """The arguments of everybody who chats."""
+    """Add the arguments that ``client`` and ``send`` share."""
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
     parser.add_argument("--quiet", action="store_true", help="show messages only, no status lines")
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
@@ -217,7 +209,7 @@ SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line as options; raises Usage."""
+    """Return the command line as options. Raise Usage."""
     words = list(arguments)
     if words and words[0] in SHORT_FORMS:
         words[0] = SHORT_FORMS[words[0]]
@@ -232,7 +224,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.AddressFamily, Address]:
-    """The first address of ``host``; raises Usage if it has none."""
+    """Return the first address of ``host``, and its family. Raise Usage if it has none."""
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
         found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
@@ -244,7 +236,7 @@ def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.Address
 
 
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
-    """A UDP socket bound to ``address``. Raises OSError."""
+    """Return a UDP socket bound to ``address``. Raise OSError."""
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         if family == socket.AF_INET6:
@@ -257,7 +249,7 @@ def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
 
 
 def complain(text: str) -> None:
-    """One line on stderr."""
+    """Write one line to stderr."""
     try:
         os.write(STDERR, f"udpchat: {clean(text)}\n".encode("utf-8", "replace"))
     except OSError:
@@ -265,16 +257,13 @@ def complain(text: str) -> None:
 
 
 def run_server(options: argparse.Namespace) -> int:
-    """Runs a server until a signal; gives the exit code."""
+    """Run a server until a signal; return the exit code. Raise Usage and Failure."""
     family, address = resolve(options.host, options.port, passive=True)
     try:
         sock = bind(family, address)
     except OSError as error:
-        complain(f"cannot listen at {show_address(address)}: {error.strerror}")
-        return EXIT_FAILED
+        raise Failure(f"cannot listen at {show_address(address)}: {error.strerror}") from None
     mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
-    if mailbox is None:
-        return EXIT_FAILED
     loop = SelectorLoop()
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     port = UdpSocket(sock, loop)
@@ -302,18 +291,18 @@ def run_server(options: argparse.Namespace) -> int:
 
 
 def is_at_terminal() -> bool:
-    """Whether somebody started this by hand, and wants it to end when the window is closed."""
+    """Return whether somebody started this by hand, and wants it to end when the window is closed."""
     return any(os.isatty(fd) for fd in (STDIN, STDOUT, STDERR))
 
 
 def how_to_join(where: Address) -> str:
-    """What to type on another machine, in one line."""
+    """Return what to type on another machine, in one line."""
     program = "python udpchat.py" if sys.argv[0].endswith(".py") else "udpchat"
     return f"[Join with: {program} client NICK {reachable(where[0])} {where[1]}]\n"
 
 
 def reachable(host: str) -> str:
-    """The address at which others reach a server that listens at ``host``: of all, the one that leads out."""
+    """Return the address at which others reach a server that listens at ``host``: of all, the one that leads out."""
     if host not in ("0.0.0.0", "::"):
         return host
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # RFC 5737, RFC 3849
@@ -328,7 +317,7 @@ def reachable(host: str) -> str:
 
 
 def announce(line: str) -> None:
-    """Writes a line to stdout, whatever that is."""
+    """Write a line to stdout, whatever that is."""
     try:
         os.write(STDOUT, line.encode())
     except OSError as error:
@@ -336,44 +325,41 @@ def announce(line: str) -> None:
 
 
 def default_store(port: int) -> str:
-    """Where the store of the server at ``port`` is."""
+    """Return where the store of the server at ``port`` is."""
     return os.path.join(state_home(), f"server-{port}.db")
 
 
-def open_store(path: str) -> Mailbox | None:
-    """The store at ``path``, in a directory that is made if it is ours; None if that was not possible, and says so."""
+def open_store(path: str) -> Mailbox:
+    """Open or make the store at ``path``, and its directory if it is ours. Raise Failure."""
     try:
         if os.path.dirname(path) == state_home():
             os.makedirs(state_home(), mode=0o700, exist_ok=True)
         return Mailbox(path, os.urandom(SESSION_BYTES))
     except OSError as error:
-        complain(f"cannot make {state_home()}: {error.strerror}")
+        raise Failure(f"cannot make {state_home()}: {error.strerror}") from None
     except StoreError as error:
-        complain(str(error))
-    return None
+        raise Failure(str(error)) from None
 
 
 def forget(options: argparse.Namespace) -> int:
-    """Frees a nick in a store that no server has open; gives the exit code."""
+    """Free a nick in a store that no server has open; return the exit code. Raise Failure."""
     path = options.store or default_store(options.port)
     if not os.path.exists(path):
-        complain(f"there is no store {path}")
-        return EXIT_FAILED
+        raise Failure(f"there is no store {path}")
     mailbox = open_store(path)
-    if mailbox is None:
-        return EXIT_FAILED
     known = mailbox.known.get(options.forget)
     done = known is not None and Registry(mailbox).forget(options.forget) and mailbox.commit(time.time())
     mailbox.close()
-    if not done or known is None:
-        complain(f"{options.forget} is not known" if known is None else f"the store {path} cannot be written")
-        return EXIT_FAILED
+    if known is None:
+        raise Failure(f"{options.forget} is not known")
+    if not done:
+        raise Failure(f"the store {path} cannot be written")
     log.warning("%s is forgotten, with %d messages", known.nick, known.messages)
     return 0
 
 
 def secret_of(options: argparse.Namespace) -> bytes | None:
-    """The user's secret, None for an anonymous client."""
+    """Return the user's secret, None for an anonymous client. Raise Usage."""
     if options.anonymous:
         return None
     path = options.identity or os.path.join(state_home(), "identity")
@@ -387,7 +373,7 @@ def secret_of(options: argparse.Namespace) -> bytes | None:
 
 
 def login_name() -> str:
-    """The name of the user; raises Usage if that is no nick."""
+    """Return the name of the user. Raise Usage if that is no nick."""
     import getpass
     try:
         return nick_argument(getpass.getuser())
@@ -396,7 +382,7 @@ def login_name() -> str:
 
 
 def own_nick(given: str | None) -> str:
-    """The nick of this client: as given, as UDPCHAT_NICK says, or the login name; raises Usage if that is none."""
+    """Return our nick: as given, as UDPCHAT_NICK says, or the login name. Raise Usage if that is none."""
     wanted = given if given is not None else os.environ.get("UDPCHAT_NICK") or None
     try:
         return nick_argument(wanted) if wanted is not None else login_name()
@@ -405,14 +391,14 @@ def own_nick(given: str | None) -> str:
 
 
 def server_of(options: argparse.Namespace) -> tuple[str, int]:
-    """Where the server is: as given, or as UDPCHAT_SERVER says (HOST[:PORT]), or here; raises Usage."""
+    """Return where the server is: as given, as UDPCHAT_SERVER says (HOST[:PORT]), or here. Raise Usage."""
     if options.server_host is not None:
         return options.server_host, DEFAULT_PORT if options.server_port is None else options.server_port
     return server_argument(options.server or os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
 
 
 def server_argument(text: str) -> tuple[str, int]:
-    """``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address; raises Usage."""
+    """Return host and port of ``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address. Raise Usage."""
     parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
     if parts is None:
         return text, DEFAULT_PORT       # an IPv6 address
@@ -425,7 +411,7 @@ def server_argument(text: str) -> tuple[str, int]:
 
 def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
                   style: Style) -> TextFormatter:
-    """How events are told: as objects, as plain lines, or as lines for people."""
+    """Return how events are told: as objects, as plain lines, or as lines for people."""
     hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
     if options.json:
         return JsonFormatter(nick, wall, hidden)
@@ -434,14 +420,10 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
                          options.bell and is_terminal)
 
 
-class NoText(Exception):
-    """What is to be sent did not come whole; the text says why."""
-
-
 def text_to_send(options: argparse.Namespace, end: float) -> str:
-    """What ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end.
+    """Return what ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end.
 
-    ``end``: when that must be there, by the monotonic clock. Raises NoText.
+    ``end``: when that must be there, by the monotonic clock. Raise Failure.
     """
     if options.text:
         return " ".join(options.text).encode("utf-8", "replace").decode()
@@ -450,20 +432,20 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
         while len(data) <= STDIN_LIMIT:
             left = end - time.monotonic()
             if left <= 0:
-                raise NoText("the text did not come in time")
+                raise Failure("nothing was sent: the text did not come in time")
             if select.select([STDIN], [], [], min(left, MAX_WAIT))[0]:
                 more = read_some(STDIN)
                 if more == b"":
                     break
                 data += more or b""
     except OSError as error:
-        raise NoText(f"cannot read stdin: {error.strerror}") from None
+        raise Failure(f"nothing was sent: cannot read stdin: {error.strerror}") from None
     return data.decode("utf-8", "replace").rstrip("\n")
 
 
 def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style,
                complete: Callable[[str], tuple[int, list[str]]]) -> Prompt | None:
-    """What stands at the bottom of the terminal; None where there is none. ``is_terminal``: stdin is one, too."""
+    """Return what stands at the bottom of the terminal, if anything does. ``is_terminal``: stdin is one, too."""
     is_dumb = os.environ.get("TERM") == "dumb"
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
@@ -477,22 +459,17 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
-    """Runs a client, or sends one message; gives the exit code."""
+    """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     nick = own_nick(options.nick)
     family, server = resolve(*server_of(options))
     end = time.monotonic() + (options.timeout or NEVER)
-    try:
-        text = text_to_send(options, end) if options.mode == "send" else ""
-    except NoText as error:
-        complain(f"nothing was sent: {error}")
-        return EXIT_FAILED
+    text = text_to_send(options, end) if options.mode == "send" else ""
     secret = secret_of(options)
     loop = SelectorLoop()
     try:
         sock = bind(family, ("::" if family == socket.AF_INET6 else "0.0.0.0", options.client_port))
     except OSError as error:
-        complain(f"cannot use port {options.client_port}: {error.strerror}")
-        return EXIT_FAILED
+        raise Failure(f"cannot use port {options.client_port}: {error.strerror}") from None
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
@@ -505,9 +482,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         log.output = Output(display.show_log)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
-    for number in ENDING_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.on_signal(number, client.leaving.interrupt)
+    end_in_order_on_signals(loop, client.leaving.interrupt)
     if options.mode == "send":
         for recipient in options.nicks:
             client.shell.put(recipient, text)
@@ -524,8 +499,15 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     return client.leaving.exit_code or 0
 
 
-def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output] | None:
-    """Sets up the log; gives stderr, and what waits for it. None if the file cannot be opened, and says so."""
+def end_in_order_on_signals(loop: SelectorLoop, interrupt: Callable[[], None]) -> None:
+    """Call ``interrupt`` in the loop for each signal that would end the program, but for those that are ignored."""
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.on_signal(number, interrupt)
+
+
+def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output]:
+    """Set up the log; return stderr and its backlog. Raise Failure if the log file cannot be opened."""
     writer = Writer(STDERR)
     output = Output(writer.put)
     log.level, log.output = LEVELS.index(options.log_level), output
@@ -535,13 +517,12 @@ def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output] | None:
         try:
             log.write_to(LogFile(options.log_file))
         except OSError as error:
-            complain(f"cannot open the log {options.log_file}: {error.strerror}")
-            return None
+            raise Failure(f"cannot open the log {options.log_file}: {error.strerror}") from None
     return writer, output
 
 
 def keep_standard_descriptors() -> None:
-    """Keeps sockets and files from taking the place of a standard stream that is closed."""
+    """Keep sockets and files from taking the place of a standard stream that is closed."""
     while True:
         fd = os.open(os.devnull, os.O_RDONLY)
         if fd > STDERR:
@@ -550,9 +531,10 @@ def keep_standard_descriptors() -> None:
 
 
 def end_at_once_on_signals(sends: bool) -> None:
-    """Until the loop takes signals: while modules are imported, a name is looked up, a file or a text is read.
+    """End at once on SIGINT and SIGTERM, until the loop takes signals.
 
-    An exception would do, but where Python calls back by itself (in an import, say) it is printed and gets lost.
+    Meanwhile a name is looked up, a file or a text is read. An exception would not do: where Python calls back by
+    itself (in an import, say) it is printed and gets lost.
     """
     def end(*_: object) -> None:
         if sends:
@@ -564,7 +546,7 @@ def end_at_once_on_signals(sends: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; gives the exit code."""
+    """Run the program; return its exit code."""
     keep_standard_descriptors()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
@@ -574,14 +556,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(words)
         errors = set_up_log(options)
-        if errors is None:
-            return EXIT_FAILED
         if options.mode != "server":
             return run_client(options, *errors)
         return run_server(options) if options.forget is None else forget(options)
     except Usage as error:
         complain(str(error))
         return EXIT_USAGE
+    except Failure as error:
+        complain(str(error))
+        return EXIT_FAILED
     except OSError as error:        # what nobody has foreseen: too few descriptors, say
         complain(error.strerror or str(error))
         return EXIT_FAILED
