@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from typing import (Any, NamedTuple)
 from collections.abc import Callable, Sequence
 
-from protocol import (MAX_DATAGRAM, MAX_TEXT, PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Address, Decoder, Info,
+from protocol import (MAX_TEXT, PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Address, Decoder, Info,
                       are_short, encode, padded, since_of, split_text)
 from stream import NEVER, SendStream
 from registry import ONLINE, Mirror, Page, Table
@@ -113,8 +113,7 @@ class Client:
 
     def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], output: Output, nick: str, server: Address,
                  secret: bytes | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
-                 mtu: int = MAX_DATAGRAM, errors: Output | None = None,
-                 lines: Lines | None = None, prompt: Prompt | None = None) -> None:
+                 errors: Output | None = None, lines: Lines | None = None, prompt: Prompt | None = None) -> None:
         self.loop = loop
         self.output = output
         self.errors = errors if errors is not None else Output(len)
@@ -164,7 +163,7 @@ class Client:
         self._table_news = False
         self._accepting = True                  # messages; no more once the program is about to leave
         # what goes out
-        self._outbox = Outbox(nick, mtu, ack_timeout)
+        self._outbox = Outbox(nick, ack_timeout)
         self._outbox_alarm = RestartableTimer(loop, lambda: None)      # the end of the turn polls it
         # commands
         self._input = Commands(self.lines.is_for_programs)

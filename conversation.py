@@ -64,11 +64,9 @@ class Conversation:
     has brought nothing on any route.
     """
 
-    def __init__(self, me: str, peer: str, stream: int, mtu: int = MAX_DATAGRAM,
-                 ack_timeout: float = ACK_TIMEOUT) -> None:
+    def __init__(self, me: str, peer: str, stream: int, ack_timeout: float = ACK_TIMEOUT) -> None:
         self.me = me
         self.peer = peer
-        self.mtu = mtu
         self.ack_timeout = ack_timeout
         self.session = bytes(SESSION_BYTES)     # the owner's, at the server
         self.events: list[Event] = []
@@ -96,7 +94,7 @@ class Conversation:
 
     def _capacity(self, route: str) -> int:
         """Bytes that the items may take in a datagram of this route: what is left beside the largest header."""
-        return self.mtu - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
+        return MAX_DATAGRAM - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
 
     def _sizes(self, texts: Sequence[str], first: int, continued: Collection[int]) -> list[int]:
         """Encoded bytes of each text: 3 for its header, 9 for its time, and 9 where ``more`` names it."""
@@ -401,11 +399,10 @@ class Outbox:
     counted for itself, and does not keep the rest waiting.
     """
 
-    def __init__(self, me: str, mtu: int = MAX_DATAGRAM, ack_timeout: float = ACK_TIMEOUT) -> None:
+    def __init__(self, me: str, ack_timeout: float = ACK_TIMEOUT) -> None:
         self._lost = False
         self._away = False
         self._me = me
-        self._mtu = mtu
         self._ack_timeout = ack_timeout
         self._session = bytes(SESSION_BYTES)
         self.conversations: dict[str, Conversation] = {}
@@ -500,7 +497,7 @@ class Outbox:
 
     def open(self, now: float, nick: str, place: Place | None, stream: int) -> None:
         """Begins a conversation with somebody not written to before; ``stream`` is a random id."""
-        conversation = Conversation(self._me, nick, stream, self._mtu, self._ack_timeout)
+        conversation = Conversation(self._me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
         conversation.session = self._session
         self._forget_idle()

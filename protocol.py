@@ -56,7 +56,7 @@ Message = tuple[str, Info]
 
 MAX_DATAGRAM = 1200       # bytes of payload that any path carries unfragmented (RFC 9000 §14)
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
-MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, a peer may use a larger --mtu
+MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is
 MAX_NUMBER = 2 ** 63 - 1  # ids, versions and stream numbers; SQLite's integers are signed 64 bit
 MAX_ITEMS = 1024          # elements of one array on the wire: bounds what a hostile header can allocate
 MAX_FIELDS = 32           # keys of one map on the wire

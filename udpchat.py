@@ -44,7 +44,7 @@ import unicodedata
 from typing import Any, NoReturn
 from collections.abc import Callable, Sequence
 
-from protocol import MAX_DATAGRAM, MAX_NICK, SESSION_BYTES, Address, is_nick
+from protocol import MAX_NICK, SESSION_BYTES, Address, is_nick
 from conversation import ACK_TIMEOUT
 from stream import NEVER
 from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, Mailbox, Registry, StoreError
@@ -201,8 +201,6 @@ def add_chat_options(parser: Parser) -> None:
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(ACK_TIMEOUT * 1000),
                         help="after which a message goes to the server (default: %(default)s)")
-    parser.add_argument("--mtu", type=whole_number(MAX_DATAGRAM, 65507, "a number of bytes"), metavar="N",
-                        default=MAX_DATAGRAM, help="largest datagram to send (default: %(default)s)")
     parser.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
     parser.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
@@ -497,7 +495,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     style = Style(wants_color(options.color, is_terminal, os.environ))
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.complete(before))
     client = Client(loop, port.send, output, nick, unmapped(server), secret, options.ack_timeout / 1000, options.stay,
-                    options.mtu, errors, lines_for(options, nick, loop, is_terminal, style), prompt)
+                    errors, lines_for(options, nick, loop, is_terminal, style), prompt)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(client.show_log)
     port.receive = client.receive

@@ -81,8 +81,6 @@ WRONG_ARGUMENTS: list[list[str | bytes]] = [
     ["client", "alice", "127.0.0.1", "4119", "0", "\x1b[2J"],
     ["client", "alice", "--ack-timeout", "0"],
     ["client", "alice", "--ack-timeout", "soon"],
-    ["client", "alice", "--mtu", "1199"],
-    ["client", "alice", "--mtu", "70000"],
     ["client", "alice", "--log-level"],
     ["client", "alice", "--identity", "/dev/null/two\nlines"],
 ]
@@ -114,7 +112,7 @@ def test_version_is_on_stdout(chat: Chat) -> None:
     ([], ["server", "client", "-s PORT", "-c NICK", "--version"]),
     (["server"], ["PORT", "4119", "--host", "--store", ":memory:", "--max-clients", "--mailbox-limit", "--log-level"]),
     (["client"], ["NICK", "SERVER-HOST", "SERVER-PORT", "CLIENT-PORT", "127.0.0.1", "4119", "--ack-timeout", "--stay",
-                  "--mtu", "--identity", "--anonymous", "--log-level"]),
+                  "--identity", "--anonymous", "--log-level"]),
     (["-s", "0"], ["PORT", "--store"]),
 ], ids=repr)
 def test_help_names_every_argument_and_its_default(chat: Chat, mode: list[str], words: list[str]) -> None:
@@ -352,14 +350,13 @@ def test_ack_timeout_says_how_long_a_client_waits_for_the_recipient(chat: Chat) 
     assert len([line for line in bob.lines if line.endswith("hello")]) == 2
 
 
-@pytest.mark.parametrize("options, most, least", [([], 1200, 1000), (["--mtu", "8000"], 8000, 2000)])
-def test_mtu_bounds_the_datagrams_of_a_client(chat: Chat, options: list[str], most: int, least: int) -> None:
+def test_a_client_sends_datagrams_of_1200_bytes_at_most(chat: Chat) -> None:
     chat.absent("bob")
     proxy = chat.proxy()
-    alice = chat.client("alice", *options, port=proxy.port)
+    alice = chat.client("alice", port=proxy.port)
     alice.feed(sends("bob", ["x" * 50] * 1000))
     assert alice.finish() == 0
-    assert least < proxy.largest <= most
+    assert 1000 < proxy.largest <= 1200
 
 
 def test_client_that_stays_receives_after_the_end_of_stdin_until_a_signal(chat: Chat) -> None:

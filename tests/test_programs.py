@@ -433,7 +433,7 @@ def test_send_says_what_became_of_the_message_and_nothing_else(chat: Chat) -> No
     assert result(run_send(chat, "bob", "hello", " there")) == (0, [received("bob")], [])
     bob.see("carl: hello  there")
     assert result(run_send(chat, "bob", "--quiet", "more")) == (0, [], [])
-    assert result(run_send(chat, "--quiet", "bob", "and", "--mtu", "1500", "more")) == (0, [], [])
+    assert result(run_send(chat, "--quiet", "bob", "and", "--ack-timeout", "1500", "more")) == (0, [], [])
     assert result(run_send(chat, "bob", "--quiet", "--", "-x")) == (0, [], [])
     assert result(run_send(chat, "bob", "--quiet", "--", "x", "--")) == (0, [], [])
     bob.see("carl: more", "carl: and more", "carl: -x")
