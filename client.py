@@ -761,7 +761,7 @@ class Client:
         number = stream.end
         sent = self._on_its_way.setdefault(nick, deque())
         for text in texts:
-            sent.append(Sent(number, f"{stream.stream}:{number}", ref, self.loop.now()))
+            sent.append(Sent(number, f"{stream.id}:{number}", ref, self.loop.now()))
             number += len(split_text(text))
 
     def _fitting(self, sends: Sends, texts: list[str]) -> list[str]:

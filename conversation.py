@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from protocol import (MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, PIECE_MEMORY, SESSION_BYTES, Address, Info,
                       are_short, encode, join_pieces, letters_of, runs_of_one_stream, split_text)
-from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, Memory, Packet, ReceiveStream, SendStream
+from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOTHING_DELIVERED, Packet, ReceiveStream, SendStream, Snapshot
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -132,9 +132,9 @@ class Conversation:
     # what the owner says
 
     @property
-    def held(self) -> int:
+    def pending(self) -> int:
         """How many numbers are not closed yet."""
-        return self.stream.held
+        return self.stream.pending
 
     @property
     def messages(self) -> int:
@@ -143,7 +143,7 @@ class Conversation:
 
     def texts(self) -> list[str]:
         """The messages that are not closed yet, in order."""
-        return join_pieces(self.stream.base, list(self.stream.items()), self.stream.continued)
+        return join_pieces(self.stream.base, list(self.stream.pending_items()), self.stream.continued)
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
         """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
@@ -185,7 +185,7 @@ class Conversation:
         self.place = place
         self._follows_table = False
         self._relay_until = -NEVER
-        if not self.held:
+        if not self.pending:
             return
         if place is None or not place.online:
             if self.route == DIRECT:
@@ -208,7 +208,7 @@ class Conversation:
         if self._announced_silent:
             self._announced_silent = self.stuck = False
             self._moved = self._progressed = self._deadline = now
-            self.stream.longest = SERVER_INTERVAL
+            self.stream.timeout_cap = SERVER_INTERVAL
             self.stream.resume()
 
     def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
@@ -241,7 +241,7 @@ class Conversation:
 
     def on_exists(self, now: float, number: int, address: Address | None) -> None:
         """The server says that the recipient answers at ``address`` (None: one that cannot be reached from here)."""
-        if self.route != SAVE or not self.held or number >= self.stream.top:
+        if self.route != SAVE or not self.pending or number >= self.stream.top:
             return
         self._say(EXISTS)
         if address is None:
@@ -254,7 +254,7 @@ class Conversation:
 
     def due(self) -> float:
         """When ``poll`` must be called even if nothing happens."""
-        return min(self.stream.due(), self._deadline) if self.held else NEVER
+        return min(self.stream.due(), self._deadline) if self.pending else NEVER
 
     def poll(self, now: float, calm: bool = True) -> list[tuple[bytes, Address | None]]:
         """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
@@ -291,18 +291,18 @@ class Conversation:
             return
         if silent and not self._announced_silent:
             self._announced_silent = self.stuck = True
-            self.stream.longest = MAX_TIMEOUT
+            self.stream.timeout_cap = MAX_TIMEOUT
             self.events.append(Event(SILENT, self.messages))
         if stalled:
             self.stuck = True
-            self.stream.longest = MAX_TIMEOUT
+            self.stream.timeout_cap = MAX_TIMEOUT
         if self.route == RELAY and now >= self._relay_until > -NEVER:
             self._relay_until = -NEVER
             self._pick_route(now)
 
     def _is_patient(self) -> bool:
         """Whether all that stalls is known to: the server is asked seldom, and what waits is stuck."""
-        return self.stuck and self.route != DIRECT and self.stream.longest == MAX_TIMEOUT
+        return self.stuck and self.route != DIRECT and self.stream.timeout_cap == MAX_TIMEOUT
 
     def _next_deadline(self) -> float:
         """When ``_judge`` has something to decide, if nothing happens until then."""
@@ -322,7 +322,7 @@ class Conversation:
 
     def next_route(self, now: float) -> str:
         """The route of a message that is queued now."""
-        return self.route if self.held else self._suggested_route(now)
+        return self.route if self.pending else self._suggested_route(now)
 
     def _suggested_route(self, now: float) -> str:
         if self.place is None or not self.place.online:
@@ -354,7 +354,7 @@ class Conversation:
             self.stream.reroute(self._capacity(route), self._held_sizes)
         elif self._announced_silent:
             self.stream.resume()        # the silence is forgotten, so the server is asked at once
-        self.stream.longest = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
+        self.stream.timeout_cap = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
         self._silent_since = NEVER
         self._patience = self.ack_timeout if route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
         self._announced_silent = False
@@ -515,7 +515,7 @@ class Outbox:
         if len(self.conversations) >= CONVERSATIONS_KEPT:
             idle = next((nick for nick in self.conversations if nick not in self._sending), None)
             if idle is not None:
-                del self._by_stream[self.conversations.pop(idle).stream.stream]
+                del self._by_stream[self.conversations.pop(idle).stream.id]
                 for among in (self.eventful, self.told, self._touched):     # an ack came twice: the nick is another's
                     among.pop(idle, None)
 
@@ -684,16 +684,16 @@ class Memories:
 
     def __init__(self) -> None:
         self.size = 0
-        self._of: dict[str, dict[int, Memory]] = {}     # sender -> stream -> what was shown, oldest first
+        self._of: dict[str, dict[int, Snapshot]] = {}     # sender -> stream -> what was shown, oldest first
         self._sizes: dict[str, int] = {}                # of each sender
 
     @staticmethod
-    def _cost(memory: Memory) -> int:
-        return 1 + len(memory[1]) + len(memory[2])
+    def _cost(memory: Snapshot) -> int:
+        return 1 + len(memory.claimed) + len(memory.given_up)
 
-    def add(self, sender: str, stream: int, memory: Memory) -> None:
+    def add(self, sender: str, stream: int, memory: Snapshot) -> None:
         """Takes a stream that was forgotten; nothing was shown of it if it stands at number 1."""
-        if memory == (1, (), ()):
+        if memory == NOTHING_DELIVERED:
             return
         self._of.setdefault(sender, {})[stream] = memory
         cost = self._cost(memory)
@@ -704,7 +704,7 @@ class Memories:
             loser = sender if has_most else max(self._sizes, key=self._sizes.__getitem__)
             self.pop(loser, next(iter(self._of[loser])))
 
-    def pop(self, sender: str, stream: int) -> Memory | None:
+    def pop(self, sender: str, stream: int) -> Snapshot | None:
         """Gives, and forgets, what was shown of a stream; None if nothing is known of it."""
         memory = self._of[sender].pop(stream, None) if sender in self._of else None
         if memory is not None:
@@ -752,7 +752,7 @@ class Inbox:
 
     def on_mail(self, now: float, info: Info) -> None:
         """Takes a ``mail`` of the server."""
-        if self._mail is None or self._mail.stream.stream != info["stream"]:
+        if self._mail is None or self._mail.stream.id != info["stream"]:
             self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), self.unacked)
         items, more = letters_of(info)
@@ -783,7 +783,7 @@ class Inbox:
             incoming.sender = sender
             memory = self._memories.pop(sender, stream)
             if memory is not None:
-                incoming.stream.recall(memory)
+                incoming.stream.restore(memory)
             self._kept += 1
         streams[stream] = incoming
         return incoming
@@ -797,7 +797,7 @@ class Inbox:
                 streams[number] = incoming
             else:
                 self._forget(incoming)
-                self._memories.add(sender, number, incoming.stream.remember())
+                self._memories.add(sender, number, incoming.stream.snapshot())
                 self._kept -= 1
                 if len(streams) < STREAMS_PER_SENDER:
                     break
@@ -923,7 +923,7 @@ class Inbox:
         stream, deliveries = incoming.stream, []
         for run in stream.take(MAX_ITEMS):
             texts = ["".join(run.items)] if run.more else run.items
-            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.stream, run.first))
+            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.id, run.first))
         self._count(incoming)
         if stream.taken == stream.ready:
             self._readable.pop(incoming, None)
@@ -951,7 +951,7 @@ class Inbox:
         if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
             incoming.stream.advance(number, elsewhere=True)
         yield from self._take_all_chat(incoming)
-        if incoming.stream.show(number, len(items)):
+        if incoming.stream.claim(number, len(items)):
             times = [item[3] for item in items[:len(texts)]]
             yield Delivery(sender, texts, times, mail.written, stream, number)
         elif len(texts) == 1:

@@ -131,7 +131,7 @@ def test_no_datagram_is_larger_than_allowed_and_all_arrives_as_it_was_sent(place
         received += texts[:200]
         del texts[:200]
     sent: Sent = []
-    while world.conversation.held:
+    while world.conversation.pending:
         turn = world.run(0.001)
         sent += turn
         world.answer(turn)
@@ -328,7 +328,7 @@ def test_a_silent_server_is_said_once_and_leaves_the_messages_stuck_until_it_is_
     world.conversation.server_heard(world.now)
     assert not world.conversation.stuck
     world.answer(world.poll())
-    assert world.events() == [Event(SAVED, 1)] and not world.conversation.held
+    assert world.events() == [Event(SAVED, 1)] and not world.conversation.pending
 
 
 def test_when_the_silence_of_the_server_is_forgotten_it_is_asked_at_once() -> None:
@@ -470,8 +470,8 @@ def check_conversation(world: World, messages: list[str], events: list[Event]) -
     conversation = world.conversation
     assert all(event.messages > 0 for event in events)
     assert conversation.messages == len(messages) - closed and conversation.texts() == messages[closed:]
-    assert (conversation.stream.size == 0) == (not conversation.held)
-    assert not (conversation.stuck and not conversation.held)
+    assert (conversation.stream.size == 0) == (not conversation.pending)
+    assert not (conversation.stuck and not conversation.pending)
     check_sender(conversation.stream)
 
 
@@ -513,7 +513,7 @@ def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: lis
     for _ in range(400):
         conversation.server_heard(world.now)
         world.answer(world.run(0.01))
-    assert not conversation.held and conversation.due() == NEVER
+    assert not conversation.pending and conversation.due() == NEVER
     check_conversation(world, messages, events + world.events())
 
 

@@ -387,7 +387,7 @@ def held_up(world: World, alice: Life) -> tuple[Tap, int]:
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
     world.run(0.2)
-    return tap, alice.client._outbox.conversations["bob"].stream.stream
+    return tap, alice.client._outbox.conversations["bob"].stream.id
 
 
 @pytest.mark.parametrize("kind", ["ack", "nack"])
@@ -884,7 +884,7 @@ def test_mail_in_memory_is_bounded_though_nobody_acks_it(monkeypatch: pytest.Mon
         desk.say(home(0), save(bob, f"eve{number}", number, texts=100))
         desk.register(f"eve{number}", home(number))
     desk.wait(1)
-    held = [mail.stream.held for mail in desk.server._mails.values()]
+    held = [mail.stream.pending for mail in desk.server._mails.values()]
     assert len(held) == 20 and sum(held) == desk.kept()["mail"] <= 200 + 64 + 20 * 4
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 
 import protocol
 from protocol import is_valid, join_pieces, split_text
-from stream import (CLOCK_GRAIN, INITIAL_WINDOW, LOST, MAX_EARLY, MAX_SHOWN_RANGES, MAX_TIMEOUT, MAX_WINDOW,
-                    MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
+from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW, MAX_EARLY,
+                    MAX_TIMEOUT, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 from tests.test_protocol import LETTERS
 
 settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
@@ -76,22 +76,22 @@ def check_sender(stream: SendStream) -> None:
     assert all(packet.state == UNSENT for packet in unsent)
     assert numbers(sent + unsent) == list(range(stream.base, stream.end))
     assert stream.base <= stream.top <= stream.end and all(packet.end <= stream.top for packet in sent)
-    assert stream.size >= 0 and (stream.size == 0) == (not stream.held)
+    assert stream.size >= 0 and (stream.size == 0) == (not stream.pending)
     assert stream.base - 1 not in stream.continued
     assert all(stream.base <= number < stream.end for number in stream.continued)
-    assert 0 < stream.path.window <= MAX_WINDOW
-    assert 0 < stream.path.timeout(stream.longest) <= MAX_TIMEOUT
+    assert 0 < stream.path.congestion_window <= MAX_CONGESTION_WINDOW
+    assert 0 < stream.path.timeout(stream.timeout_cap) <= MAX_TIMEOUT
 
 
 def check_poll(stream: SendStream, packets: list[Packet], now: float) -> None:
     """What was sent respects the windows; something is due, but not at once, as long as something is held."""
     check_sender(stream)
-    assert not packets or stream.in_flight <= min(int(stream.path.window), MAX_WINDOW)
-    assert sum(packet.end > stream.edge for packet in stream._sent) <= 1, "only a question goes beyond the edge"
+    assert not packets or stream.in_flight <= min(int(stream.path.congestion_window), MAX_CONGESTION_WINDOW)
+    assert sum(packet.end > stream.window_end for packet in stream._sent) <= 1, "only a probe goes beyond the window"
     assert numbers(packets) == sorted(set(numbers(packets)))
-    assert now < stream.due() and (stream.due() < NEVER) == (stream.held > 0)
+    assert now < stream.due() and (stream.due() < NEVER) == (stream.pending > 0)
     if stream.in_flight == 0:
-        assert stream.timer == NEVER
+        assert stream.timeout_at == NEVER
 
 
 def check_receiver(stream: ReceiveStream) -> None:
@@ -101,21 +101,21 @@ def check_receiver(stream: ReceiveStream) -> None:
     assert bool(stream._runs) == (stream.taken < stream.ready)
     assert stream.buffered <= MAX_EARLY + protocol.MAX_ITEMS
     assert stream.next <= stream.taken <= stream.ready <= stream.reached
-    assert len(stream.shown.spans) <= MAX_SHOWN_RANGES
-    ack = stream.ack(more=False)
+    assert len(stream.claimed.spans) <= MAX_CLAIMED_RANGES
+    ack = stream.ack(grow=False)
     assert is_valid("ack", ack) and ack["next"] == stream.next
-    assert ack["next"] + ack["room"] <= max(stream.edge, stream.next)
+    assert ack["next"] + ack["room"] <= max(stream.window_end, stream.next)
     spans = [(stream.next - 1, stream.next - 1)] + [tuple(span) for span in ack["have"]]
     assert all(before[1] < after[0] for before, after in zip(spans, spans[1:])), "sorted and disjoint"
 
 
 def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> tuple[list[str], int]:
     """Runs a stream over two links until all is acked; returns the texts shown and the numbers closed."""
-    receiver, now, shown, closed = ReceiveStream(sender.stream), 0.0, [], 0
+    receiver, now, shown, closed = ReceiveStream(sender.id), 0.0, [], 0
     random = link.random
     continued = set(sender.continued)
     handed = 0
-    while sender.held:
+    while sender.pending:
         for packet_first, items in link.get(now):
             more = [number for number in range(packet_first, packet_first + len(items)) if number in continued]
             receiver.on_data(packet_first, items, more)
@@ -135,7 +135,7 @@ def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> t
         for packet in packets:
             link.put(now, (packet.first, list(packet.items)))
         now = max(now, min(sender.due(), link.due(), back.due()))
-        assert now < until or not sender.held, "nothing moves"
+        assert now < until or not sender.pending, "nothing moves"
     return shown, closed
 
 
@@ -151,7 +151,7 @@ def test_everything_arrives_once_and_in_order_over_a_bad_link(loss: float, repea
     random = Random(seed)
     texts = some_texts(random, 120)
     sender = stream_of(texts)
-    count = sender.held
+    count = sender.pending
     shown, closed = carry(sender, Link(random, loss, repeat, jitter), Link(random, loss, repeat, jitter))
     assert shown == texts
     assert closed == count and sender.size == 0 and not sender.continued
@@ -200,9 +200,9 @@ SENDER_STEPS = st.lists(st.one_of(
 @given(SENDER_STEPS)
 def test_no_sequence_of_acks_confuses_a_sender(steps: list[Any]) -> None:
     stream, now, sizes = SendStream(1, 900), 0.0, [0]
-    stream.edge = 8     # a receiver with little room, so that its limits are met
+    stream.window_end = 8     # a receiver with little room, so that its limits are met
     for step, *arguments in steps:
-        base, top, before = stream.base, stream.top, stream.held
+        base, top, before = stream.base, stream.top, stream.pending
         closed = 0
         if step == "queue":
             first, count = stream.end, len(arguments[0])
@@ -223,10 +223,10 @@ def test_no_sequence_of_acks_confuses_a_sender(steps: list[Any]) -> None:
         else:
             stream.resume()
         check_sender(stream)
-        assert closed == stream.base - base == before - stream.held
+        assert closed == stream.base - base == before - stream.pending
         assert stream.base <= top, "only what was sent is closed"
         assert all(sum(sizes[n] for n in packet.items) <= stream.capacity for packet in stream._unsent), "fits"
-        assert list(stream.items()) == list(range(stream.base, stream.end))
+        assert list(stream.pending_items()) == list(range(stream.base, stream.end))
 
 
 def test_the_ack_of_a_number_never_sent_is_not_believed() -> None:
@@ -273,17 +273,17 @@ def test_a_window_that_was_not_used_does_not_grow() -> None:
         stream.queue(["x"], [900])
         stream.poll(float(number))
         stream.on_ack(number + 0.01, number + 1, [], 4096)
-    assert stream.path.window == INITIAL_WINDOW
+    assert stream.path.congestion_window == INITIAL_CONGESTION_WINDOW
 
 
 def test_nothing_goes_beyond_the_edge_and_an_older_edge_is_ignored() -> None:
     stream = singles(100)
-    stream.edge = 6
+    stream.window_end = 6
     assert numbers(stream.poll(0.0)) == [1, 2, 3, 4, 5]
     stream.on_ack(0.01, 3, [], 5)
     assert numbers(stream.poll(0.01)) == [6, 7]
     stream.on_ack(0.02, 4, [], 0)
-    assert stream.edge == 8 and stream.poll(0.02) == []
+    assert stream.window_end == 8 and stream.poll(0.02) == []
 
 
 def round_trips(stream: SendStream, samples: Sequence[float]) -> None:
@@ -304,7 +304,7 @@ def test_the_timeout_follows_rfc_6298(samples: list[float]) -> None:
         variation = 0.75 * variation + 0.25 * abs(smoothed - sample)
         smoothed = 0.875 * smoothed + 0.125 * sample
     wanted = max(smoothed + max(CLOCK_GRAIN, 4 * variation), MIN_TIMEOUT)
-    assert stream.path.timeout(stream.longest) == pytest.approx(min(wanted, MAX_TIMEOUT), rel=1e-4)
+    assert stream.path.timeout(stream.timeout_cap) == pytest.approx(min(wanted, MAX_TIMEOUT), rel=1e-4)
 
 
 def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
@@ -316,12 +316,12 @@ def test_each_timeout_doubles_the_next_one_up_to_the_cap() -> None:
         now = stream.due()
     assert gaps == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
     assert stream.on_ack(now, 2, [], 4096) == 1
-    assert stream.path.smoothed is None, "the ack of what was sent twice is no measurement (Karn)"
+    assert stream.path.smoothed_rtt is None, "the ack of what was sent twice is no measurement (Karn)"
     assert stream.path.backoff == 100.0, "and so it says nothing of how long to wait"
     stream.queue(["x"], [1])
     assert numbers(stream.poll(now)) == [2]
     stream.on_ack(now + 0.3, 3, [], 4096)
-    assert stream.path.backoff == 1.0 and stream.path.smoothed == pytest.approx(0.3)
+    assert stream.path.backoff == 1.0 and stream.path.smoothed_rtt == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("round_trip", [0.05, 0.12, 0.3, 0.8, 2.0])
@@ -329,7 +329,7 @@ def test_a_path_of_any_length_is_measured_and_hardly_anything_sent_twice(round_t
     stream, receiver = singles(2000), ReceiveStream(1)
     now, sent = 0.0, 0
     answers: list[tuple[float, protocol.Info]] = []
-    while stream.held and now < 200:
+    while stream.pending and now < 200:
         for packet in stream.poll(now):
             sent += 1
             receiver.on_data(packet.first, packet.items)
@@ -339,7 +339,7 @@ def test_a_path_of_any_length_is_measured_and_hardly_anything_sent_twice(round_t
         while answers and answers[0][0] <= now:
             _, ack = answers.pop(0)
             stream.on_ack(now, ack["next"], ack["have"], ack["room"])
-    assert not stream.held and sent < 2100 and stream.path.smoothed == pytest.approx(round_trip)
+    assert not stream.pending and sent < 2100 and stream.path.smoothed_rtt == pytest.approx(round_trip)
 
 
 def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_next_passes_it() -> None:
@@ -348,7 +348,7 @@ def test_a_round_trip_is_measured_when_the_packet_arrived_and_not_again_when_nex
     stream.on_ack(0.02, 1, [[2, 3]], 4096)      # 1 is lost on the way, 4 and 5 are late
     stream.poll(stream.due())
     stream.on_ack(0.3, 4, [], 4096)
-    assert stream.path.smoothed == pytest.approx(0.02)
+    assert stream.path.smoothed_rtt == pytest.approx(0.02)
 
 
 def test_an_ack_that_tells_again_what_a_lost_one_had_told_measures_nothing() -> None:
@@ -356,20 +356,20 @@ def test_an_ack_that_tells_again_what_a_lost_one_had_told_measures_nothing() -> 
     stream.poll(0.0)                            # 5 is lost, and so is the ack that says 1 to 4 and 6 to 9
     assert numbers(stream.poll(stream.due())) == [1]
     stream.on_ack(0.4, 5, [[6, 9]], 4096)
-    assert stream.path.smoothed is None, "6 to 9 did not take 0.4 s"
+    assert stream.path.smoothed_rtt is None, "6 to 9 did not take 0.4 s"
     assert numbers(stream.poll(0.4)) == [5]
     stream.on_ack(0.41, 10, [], 4096)
     stream.queue(["x"], [1])
     stream.poll(1.0)
     stream.on_ack(1.02, 11, [], 4096)
-    assert stream.path.smoothed == pytest.approx(0.02)
+    assert stream.path.smoothed_rtt == pytest.approx(0.02)
 
 
 def test_after_a_timeout_one_datagram_goes_out_and_the_window_starts_over() -> None:
     stream = singles(30)
     assert len(stream.poll(0.0)) == 10
     assert numbers(stream.poll(stream.due())) == [1]
-    assert stream.path.window == 1.0 and stream.path.threshold == 5.0
+    assert stream.path.congestion_window == 1.0 and stream.path.slow_start_threshold == 5.0
 
 
 def test_a_gap_is_filled_after_three_later_packets_have_arrived_without_waiting() -> None:
@@ -386,7 +386,7 @@ def test_losses_of_one_round_trip_halve_the_window_once() -> None:
     stream.poll(0.0)
     stream.on_ack(0.01, 1, [[4, 4]], 4096)
     stream.on_ack(0.011, 1, [[4, 4], [6, 10]], 4096)
-    assert stream._lost == 4 and stream.path.threshold == 5.0 and stream.path.window < 10
+    assert stream._lost == 4 and stream.path.slow_start_threshold == 5.0 and stream.path.congestion_window < 10
     assert numbers(stream.poll(0.011)) == [1, 2, 3, 5]
 
 
@@ -394,7 +394,7 @@ def test_what_came_early_closes_nothing_and_is_not_sent_again() -> None:
     stream = singles(10)
     stream.poll(0.0)
     assert stream.on_ack(0.01, 1, [[2, 10]], 4096) == 0
-    assert stream.held == 10 and list(stream.items())[0] == "1"
+    assert stream.pending == 10 and list(stream.pending_items())[0] == "1"
     assert numbers(stream.poll(0.01)) == [1]
 
 
@@ -421,7 +421,7 @@ def test_what_came_early_is_doubted_when_the_receiver_is_behind_the_base() -> No
 def test_a_receiver_without_room_is_asked_again_ever_more_rarely(keeps: bool) -> None:
     """``keeps``: whether the receiver holds the question as an early one, or has no memory even for that."""
     stream, now, asked = singles(20), 0.01, []
-    stream.edge = 6
+    stream.window_end = 6
     stream.poll(0.0)
     stream.on_ack(0.01, 6, [], 0)
     assert stream.poll(0.01) == []
@@ -465,7 +465,7 @@ def test_another_route_takes_everything_along_and_knows_nothing_of_the_path() ->
     stream.poll(0.3)
     stream.reroute(1000, lambda held: [900] * len(held))
     check_sender(stream)
-    assert stream.path.smoothed is None and stream.size == 26 * 900
+    assert stream.path.smoothed_rtt is None and stream.size == 26 * 900
     assert numbers(stream.poll(0.4)) == list(range(5, 15))
 
 
@@ -485,7 +485,7 @@ RECEIVER_STEPS = st.lists(st.one_of(
     st.tuples(st.just("take"), st.integers(1, 30)),
     st.tuples(st.just("written"), st.integers(0, 10)),
     st.tuples(st.just("advance")),
-    st.tuples(st.just("show"), st.integers(1, 80), st.integers(1, 10)),
+    st.tuples(st.just("claim"), st.integers(1, 80), st.integers(1, 10)),
     st.tuples(st.just("give back"), st.integers(0, 10)),
     st.tuples(st.just("drop early")),
     st.tuples(st.just("ack"), st.booleans()),
@@ -529,8 +529,8 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: list[Any]) -> None:
             stream.advance(stream.base, elsewhere=True)
             brought.update(range(1, stream.base))
             assert not stream.missing
-        elif step == "show":
-            if stream.show(*arguments):
+        elif step == "claim":
+            if stream.claim(*arguments):
                 fresh = range(arguments[0], sum(arguments))
                 assert elsewhere.isdisjoint(fresh) and seen.isdisjoint(fresh), "what was passed may come, once"
                 elsewhere.update(fresh)
@@ -545,8 +545,8 @@ def test_no_sequence_of_data_confuses_a_receiver(steps: list[Any]) -> None:
             stream.drop_early()
         elif step == "ack":
             ack = stream.ack(*arguments)
-            assert granted <= stream.edge, "what was granted stays granted"
-            granted = stream.edge
+            assert granted <= stream.window_end, "what was granted stays granted"
+            granted = stream.window_end
             assert ack["room"] in (0, granted - ack["next"])
             assert ack["room"] == 0 or ack["room"] >= protocol.MAX_TEXT_PIECES
         check_receiver(stream)
@@ -598,7 +598,7 @@ def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_
             show_all()
         elif step == "mail":
             index = arguments[0] % len(texts)
-            if stream.show(starts[index], lengths[index]):
+            if stream.claim(starts[index], lengths[index]):
                 shown.append(texts[index])
             assert texts[index] in shown or texts[index] not in direct
             show_all()
@@ -634,7 +634,7 @@ def test_what_another_route_shows_passes_by_itself_and_not_with_the_texts_before
     stream = ReceiveStream(1)
     stream.on_data(1, labels(1, 2))
     assert take(stream) == labels(1, 2)
-    assert stream.show(3, 2)
+    assert stream.claim(3, 2)
     assert take(stream) == []
     stream.written(2)
     assert stream.next == 3, "the other route has not written it"
@@ -648,16 +648,16 @@ def test_a_stream_that_was_forgotten_and_remembered_shows_nothing_again() -> Non
     take(stream)
     stream.written(3)
     stream.advance(5, elsewhere=True)
-    assert stream.show(8, 1)
+    assert stream.claim(8, 1)
     take(stream)
     stream.written(0)
     stream.on_data(5, labels(5, 1))
     again = ReceiveStream(1, 9)
-    again.recall(stream.remember())
+    again.restore(stream.snapshot())
     assert again.ack()["next"] == 5
     again.on_data(1, labels(1, 9))
     assert take(again) == labels(5, 3) + labels(9, 1)
-    assert not again.show(2, 1) and again.show(4, 1), "4 was passed: it may come late, once"
+    assert not again.claim(2, 1) and again.claim(4, 1), "4 was passed: it may come late, once"
 
 
 def test_an_ack_names_what_came_early_lowest_first_and_in_32_ranges_at_most() -> None:
@@ -678,12 +678,12 @@ def test_room_that_was_granted_is_kept_when_memory_is_short() -> None:
     stream.on_data(1, labels(1, 10))
     take(stream)
     stream.written(10)
-    assert stream.ack(more=False)["next"] + stream.ack(more=False)["room"] == 1 + granted
+    assert stream.ack(grow=False)["next"] + stream.ack(grow=False)["room"] == 1 + granted
     assert stream.ack()["room"] == granted
     stream.on_data(11 + granted - 1, ["last"])
     assert stream.buffered == 1
     stream.on_data(11 + granted, ["beyond"])
-    assert stream.buffered == 1, "what is beyond the edge is left aside"
+    assert stream.buffered == 1, "what is beyond the window is dropped"
 
 
 def test_room_is_nothing_or_enough_for_the_longest_text() -> None:
@@ -693,9 +693,9 @@ def test_room_is_nothing_or_enough_for_the_longest_text() -> None:
         stream.on_data(first, labels(first, 512))
     take(stream)
     stream.written(4096 - protocol.MAX_TEXT_PIECES)
-    assert stream.ack(more=False)["room"] == protocol.MAX_TEXT_PIECES
+    assert stream.ack(grow=False)["room"] == protocol.MAX_TEXT_PIECES
     stream.written(1)
-    assert stream.ack(more=False)["room"] == 0
+    assert stream.ack(grow=False)["room"] == 0
 
 
 def test_what_fills_the_gap_is_taken_however_much_came_early() -> None:
@@ -708,7 +708,7 @@ def test_what_fills_the_gap_is_taken_however_much_came_early() -> None:
 
 def test_early_items_are_counted_once_when_another_route_shows_one_between_them() -> None:
     stream = ReceiveStream(1)
-    stream.show(5, 1)
+    stream.claim(5, 1)
     stream.on_data(5, labels(5, 3))
     stream.on_data(4, labels(4, 6))
     stream.on_data(1, labels(1, 3))
@@ -718,7 +718,7 @@ def test_early_items_are_counted_once_when_another_route_shows_one_between_them(
 
 def test_what_another_route_has_shown_stays_shown_when_what_was_taken_is_given_back() -> None:
     stream = ReceiveStream(1)
-    assert stream.show(2, 1)
+    assert stream.claim(2, 1)
     stream.on_data(1, labels(1, 3))
     assert take(stream) == ["<1>", "<3>"]
     stream.give_back(1)
