@@ -316,18 +316,18 @@ class Client:
     def _server_heard(self, same: bool = True) -> None:
         """Takes note that the server is there; ``same``: and still knows this session."""
         self._heard = True
-        if self._outbox.lost:
-            self._outbox.lost = False
+        if self._outbox.server_unreachable:
+            self._outbox.server_unreachable = False
             self._plan_ping()
             if same or self.lines.is_for_programs:      # people see the welcome
                 self.tell("back")
 
     def _server_silent(self, always: bool = False) -> None:
         """Announces an outage, once; ``always``: again, because the program ends over it."""
-        if not self._outbox.lost or always:
+        if not self._outbox.server_unreachable or always:
             self.tell("silent")
-        if not self._outbox.lost:
-            self._outbox.lost = True
+        if not self._outbox.server_unreachable:
+            self._outbox.server_unreachable = True
             if self._session is not None:
                 self._ping_alarm.set(self.loop.now() + jittered(self.loop, LOST_PING_INTERVAL))
 
@@ -414,7 +414,7 @@ class Client:
             return
         self._pages = 0
         self._synced = self.loop.now()
-        interval = LOST_PING_INTERVAL if self._outbox.lost else SYNC_INTERVAL
+        interval = LOST_PING_INTERVAL if self._outbox.server_unreachable else SYNC_INTERVAL
         self._sync_alarm.set(self._synced + jittered(self.loop, interval))
         self._ask_server("sync", {"session": self._session, "version": self._mirror.version})
 
@@ -697,7 +697,7 @@ class Client:
                 self.tell("reg-other", nick=self.nick)
             elif self.state == AWAY:
                 self.state = JOINING
-                self._outbox.away = False
+                self._outbox.offline = False
                 self._was_visible = False
                 self._accepting = True
                 self._register()
@@ -793,7 +793,7 @@ class Client:
             now = self.loop.now()
             if outbox.due() <= now:
                 self._send_messages(now)
-            if outbox.eventful:
+            if outbox.with_events:
                 self._tell_events()
         if self._table_news and output.has_room():
             self._table_news = False
@@ -802,8 +802,8 @@ class Client:
         if news:
             self._show()
         output.flush()
-        if outbox.told:
-            outbox.count_told()
+        if outbox.awaiting_recount:
+            outbox.recount()
         if inbox.unacked:
             self._ack()
         if self._quit or self._ending or commands.ended and not self._stay:
@@ -849,13 +849,13 @@ class Client:
                 self._tell(nick, event)
 
     def _tell(self, nick: str, event: Event) -> None:
-        name = event.kind
-        if name == SILENT:
+        if event.kind is SILENT:
             self._server_silent()
             return
-        if name in CLOSINGS:
+        name = event.kind.value
+        if event.kind in CLOSINGS:
             self.closed += event.messages
-        if name == REFUSED:
+        if event.kind is REFUSED:
             self._failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
         if not self._keeps_track:
@@ -1000,12 +1000,12 @@ class Client:
         self._tell_events()
         self._stop_asking()
         self._dereg.stop()
-        self._outbox.lost = False
+        self._outbox.server_unreachable = False
         self._session = None
         self._inbox.forget_mail(self.loop.now())
         self._visible = False
         self.state = AWAY
-        self._outbox.away = True
+        self._outbox.offline = True
         self._quit = ""
         self.tell("left", nick=self.nick)
 

@@ -40,7 +40,7 @@ import msgpack
 
 import protocol
 from client import ACTIVE, AWAY, ENDED, JOINING, Client
-from conversation import RECEIVED, REFUSED, SAVED, Event, Inbox, Incoming
+from conversation import RECEIVED, REFUSED, SAVED, Event
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
 from registry import Mailbox, Registry
@@ -508,7 +508,7 @@ class SimClient(Client):
 
     def _tell(self, nick: str, event: Event) -> None:
         if event.kind in (RECEIVED, SAVED, REFUSED):
-            self.life.ledger.closed(self.life, nick, event.kind, event.messages)
+            self.life.ledger.closed(self.life, nick, event.kind.value, event.messages)
         self.life.is_telling = True
         super()._tell(nick, event)
         self.life.is_telling = False
@@ -528,17 +528,6 @@ class SimClient(Client):
         elif event == "too-long":
             self.life.ledger.too_long(self.life)
         super().tell(event, times, **fields)
-
-
-class SimInbox(Inbox):
-    """An inbox that tells when it goes on without what is missing, because the server did not answer in time."""
-
-    life: Life
-
-    def _release(self, now: float, incoming: Incoming) -> None:
-        if incoming.mail is None:
-            self.life.note_release(incoming.sender)
-        super()._release(now, incoming)
 
 
 class Life(Node):
@@ -577,8 +566,7 @@ class Life(Node):
                                 errors=Output(self._put_error),
                                 lines=JsonLines(nick, self.loop.wall) if speech == "json" else None)
         self.client.life = self
-        self.client._inbox = inbox = SimInbox()
-        inbox.life = self
+        self.client._inbox.on_release = self.note_release
         self.client.start()
         if speech == "talk":
             self._put_in(f"talk {nick}")

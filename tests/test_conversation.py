@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, OFFLINE, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, REFUSED, RELAY, SAVE,
-                          SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, Outbox, Place)
+                          SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place, Route)
 from protocol import Address, Message, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
@@ -36,21 +36,21 @@ class World:
         self.conversation = Conversation("alice", "bob", STREAM)
         self.conversation.session = SESSION
         self.conversation.locate(self.now, place)
-        self.receivers: dict[str, ReceiveStream] = {}
+        self.receivers: dict[Route, ReceiveStream] = {}
 
     def send(self, *texts: str, at: float = 1.0) -> None:
         self.conversation.send(self.now, texts, at)
 
-    def poll(self, calm: bool = True) -> Sent:
+    def poll(self, drained: bool = True) -> Sent:
         sent: Sent = []
-        for datagram, address in self.conversation.poll(self.now, calm):
+        for datagram, address in self.conversation.poll(self.now, drained):
             assert len(datagram) <= protocol.MAX_DATAGRAM
             message, = decode(datagram)
             assert message[0] == ("chat" if self.conversation.route == DIRECT else "save")
             assert message[1].get("relay", False) == (self.conversation.route == RELAY)
             assert (address is None) == (message[0] == "save")
             sent.append((message, address))
-        assert not calm or self.conversation.due() > self.now, "a poll leaves nothing due"
+        assert not drained or self.conversation.due() > self.now, "a poll leaves nothing due"
         return sent
 
     def run(self, seconds: float) -> Sent:
@@ -62,7 +62,7 @@ class World:
         self.now = end
         return sent
 
-    def ack(self, next_: int, route: str, room: int = 4096) -> None:
+    def ack(self, next_: int, route: Route, room: int = 4096) -> None:
         self.conversation.on_ack(self.now, next_, [], room, route)
 
     def answer(self, sent: Sent) -> None:
@@ -184,7 +184,7 @@ def test_silence_is_no_silence_while_something_that_has_arrived_is_unread() -> N
     world.send("hello")
     world.poll()
     world.now += 5.0
-    world.poll(calm=False)
+    world.poll(drained=False)
     assert world.events() == [] and world.conversation.route == DIRECT
     world.ack(1, DIRECT)
     world.poll()
@@ -427,7 +427,7 @@ def test_a_refusal_of_the_server_closes_exactly_what_it_names(reason: str) -> No
 
 
 @pytest.mark.parametrize("route, kind", [(DIRECT, RECEIVED), (SAVE, SAVED)])
-def test_a_late_ack_from_the_other_route_counts(route: str, kind: str) -> None:
+def test_a_late_ack_from_the_other_route_counts(route: Route, kind: EventKind) -> None:
     world = saving()
     if route == SAVE:
         world.poll()
@@ -569,7 +569,7 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
     assert outbox.take_events() == [("bob", [Event(RECEIVED, 1, "", 1)]), ("carol", [Event(SAVED, 1, "", 1)])]
-    outbox.count_told()
+    outbox.recount()
     assert not list(outbox.undelivered()) and outbox.is_settled
 
 
@@ -580,7 +580,7 @@ def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() ->
     outbox.open(0.0, "dave", Place(False, None), 9)
     assert outbox.is_full and [outbox.room(0.0, nick) for nick in ("bob", "carol", "dave")] == [0, 0, 0]
     assert not outbox.is_stuck(0.0, "bob")
-    outbox.lost = True
+    outbox.server_unreachable = True
     for nick in ("bob", "dave"):
         assert outbox.is_stuck(0.0, nick) and outbox.room(0.0, nick) == 0, "a send to them fails at once"
     assert not outbox.is_full and outbox.room(0.0, "carol") == QUEUE_LIMIT
@@ -593,7 +593,7 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.take_events()
-    outbox.count_told()
+    outbox.recount()
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)
     outbox.send(0.1, "dave", ["hello"], 0.0)
     assert set(outbox.conversations) == {"carol", "dave"}
@@ -610,7 +610,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     for _ in range(2):
         list(outbox.poll(0.0))
         outbox.take_events()
-        outbox.count_told()
+        outbox.recount()
         outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)      # bob gives way, and in the same turn ...
     outbox.send(0.1, "dave", ["hello"], 0.0)
@@ -618,7 +618,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     outbox.send(0.1, "bob", ["again"], 0.0)
     list(outbox.poll(0.1))
     assert outbox.take_events() == []
-    outbox.count_told()
+    outbox.recount()
     assert ("bob", "again") in outbox.undelivered()
 
 
@@ -626,21 +626,21 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
     outbox, now = Outbox("alice"), 0.0
     outbox.open(now, "bob", Place(True, ("192.0.2.1", 9)), 7)
     outbox.send(now, "bob", ["text"] * QUEUE_LIMIT, now)
-    kinds: list[str] = []
+    kinds: list[EventKind] = []
 
     def poll() -> None:
         list(outbox.poll(now))
         kinds.extend(event.kind for _, events in outbox.take_events() for event in events)
-        outbox.count_told()
+        outbox.recount()
     poll()
     now = 0.6
     poll()
     outbox.on_exists(now, {"stream": 7, "n": 1, "version": 1, "entry": ["bob", "192.0.2.1", 9, "online"]},
                      ("192.0.2.1", 9))
     poll()
-    outbox.lost = True
+    outbox.server_unreachable = True
     assert outbox.is_full and not outbox.is_stuck(now, "bob"), "they go straight to bob"
     now = 1.3
     poll()
-    assert kinds == ["no-ack", "exists"], "it was said already that they go to the server"
+    assert kinds == [NO_ACK, EXISTS], "it was said already that they go to the server"
     assert outbox.is_stuck(now, "bob") and not outbox.is_full
