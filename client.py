@@ -536,7 +536,7 @@ class Sending:
             texts = self._receipts.fitting(command, command.take(room))
             if texts:
                 stream = outbox.conversations[nick].stream
-                self._receipts.track(nick, stream.stream, stream.end, texts, command.ref)
+                self._receipts.track(nick, stream.id, stream.end, texts, command.ref)
                 outbox.send(now, nick, texts, self._loop.wall())
             return True
         if outbox.is_stuck(now, nick):
@@ -558,14 +558,14 @@ class Sending:
             for datagram, address in outbox.poll(now, self._loop.drained):
                 self._send(datagram, address if address is not None else link.server)
             self._timer.set(outbox.due())
-        if outbox.eventful:
+        if outbox.with_events:
             self.tell_events()
 
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
         for nick, events in self.outbox.take_events():
             for event in events:
-                if event.kind == SILENT:
+                if event.kind is SILENT:
                     self._link.announce_silence()
                 else:
                     self._receipts.tell(nick, event)
@@ -944,12 +944,12 @@ class Client:
         """Tell of an outage; what waits for the server is stuck."""
         self.display.tell("silent")
         if is_news:
-            self.outbox.lost = True
+            self.outbox.server_unreachable = True
             self.table_sync.interval = OUTAGE_PING_INTERVAL
 
     def on_server_back(self, is_same: bool) -> None:
         """Tell that an outage has passed."""
-        self.outbox.lost = False
+        self.outbox.server_unreachable = False
         self.table_sync.interval = SYNC_INTERVAL
         if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
             self.display.tell("back")
@@ -975,8 +975,8 @@ class Client:
         self.table_sync.interval = SYNC_INTERVAL
         self.receiving.stop_asking()
         self.receiving.start_over()
-        self.outbox.lost = False
-        self.outbox.away = True
+        self.outbox.server_unreachable = False
+        self.outbox.offline = True
         self.leaving.command = None
         self.display.tell("left", nick=self.nick)
 
@@ -1014,7 +1014,7 @@ class Client:
 
     def reg(self) -> None:
         """Come online again."""
-        self.outbox.away = False
+        self.outbox.offline = False
         self.receiving.accepts = True
         self.link.start()
 
@@ -1045,7 +1045,7 @@ class Client:
             self.display.tell("table")
         self.receiving.show()
         self.display.output.flush()
-        self.outbox.count_told()
+        self.outbox.recount()
         self.receiving.acknowledge()
         self.leaving.settle(self.takes_commands)
         self._plan_next_turn(self._write_rest())

@@ -1,41 +1,108 @@
-"""What one client sends and receives, over all routes."""
+"""What one client sends and receives, over all routes.
+
+Rules of this module
+--------------------
+- No sockets, no clock, no randomness, no output. Time comes in as ``now``, seconds of any origin that never go back;
+  datagrams, events and texts to show come out as return values.
+- It is a client's, and knows nothing of commands, of lines and of the client table. The owner passes on what the table
+  says of a recipient, what the server says, and what was written to stdout.
+- Every message gets exactly one closing event, RECEIVED, SAVED or REFUSED, or it is still pending at the end.
+- The number of a message in its stream is the same on every route. The recipient shows each number once.
+- A stream has one route at a time. A change of route takes everything pending along, lowest number first.
+- Nothing that a peer sends makes memory grow without bound: every collection here has a limit.
+- The constants here are choices of this implementation. Those that both ends must agree on are in ``protocol``.
+
+The life of one ``send``
+------------------------
+1. ``Outbox.send`` finds the ``Conversation`` with the recipient. It queues the text in its ``SendStream``, a long one
+   in several pieces. If nothing was pending, it picks a route: DIRECT if the table says that the recipient is online.
+2. ``Outbox.poll`` turns the packets that the stream allows into ``chat`` datagrams to the recipient's address.
+3. The recipient acks when the text is written to its stdout. That closes the message: RECEIVED.
+4. Without any ack for ``ACK_TIMEOUT``, or if somebody else answers at that address, the event is NO_ACK and the route
+   becomes SAVE: the same numbers go to the server, as ``save``. If the table says that the recipient is offline, they
+   go there at once (event OFFLINE).
+5. The server has three answers. It keeps the messages and acks: SAVED. It refuses them (``nack``: unknown recipient,
+   full mailbox, disk failure): REFUSED. Or it finds that the recipient is there, and says where (``exists``): the event
+   is EXISTS, and the messages go DIRECT once more. If that fails, too, for example because datagrams pass in one
+   direction only, the route becomes RELAY for a minute: the server keeps the messages without asking the recipient
+   first, and mails them at once.
+6. A server that does not answer five attempts is silent: SILENT. The messages are *stuck*: they stay queued and go out
+   when the server is heard again, but the program does not wait for them.
+
+Order and deduplication over routes
+-----------------------------------
+The recipient has a ``ReceiveStream`` for each stream of each sender. Chat goes straight into it. Mail comes from the
+server in a stream of its own; each letter in it names the sender, and the stream and the number that it had there.
+Before a letter is shown, ``Inbox`` claims its number in the sender's stream: the claim fails if the number was shown
+before, and otherwise makes the stream skip it. So both routes together show each number once, and in order.
+
+Holding for mail
+----------------
+alice sends 1 to 5 to bob, the path between them breaks, and she saves the five at the server. Then the path works again
+and 6 comes straight, with ``base`` 6: alice does not have 1 to 5 any more. bob must not show 6 before them, so he
+*holds* the stream: he asks the server (``ping``) how much mail there is for him, and shows 6 when all of it is shown,
+or after ``HOLD_TIME`` without an answer. Numbers that he has given up in this way are still shown if they come late.
+"""
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
 from collections import deque
+from enum import Enum
 from itertools import islice
-from typing import (Any, NamedTuple)
-from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from protocol import (MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, PIECE_MEMORY, SESSION_BYTES, Address, Info,
-                      are_short, encode, join_pieces, letters_of, runs_of_one_stream, split_text)
-from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, Memory, Packet, ReceiveStream, SendStream
+                      are_short, encode, join_pieces, letters_of, runs_of_one_stream, split_text, text_sizes)
+from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOTHING_DELIVERED, Packet, ReceiveStream, SendStream, Snapshot
 
 
 # --- conversations --------------------------------------------------------------------------------------------
 
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
-SERVER_ATTEMPTS = 5       # times the server is asked before it counts as silent
+SERVER_ATTEMPTS = 5       # requests without an answer after which the server counts as silent
 SERVER_INTERVAL = 0.5     # s between them
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
 RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
-TIMES_KEPT = 8192         # runs of sending times; more sends than a client queues
+TIME_RUNS_KEPT = 8192     # runs of sending times of a stream, more than a client queues; then the old ones are dropped
 
-DIRECT, SAVE, RELAY = "direct", "save", "relay"     # the routes
-RECEIVED, SAVED, REFUSED, SILENT = "received", "saved", "refused", "silent"
-NO_ACK, OFFLINE, EXISTS = "no-ack", "offline", "exists"
+
+class Route(Enum):
+    """The way that the messages of a conversation take."""
+
+    DIRECT = "direct"       # straight to the recipient
+    SAVE = "save"           # to the server, which probes the recipient first if it seems to be online
+    RELAY = "relay"         # to the server, which keeps them without a probe, and mails them at once
+
+
+class EventKind(Enum):
+    """What can happen to messages. The first three close them."""
+
+    RECEIVED = "received"   # the recipient has written them to stdout
+    SAVED = "saved"         # the server has them on disk
+    REFUSED = "refused"     # the server does not keep them
+    SILENT = "silent"       # the server does not answer: they are stuck
+    NO_ACK = "no-ack"       # the recipient does not answer: they go to the server
+    OFFLINE = "offline"     # the recipient is offline: they go to the server
+    EXISTS = "exists"       # the server says that the recipient is there: they go straight once more
+
+
+# module constants, because the look-up of a member in its class is slow
+DIRECT, SAVE, RELAY = Route.DIRECT, Route.SAVE, Route.RELAY
+RECEIVED, SAVED, REFUSED = EventKind.RECEIVED, EventKind.SAVED, EventKind.REFUSED
+SILENT, NO_ACK, OFFLINE, EXISTS = EventKind.SILENT, EventKind.NO_ACK, EventKind.OFFLINE, EventKind.EXISTS
 
 
 class Event(NamedTuple):
-    """What happened to so many ``messages`` of a conversation; ``reason`` says why they were refused.
+    """What happened to some ``messages`` of a conversation.
 
-    ``first``: the number from which on they are; ``relayed``: on the route RELAY.
+    ``reason``: why they were refused. ``first``: the number of the first one. ``relayed``: on the route RELAY.
     """
 
-    kind: str
+    kind: EventKind
     messages: int
     reason: str = ""
     first: int = 0
@@ -43,100 +110,99 @@ class Event(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a client's table says of a recipient; ``address`` is None where it cannot send to."""
+    """What a client's table says of a recipient; ``address`` is None if it cannot be sent to from here."""
 
     online: bool
     address: Address | None
 
 
+class SendTimes:
+    """When each number of a stream was sent (wall clock), as runs of numbers with the same time."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []        # the first number of each run
+        self._times: list[float] = []
+
+    def add(self, number: int, at: float, base: int) -> None:
+        """Note that numbers from ``number`` on are sent at ``at``; those below ``base`` are closed."""
+        self._starts.append(number)
+        self._times.append(at)
+        if len(self._starts) > TIME_RUNS_KEPT:
+            closed = max(0, bisect_right(self._starts, base) - 1)
+            del self._starts[:closed], self._times[:closed]
+
+    def of(self, packet: Packet) -> list[float]:
+        """Return when each item of a packet was sent."""
+        starts, times = self._starts, self._times
+        return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+
+
 class Conversation:
     """The life of one client's sends to one recipient.
 
-    ``send`` queues texts; ``poll`` gives the datagrams that are due, as (bytes, address), where the address None
-    means the server. ``events`` collects what happened, in order, for the owner to take away. A stream has one
-    route at a time; a change of route takes everything held along, lowest first, in order:
+    ``send`` queues texts; ``poll`` returns the datagrams that are due. ``events`` collects what happened, in order, for
+    the owner to remove. The routes, and what changes them::
 
         DIRECT --no ack for 500 ms, "not-me", offline--> SAVE --"exists"--> DIRECT, once more --no ack--> RELAY
-        DIRECT --no progress for 30 s--> RELAY --a minute, or a new address--> DIRECT
+        DIRECT --no progress for 30 s--> RELAY --after a minute, or at a new address--> DIRECT
 
-    Each closing event (RECEIVED, SAVED, REFUSED) counts whole messages; the others come before it, each at
-    most once for a message. ``stuck`` tells that nothing moves: the server is silent, or has no room, or a minute
-    has brought nothing on any route.
+    A closing event (RECEIVED, SAVED, REFUSED) counts whole messages. The other kinds come before it, each at most once
+    for a message. ``stuck``: nothing moves, because the server is silent or has no room, or because there was no
+    progress on any route for a minute.
     """
 
-    def __init__(self, me: str, peer: str, stream: int, mtu: int = MAX_DATAGRAM,
-                 ack_timeout: float = ACK_TIMEOUT) -> None:
+    def __init__(self, me: str, peer: str, id_: int, ack_timeout: float = ACK_TIMEOUT) -> None:
         self.me = me
         self.peer = peer
-        self.mtu = mtu
+        self.id = id_                               # of the stream
         self.ack_timeout = ack_timeout
-        self.session = bytes(SESSION_BYTES)     # the owner's, at the server
+        self.session = bytes(SESSION_BYTES)         # the owner's, at the server
         self.events: list[Event] = []
         self.route = DIRECT
         self.place: Place | None = None
         self.stuck = False
-        self.addresses: deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: answers count from there
-        self._address: Address | None = None     # where it goes now
-        self._last_try = False                      # DIRECT is the retry after EXISTS
+        self.addresses: deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: acks count from there
+        self.last_count = (False, 0, 0)             # the outbox's: whether stuck, numbers and bytes pending
+        self._address: Address | None = None        # where DIRECT goes now
+        self._follows_table = False                 # this is the route that the table suggests, and it was not changed
+        self._is_last_try = False                   # this is the second DIRECT, after EXISTS
         self._relay_until = -NEVER
-        self._patience = ack_timeout                # s of silence on this route that mean something
+        self._silence_limit = ack_timeout           # s without an answer on this route, after which it is given up
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
-        self._progressed = NEVER                    # when the stream last made progress, or began
-        self._moved = NEVER                         # the same, or when it changed its route
-        self._deadline = -NEVER                     # when ``_judge`` has something to decide; never too late
-        self._follows_table = False                 # DIRECT was picked from the place that the table still gives
-        self._announced_silent = False
-        self._said: dict[str, int] = {}             # up to which number an event was told
-        self._times: tuple[list[int], list[float]] = ([], [])    # from which number on, which sending time
-        self.counted = (False, 0, 0)                # as the outbox has: whether stuck, numbers, bytes
-        self._id = stream
-        self.stream = SendStream(stream, self._capacity(DIRECT), min(INITIAL_TIMEOUT, ack_timeout / 2))
+        self._server_is_silent = False              # and the event SILENT was added
+        self._progress_at = NEVER                   # when messages were closed last, or the first of these was queued
+        self._route_progress_at = NEVER             # the same, or when the route changed
+        self._judge_at = -NEVER                     # when ``_judge`` may have something to decide; never too late
+        self._announced: dict[EventKind, int] = {}      # below which number an event of that kind was added
+        self._times = SendTimes()
+        self.stream = SendStream(id_, self._capacity(DIRECT), min(INITIAL_TIMEOUT, ack_timeout / 2))
 
-    # sizes
+    # encoding
 
-    def _capacity(self, route: str) -> int:
-        """Bytes that the items may take in a datagram of this route: what is left beside the largest header."""
-        return self.mtu - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
+    def _capacity(self, route: Route) -> int:
+        """Return how many bytes the items may take in a datagram of this route, beside the largest header."""
+        return MAX_DATAGRAM - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
 
-    def _sizes(self, texts: Sequence[str], first: int, continued: Collection[int]) -> list[int]:
-        """Encoded bytes of each text: 3 for its header, 9 for its time, and 9 where ``more`` names it."""
-        extra = 3 if self.route == DIRECT else 12
-        if len(texts) == 1 and not continued:
-            return [len(texts[0].encode()) + extra]
-        if "".join(texts).isascii():
-            sizes = [len(text) + extra for text in texts]
-        else:
-            sizes = [len(text.encode()) + extra for text in texts]
-        if continued:
-            sizes = [size + 9 * (number in continued) for number, size in enumerate(sizes, first)]
-        return sizes
+    def _pending_sizes(self, items: list[Any]) -> list[int]:
+        return text_sizes(items, self.stream.base, self.stream.continued, self.route is not DIRECT)
 
-    def _frame(self, route: str, first: int, base: int, texts: list[str], more: Sequence[int],
+    def _frame(self, route: Route, first: int, base: int, texts: list[str], more: Sequence[int],
                times: Sequence[float]) -> bytes:
-        info: Info = {"to": self.peer, "stream": self._id, "n": first, "base": base, "text": texts}
+        info: Info = {"to": self.peer, "stream": self.id, "n": first, "base": base, "text": texts}
         if more:
             info["more"] = more
-        if route == DIRECT:
+        if route is DIRECT:
             info["from"] = self.me
             return encode("chat", info)
-        info.update(session=self.session, at=times, relay=route == RELAY)       # the session says from whom
+        info.update(session=self.session, at=times, relay=route is RELAY)       # the session says who sends
         return encode("save", info)
 
-    def _more(self, packet: Packet) -> list[int]:
-        """The numbers of a packet that the next one continues."""
-        return [number for number in range(packet.first, packet.end) if number in self.stream.continued]
-
-    def _times_of(self, packet: Packet) -> list[float]:
-        """When each text of a packet was sent."""
-        starts, values = self._times
-        return [values[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
-
-    # what the owner says
+    # what is pending
 
     @property
-    def held(self) -> int:
+    def pending(self) -> int:
         """How many numbers are not closed yet."""
-        return self.stream.held
+        return self.stream.pending
 
     @property
     def messages(self) -> int:
@@ -144,197 +210,212 @@ class Conversation:
         return self._count(self.stream.base, self.stream.end)
 
     def texts(self) -> list[str]:
-        """The messages that are not closed yet, in order."""
-        return join_pieces(self.stream.base, list(self.stream.items()), self.stream.continued)
+        """Return the messages that are not closed yet, in order."""
+        return join_pieces(self.stream.base, list(self.stream.pending_items()), self.stream.continued)
+
+    # what the owner says
 
     def send(self, now: float, texts: Sequence[str], at: float) -> None:
-        """Queues texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
+        """Queue texts (each at most ``MAX_TEXT`` bytes), sent at the wall-clock time ``at``."""
         stream = self.stream
         if stream.end == stream.base:
-            self._moved = self._progressed = now
+            self._route_progress_at = self._progress_at = now
             self._silent_since = NEVER
             if not self._follows_table:
                 self._pick_route(now)
-        starts, times = self._times
-        starts.append(stream.end)
-        times.append(at)
-        if len(starts) > TIMES_KEPT:
-            self._forget_times()
+        self._times.add(stream.end, at, stream.base)
         if are_short(texts, MAX_PIECE):
-            stream.queue(texts, self._sizes(texts, 0, ()))
+            stream.queue(texts, text_sizes(texts, stream.end, (), self.route is not DIRECT))
         else:
             self._queue_long(texts)
-        if self.route != DIRECT and self.place is not None and not self.place.online:
-            self._say(OFFLINE)
-
-    def _forget_times(self) -> None:
-        starts, times = self._times
-        keep = max(0, bisect_right(starts, self.stream.base) - 1)
-        self._times = (starts[keep:], times[keep:])
+        if self.route is not DIRECT and self.place is not None and not self.place.online:
+            self._announce(OFFLINE)
 
     def _queue_long(self, texts: Sequence[str]) -> None:
         items: list[str] = []
         continued: set[int] = set()
         for text in texts:
             number = self.stream.end + len(items)
-            cut = split_text(text)
-            items.extend(cut)
-            continued.update(range(number, number + len(cut) - 1))
-        self.stream.queue(items, self._sizes(items, self.stream.end, continued), continued)
+            pieces = split_text(text)
+            items.extend(pieces)
+            continued.update(range(number, number + len(pieces) - 1))
+        self.stream.queue(items, text_sizes(items, self.stream.end, continued, self.route is not DIRECT), continued)
 
     def locate(self, now: float, place: Place | None) -> None:
-        """Takes what the table says of the recipient, whenever its entry was changed (None: it is not known)."""
+        """Learn that the recipient's entry in the table has changed (None: there is none)."""
         self.place = place
         self._follows_table = False
         self._relay_until = -NEVER
-        if not self.held:
+        if not self.pending:
             return
         if place is None or not place.online:
-            if self.route == DIRECT:
+            if self.route is DIRECT:
                 if place is not None:
-                    self._say(OFFLINE)
+                    self._announce(OFFLINE)
                 self._go(now, SAVE)
-        elif self.route == RELAY or self.route == DIRECT and place.address != self._address:
+        elif self.route is RELAY or (self.route is DIRECT and place.address != self._address):
             self._pick_route(now)
 
-    def begin_anew(self, now: float) -> None:
-        """The owner is online again: what did not move meanwhile was not held up by the recipient."""
-        self._moved = self._progressed = self._deadline = now
-        self.stuck = self._announced_silent
+    def on_registered(self, now: float) -> None:
+        """Learn that the owner is online again: what did not move meanwhile was not held up by the recipient."""
+        self._route_progress_at = self._progress_at = self._judge_at = now
+        self.stuck = self._server_is_silent
 
     def server_heard(self, now: float) -> None:
-        """The server gave a sign of life: if it was silent, whatever waits for it goes out again."""
-        if self.route == DIRECT:
+        """Learn that the server is there: if it was silent, what waits for it goes out again."""
+        if self.route is DIRECT:
             return
         self._silent_since = NEVER
-        if self._announced_silent:
-            self._announced_silent = self.stuck = False
-            self._moved = self._progressed = self._deadline = now
-            self.stream.longest = SERVER_INTERVAL
+        if self._server_is_silent:
+            self._server_is_silent = self.stuck = False
+            self._route_progress_at = self._progress_at = self._judge_at = now
+            self.stream.timeout_cap = SERVER_INTERVAL
             self.stream.resume()
 
-    def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: str) -> None:
-        """Takes an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
+    def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int, route: Route) -> None:
+        """Process an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
         stream = self.stream
         base = stream.base
-        count = self._count(base, next_) if stream.continued and base < next_ <= stream.top else 0
+        messages = 0
+        if stream.continued and base < next_ <= stream.top:
+            messages = self._count(base, next_)     # now: the stream forgets which numbers are continued
         closed = stream.on_ack(now, next_, have, room)
-        if (route == DIRECT) == (self.route == DIRECT):
+        if (route is DIRECT) == (self.route is DIRECT):     # any answer on the route in use is a sign of life
             self._silent_since = NEVER
         if closed:
-            self._last_try = self._last_try and route != DIRECT
-            relayed = route != DIRECT and self.route == RELAY
-            kind = RECEIVED if route == DIRECT else SAVED
-            self._close(now, Event(kind, count or closed, "", base, relayed))   # each number is one but in long texts
+            # An ack from the other route closes messages, too: it was late, but it is true.
+            if route is DIRECT:
+                self._is_last_try = False
+                event = Event(RECEIVED, messages or closed, "", base)       # without long texts, each number is one
+            else:
+                event = Event(SAVED, messages or closed, "", base, self.route is RELAY)
+            self._close(now, event)
 
-    def on_nack(self, now: float, first: int, last: int, reason: str, route: str) -> None:
-        """Takes a refusal; it counts only for what is still held on that route."""
-        if (route == DIRECT) != (self.route == DIRECT) or not first <= self.stream.base <= last:
+    def on_nack(self, now: float, first: int, last: int, reason: str, route: Route) -> None:
+        """Process a refusal; it counts only on the route in use, and for the lowest number that is pending."""
+        if (route is DIRECT) != (self.route is DIRECT) or not first <= self.stream.base <= last:
             return
-        if route == DIRECT:
+        if route is DIRECT:
             if reason == "not-me":
                 self._give_up_direct(now)
             return
         self._silent_since = NEVER
         base = self.stream.base
-        count = self._count(base, min(last + 1, self.stream.top))
+        messages = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
-            self._close(now, Event(REFUSED, count, reason, base, self.route == RELAY))
+            self._close(now, Event(REFUSED, messages, reason, base, self.route is RELAY))
 
     def on_exists(self, now: float, number: int, address: Address | None) -> None:
-        """The server says that the recipient answers at ``address`` (None: one that cannot be reached from here)."""
-        if self.route != SAVE or not self.held or number >= self.stream.top:
+        """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here)."""
+        if self.route is not SAVE or not self.pending or number >= self.stream.top:
             return
-        self._say(EXISTS)
+        self._announce(EXISTS)
         if address is None:
             self._relay(now)
         else:
             self._go(now, DIRECT, address)
-            self._last_try = True
+            self._is_last_try = True
 
     # what time says
 
     def due(self) -> float:
-        """When ``poll`` must be called even if nothing happens."""
-        return min(self.stream.due(), self._deadline) if self.held else NEVER
+        """Return when ``poll`` must be called even if nothing happens."""
+        return min(self.stream.due(), self._judge_at) if self.pending else NEVER
 
-    def poll(self, now: float, calm: bool = True) -> list[tuple[bytes, Address | None]]:
-        """The datagrams to send now. ``calm``: all that has arrived was read, so silence is silence."""
+    def poll(self, now: float, drained: bool = True) -> list[tuple[bytes, Address | None]]:
+        """Return the datagrams to send now, and where to (None: the server).
+
+        ``drained``: every socket was read empty. Otherwise the ack that ends a silence may be here, unread: a process
+        that was stopped for a second must not conclude that everybody else was silent for a second.
+        """
         stream = self.stream
         if stream.end == stream.base:
             return []
-        if calm and now >= self._deadline:
+        if drained and now >= self._judge_at:
             self._judge(now)
-            self._deadline = self._next_deadline()
+            self._judge_at = self._next_judgement()
         packets, route = stream.poll(now), self.route
         if packets and self._silent_since == NEVER:
             self._silent_since = now
-            self._deadline = min(self._deadline, now + self._patience)
-        address = self._address if route == DIRECT else None
-        frames = []
+            self._judge_at = min(self._judge_at, now + self._silence_limit)
+        address = self._address if route is DIRECT else None
+        datagrams = []
         for packet in packets:
-            more = self._more(packet) if stream.continued else ()
-            times = self._times_of(packet) if route != DIRECT else ()
-            frames.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
-        return frames
+            more: Sequence[int] = ()
+            if stream.continued:
+                more = [number for number in range(packet.first, packet.end) if number in stream.continued]
+            times = self._times.of(packet) if route is not DIRECT else ()
+            datagrams.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
+        return datagrams
 
     def _judge(self, now: float) -> None:
-        """Decides whether silence has lasted long enough to change the route, or to call the messages stuck."""
-        silent = now >= self._silent_since + self._patience
-        stalled = now >= self._moved + STALL_TIMEOUT
-        if now >= self._progressed + STUCK_TIMEOUT:
+        """Decide whether something has lasted too long; if so, change the route, or call the messages stuck.
+
+        *Silent*: no answer at all. A recipient that has crashed is given up after 500 ms. *Stalled*: answers, but no
+        progress. A recipient whose output is blocked answers like that, and it is normal for a while (backpressure), so
+        it is allowed 30 s. The minute without progress on any route is for a recipient that registers again and again
+        at another address and never receives anything: each change of route starts the 30 s again, but not the minute.
+        """
+        silent = now >= self._silent_since + self._silence_limit
+        stalled = now >= self._route_progress_at + STALL_TIMEOUT
+        if now >= self._progress_at + STUCK_TIMEOUT:
             self.stuck = True
-        if self.route == DIRECT:
+        if self.route is DIRECT:
             if silent:
                 self._give_up_direct(now)
             elif stalled:
-                self._say(NO_ACK)
+                self._announce(NO_ACK)
                 self._relay(now)
             return
-        if silent and not self._announced_silent:
-            self._announced_silent = self.stuck = True
-            self.stream.longest = MAX_TIMEOUT
+        if silent and not self._server_is_silent:
+            self._server_is_silent = self.stuck = True
+            self.stream.timeout_cap = MAX_TIMEOUT
             self.events.append(Event(SILENT, self.messages))
         if stalled:
             self.stuck = True
-            self.stream.longest = MAX_TIMEOUT
-        if self.route == RELAY and now >= self._relay_until > -NEVER:
+            self.stream.timeout_cap = MAX_TIMEOUT
+        if self.route is RELAY and now >= self._relay_until > -NEVER:
             self._relay_until = -NEVER
             self._pick_route(now)
 
-    def _is_patient(self) -> bool:
-        """Whether all that stalls is known to: the server is asked seldom, and what waits is stuck."""
-        return self.stuck and self.route != DIRECT and self.stream.longest == MAX_TIMEOUT
-
-    def _next_deadline(self) -> float:
-        """When ``_judge`` has something to decide, if nothing happens until then."""
-        return min(NEVER if self._announced_silent else self._silent_since + self._patience,
-                   NEVER if self._is_patient() else self._moved + STALL_TIMEOUT,
-                   NEVER if self.stuck else self._progressed + STUCK_TIMEOUT,
-                   self._relay_until if self.route == RELAY and self._relay_until > -NEVER else NEVER)
+    def _next_judgement(self) -> float:
+        """Return when ``_judge`` has something to decide, if nothing happens until then."""
+        when = NEVER
+        if not self._server_is_silent:
+            when = self._silent_since + self._silence_limit
+        is_stalled = self.stuck and self.route is not DIRECT and self.stream.timeout_cap == MAX_TIMEOUT
+        if not is_stalled:
+            when = min(when, self._route_progress_at + STALL_TIMEOUT)
+        if not self.stuck:
+            when = min(when, self._progress_at + STUCK_TIMEOUT)
+        if self.route is RELAY and self._relay_until > -NEVER:
+            when = min(when, self._relay_until)
+        return when
 
     def _give_up_direct(self, now: float) -> None:
-        self._say(NO_ACK)
-        if self._last_try:
+        self._announce(NO_ACK)
+        if self._is_last_try:
             self._relay(now)
         else:
             self._go(now, SAVE)
 
     # routes
 
-    def next_route(self, now: float) -> str:
-        """The route of a message that is queued now."""
-        return self.route if self.held else self._suggested_route(now)
+    def next_route(self, now: float) -> Route:
+        """Return the route of a message that is queued now."""
+        return self.route if self.pending else self._suggested_route(now)
 
-    def _suggested_route(self, now: float) -> str:
+    def _suggested_route(self, now: float) -> Route:
         if self.place is None or not self.place.online:
             return SAVE
-        return RELAY if self.place.address is None or now < self._relay_until else DIRECT
+        if self.place.address is None or now < self._relay_until:
+            return RELAY
+        return DIRECT
 
     def _pick_route(self, now: float) -> None:
-        """Chooses the way that the table suggests."""
+        """Change to the route that the table suggests."""
         route = self._suggested_route(now)
-        if route == DIRECT and self.place is not None:
+        if route is DIRECT and self.place is not None:
             self._go(now, route, self.place.address)
             self._follows_table = True
         else:
@@ -344,99 +425,106 @@ class Conversation:
         self._relay_until = now + RELAY_TIME
         self._go(now, RELAY)
 
-    def _go(self, now: float, route: str, address: Address | None = None) -> None:
-        self._last_try = self._follows_table = False
-        self._deadline = now
-        if not route == self.route == DIRECT:
-            self._moved = now       # who only moves does not put off the server
-        if route != self.route or address != self._address:
+    def _go(self, now: float, route: Route, address: Address | None = None) -> None:
+        self._is_last_try = self._follows_table = False
+        self._judge_at = now
+        if route is not DIRECT or self.route is not DIRECT:
+            self._route_progress_at = now       # not for a new address alone: see ``_judge``
+        if route is not self.route or address != self._address:
             self.route, self._address = route, address
             if address is not None:
                 self.addresses.append(address)
-            self.stream.reroute(self._capacity(route), self._held_sizes)
-        elif self._announced_silent:
-            self.stream.resume()        # the silence is forgotten, so the server is asked at once
-        self.stream.longest = MAX_TIMEOUT if route == DIRECT else SERVER_INTERVAL   # as often as any request
+            self.stream.reroute(self._capacity(route), self._pending_sizes)
+        elif self._server_is_silent:
+            self.stream.resume()        # the silence is forgotten below, so the server is tried at once
+        self.stream.timeout_cap = MAX_TIMEOUT if route is DIRECT else SERVER_INTERVAL   # as often as any request
         self._silent_since = NEVER
-        self._patience = self.ack_timeout if route == DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
-        self._announced_silent = False
-        self.stuck = now >= self._progressed + STUCK_TIMEOUT
-
-    def _held_sizes(self, items: list[Any]) -> list[int]:
-        return self._sizes(items, self.stream.base, self.stream.continued)
+        self._silence_limit = self.ack_timeout if route is DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
+        self._server_is_silent = False
+        self.stuck = now >= self._progress_at + STUCK_TIMEOUT
 
     # events
 
     def _count(self, start: int, end: int) -> int:
-        """How many messages end in [start, end)."""
+        """Return how many messages end in [start, end)."""
         continued = self.stream.continued
         return end - start - (sum(start <= number < end for number in continued) if continued else 0)
 
-    def _say(self, kind: str) -> None:
-        first = max(self.stream.base, self._said.get(kind, 1))
-        count = self._count(first, self.stream.end)
-        if count > 0:
-            self.events.append(Event(kind, count, "", first))
-        self._said[kind] = self.stream.end
+    def _announce(self, kind: EventKind) -> None:
+        """Add an event for the pending messages that had none of this kind."""
+        first = max(self.stream.base, self._announced.get(kind, 1))
+        messages = self._count(first, self.stream.end)
+        if messages > 0:
+            self.events.append(Event(kind, messages, "", first))
+        self._announced[kind] = self.stream.end
 
     def _close(self, now: float, event: Event) -> None:
         self.events.append(event)
-        self._moved = self._progressed = now
+        self._route_progress_at = self._progress_at = now
         if self.stuck:
-            self.stuck, self._deadline = False, now
+            self.stuck, self._judge_at = False, now
 
 
 # --- what goes out --------------------------------------------------------------------------------------------
 
-POLLS_PER_TURN = 64       # conversations that are looked at in one go: what is left is due at once
-QUEUE_LIMIT = 4096        # numbers queued to send; then the owner takes no more
-QUEUE_SIZE = 4 * 2 ** 20  # bytes queued to send
-CONVERSATIONS_KEPT = 10_000     # of one client; beyond, those go first in which nothing waits
+POLLS_PER_TURN = 64       # conversations that are polled in one go: the others are due at once
+QUEUE_LIMIT = 4096        # numbers that may be queued; beyond it the owner reads no more commands
+QUEUE_SIZE = 4 * 2 ** 20  # bytes that may be queued
+CONVERSATIONS_KEPT = 10_000     # of one client; beyond it, those go first in which nothing is pending
+
+
+class Backlog:
+    """How much is pending: numbers, and their bytes."""
+
+    __slots__ = ("numbers", "size")
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self.size = 0
 
 
 class Outbox:
-    """All that one client sends: a conversation with each recipient, when each is due, and how much waits.
+    """All that one client sends: a conversation with each recipient, when each is due, and how much is pending.
 
-    What waits for a server that is silent (``lost``), or while the client is offline (``away``), is stuck: it is
-    counted for itself, and does not keep the rest waiting.
+    What waits while the server does not answer (``server_unreachable``), or while the client is deregistered
+    (``offline``), is stuck: it has a backlog of its own, so that it does not keep messages to others from being queued.
     """
 
-    def __init__(self, me: str, mtu: int = MAX_DATAGRAM, ack_timeout: float = ACK_TIMEOUT) -> None:
-        self._lost = False
-        self._away = False
+    def __init__(self, me: str, ack_timeout: float = ACK_TIMEOUT) -> None:
+        self.conversations: dict[str, Conversation] = {}    # by recipient
+        self.with_events: dict[str, Conversation] = {}      # whose events, or numbers pending, are to be looked at
+        self.awaiting_recount: dict[str, Conversation] = {}     # whose events were taken, for ``recount``
         self._me = me
-        self._mtu = mtu
         self._ack_timeout = ack_timeout
         self._session = bytes(SESSION_BYTES)
-        self.conversations: dict[str, Conversation] = {}
-        self.eventful: dict[str, Conversation] = {}     # with events to take, or whose messages are to be counted anew
-        self.told: dict[str, Conversation] = {}         # whose events were taken, for ``count_told``
+        self._server_unreachable = False
+        self._offline = False
         self._by_stream: dict[int, Conversation] = {}
         self._sending: dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: dict[str, Conversation] = {}     # to be polled next
         self._due: dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: list[tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
-        self._numbers = [0, 0]                          # that wait: what moves, and what is stuck
-        self._bytes = [0, 0]                            # of these
+        self._moving = Backlog()
+        self._stuck = Backlog()
 
     @property
-    def lost(self) -> bool:
-        """Whether the server is silent."""
-        return self._lost
+    def server_unreachable(self) -> bool:
+        """Whether the server does not answer."""
+        return self._server_unreachable
 
-    @lost.setter
-    def lost(self, lost: bool) -> None:
-        self._lost = lost
+    @server_unreachable.setter
+    def server_unreachable(self, unreachable: bool) -> None:
+        self._server_unreachable = unreachable
         self._count_all()
 
     @property
-    def away(self) -> bool:
-        """Whether the client is offline."""
-        return self._away
+    def offline(self) -> bool:
+        """Whether the client is deregistered."""
+        return self._offline
 
-    @away.setter
-    def away(self, away: bool) -> None:
-        self._away = away
+    @offline.setter
+    def offline(self, offline: bool) -> None:
+        self._offline = offline
         self._count_all()
 
     @property
@@ -445,7 +533,7 @@ class Outbox:
         return all(self._is_stuck(conversation, conversation.route) for conversation in self._sending.values())
 
     def undelivered(self) -> Iterator[tuple[str, str]]:
-        """The messages that are not closed: recipient and text."""
+        """Yield the messages that are not closed: recipient and text."""
         for nick, conversation in self._sending.items():
             for text in conversation.texts():
                 yield nick, text
@@ -454,38 +542,39 @@ class Outbox:
         """Return whether the messages for ``nick`` (a conversation is open) go straight there at present."""
         return self.conversations[nick].route == DIRECT
 
-    # how much waits
+    # how much is pending
 
-    def _is_stuck(self, conversation: Conversation, route: str) -> bool:
-        return conversation.stuck or self._away or self._lost and route != DIRECT
+    def _is_stuck(self, conversation: Conversation, route: Route) -> bool:
+        return conversation.stuck or self._offline or (self._server_unreachable and route is not DIRECT)
 
     def is_stuck(self, now: float, nick: str) -> bool:
-        """Whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
+        """Return whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
         conversation = self.conversations[nick]
-        return self._is_stuck(conversation, conversation.next_route(now) if self._lost else DIRECT)
+        return self._is_stuck(conversation, conversation.next_route(now) if self._server_unreachable else DIRECT)
 
     def room(self, now: float, nick: str) -> int:
-        """How many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
-        stuck = self.is_stuck(now, nick)
-        room = QUEUE_LIMIT - self._numbers[stuck]
-        return room if room > 0 and self._bytes[stuck] < QUEUE_SIZE else 0
+        """Return how many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
+        backlog = self._stuck if self.is_stuck(now, nick) else self._moving
+        return max(0, QUEUE_LIMIT - backlog.numbers) if backlog.size < QUEUE_SIZE else 0
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more may be queued, but for those whose messages are stuck."""
-        return self._numbers[0] >= QUEUE_LIMIT or self._bytes[0] >= QUEUE_SIZE
+        """Whether nothing more may be queued, except for those whose messages are stuck."""
+        return self._moving.numbers >= QUEUE_LIMIT or self._moving.size >= QUEUE_SIZE
 
     def _count(self, conversation: Conversation) -> None:
-        """Counts anew what waits in a conversation."""
-        stream, (was_stuck, numbers, size) = conversation.stream, conversation.counted
-        stuck = self._is_stuck(conversation, conversation.route)
-        conversation.counted = (stuck, stream.end - stream.base, stream.size)
-        if stuck != was_stuck:
-            self._numbers[was_stuck] -= numbers
-            self._bytes[was_stuck] -= size
-            numbers = size = 0
-        self._numbers[stuck] += stream.end - stream.base - numbers
-        self._bytes[stuck] += stream.size - size
+        """Move what is pending in a conversation to the right backlog."""
+        stream = conversation.stream
+        was_stuck, numbers, size = conversation.last_count
+        backlog = self._stuck if was_stuck else self._moving
+        backlog.numbers -= numbers
+        backlog.size -= size
+        is_stuck = self._is_stuck(conversation, conversation.route)
+        numbers, size = stream.end - stream.base, stream.size
+        backlog = self._stuck if is_stuck else self._moving
+        backlog.numbers += numbers
+        backlog.size += size
+        conversation.last_count = (is_stuck, numbers, size)
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -494,17 +583,17 @@ class Outbox:
     # what the owner says
 
     def register(self, now: float, session: bytes) -> None:
-        """The server has given a session: it goes into every ``save``, and what waited has all its time again."""
+        """Learn the session that the server has given: it goes into every ``save``."""
         self._session = session
         for conversation in self.conversations.values():
             conversation.session = session
         for nick, conversation in self._sending.items():
-            conversation.begin_anew(now)
+            conversation.on_registered(now)
             self._touched[nick] = conversation
 
     def open(self, now: float, nick: str, place: Place | None, stream: int) -> None:
-        """Begins a conversation with somebody not written to before; ``stream`` is a random id."""
-        conversation = Conversation(self._me, nick, stream, self._mtu, self._ack_timeout)
+        """Begin a conversation with a recipient that has none; ``stream`` is a random id."""
+        conversation = Conversation(self._me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
         conversation.session = self._session
         self._forget_idle()
@@ -512,7 +601,7 @@ class Outbox:
         self._by_stream[stream] = conversation
 
     def send(self, now: float, nick: str, texts: Sequence[str], at: float) -> None:
-        """Queues texts for somebody with whom a conversation is open; ``at``: the wall-clock time."""
+        """Queue texts for a recipient with whom a conversation is open; ``at``: the wall-clock time."""
         conversation = self.conversations[nick]
         conversation.send(now, texts, at)
         self._sending[nick] = self._touched[nick] = conversation
@@ -522,45 +611,47 @@ class Outbox:
         if len(self.conversations) >= CONVERSATIONS_KEPT:
             idle = next((nick for nick in self.conversations if nick not in self._sending), None)
             if idle is not None:
-                del self._by_stream[self.conversations.pop(idle).stream.stream]
-                for among in (self.eventful, self.told, self._touched):     # an ack came twice: the nick is another's
-                    among.pop(idle, None)
+                del self._by_stream[self.conversations.pop(idle).id]
+                # It may still stand here, after an ack that came twice. The next conversation with the same nick must
+                # not be settled by it.
+                for collection in (self.with_events, self.awaiting_recount, self._touched):
+                    collection.pop(idle, None)
 
     def locate(self, now: float, nick: str, place: Place | None) -> None:
-        """The table has changed for ``nick``."""
+        """Learn that the table has changed for ``nick``."""
         conversation = self.conversations.get(nick)
         if conversation is not None:
             conversation.locate(now, place)
             self._touched[nick] = conversation
 
     def server_heard(self, now: float) -> None:
-        """The server gave a sign of life."""
+        """Learn that the server is there."""
         for nick, conversation in self._sending.items():
-            if conversation.route != DIRECT:
+            if conversation.route is not DIRECT:
                 conversation.server_heard(now)
                 self._touched[nick] = conversation
 
     # what the network says; address None: the server, in this session
 
     def _addressed(self, info: Info, address: Address | None) -> Conversation | None:
-        """The conversation that an answer from ``address`` is about, if it may come from there."""
+        """Return the conversation that an answer from ``address`` is about, if it may come from there."""
         conversation = self._by_stream.get(info["stream"])
-        if conversation is None or address is not None and address not in conversation.addresses:
+        if conversation is None or (address is not None and address not in conversation.addresses):
             return None
         return conversation
 
     def on_ack(self, now: float, info: Info, address: Address | None) -> None:
-        """Takes an ``ack``."""
+        """Process an ``ack``."""
         conversation = self._addressed(info, address)
         if conversation is not None:
             conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if address is None else DIRECT)
             if conversation.stream.end > conversation.stream.base:
                 self._touched[conversation.peer] = conversation
             else:
-                self.eventful[conversation.peer] = conversation     # there is nothing to send, only to tell
+                self.with_events[conversation.peer] = conversation      # there is nothing to send, so no need to poll
 
     def on_nack(self, now: float, info: Info, address: Address | None) -> None:
-        """Takes a ``nack``."""
+        """Process a ``nack``."""
         conversation = self._addressed(info, address)
         if conversation is not None:
             conversation.on_nack(now, info["first"], info["last"], info["reason"],
@@ -568,7 +659,7 @@ class Outbox:
             self._touched[conversation.peer] = conversation
 
     def on_exists(self, now: float, info: Info, reachable: Address | None) -> None:
-        """Takes an ``exists``; ``reachable``: the address in its entry, None if it cannot be sent to."""
+        """Process an ``exists``; ``reachable``: the address in its entry, None if it cannot be sent to from here."""
         conversation = self._addressed(info, None)
         if conversation is not None and conversation.peer == info["entry"][0]:
             conversation.on_exists(now, info["n"], reachable)
@@ -577,7 +668,7 @@ class Outbox:
     # what time says
 
     def due(self) -> float:
-        """When ``poll`` must be called even if nothing happens."""
+        """Return when ``poll`` must be called even if nothing happens."""
         if self._touched:
             return -NEVER
         return self._dues[0][0] if self._dues else NEVER
@@ -599,58 +690,59 @@ class Outbox:
             elif due < NEVER:
                 self._schedule(nick, due)
 
-    def poll(self, now: float, calm: bool = True) -> Iterator[tuple[bytes, Address | None]]:
-        """The datagrams to send now, and where to (None: the server), of those to which something happened."""
+    def poll(self, now: float, drained: bool = True) -> Iterator[tuple[bytes, Address | None]]:
+        """Yield the datagrams to send now, and where to (None: the server); ``drained``: see ``Conversation.poll``."""
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
         for nick in list(islice(self._touched, POLLS_PER_TURN)):
             conversation = self._touched.pop(nick)
-            yield from conversation.poll(now, calm)
+            yield from conversation.poll(now, drained)
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)
-            if conversation.events or conversation.counted[0] or self._is_stuck(conversation, conversation.route):
-                self.eventful[nick] = conversation
+            if conversation.events or conversation.last_count[0] or self._is_stuck(conversation, conversation.route):
+                self.with_events[nick] = conversation
 
     def take_events(self) -> list[tuple[str, list[Event]]]:
-        """What has happened to messages since the last time: recipients, and the events (or none) of each.
+        """Return, and forget, what has happened to messages: recipients, and the events (or none) of each.
 
-        Also of those that were not polled since. What is closed by these events counts as waiting until ``count_told``:
-        whoever reads them is told first.
+        This includes conversations that were not polled since. What these events close is pending until ``recount``, so
+        that the owner can tell the user first: the next command must not overtake the line that made room for it.
         """
-        eventful, self.eventful = self.eventful, {}
+        with_events, self.with_events = self.with_events, {}
         if self._touched:
-            eventful.update(self._touched)
+            with_events.update(self._touched)
         found = []
-        for nick, conversation in eventful.items():
+        for nick, conversation in with_events.items():
             found.append((nick, conversation.events))
             conversation.events = []
-            self.told[nick] = conversation
+            self.awaiting_recount[nick] = conversation
         return found
 
-    def count_told(self) -> None:
-        """Counts anew what waits for those whose events were taken."""
-        told, self.told = self.told, {}
-        for nick, conversation in told.items():
+    def recount(self) -> None:
+        """Count again what is pending in the conversations whose events were taken."""
+        conversations, self.awaiting_recount = self.awaiting_recount, {}
+        for nick, conversation in conversations.items():
             self._count(conversation)
-            if not conversation.counted[1]:
+            if not conversation.last_count[1]:
                 self._sending.pop(nick, None)
 
 
 # --- what comes in --------------------------------------------------------------------------------------------
 
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
-STREAMS_PER_SENDER = 8    # that can go on at once, of each peer; the longest silent gives way first
+STREAMS_PER_SENDER = 8    # that can go on at once, of each peer; the longest silent one is evicted first
 STREAMS_IN_ALL = 2048     # the same of all peers together
-MEMORIES = 65_536         # streams and ranges of numbers that were shown, of those that gave way: about 20 MB
+DUPLICATE_FILTER_LIMIT = 65_536     # streams and ranges of numbers remembered of evicted streams: about 20 MB
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting ``PIECE_MEMORY`` for every number
 
 
 class Delivery(NamedTuple):
-    """Texts to show, in order, and whom to tell how many of them are written.
+    """Texts to show, in order, and the function to call with the number of them that are written.
 
-    ``times``: when each was sent, for mail; empty for chat. ``stream``, ``first``: of the sender, and the number of the
-    first text in it. Without texts, ``written`` is to be told (0) once all that was delivered before is written.
+    ``times``: when each was sent, for mail; empty for chat. ``stream``, ``first``: the sender's stream, and the number
+    of the first text in it. A delivery without texts is a mark: its ``written`` is to be called, with 0, once
+    everything that was delivered before is written.
     """
 
     sender: str
@@ -662,91 +754,104 @@ class Delivery(NamedTuple):
 
 
 class Incoming:
-    """One stream of a peer, or of the own mail, and whether it waits for news of the mail."""
+    """One stream of a peer, or of the client's own mail, and whether it is held until mail is shown.
+
+    A held stream waits for two things, one after the other::
+
+        not held --numbers are missing--> held, ``awaited_mail`` None: for the server's answer
+                 --answer-------------->  held, ``awaited_mail`` set: until the mail up to that number is shown
+                 --shown, or HOLD_TIME without an answer--> not held: what is missing is given up
+    """
 
     def __init__(self, stream: ReceiveStream, unacked: dict[Incoming, None]) -> None:
         self.stream = stream
-        self.address: Address | None = None      # where acks go; None: to the server
+        self.address: Address | None = None     # where acks go; None: to the server
         self.sender = ""
-        self.counted = 0            # numbers that the inbox has counted
-        self.held_since = NEVER     # when numbers were found missing, or the server was last asked about them
-        self.held_base = 0          # below which they are
-        self.mail: int | None = None     # the mail that must be shown before they are given up
-        self._unacked = unacked             # of the inbox: stands there as long as there is something to ack
+        self.last_count = 0                     # numbers buffered, when the inbox counted them
+        self.held_since = NEVER                 # when numbers were found missing, or the server was asked again
+        self.held_base = 0                      # the missing numbers are below this one
+        self.awaited_mail: int | None = None
+        self._unacked = unacked                 # the inbox's: this stream is in it while an ack is owed
 
     def written(self, texts: int) -> None:
-        """Takes note of what is written of the texts that were handed out, see ``ReceiveStream``."""
+        """Note that ``texts`` more of the texts handed out are written, see ``ReceiveStream``."""
         before = self.stream.next
         self.stream.written(texts)
         if self.stream.next != before:
             self._unacked[self] = None
 
 
-class Memories:
-    """What was shown of streams that gave way: they may come again, by mail, or because an ack was lost.
+class DuplicateFilter:
+    """The numbers already shown of streams that were evicted: they may come again, by mail or because an ack got lost.
 
-    At most ``MEMORIES`` streams and ranges. Beyond, the sender who has most of them loses the oldest: nobody can make a
-    client forget what others have sent.
+    Beyond its limit, the sender who fills most of it loses the oldest: no sender can make it forget what others sent.
     """
 
     def __init__(self) -> None:
-        self.size = 0
-        self._of: dict[str, dict[int, Memory]] = {}     # sender -> stream -> what was shown, oldest first
-        self._sizes: dict[str, int] = {}                # of each sender
+        self.snapshots: dict[str, dict[int, Snapshot]] = {}     # sender -> stream -> what was shown, oldest first
+        self.size = 0                       # of all snapshots: streams and ranges
+        self._sizes: dict[str, int] = {}    # of those of each sender
 
     @staticmethod
-    def _cost(memory: Memory) -> int:
-        return 1 + len(memory[1]) + len(memory[2])
+    def _cost(snapshot: Snapshot) -> int:
+        return 1 + len(snapshot.claimed) + len(snapshot.given_up)
 
-    def add(self, sender: str, stream: int, memory: Memory) -> None:
-        """Takes a stream that was forgotten; nothing was shown of it if it stands at number 1."""
-        if memory == (1, (), ()):
+    def add(self, sender: str, stream: int, snapshot: Snapshot) -> None:
+        """Remember a stream that is evicted, unless nothing of it was shown."""
+        if snapshot == NOTHING_DELIVERED:
             return
-        self._of.setdefault(sender, {})[stream] = memory
-        cost = self._cost(memory)
+        self.snapshots.setdefault(sender, {})[stream] = snapshot
+        cost = self._cost(snapshot)
         self._sizes[sender] = self._sizes.get(sender, 0) + cost
         self.size += cost
-        while self.size > MEMORIES:
-            has_most = self._sizes.get(sender, 0) * 2 > MEMORIES
+        while self.size > DUPLICATE_FILTER_LIMIT:
+            has_most = self._sizes.get(sender, 0) * 2 > DUPLICATE_FILTER_LIMIT
             loser = sender if has_most else max(self._sizes, key=self._sizes.__getitem__)
-            self.pop(loser, next(iter(self._of[loser])))
+            self.pop(loser, next(iter(self.snapshots[loser])))
 
-    def pop(self, sender: str, stream: int) -> Memory | None:
-        """Gives, and forgets, what was shown of a stream; None if nothing is known of it."""
-        memory = self._of[sender].pop(stream, None) if sender in self._of else None
-        if memory is not None:
-            cost = self._cost(memory)
+    def pop(self, sender: str, stream: int) -> Snapshot | None:
+        """Return, and forget, what was shown of a stream; None if nothing is remembered of it."""
+        snapshot = self.snapshots[sender].pop(stream, None) if sender in self.snapshots else None
+        if snapshot is not None:
+            cost = self._cost(snapshot)
             self.size -= cost
             self._sizes[sender] -= cost
-            if not self._of[sender]:
-                del self._of[sender], self._sizes[sender]
-        return memory
+            if not self.snapshots[sender]:
+                del self.snapshots[sender], self._sizes[sender]
+        return snapshot
 
 
 class Inbox:
     """All that comes in for one client, and the order in which it is shown.
 
-    Chat comes in streams of its senders, mail in one stream of the server, and each letter of it carries the stream
-    and the number that its sender gave it: so a message that comes on two routes is shown once. A chat stream
-    that would skip numbers holds (``is_asking``) until the server has said how much mail there is (``answer``) and
-    that mail is shown, or has not answered for ``HOLD_TIME``.
+    The owner passes on ``chat`` and ``mail``, takes deliveries while its output has room, and sends the ``acks``. While
+    a stream is held and ``is_asking``, it asks the server how much mail there is, and passes on the ``answer``.
+
+    ``on_release`` is called with the sender when a held stream goes on although the server has not answered: what comes
+    next from that sender may be out of order.
     """
 
     def __init__(self) -> None:
         self.buffered = 0           # numbers of all streams that wait here
-        self.holding: dict[Incoming, None] = {}     # the streams that wait for mail, or for news of it
-        self.unacked: dict[Incoming, None] = {}     # those for which ``acks`` has an answer; all of them know this one
+        self.stream_count = 0       # of peers
+        self.holding: dict[Incoming, None] = {}     # the streams that are held
+        self.unacked: dict[Incoming, None] = {}     # the streams that owe an ack; each knows this dictionary
+        self.duplicates = DuplicateFilter()         # of evicted streams
+        self.on_release: Callable[[str], None] = lambda sender: None
         self._streams: dict[str, dict[int, Incoming]] = {}      # of each sender; longest silent first
-        self._memories = Memories()                             # of those streams that gave way
-        self._kept = 0                                          # streams in _streams
-        self._buffering: dict[Incoming, None] = {}              # those that hold numbers; longest silent first
+        self._buffering: dict[Incoming, None] = {}              # those with numbers that wait; longest silent first
+        self._readable: dict[Incoming, None] = {}               # those of peers with texts that can be handed out
         self._mail: Incoming | None = None
-        self._readable: dict[Incoming, None] = {}
+
+    @property
+    def streams(self) -> Mapping[str, Mapping[int, Incoming]]:
+        """The streams of each sender, by their ids; who was silent longest comes first."""
+        return self._streams
 
     # what arrives
 
     def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> None:
-        """Takes a ``chat`` whose sender is proved. Without ``accept`` it is only acked as far as it is known."""
+        """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known."""
         incoming = self._incoming(info["from"], info["stream"], 1)
         incoming.address = address
         self.unacked[incoming] = None
@@ -758,8 +863,8 @@ class Inbox:
                 self._hold(now, incoming)
 
     def on_mail(self, now: float, info: Info) -> None:
-        """Takes a ``mail`` of the server."""
-        if self._mail is None or self._mail.stream.stream != info["stream"]:
+        """Process a ``mail`` of the server."""
+        if self._mail is None or self._mail.stream.id != info["stream"]:
             self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), self.unacked)
         items, more = letters_of(info)
@@ -770,33 +875,34 @@ class Inbox:
         self._arrived(self._mail)
 
     def forget_mail(self, now: float) -> None:
-        """A new session begins, and with it another stream of mail, counted anew."""
+        """Begin a session, and with it another stream of mail: what the server has said of its length is void."""
         for incoming in self.holding:
-            incoming.held_since, incoming.mail = now, None
+            incoming.held_since, incoming.awaited_mail = now, None
         if self._mail is not None:
             self._forget(self._mail)
             self._mail = None
 
     def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
+        """Return a stream of a sender, which becomes the one that was heard last; open it at ``first`` if it is new."""
         streams = self._streams[sender] = self._streams.pop(sender, {})
         incoming = streams.pop(stream, None)
         if incoming is None:
             if len(streams) >= STREAMS_PER_SENDER:
-                self._forget_idle(sender)
-            elif self._kept >= STREAMS_IN_ALL:
-                self._forget_idle(next(iter(self._streams)))
+                self._evict_idle(sender)
+            elif self.stream_count >= STREAMS_IN_ALL:
+                self._evict_idle(next(iter(self._streams)))
             self._streams[sender] = streams
             incoming = Incoming(ReceiveStream(stream, first), self.unacked)
             incoming.sender = sender
-            memory = self._memories.pop(sender, stream)
-            if memory is not None:
-                incoming.stream.recall(memory)
-            self._kept += 1
+            snapshot = self.duplicates.pop(sender, stream)
+            if snapshot is not None:
+                incoming.stream.restore(snapshot)
+            self.stream_count += 1
         streams[stream] = incoming
         return incoming
 
-    def _forget_idle(self, sender: str) -> None:
-        """Makes room: forgets the longest silent of a sender's streams, but none that waits to be written."""
+    def _evict_idle(self, sender: str) -> None:
+        """Make space: evict the longest silent of a sender's streams, but none whose texts wait to be written."""
         streams = self._streams[sender]
         for number in list(islice(streams, STREAMS_PER_SENDER)):
             incoming = streams.pop(number)
@@ -804,22 +910,22 @@ class Inbox:
                 streams[number] = incoming
             else:
                 self._forget(incoming)
-                self._memories.add(sender, number, incoming.stream.remember())
-                self._kept -= 1
+                self.duplicates.add(sender, number, incoming.stream.snapshot())
+                self.stream_count -= 1
                 if len(streams) < STREAMS_PER_SENDER:
                     break
         else:
-            self._streams[sender] = self._streams.pop(sender)   # another one's are looked at next
+            self._streams[sender] = self._streams.pop(sender)   # the next time, another sender's are looked at
         if not streams:
             del self._streams[sender]
 
     def _forget(self, incoming: Incoming) -> None:
-        for among in (self._readable, self.unacked, self.holding, self._buffering):
-            among.pop(incoming, None)
-        self.buffered -= incoming.counted
+        for collection in (self._readable, self.unacked, self.holding, self._buffering):
+            collection.pop(incoming, None)
+        self.buffered -= incoming.last_count
 
     def _arrived(self, incoming: Incoming) -> None:
-        if incoming.counted:
+        if incoming.last_count:
             del self._buffering[incoming]
         self._count(incoming)
         stream = incoming.stream
@@ -829,27 +935,27 @@ class Inbox:
             self._give_back(next(iter(self._buffering)))
 
     def _give_back(self, incoming: Incoming) -> None:
-        """Forgets what waits of a stream, to make room for one that was heard later; its sender still holds it."""
+        """Drop what waits of a stream, to make room for one that was heard later; its sender still has it."""
         incoming.stream.give_back(incoming.stream.taken)
         self._readable.pop(incoming, None)
         self._count(incoming)
 
     def _count(self, incoming: Incoming) -> None:
         buffered = incoming.stream.buffered
-        self.buffered += buffered - incoming.counted
-        incoming.counted = buffered
+        self.buffered += buffered - incoming.last_count
+        incoming.last_count = buffered
         if buffered:
             self._buffering[incoming] = None
         else:
             self._buffering.pop(incoming, None)
 
     def acks(self) -> list[tuple[Info, Address | None]]:
-        """The ``ack`` of every stream that brought something or of which something was written; None: the server."""
-        more = self.buffered * PIECE_MEMORY < INBOX_LIMIT
+        """Return the ``ack`` of every stream that owes one, and where to send it (None: to the server)."""
+        grow = self.buffered * PIECE_MEMORY < INBOX_LIMIT
         acks = []
         for incoming in self.unacked:
-            if incoming.address is not None or incoming is self._mail:      # nobody waits for another ack
-                acks.append((incoming.stream.ack(more), incoming.address))
+            if incoming.address is not None or incoming is self._mail:      # else it was only named in mail
+                acks.append((incoming.stream.ack(grow), incoming.address))
         self.unacked.clear()
         return acks
 
@@ -858,33 +964,34 @@ class Inbox:
     @property
     def is_asking(self) -> bool:
         """Whether a stream waits for the server to say how much mail there is."""
-        return bool(self.holding) and any(incoming.mail is None for incoming in self.holding)
+        return bool(self.holding) and any(incoming.awaited_mail is None for incoming in self.holding)
 
     def _hold(self, now: float, incoming: Incoming) -> None:
         if incoming not in self.holding:
-            incoming.held_since, incoming.held_base, incoming.mail = now, incoming.stream.base, None
+            incoming.held_since, incoming.held_base, incoming.awaited_mail = now, incoming.stream.base, None
             self.holding[incoming] = None
 
     def answer(self, asked: float, mail: int) -> None:
-        """Takes the server's answer to a question of the time ``asked``: the number of the last mail there is."""
+        """Process the server's answer to a question of the time ``asked``: the number of the last mail there is."""
         for incoming in self.holding:
-            if incoming.mail is None and asked >= incoming.held_since:
-                incoming.mail = mail
+            if incoming.awaited_mail is None and asked >= incoming.held_since:
+                incoming.awaited_mail = mail
 
     def expire(self, now: float) -> None:
-        """Goes on with the streams whose question was not answered for ``HOLD_TIME``.
+        """Release the streams whose question was not answered for ``HOLD_TIME``.
 
-        An answer holds for so long, too: if its mail has not come by then, the server is asked again.
+        An answer holds as long, too: if the mail has not come by then, the server is asked again.
         """
         for incoming in list(self.holding):
             if now >= incoming.held_since + HOLD_TIME:
-                if incoming.mail is None:
+                if incoming.awaited_mail is None:
+                    self.on_release(incoming.sender)
                     self._release(now, incoming)
                 else:
-                    incoming.held_since, incoming.mail = now, None
+                    incoming.held_since, incoming.awaited_mail = now, None
 
     def _release(self, now: float, incoming: Incoming) -> None:
-        """Goes on behind the missing numbers; asks again if more have become missing since."""
+        """Go on behind the missing numbers; hold again if more have become missing since."""
         del self.holding[incoming]
         incoming.stream.advance(incoming.held_base, elsewhere=True)
         self.unacked[incoming] = None
@@ -893,7 +1000,7 @@ class Inbox:
             self._hold(now, incoming)
 
     def stop_asking(self) -> None:
-        """Nobody will answer: the client leaves."""
+        """Wait for no answer any more: the client leaves."""
         self.holding.clear()
 
     # what is shown
@@ -912,10 +1019,10 @@ class Inbox:
     def is_ready(self) -> bool:
         """Whether anything is ready to be shown."""
         mail = self._mail
-        return bool(self._readable) or mail is not None and mail.stream.taken < mail.stream.ready
+        return bool(self._readable) or (mail is not None and mail.stream.taken < mail.stream.ready)
 
     def take(self, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
-        """Hands out what is ready as long as ``has_room()``: chat first, and mail once that is through."""
+        """Hand out what is ready as long as ``has_room()``: chat first, and mail when no chat is left."""
         while self._readable and has_room():
             yield from self._take_chat(next(iter(self._readable)))
         if self._mail is not None and not self._readable and has_room():
@@ -923,14 +1030,14 @@ class Inbox:
         if self.holding:
             reached = self._mail.stream.taken if self._mail is not None else 1
             for incoming in list(self.holding):
-                if incoming.mail is not None and reached > incoming.mail:
+                if incoming.awaited_mail is not None and reached > incoming.awaited_mail:
                     self._release(now, incoming)
 
     def _take_chat(self, incoming: Incoming) -> list[Delivery]:
         stream, deliveries = incoming.stream, []
         for run in stream.take(MAX_ITEMS):
             texts = ["".join(run.items)] if run.more else run.items
-            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.stream, run.first))
+            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.id, run.first))
         self._count(incoming)
         if stream.taken == stream.ready:
             self._readable.pop(incoming, None)
@@ -943,27 +1050,32 @@ class Inbox:
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
         for run in mail.stream.take(MAX_ITEMS):
             if run.more:
-                yield from self._take_letters(mail, run.items, ["".join(item[4] for item in run.items)])
+                yield from self._take_letters(mail, run.items, ["".join(letter[4] for letter in run.items)])
             elif run.items:
                 for letters in runs_of_one_stream(run.items):
-                    yield from self._take_letters(mail, letters, [item[4] for item in letters])
+                    yield from self._take_letters(mail, letters, [letter[4] for letter in letters])
             else:
                 yield Delivery("", [], [], mail.written)
         self._count(mail)
 
-    def _take_letters(self, mail: Incoming, items: Sequence[Any], texts: list[str]) -> Iterator[Delivery]:
-        """Texts of consecutive numbers of one stream, but for those that were shown on another way."""
-        sender, stream, number = items[0][:3]
+    def _take_letters(self, mail: Incoming, letters: Sequence[Any], texts: list[str]) -> Iterator[Delivery]:
+        """Hand out texts of consecutive numbers of one stream, except for those that another route has shown.
+
+        Chat of the same stream is handed out before and after them. Before: all that is ready there has lower numbers.
+        After: the claim may have closed the gap in front of chat that came early. If the claim fails, some of the
+        letters may still be new (the route changed in the middle of the run), so each is tried alone.
+        """
+        sender, stream, number = letters[0][:3]
         incoming = self._incoming(sender, stream, number)
-        if number > incoming.stream.reached:    # their sender has closed what is below them: what waits of it is late
+        if number > incoming.stream.reached:    # their sender has closed the numbers below: these can only come late
             incoming.stream.advance(number, elsewhere=True)
         yield from self._take_all_chat(incoming)
-        if incoming.stream.show(number, len(items)):
-            times = [item[3] for item in items[:len(texts)]]
+        if incoming.stream.claim(number, len(letters)):
+            times = [letter[3] for letter in letters[:len(texts)]]
             yield Delivery(sender, texts, times, mail.written, stream, number)
         elif len(texts) == 1:
             yield Delivery("", [], [], lambda _: mail.written(1))
         else:
-            for item, text in zip(items, texts):
-                yield from self._take_letters(mail, [item], [text])
+            for letter, text in zip(letters, texts):
+                yield from self._take_letters(mail, [letter], [text])
         yield from self._take_all_chat(incoming)

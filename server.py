@@ -518,7 +518,7 @@ class Server:
 
     def _count(self, save: SaveStream) -> None:
         """Counts anew what waits in a stream that was just heard, or emptied."""
-        if self._saves.get((save.session.nick, save.stream.stream)) is save:
+        if self._saves.get((save.session.nick, save.stream.id)) is save:
             self._saved_early += save.stream.buffered - save.counted
             save.counted = save.stream.buffered
             self._early.pop(save, None)
@@ -549,12 +549,12 @@ class Server:
             return
         probe = self._probe(save.to, recipient.address, recipient)
         if probe is not None and len(probe.saves) < MAX_SAVE_STREAMS:
-            probe.saves[save.stream.stream] = (save, first)
+            probe.saves[save.stream.id] = (save, first)
 
     def _send_exists(self, save: SaveStream, number: int) -> None:
         entry = self.registry.table.get(save.to)
         if entry is not None:
-            self._send(save.session, encode("exists", {"stream": save.stream.stream, "n": number,
+            self._send(save.session, encode("exists", {"stream": save.stream.id, "n": number,
                                                        "version": entry.version, "entry": entry.row()}))
 
     def _keep_run(self, save: SaveStream, run: Run) -> bool:
@@ -565,7 +565,7 @@ class Server:
         if fitting:
             kept = parcel if fitting == run.numbers else parcel.part(0, fitting)
             mailbox = self.registry.mailbox
-            mailbox.keep(mailbox.known[save.to], save.session.nick, save.stream.stream, kept)
+            mailbox.keep(mailbox.known[save.to], save.session.nick, save.stream.id, kept)
             save.kept += kept.messages
         if fitting == run.numbers:
             return True
@@ -585,7 +585,7 @@ class Server:
         last = save.stream.reached - 1
         save.stream.give_back(first)
         if last >= first:
-            save.nacks.append({"stream": save.stream.stream, "first": first, "last": last, "reason": reason})
+            save.nacks.append({"stream": save.stream.id, "first": first, "last": last, "reason": reason})
 
     # settling
 
@@ -661,7 +661,7 @@ class Server:
         if mail is not None:
             mail.alarm.cancel()
             self._mail_held -= mail.counted
-            del self._mail_by_stream[mail.stream.stream]
+            del self._mail_by_stream[mail.stream.id]
 
     def send_mail(self, session: Session) -> None:
         """Sends what is due of a client's mail, and loads more of it."""
@@ -672,17 +672,17 @@ class Server:
             if not session.known.waiting:
                 return
             mail = self._mails[session.id] = MailStream(self, session, new_id(self.loop))
-            self._mail_by_stream[mail.stream.stream] = mail
+            self._mail_by_stream[mail.stream.id] = mail
         stream = mail.stream
         step = MAIL_AHEAD if self._mail_held < MAIL_TOTAL else MAIL_STEP
-        if stream.held < step // 2 and mail.loaded < session.known.last:
+        if stream.pending < step // 2 and mail.loaded < session.known.last:
             self._load_mail(mail, step)
-        self._mail_held += stream.held - mail.counted
-        mail.counted = stream.held
+        self._mail_held += stream.pending - mail.counted
+        mail.counted = stream.pending
         for packet in stream.poll(self.loop.now()):
-            self._send(session, encode("mail", {"to": session.nick, "stream": stream.stream, "n": packet.first,
+            self._send(session, encode("mail", {"to": session.nick, "stream": stream.id, "n": packet.first,
                                                 "base": stream.base, "items": mail_runs(packet.items)}))
-        cannot_read = not stream.held and mail.loaded < session.known.last
+        cannot_read = not stream.pending and mail.loaded < session.known.last
         mail.alarm.set(self.loop.now() + MAIL_RETRY if cannot_read else stream.due())
 
     def _send_mails(self) -> None:

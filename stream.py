@@ -1,19 +1,64 @@
-"""Reliable, ordered, flow-controlled streams."""
+"""Reliable, ordered, flow-controlled streams over datagrams.
+
+A stream carries items (texts, or letters of mail) from one sender to one receiver. The sender numbers them 1, 2, 3 ...
+The number is the identity of an item: it stays the same however often the item is sent and whichever route it takes,
+and it is what duplicates are recognized by. ``chat`` (client to client), ``save`` (client to server) and ``mail``
+(server to client) are streams: one mechanism for everything that must not be lost, shown twice or reordered.
+
+Rules of this module
+--------------------
+- No sockets, no clock, no randomness. Time comes in as ``now``, seconds of any origin that never go back; packets to
+  send and acks to send come out as return values.
+- No role. Nothing here knows whether the items are chat, saves or mail, or who sends them.
+- An ack is a promise: ``next`` moves only when the owner says that items are *written* (to stdout, to disk), not when
+  they arrive.
+- The sender keeps every item until ``next`` has passed it. Selective acknowledgements only hold back retransmission.
+- A long text is one thing, although it takes several consecutive numbers: ``next`` and ``base`` never stand inside it,
+  and it is delivered, acked and refused whole.
+- Every buffer has a limit. What exceeds it is dropped: the sender still has it.
+- The constants here are choices of this implementation. Those that both ends must agree on are in ``protocol``.
+
+How it works
+------------
+``SendStream`` packs consecutive items into packets, one packet for one datagram, and keeps a *window* of them in
+flight. Two windows bound it. The *send window* is the receiver's: each ack says how many numbers beyond ``next`` it has
+room for, which is its *receive window*, and what does not fit waits here (backpressure). The *congestion window* is the
+path's: how many datagrams may be in flight before the next ack. ``Path`` estimates it, and the retransmission timeout,
+from what comes back. It follows RFC 6298 (timeout), RFC 9002 (loss by packet threshold) and RFC 5681 (slow start,
+multiplicative decrease), counted in datagrams, with one change: a loss reduces the window to what the path was seen to
+carry (TCP Westwood+), at most by half, because a radio link loses datagrams although no queue is full.
+
+An ack carries ``next``, the cumulative acknowledgement; ``have``, the selective ones (SACK): ranges that are buffered
+or not written yet; and ``room``, the receive window. A receiver may drop what it has selectively acknowledged (*SACK
+reneging*, RFC 2018 §8), because it is short of memory or was started again. So the sender forgets all SACKs at a
+timeout, and when it sees a ``next`` below what was acknowledged before.
+
+When the receive window is closed, nothing is in flight and no ack is due: if the ack that opens it again gets lost,
+both sides wait for ever. Therefore the sender repeats its lowest packet after 0.5, 1, 2, then every 5 s. This is the
+*zero-window probe* of TCP's persist timer; every datagram is answered by an ack, whatever the window is.
+
+``ReceiveStream`` puts items into order and hands each out once (deduplication). What comes behind a gap is buffered
+until the gap is filled: that is the price of order, *head-of-line blocking*, and it never reaches beyond one stream. A
+gap may be filled by another route: ``claim`` marks numbers as delivered by it, ``advance`` gives up numbers that the
+sender does not have any more. ``snapshot`` and ``restore`` keep what is needed for deduplication after the stream
+itself was evicted.
+"""
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from enum import Enum
 from itertools import accumulate
-from typing import (Any, NamedTuple)
+from typing import Any, NamedTuple
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from protocol import MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
+from protocol import INITIAL_ROOM, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
 
 class Ranges:
-    """A set of numbers as sorted, disjoint, half-open ranges; at most ``most``, the lowest go first."""
+    """A set of numbers as sorted, disjoint, half-open ranges; beyond ``most`` ranges, the lowest are dropped."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -24,11 +69,11 @@ class Ranges:
         return index >= 0 and self.spans[index][0] <= number < self.spans[index][1]
 
     def touches(self, start: int, end: int) -> bool:
-        """Whether any number of [start, end) is in the set."""
+        """Return whether any number of [start, end) is in the set."""
         return any(span[0] < end and start < span[1] for span in self.spans)
 
     def add(self, start: int, end: int) -> None:
-        """Adds [start, end)."""
+        """Add [start, end)."""
         apart = []
         for span in self.spans:
             if span[1] < start or end < span[0]:
@@ -39,44 +84,150 @@ class Ranges:
         self.spans = sorted(apart)[-self.most:]
 
     def end_of(self, number: int) -> int:
-        """Where the range that holds ``number`` ends; ``number`` itself if none does."""
+        """Return where the range that contains ``number`` ends; ``number`` itself if none does."""
         for start, end in self.spans:
             if start <= number < end:
                 return end
         return number
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether every number of [start, end) is in the set."""
+        """Return whether every number of [start, end) is in the set."""
         return any(span[0] <= start and end <= span[1] for span in self.spans)
 
     def remove(self, start: int, end: int) -> None:
-        """Takes [start, end) out."""
+        """Remove [start, end)."""
         parts = (part for low, high in self.spans for part in ((low, min(high, start)), (max(low, end), high)))
         self.spans = [part for part in parts if part[0] < part[1]][-self.most:]
 
     def drop_below(self, number: int) -> None:
-        """Forgets the ranges that lie wholly below ``number``."""
+        """Remove the ranges that lie wholly below ``number``."""
         if self.spans and self.spans[0][1] <= number:
             self.spans = [span for span in self.spans if span[1] > number]
 
 
-# --- sending --------------------------------------------------------------------------------------------------
+# --- the path -------------------------------------------------------------------------------------------------
 
 INITIAL_TIMEOUT = 0.1     # s; before a round trip was measured: several transmissions must fit into 500 ms
-MIN_TIMEOUT = 0.05        # s; a receiver's turn (a commit, a full pipe) is no loss
+MIN_TIMEOUT = 0.05        # s; a receiver that is busy (a commit, a full pipe) is no loss
 MAX_TIMEOUT = 5.0         # s; the back-off ends here
-CALM_BACKOFF = 4.0        # to which it returns with an ack that measures nothing, on a path that was measured before
+BACKOFF_CAP_AFTER_ACK = 4.0     # factor; see ``Path.relax_backoff``
 CLOCK_GRAIN = 0.001       # s; G of RFC 6298
-INITIAL_WINDOW = 10       # datagrams (RFC 6928)
-MIN_WINDOW = 2            # datagrams (RFC 9002 §7.2)
-MAX_WINDOW = 256          # datagrams in flight
-RATE_GAIN = 0.125         # weight of the newest round trip in the rate estimate
-PACKET_THRESHOLD = 3      # datagrams sent later and acked first make a loss (RFC 9002 §6.1.1)
-INITIAL_ROOM = 4096       # numbers that may be sent before the receiver has said how many it takes
-ASK_AGAIN = (0.5, 1.0, 2.0, 5.0)  # s between questions to a receiver that has no room; the last one repeats
+INITIAL_CONGESTION_WINDOW = 10      # datagrams (RFC 6928)
+MIN_CONGESTION_WINDOW = 2           # datagrams (RFC 9002 §7.2)
+MAX_CONGESTION_WINDOW = 256         # datagrams in flight
+RATE_GAIN = 0.125         # weight of the newest round trip in the estimate of the rate
 NEVER = float("inf")
 
-UNSENT, SENT, HELD, LOST = range(4)  # what is known of a packet
+
+class Path:
+    """What is known of the path to a receiver: round trip, retransmission timeout, congestion window."""
+
+    def __init__(self, initial_timeout: float) -> None:
+        self.smoothed_rtt: float | None = None      # s; SRTT of RFC 6298
+        self.min_rtt = NEVER                        # s
+        self.backoff = 1.0                          # factor on the timeout
+        self.congestion_window: float = INITIAL_CONGESTION_WINDOW       # datagrams
+        self.slow_start_threshold: float = MAX_CONGESTION_WINDOW        # datagrams; ssthresh of RFC 5681
+        self.congestion_limited = False     # whether this window ended the last poll, not a lack of items or of room
+        self._rtt_variation = 0.0           # s; RTTVAR of RFC 6298
+        self._timeout = initial_timeout     # s; without the back-off
+        self._rate = 0.0                    # datagrams that arrive in a second, smoothed over round trips
+        self._round_began = -NEVER          # when the round trip began that is counted now
+        self._arrived = 0                   # datagrams since then
+
+    def timeout(self, longest: float) -> float:
+        """Return the retransmission timeout in seconds; back-off does not make it longer than ``longest``."""
+        if self.backoff == 1.0:
+            return self._timeout
+        return min(self._timeout * self.backoff, max(self._timeout, longest))
+
+    def on_arrival(self, now: float, packets: int, sample: float) -> None:
+        """Learn that ``packets`` have arrived, and the round trip of the newest (``NEVER`` if it measures none)."""
+        if 0 <= sample < NEVER:
+            self._measure(sample)
+        self._arrived += packets
+        passed = now - self._round_began
+        if self.smoothed_rtt is not None and passed >= self.smoothed_rtt and passed >= CLOCK_GRAIN:
+            # once for each round trip: the estimate of the rate of TCP Westwood+ (Mascolo et al., 2001)
+            rate = self._arrived / passed
+            self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
+            self._round_began, self._arrived = now, 0
+        if self.congestion_limited:     # a window that was not used proves nothing (RFC 9002 §7.8)
+            slow_start = self.congestion_window < self.slow_start_threshold
+            growth = packets if slow_start else packets / self.congestion_window    # RFC 5681 §3.1
+            self.congestion_window = min(self.congestion_window + growth, MAX_CONGESTION_WINDOW)
+
+    def _measure(self, sample: float) -> None:
+        """Update the timeout by RFC 6298 §2, with other bounds."""
+        if sample < self.min_rtt:
+            self.min_rtt = sample
+        if self.smoothed_rtt is None:
+            self.smoothed_rtt, self._rtt_variation = sample, sample / 2
+        else:
+            self._rtt_variation += (abs(sample - self.smoothed_rtt) - self._rtt_variation) / 4
+            self.smoothed_rtt += (sample - self.smoothed_rtt) / 8
+        timeout = self.smoothed_rtt + max(4 * self._rtt_variation, CLOCK_GRAIN)
+        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else min(timeout, MAX_TIMEOUT)
+
+    def relax_backoff(self, measured: bool) -> None:
+        """Learn that an ack has come: end the back-off if it ``measured`` the path, else shorten it.
+
+        What was sent twice measures nothing (Karn). So on a path that is slower than the first timeout the back-off
+        must stay until a packet is acked before it is repeated: without it, everything would be sent twice for ever.
+        Where the path was measured before, the timeout is about right, and a long back-off would only waste time.
+        """
+        if measured:
+            self.backoff = 1.0
+        elif self.smoothed_rtt is not None:
+            self.backoff = min(self.backoff, BACKOFF_CAP_AFTER_ACK)
+
+    def on_loss(self) -> None:
+        """Shrink the window: something was lost that later packets overtook (RFC 9002 §7.3.2)."""
+        self.slow_start_threshold = self.congestion_window = self._carried()
+
+    def on_timeout(self) -> None:
+        """Back off, and start again with one datagram (RFC 5681 §3.1, RFC 6298 §5.5)."""
+        if self.backoff == 1.0:
+            self.slow_start_threshold = self._carried()
+        self.congestion_window = 1.0
+        self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
+
+    def _carried(self) -> float:
+        """Return the window that fills the path but not its queue; at least half of the one that met a loss."""
+        fills = min(self.congestion_window, self._rate * self.min_rtt) if self._rate else 0.0
+        return max(self.congestion_window / 2, fills, MIN_CONGESTION_WINDOW)
+
+
+# --- sending --------------------------------------------------------------------------------------------------
+
+PACKET_THRESHOLD = 3      # datagrams sent later and acked first make a loss (RFC 9002 §6.1.1)
+ZERO_WINDOW_PROBES = (0.5, 1.0, 2.0, 5.0)   # s until the next probe of a closed window; the last one repeats
+
+
+class PacketState(Enum):
+    """What the sender knows of a packet::
+
+        state     where it is                  becomes  when
+        UNSENT    waits in ``_unsent``         SENT     ``poll`` sends it
+        SENT      in flight                    SACKED   an ack selectively acknowledges it
+                                               LOST     three packets sent later have arrived, or at a timeout
+                                               UNSENT   it was a probe, and the window is still closed
+        SACKED    buffered by the receiver     LOST     at a timeout or a probe: the receiver may have dropped it
+                                               SENT     an ack shows that the receiver was started again
+        LOST      has to be repeated           SENT     ``poll`` repeats it
+                                               SACKED   an ack selectively acknowledges it after all
+
+    In each state, a packet is forgotten when the cumulative acknowledgement or a refusal has passed it.
+    """
+
+    UNSENT = "unsent"
+    SENT = "sent"
+    SACKED = "sacked"
+    LOST = "lost"
+
+
+# module constants, because the look-up of a member in its class is slow
+UNSENT, SENT, SACKED, LOST = PacketState.UNSENT, PacketState.SENT, PacketState.SACKED, PacketState.LOST
 
 
 class Packet:
@@ -95,122 +246,52 @@ class Packet:
         self.tries = 0
 
 
-class Path:
-    """What is known of the path to a receiver: its round trip, so the retransmission timeout; its congestion window."""
-
-    def __init__(self, initial_timeout: float) -> None:
-        self.smoothed: float | None = None   # s; SRTT of RFC 6298
-        self._variation = 0.0                   # s; RTTVAR
-        self.fastest = NEVER                    # s; the shortest round trip seen
-        self.backoff = 1.0
-        self.window: float = INITIAL_WINDOW     # datagrams
-        self.threshold: float = MAX_WINDOW      # ssthresh of RFC 5681
-        self.window_limited = False             # whether the window ended the last poll, not a lack of data or room
-        self._timeout = initial_timeout         # s; without the back-off
-        self._rate = 0.0            # datagrams that arrive in a second, smoothed over round trips
-        self._round = -NEVER        # when the round trip began that is counted now
-        self._arrived = 0           # datagrams since
-
-    def timeout(self, longest: float) -> float:
-        """The retransmission timeout, in seconds; back-off makes it no longer than ``longest``."""
-        if self.backoff == 1.0:
-            return self._timeout
-        return min(self._timeout * self.backoff, max(self._timeout, longest))
-
-    def on_arrival(self, now: float, packets: int, sample: float) -> None:
-        """``packets`` have arrived; ``sample``: the round trip of the newest, ``NEVER`` if it measures none."""
-        if 0 <= sample < NEVER:
-            self._measure(sample)
-        self._arrived += packets
-        passed = now - self._round
-        if self.smoothed is not None and passed >= self.smoothed and passed >= CLOCK_GRAIN:
-            # once for each round trip: the rate estimate of TCP Westwood+ (Mascolo et al., 2001)
-            rate = self._arrived / passed
-            self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
-            self._round, self._arrived = now, 0
-        if self.window_limited:     # slow start, then one a round trip (RFC 5681 §3.1)
-            grown = self.window + (packets if self.window < self.threshold else packets / self.window)
-            self.window = min(grown, MAX_WINDOW)
-
-    def _measure(self, sample: float) -> None:
-        """RFC 6298 §2, with a shorter first and least timeout."""
-        if sample < self.fastest:
-            self.fastest = sample
-        if self.smoothed is None:
-            self.smoothed, self._variation = sample, sample / 2
-        else:
-            self._variation += (abs(sample - self.smoothed) - self._variation) / 4
-            self.smoothed += (sample - self.smoothed) / 8
-        timeout = self.smoothed + max(4 * self._variation, CLOCK_GRAIN)
-        self._timeout = MIN_TIMEOUT if timeout < MIN_TIMEOUT else min(timeout, MAX_TIMEOUT)
-
-    def relax_backoff(self, measured: bool) -> None:
-        """An ack has come: ends the back-off if it measured the path, else shortens it."""
-        if measured:
-            self.backoff = 1.0
-        elif self.smoothed is not None:     # else a path slower than the first timeout is never measured
-            self.backoff = min(self.backoff, CALM_BACKOFF)
-
-    def on_loss(self) -> None:
-        """Shrinks the window: something was lost that others overtook (RFC 9002 §7.3.2)."""
-        self.threshold = self.window = self._carried()
-
-    def on_timeout(self) -> None:
-        """Backs off, and starts over with one datagram (RFC 5681 §3.1, RFC 6298 §5.5)."""
-        if self.backoff == 1.0:
-            self.threshold = self._carried()
-        self.window = 1.0
-        self.backoff = min(self.backoff * 2, MAX_TIMEOUT / MIN_TIMEOUT)
-
-    def _carried(self) -> float:
-        """The window that fills the path without filling its queue, at least half of the one that met a loss."""
-        fills = min(self.window, self._rate * self.fastest) if self._rate else 0.0
-        return max(self.window / 2, fills, MIN_WINDOW)
-
-
 class SendStream:
     """The sender's half of a stream: numbers items, packs them, sends them until they are acked.
 
-    The owner queues items with their sizes, hands in acks, calls ``poll(now)`` whenever something changed or
-    ``due()`` has come, and turns the packets that it returns into datagrams.
+    The owner queues items with their sizes, passes on acks, calls ``poll(now)`` whenever something changed or ``due()``
+    has come, and turns the packets that it returns into datagrams.
+
+    ``base <= top <= end``: numbers below ``base`` are acked, those below ``top`` were sent at least once, those below
+    ``end`` are queued. Nothing from ``window_end`` on is sent, except as a probe.
     """
 
-    def __init__(self, stream: int, capacity: int, initial_timeout: float = INITIAL_TIMEOUT) -> None:
-        self.stream = stream
+    def __init__(self, id_: int, capacity: int, initial_timeout: float = INITIAL_TIMEOUT) -> None:
+        self.id = id_
         self.capacity = capacity    # bytes of items in one datagram
-        self.base = 1               # the lowest number still held
-        self.end = 1                # the next number to give
+        self.base = 1               # the lowest number that is not acked
+        self.end = 1                # the number of the next item that is queued
         self.top = 1                # the number after the highest that was ever sent
-        self.edge = 1 + INITIAL_ROOM
-        self.size = 0              # of the items held
-        self.longest = MAX_TIMEOUT  # s; to which the back-off goes
-        self.continued: set[int] = set()
+        self.window_end = 1 + INITIAL_ROOM      # the number after the highest that the receiver has room for
+        self.size = 0               # bytes of the items that are not acked
+        self.timeout_cap = MAX_TIMEOUT          # s; the back-off ends here
+        self.continued: set[int] = set()        # the numbers of a text that the next one continues
         self._sent: deque[Packet] = deque()
         self._unsent: deque[Packet] = deque()
         self._initial_timeout = initial_timeout
         self._begin()
 
     def _begin(self) -> None:
-        """Begins on a path of which nothing is known."""
-        self.path = Path(self._initial_timeout)     # to the receiver; another one with each route
-        self.in_flight = 0
-        self.timer = NEVER          # when the oldest packet in flight counts as lost
-        self.ask = NEVER            # when to ask a receiver that has no room
-        self._asked = 0
-        self._order = 0
-        self._acked_order = 0
-        self._newest = 0            # the order of the newest transmission that an ack ever told of,
-        self._sample = NEVER        # s; and its round trip, if the ack at hand is the one and it was the only try
-        self._recovery = 0          # transmissions up to here belong to a loss that was already answered
-        self._lost = 0
+        """Begin on a path of which nothing is known."""
+        self.path = Path(self._initial_timeout)     # to the receiver; another one after each change of route
+        self.in_flight = 0          # packets that are SENT
+        self.timeout_at = NEVER     # when all that is in flight counts as lost
+        self.probe_at = NEVER       # when a closed window is probed
+        self._probes = 0            # since ``next`` moved
+        self._transmissions = 0     # so far
+        self._acked_order = 0       # the newest transmission that has certainly arrived, to detect losses
+        self._newest_acked = 0      # the newest transmission that any ack has reported, to measure round trips,
+        self._sample = NEVER        # s; and its round trip, if the ack at hand is the first to report it
+        self._recovery = 0          # losses of transmissions up to this one were answered by a smaller window already
+        self._lost = 0              # packets that are LOST
 
     @property
-    def held(self) -> int:
+    def pending(self) -> int:
         """How many numbers are not acked yet."""
         return self.end - self.base
 
     def queue(self, items: Sequence[Any], sizes: Sequence[int], continued: Collection[int] = ()) -> None:
-        """Appends items; ``sizes`` are their encoded bytes, ``continued`` the numbers that the next continues.
+        """Append items; ``sizes`` are their encoded bytes, ``continued`` the numbers that the next one continues.
 
         Every size must be at most ``capacity``.
         """
@@ -224,9 +305,10 @@ class SendStream:
         self.end += len(items)
 
     def _pack(self, number: int, items: Sequence[Any], sizes: Sequence[int]) -> int:
+        """Pack items from ``number`` on into as few packets as possible; return their bytes."""
         totals = list(accumulate(sizes))
         done = start = 0
-        if self._unsent and self._unsent[-1].end == number:
+        if self._unsent and self._unsent[-1].end == number:     # fill the last packet first
             tail = self._unsent[-1]
             start = min(bisect_right(totals, self.capacity - tail.size), MAX_ITEMS - len(tail.items))
             if start > 0:
@@ -242,165 +324,181 @@ class SendStream:
             done, start = totals[end - 1], end
         return totals[-1] if totals else 0
 
-    def items(self) -> Iterator[Any]:
-        """The items still held, lowest first."""
+    def pending_items(self) -> Iterator[Any]:
+        """Yield the items that are not acked yet, lowest first."""
         for packets in (self._sent, self._unsent):
             for packet in packets:
                 yield from packet.items
 
     def reroute(self, capacity: int, sizes: Callable[[list[Any]], list[int]]) -> None:
-        """Takes everything held to another path: nothing counts as sent there, nothing is known of it."""
-        held = list(self.items())
+        """Move everything pending to another path: nothing counts as sent there, and nothing is known of it."""
+        items = list(self.pending_items())
         self._sent.clear()
         self._unsent.clear()
         self.capacity = capacity
         self._begin()
-        self.edge = self.base + INITIAL_ROOM
-        self.size = self._pack(self.base, held, sizes(held))
+        self.window_end = self.base + INITIAL_ROOM
+        self.size = self._pack(self.base, items, sizes(items))
 
     def resume(self) -> None:
-        """Sends what is held again at once: the receiver is back."""
-        self._call_all_lost()
+        """Send what is pending again at once: the receiver is back."""
+        self._mark_all_lost()
         self.path.backoff = 1.0
-        self.timer = self.ask = NEVER
-        self._asked = 0
+        self.timeout_at = self.probe_at = NEVER
+        self._probes = 0
 
     # what is due
 
     def due(self) -> float:
-        """When ``poll`` must be called even if nothing happens; ``NEVER`` if nothing is held."""
-        return min(self.timer, self.ask)
+        """Return when ``poll`` must be called even if nothing happens; ``NEVER`` if nothing is pending."""
+        return min(self.timeout_at, self.probe_at)
 
     def poll(self, now: float) -> list[Packet]:
-        """The packets to send now, lowest first."""
-        asking = False
-        if now >= self.timer:
-            self._timed_out()
-        elif now >= self.ask:
-            self._asked += 1
-            asking = True
-            self._call_all_lost()
-            self.path.window = 1.0
+        """Return the packets to send now, lowest first."""
+        probing = False
+        if now >= self.timeout_at:
+            self._on_timeout()
+        elif now >= self.probe_at:
+            # The receiver may have opened its window in an ack that got lost; its answer to one packet will tell. Or it
+            # has all that was sent, unwritten, so that nothing is in flight: then the lowest packet is repeated.
+            probing = True
+            self._probes += 1
+            self._mark_all_lost()
+            self.path.congestion_window = 1.0
         packets: list[Packet] = []
         path, unsent = self.path, self._unsent
-        window = int(path.window)
+        window = int(path.congestion_window)
         while self.in_flight < window:
+            # What is lost goes first, lowest first: until it arrives, the receiver can write nothing that is behind it.
             if self._lost:
                 packet = self._next_lost()
-            elif unsent and (unsent[0].end <= self.edge or asking and not self._sent):
+            elif unsent and (unsent[0].end <= self.window_end or (probing and not self._sent)):
                 packet = unsent.popleft()
                 self._sent.append(packet)
                 if packet.end > self.top:
                     self.top = packet.end
             else:
-                path.window_limited = False
+                path.congestion_limited = False
                 break
-            self._order += 1
-            packet.state, packet.sent, packet.order = SENT, now, self._order
+            self._transmissions += 1
+            packet.state, packet.sent, packet.order = SENT, now, self._transmissions
             packet.tries += 1
             self.in_flight += 1
             packets.append(packet)
         else:
-            path.window_limited = True
+            path.congestion_limited = True
+        # Something must always be due while anything is pending, or the stream would stop for ever: the timeout while
+        # packets are in flight, else the next probe (the window is closed, or the receiver has everything unwritten).
         if self.in_flight:
-            self.ask = NEVER
-            if self.timer == NEVER:
-                self.timer = now + path.timeout(self.longest)
+            self.probe_at = NEVER
+            if self.timeout_at == NEVER:
+                self.timeout_at = now + path.timeout(self.timeout_cap)
         else:
-            self.timer = NEVER
-            self._plan_question(now)
+            self.timeout_at = NEVER
+            self._plan_window_probe(now)
         return packets
 
     def _next_lost(self) -> Packet:
         self._lost -= 1
-        return next(packet for packet in self._sent if packet.state == LOST)
+        return next(packet for packet in self._sent if packet.state is LOST)
 
-    def _plan_question(self, now: float) -> None:
-        """Sees to it that a receiver that has no room for what is held is asked again."""
+    def _plan_window_probe(self, now: float) -> None:
         if self.end == self.base:
-            self.ask = NEVER
-        elif self.ask == NEVER or now >= self.ask:
-            self.ask = now + ASK_AGAIN[min(self._asked, len(ASK_AGAIN) - 1)]
+            self.probe_at = NEVER
+        elif self.probe_at == NEVER or now >= self.probe_at:
+            self.probe_at = now + ZERO_WINDOW_PROBES[min(self._probes, len(ZERO_WINDOW_PROBES) - 1)]
 
-    def _timed_out(self) -> None:
-        self._call_all_lost()
+    def _on_timeout(self) -> None:
+        self._mark_all_lost()
         self.path.on_timeout()
-        self.timer = NEVER
-        self._recovery = self._order
+        self.timeout_at = NEVER
+        self._recovery = self._transmissions
 
-    def _call_all_lost(self) -> None:
+    def _mark_all_lost(self) -> None:
+        """Plan to send everything again, also what is SACKED: the receiver may have dropped it (RFC 2018 §8)."""
         for packet in self._sent:
             packet.state = LOST
         self._lost = len(self._sent)
         self.in_flight = 0
 
-    def _doubt_held(self) -> None:
+    def _forget_sacks(self) -> None:
+        """Count what is SACKED as in flight again: the timeout will repeat it unless it is acked once more."""
         for packet in self._sent:
-            if packet.state == HELD:
+            if packet.state is SACKED:
                 packet.state = SENT
                 self.in_flight += 1
 
     # what came back
 
     def on_ack(self, now: float, next_: int, have: Sequence[Sequence[int]], room: int) -> int:
-        """Takes an ack; returns how many numbers it closed (0 also for one that cannot be true).
+        """Process an ack; return how many numbers it closed (0 also for one that cannot be true).
 
-        ``have`` are inclusive ranges. ``next_`` inside a text counts as its beginning.
+        ``have`` are inclusive ranges. A ``next_`` inside a text counts as the beginning of that text.
         """
         if next_ > self.top:
             return 0
         while next_ - 1 in self.continued:
             next_ -= 1
-        if self.edge < next_ + room:
-            self.edge = min(next_ + room, MAX_NUMBER)
-        if next_ < self.base:       # late, or from a receiver that has lost its memory
-            self._doubt_held()
+        # The end of the window never goes back: a smaller one is that of an older ack, which was overtaken by a later
+        # one. The receiver buffers what it has granted once.
+        if self.window_end < next_ + room:
+            self.window_end = min(next_ + room, MAX_NUMBER)
+        if next_ < self.base:
+            # A late copy of an older ack, or the receiver was started again and what it had buffered is gone. In the
+            # second case the SACKs are not true any more, and no other ack would ever say so.
+            self._forget_sacks()
             return 0
         closed = next_ - self.base
         self._sample = NEVER
         newly = self._drop_below(next_, now)
         if have and self._sent:
-            newly += self._mark_held(have, now)
-            self._detect_loss()
+            newly += self._mark_sacked(have, now)
+            self._detect_losses()
         if newly:
             self.path.on_arrival(now, newly, self._sample)
         if newly or closed:
             if self.path.backoff != 1.0:
                 self.path.relax_backoff(self._sample < NEVER)
-            self.timer = NEVER      # poll starts it anew: RFC 6298 §5.3
+            self.timeout_at = NEVER     # ``poll`` sets it again, counted from now (RFC 6298 §5.3)
         if closed:
-            self._asked = 0
-            self.ask = NEVER
-        if self._sent and self._sent[-1].end > self.edge and self._sent[-1].state == SENT:
-            self._withdraw_question()
+            self._probes = 0
+            self.probe_at = NEVER
+        if self._sent and self._sent[-1].end > self.window_end:
+            self._withdraw_window_probe()
         return closed
 
-    def _withdraw_question(self) -> None:
-        """The receiver has answered that it has no room: what it was asked with was not sent, as it were."""
-        packet = self._sent.pop()
-        packet.state = UNSENT
-        self._unsent.appendleft(packet)
-        self.in_flight -= 1
-        self.timer = NEVER
+    def _withdraw_window_probe(self) -> None:
+        """Count the packet of a probe as not sent: the answer is here, and the window is still closed.
+
+        Otherwise the packet would time out, and be repeated by the retransmission timeout instead of the next probe.
+        """
+        packet = self._sent[-1]
+        if packet.state is SENT:
+            self._sent.pop()
+            packet.state = UNSENT
+            self._unsent.appendleft(packet)
+            self.in_flight -= 1
+            self.timeout_at = NEVER
 
     def close(self, end: int) -> int:
-        """Gives up what is held below ``end`` (its receiver refused it); returns how many numbers."""
+        """Give up what is pending below ``end`` (its receiver refused it); return how many numbers that are."""
         end = min(end, self.top)
         while end - 1 in self.continued:
             end -= 1
         closed = max(0, end - self.base)
         if closed:
             self._drop_below(end, NEVER)
-            self.timer = self.ask = NEVER
+            self.timeout_at = self.probe_at = NEVER
         return closed
 
     def _drop_below(self, number: int, now: float) -> int:
+        """Forget the items below ``number``; return how many packets arrived by that."""
         packets = 0
         for queue in (self._sent, self._unsent):
             while queue and queue[0].end <= number:
                 packet = queue.popleft()
                 self.size -= packet.size
-                packets += self._settle(packet, now)
+                packets += self._note_arrival(packet, now)
             if queue and queue[0].first < number:
                 packet = queue[0]
                 # its size stays: what is left may be as large, and more is packed behind it
@@ -408,67 +506,72 @@ class SendStream:
                 packet.first = number
                 break
         if self.continued and number > self.base:
-            self.continued = {held for held in self.continued if held >= number}
+            self.continued = {other for other in self.continued if other >= number}
         self.base = number
         if self.end == number:
             self.size = 0
         return packets
 
-    def _settle(self, packet: Packet, now: float) -> int:
-        """Takes note that a packet has arrived; 1 if that is news.
+    def _note_arrival(self, packet: Packet, now: float) -> int:
+        """Note that a packet has arrived; return 1 if that is news, else 0.
 
-        Only the newest of all transmissions that have arrived measures the round trip: an older one may have been
-        told of by an ack that got lost (RFC 9002 §5.1); and one that was sent twice never does (Karn, RFC 6298 §3).
+        Of all transmissions that have arrived, only the newest measures the round trip: an older one may have been
+        acked before, by an ack that got lost (RFC 9002 §5.1). A packet that was sent twice never does (Karn, RFC 6298
+        §3).
         """
-        if packet.state == SENT:
+        if packet.state is SENT:
             self.in_flight -= 1
-        elif packet.state == LOST:
+        elif packet.state is LOST:
             self._lost -= 1
         else:
             return 0
-        if packet.order > self._acked_order and (   # not the ack of an earlier try (RFC 8985 §6.2)
-                packet.tries == 1 or now - packet.sent >= self.path.fastest):
+        if packet.order > self._acked_order and (   # not an ack of the try before (RFC 8985 §6.2)
+                packet.tries == 1 or now - packet.sent >= self.path.min_rtt):
             self._acked_order = packet.order
-        if packet.order > self._newest:
-            self._newest = packet.order
+        if packet.order > self._newest_acked:
+            self._newest_acked = packet.order
             self._sample = now - packet.sent if packet.tries == 1 else NEVER
         return 1
 
-    def _mark_held(self, have: Sequence[Sequence[int]], now: float) -> int:
+    def _mark_sacked(self, have: Sequence[Sequence[int]], now: float) -> int:
+        """Note which packets are wholly in ``have``; return how many arrived by that."""
         newly = 0
         spans = sorted((first, last) for first, last in have)
         starts = [span[0] for span in spans]
         for packet in self._sent:
             index = bisect_right(starts, packet.first) - 1
-            if index >= 0 and packet.end - 1 <= spans[index][1] and packet.state != HELD:
-                newly += self._settle(packet, now)
-                packet.state = HELD
+            if index >= 0 and packet.end - 1 <= spans[index][1] and packet.state is not SACKED:
+                newly += self._note_arrival(packet, now)
+                packet.state = SACKED
         return newly
 
-    def _detect_loss(self) -> None:
-        """RFC 9002 §6.1.1: what was sent three transmissions before something that arrived is lost."""
+    def _detect_losses(self) -> None:
+        """Mark as lost what was sent three transmissions before something that has arrived (RFC 9002 §6.1.1)."""
         fresh = False
         for packet in self._sent:
-            if packet.state == SENT and packet.order <= self._acked_order - PACKET_THRESHOLD:
+            if packet.state is SENT and packet.order <= self._acked_order - PACKET_THRESHOLD:
                 packet.state = LOST
                 self._lost += 1
                 self.in_flight -= 1
                 fresh = fresh or packet.order > self._recovery
-        if fresh:
+        if fresh:       # losses of one round trip have one cause, and reduce the window once
             self.path.on_loss()
-            self._recovery = self._order
+            self._recovery = self._transmissions
 
 
 # --- receiving ------------------------------------------------------------------------------------------------
 
-MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that wait here: 3 MiB of text
-MAX_SHOWN_RANGES = 64     # ranges of numbers that came by another route, or on none yet, remembered for one stream
+MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that are buffered: 3 MiB of text
+MAX_CLAIMED_RANGES = 64   # ranges of numbers that another route has delivered, or none yet, remembered for one stream
 
-NONE: frozenset[int] = frozenset()
+NONE_CONTINUED: frozenset[int] = frozenset()
 
 
 class Run(NamedTuple):
-    """``numbers`` consecutive numbers that a stream hands out: whole texts only, or no items (a skip)."""
+    """Consecutive numbers that a stream hands out: whole texts, or a skip (no items) over what another route has.
+
+    ``more`` are the numbers of a long text, which is a run of its own, but for the last one.
+    """
 
     first: int
     items: list[Any]
@@ -476,32 +579,44 @@ class Run(NamedTuple):
     numbers: int
 
 
-Memory = tuple[int, tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
+class Snapshot(NamedTuple):
+    """What must be remembered of a stream that is evicted, so that nothing of it is delivered twice."""
+
+    next: int                               # everything below is delivered, or given up
+    claimed: tuple[tuple[int, int], ...]    # ranges above it that another route has delivered
+    given_up: tuple[tuple[int, int], ...]   # ranges below it that were never delivered
+
+
+NOTHING_DELIVERED = Snapshot(1, (), ())
 
 
 class ReceiveStream:
     """The receiver's half of a stream: puts items into order and hands each out once.
 
-    ``next <= taken <= ready``: below ``next`` is written for good, below ``taken`` is handed out by ``take``,
-    below ``ready`` are whole texts that can be handed out. From ``ready`` on lie the pieces of a text that is not
-    whole yet, and behind a gap what came early. The owner calls ``written`` when some of what it was handed is
-    written, in its order.
+    Five marks divide the numbers. Data moves ``ready`` and ``reached``, ``take`` moves ``taken``, ``written`` moves
+    ``next``, ``ack`` moves ``window_end``::
+
+                 next          taken             ready             reached          window_end
+        written,  | handed out, | whole texts,    | pieces of a     | a gap, then      | not promised
+        acked     | not written | not handed out  | text, not whole | what came early  | to the sender
+
+    The owner calls ``written`` when some of what it was handed is written, in its order.
     """
 
-    def __init__(self, stream: int, first: int = 1) -> None:
-        self.stream = stream
+    def __init__(self, id_: int, first: int = 1) -> None:
+        self.id = id_
         self.next = first
         self.taken = first
         self.ready = first
-        self.edge = first           # the number after the highest that the sender was ever allowed
+        self.window_end = first     # the number after the highest that the sender was ever allowed
         self.base = 1               # the highest base heard
-        self.shown = Ranges(MAX_SHOWN_RANGES)
-        self.given_up = Ranges(MAX_SHOWN_RANGES)    # passed without being shown: another route may still bring them
-        self.buffered = 0           # numbers held here, because they are early, not whole, or nobody took them
-        self._runs: deque[Run] = deque()
+        self.claimed = Ranges(MAX_CLAIMED_RANGES)       # delivered by another route
+        self.given_up = Ranges(MAX_CLAIMED_RANGES)      # skipped without being delivered: another route may bring them
+        self.buffered = 0           # numbers in memory: early, not whole, or not handed out
+        self._runs: deque[Run] = deque()    # what ``take`` will hand out
         self._pieces: list[Any] = []        # of the text that begins at ``ready``
-        self._early: dict[int, tuple[list[Any], frozenset[int]]] = {}
-        self._handed: deque[list[int]] = deque()    # [texts, numbers of each]; 0 texts: a skip
+        self._early: dict[int, tuple[list[Any], frozenset[int]]] = {}   # first number -> items, continued numbers
+        self._handed: deque[list[int]] = deque()    # not written: [texts, numbers of each]; 0 texts: a skip
 
     @property
     def reached(self) -> int:
@@ -514,28 +629,33 @@ class ReceiveStream:
         return self.base > self.reached
 
     def on_data(self, first: int, items: list[Any], more: Sequence[int] = (), base: int = 1) -> None:
-        """Takes what a datagram brought; what is known already or beyond the limit is left aside."""
+        """Process what a datagram brought; drop what is known already or beyond the limit."""
         if base > self.base:
             self.base = base
         end = first + len(items)
         if first == self.ready and end <= self.next + MAX_EARLY and not (
-                self._pieces or self._early or self.shown.spans):
-            self._append(items, frozenset(more) if more else NONE)      # mostly: it is what comes next
+                self._pieces or self._early or self.claimed.spans):
+            # mostly: exactly what comes next, and nothing that it has to be merged with
+            self._append(items, frozenset(more) if more else NONE_CONTINUED)
             return
         reached = self.reached
+        # The limit counts from ``base``, too: a stream that is new here may have begun long ago, and what lies between
+        # ``next`` and ``base`` will never come on this route.
         if end <= reached or end > max(self.next, self.base) + MAX_EARLY:
             return
-        if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
-            if first > reached:
-                return
-            self.drop_early()       # what fills the gap is worth more than what came behind it
-            if self.buffered + len(items) > MAX_EARLY + MAX_ITEMS:
-                return
-        if self._keep(first, items, frozenset(more)) and (first <= reached or self.shown.spans):
+        if not self._has_memory_for(first, len(items)):
+            return
+        if self._keep(first, items, frozenset(more)) and (first <= reached or self.claimed.spans):
             self._merge()
 
+    def _has_memory_for(self, first: int, count: int) -> bool:
+        """Return whether items may be buffered; for what fills the gap, drop what came early behind it."""
+        if self.buffered + count > MAX_EARLY + MAX_ITEMS and first <= self.reached:
+            self.drop_early()
+        return self.buffered + count <= MAX_EARLY + MAX_ITEMS
+
     def _keep(self, first: int, items: list[Any], more: frozenset[int]) -> bool:
-        """Puts items among the early ones, unless as many from ``first`` on are there already."""
+        """Put items among the early ones, unless as many from ``first`` on are there already."""
         known = len(self._early[first][0]) if first in self._early else 0
         if known >= len(items):
             return False
@@ -544,10 +664,10 @@ class ReceiveStream:
         return True
 
     def _append(self, items: list[Any], more: frozenset[int]) -> None:
-        """Puts items that follow what was reached at the end of what can be handed out."""
+        """Append items that follow what was reached to what can be handed out, text by text if some are long."""
         self.buffered += len(items)
         if not more and not self._pieces:
-            self._add_run(Run(self.ready, items, NONE, len(items)))
+            self._add_run(Run(self.ready, items, NONE_CONTINUED, len(items)))
             return
         for number, item in enumerate(items, self.reached):
             self._pieces.append(item)
@@ -560,18 +680,25 @@ class ReceiveStream:
         self.ready += run.numbers
 
     def _skip(self, to: int) -> None:
+        """Pass over the numbers from ``ready`` to ``to``; pieces of a text that lie there are not needed any more."""
         self.buffered -= len(self._pieces)
         self._pieces = []
-        self._add_run(Run(self.ready, [], NONE, to - self.ready))
+        self._add_run(Run(self.ready, [], NONE_CONTINUED, to - self.ready))
 
     def _merge(self) -> None:
-        """Moves what has become consecutive from the early ones to the ready ones."""
+        """Move what has become consecutive from the early items to the ready ones.
+
+        Early items may overlap each other and what was reached: after a change of route the sender packs the same
+        numbers into other datagrams. Numbers that another route has claimed may lie between them, so a claimed range
+        that is skipped can connect the next early items, and these can reach the next claimed range: repeat until
+        nothing moves.
+        """
         moved = True
         while moved:
             moved = False
-            shown = self.shown.end_of(self.ready)
-            if shown > self.ready:
-                self._skip(shown)
+            end_of_claimed = self.claimed.end_of(self.ready)
+            if end_of_claimed > self.ready:
+                self._skip(end_of_claimed)
             for first in sorted(self._early):
                 if first > self.reached:
                     break
@@ -579,54 +706,56 @@ class ReceiveStream:
                 self.buffered -= len(items)
                 if first + len(items) > self.reached:
                     moved = True
-                    self._take_in(items[self.reached - first:], more)
-        self.shown.drop_below(self.next)     # not ``ready``: ``give_back`` may return
+                    self._append_unclaimed(items[self.reached - first:], more)
+        self.claimed.drop_below(self.next)      # not below ``ready``: ``give_back`` may return to ``next``
 
-    def _take_in(self, items: list[Any], more: frozenset[int]) -> None:
-        """Appends items that follow what was reached, as far as no other route has shown them."""
+    def _append_unclaimed(self, items: list[Any], more: frozenset[int]) -> None:
+        """Append items that follow what was reached, up to the first one that another route has delivered."""
         reached, fresh = self.reached, len(items)
-        if self.shown.spans:
-            fresh = next((i for i in range(len(items)) if reached + i in self.shown), len(items))
+        if self.claimed.spans:
+            fresh = next((i for i in range(len(items)) if reached + i in self.claimed), len(items))
         if fresh:
             self._append(items[:fresh], more)
         else:
-            self._skip(self.shown.end_of(reached))      # the text was shown whole: its pieces here do not matter
+            self._skip(self.claimed.end_of(reached))    # the whole text was claimed: its pieces here do not matter
         if fresh < len(items):
             self._keep(reached + fresh, items[fresh:], more)
 
     def advance(self, to: int, elsewhere: bool = False) -> None:
-        """Gives up waiting for the numbers below ``to``: the sender does not hold them any more.
+        """Give up waiting for the numbers below ``to``: the sender does not have them any more.
 
-        ``elsewhere``: another route may still bring them, see ``show``.
+        ``elsewhere``: another route may still bring them, see ``claim``.
         """
         if to > self.reached:
             if elsewhere:
                 self.given_up.add(self.ready, to)
-                for start, end in self.shown.spans:
+                for start, end in self.claimed.spans:
                     self.given_up.remove(start, end)
             self._skip(to)
             self._merge()
 
-    def show(self, first: int, count: int) -> bool:
-        """Asks, for another route, whether the whole texts of ``count`` numbers from ``first`` are all to be shown.
+    def claim(self, first: int, count: int) -> bool:
+        """Return whether none of these numbers was delivered yet; if so, mark them as delivered by another route.
 
-        If so, they are that route's from now on, and this stream skips those numbers. Whoever asks must have taken
-        what is ready here before, and must take again behind it, so that the skip is not written before the texts.
+        The same text comes twice when its ack was lost on the direct route and its sender saved it at the server: once
+        as chat, once as mail. The route that claims it first shows it, and the other one skips it. The ``count``
+        numbers from ``first`` must be whole texts. The caller must have taken what is ready here before, and must take
+        again behind it, so that the skip counts as written after the texts before it and not earlier.
         """
         if first < self.ready and self.given_up.covers(first, first + count):
             self.given_up.remove(first, first + count)      # late, and out of order, but not lost
             return True
-        if first < self.ready or self.shown.touches(first, first + count):
+        if first < self.ready or self.claimed.touches(first, first + count):
             return False
-        if first == self.ready and not (self._pieces or self._early or self.shown.spans):
+        if first == self.ready and not (self._pieces or self._early or self.claimed.spans):
             self._skip(first + count)
         else:
-            self.shown.add(first, first + count)
+            self.claimed.add(first, first + count)
             self._merge()
         return True
 
     def take(self, numbers: int = MAX_EARLY) -> list[Run]:
-        """Hands out runs until they hold ``numbers`` numbers or more, or nothing is ready."""
+        """Hand out runs until they contain at least ``numbers`` numbers, or nothing is ready."""
         runs = []
         while self._runs and numbers > 0:
             run = self._runs.popleft()
@@ -644,7 +773,7 @@ class ReceiveStream:
         return runs
 
     def written(self, texts: int) -> None:
-        """Takes note that ``texts`` more of the texts handed out are written; 0: that the skip that is next has passed.
+        """Note that ``texts`` more of the texts handed out are written; 0: that the next skip has passed.
 
         A skip stands for what another route shows: it does not pass along with the texts before it.
         """
@@ -663,7 +792,7 @@ class ReceiveStream:
                 return
 
     def all_written(self) -> None:
-        """Takes note that all that was handed out is written."""
+        """Note that all that was handed out is written."""
         self._handed.clear()
         self.next = self.taken
 
@@ -672,20 +801,22 @@ class ReceiveStream:
         """Whether nothing is handed out that is not written yet."""
         return self.next == self.taken
 
-    def remember(self) -> Memory:
-        """What must be known of an idle stream so that nothing is shown twice; what was not taken is forgotten."""
+    def snapshot(self) -> Snapshot:
+        """Return what must be remembered of an idle stream; what was not handed out is dropped."""
         self.give_back(self.taken)
-        return self.taken, tuple(self.shown.spans), tuple(self.given_up.spans)
+        return Snapshot(self.taken, tuple(self.claimed.spans), tuple(self.given_up.spans))
 
-    def recall(self, memory: Memory) -> None:
-        """Goes on, new, where a stream of the same number stood when it was to ``remember``."""
-        self.next = self.taken = self.ready = self.edge = memory[0]
-        self.shown.spans, self.given_up.spans = list(memory[1]), list(memory[2])
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue, in a new object, where the stream was at the ``snapshot``."""
+        self.next = self.taken = self.ready = self.window_end = snapshot.next
+        self.claimed.spans, self.given_up.spans = list(snapshot.claimed), list(snapshot.given_up)
 
     def give_back(self, first: int) -> None:
-        """Undoes taking from the text that begins at ``first`` on, and forgets all that waits behind it.
+        """Undo ``take`` from the text that begins at ``first`` on, and drop everything that is buffered behind it.
 
-        For what could not be kept: the sender still holds it, and will send it again or give it up.
+        For what the owner cannot keep now: the recipient of a save may be online and has to be probed first, the disk
+        fails, the mailbox is full, memory is short. The sender still has the items: it repeats them, or gives them up
+        when they are refused. What another route has claimed stays claimed.
         """
         kept: deque[list[int]] = deque()
         position = self.next
@@ -705,20 +836,20 @@ class ReceiveStream:
         self.buffered = 0
 
     def drop_early(self) -> None:
-        """Forgets what came early, to free memory; the sender still holds it."""
+        """Drop what came early, to free memory; the sender still has it (SACK reneging)."""
         self.buffered -= sum(len(items) for items, _ in self._early.values())
         self._early.clear()
 
-    def ack(self, more: bool = True) -> Info:
-        """The ``ack`` to send now; ``more``: whether the owner has memory for more than it promised before."""
-        if more and self.edge < self.next + MAX_EARLY:
-            self.edge = self.next + MAX_EARLY
-        room = self.edge - self.next
-        return {"stream": self.stream, "next": self.next, "room": room if room >= MAX_TEXT_PIECES else 0,
+    def ack(self, grow: bool = True) -> Info:
+        """Return the ``ack`` to send now; ``grow``: whether there is memory for more than was promised before."""
+        if grow and self.window_end < self.next + MAX_EARLY:
+            self.window_end = self.next + MAX_EARLY
+        window = self.window_end - self.next
+        return {"stream": self.id, "next": self.next, "room": window if window >= MAX_TEXT_PIECES else 0,
                 "have": self._have() if self._early or self.ready > self.next or self._pieces else []}
 
     def _have(self) -> list[list[int]]:
-        """What came and is not written: inclusive ranges, the lowest ones."""
+        """Return what came and is not written: inclusive ranges, the lowest ones."""
         reached = self.reached
         spans = [[self.next, reached - 1]] if reached > self.next else []
         for first in sorted(self._early):

@@ -644,8 +644,8 @@ class Receipts:
         """Tell what has happened to messages for ``nick``."""
         if self._observer is not None:
             self._observer.on_event(nick, event)
-        name = event.kind
-        if name == REFUSED:
+        name: str = event.kind.value
+        if event.kind is REFUSED:
             self.has_failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
         if not self._names_messages:
@@ -670,7 +670,7 @@ class Receipts:
         """Return by which route a message went, and how many milliseconds it took, once it is closed."""
         if event.kind not in CLOSINGS:
             return {}
-        if event.kind == RECEIVED:
+        if event.kind is RECEIVED:
             via = "direct"
         else:
             via = "relay" if event.relayed else "mail"

@@ -854,7 +854,7 @@ class Swarm:
             self._send(member, encode("alive", {"id": info["id"], "nick": member.nick, "session": member.session}))
 
     def _on_mail(self, member: Member, info: Info) -> None:
-        if member.mail is None or member.mail.stream != info["stream"]:
+        if member.mail is None or member.mail.id != info["stream"]:
             member.mail = ReceiveStream(info["stream"])
         member.mail.on_data(info["n"], *letters_of(info), info["base"])
         member.mail.advance(info["base"])
@@ -1195,7 +1195,7 @@ class Flow:
     def poll(self) -> None:
         """Sends what is due, and comes back when more is."""
         now, conversation = self._link.now, self._conversation
-        if conversation.held < QUEUE_LIMIT:
+        if conversation.pending < QUEUE_LIMIT:
             conversation.send(now, self._texts, now)
         for datagram, _ in conversation.poll(now):
             self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))

@@ -40,7 +40,7 @@ import msgpack
 
 import protocol
 from client import OFFLINE, REGISTERING, Client
-from conversation import RECEIVED, REFUSED, SAVED, Event, Inbox, Incoming
+from conversation import RECEIVED, REFUSED, SAVED, Event
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
 from home import token_for
@@ -511,7 +511,7 @@ class Watch(Observer):
     def on_event(self, nick: str, event: Event) -> None:
         """Something has happened to messages for ``nick``."""
         if event.kind in (RECEIVED, SAVED, REFUSED):
-            self._life.ledger.closed(self._life, nick, event.kind, event.messages)
+            self._life.ledger.closed(self._life, nick, event.kind.value, event.messages)
 
     def on_unknown(self, nick: str, count: int) -> None:
         """Texts were refused: nobody knows the recipient."""
@@ -529,17 +529,6 @@ class Watch(Observer):
             return 0
         return conversation.messages + sum(event.messages for event in conversation.events
                                            if event.kind in (RECEIVED, SAVED, REFUSED))
-
-
-class SimInbox(Inbox):
-    """An inbox that tells when it goes on without what is missing, because the server did not answer in time."""
-
-    life: Life
-
-    def _release(self, now: float, incoming: Incoming) -> None:
-        if incoming.mail is None:
-            self.life.note_release(incoming.sender)
-        super()._release(now, incoming)
 
 
 class Life(Node):
@@ -577,8 +566,7 @@ class Life(Node):
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
         self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self))
-        self.client.inbox.__class__ = SimInbox
-        setattr(self.client.inbox, "life", self)
+        self.client.inbox.on_release = self.note_release
         self.client.start()
         if speech == "talk":
             self._put_in(f"talk {nick}")

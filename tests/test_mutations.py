@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from client import ServerLink, TableSync
-from protocol import SESSION_SIZE, padded
-from conversation import Conversation, Delivery, Inbox, Incoming
+from conversation import Delivery, Inbox
 from loop import Output
+from protocol import SESSION_SIZE, encode, padded
 from registry import ONLINE, Registry, Session, Table
 from server import Server
 from terminal import Shell
@@ -70,7 +70,7 @@ def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:
 
 def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
     """Does not compare mail with what came straight."""
-    patch.setattr(ReceiveStream, "show", lambda self, first, count: True)
+    patch.setattr(ReceiveStream, "claim", lambda self, first, count: True)
 
 
 def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
@@ -83,18 +83,16 @@ def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
 
 def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:
     """Shows what comes straight, though what was sent before it is in the mail."""
-    def hold(self: Inbox, now: float, incoming: Incoming) -> None:
-        incoming.stream.advance(incoming.stream.base)
-        self._arrived(incoming)
-    patch.setattr(Inbox, "_hold", hold)
+    def on_data(self: ReceiveStream, *data: Any) -> None:
+        original(self, *data)
+        self.advance(self.base)
+    original = ReceiveStream.on_data
+    patch.setattr(ReceiveStream, "on_data", on_data)
 
 
 def forgets_its_base(patch: pytest.MonkeyPatch) -> None:
     """Does not tell the recipient which numbers it does not hold any more."""
-    def frame(self: Conversation, route: str, first: int, base: int, *rest: Any) -> bytes:
-        return original(self, route, first, 1, *rest)
-    original = Conversation._frame
-    patch.setattr(Conversation, "_frame", frame)
+    patch.setattr("conversation.encode", lambda tag, info: encode(tag, {**info, "base": 1}))
 
 
 def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:
@@ -104,9 +102,9 @@ def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:
 
 def does_not_repeat_what_is_lost(patch: pytest.MonkeyPatch) -> None:
     """Sends everything once."""
-    def time_out(self: SendStream) -> None:
-        self.timer = float("inf")
-    patch.setattr(SendStream, "_timed_out", time_out)
+    def on_timeout(self: SendStream) -> None:
+        self.timeout_at = float("inf")
+    patch.setattr(SendStream, "_on_timeout", on_timeout)
 
 
 def gives_two_changes_one_version(patch: pytest.MonkeyPatch) -> None:

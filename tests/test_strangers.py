@@ -388,7 +388,7 @@ def held_up(world: World, alice: Life) -> tuple[Tap, int]:
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
     world.run(0.2)
-    return tap, alice.client.outbox.conversations["bob"].stream.stream
+    return tap, alice.client.outbox.conversations["bob"].stream.id
 
 
 @pytest.mark.parametrize("kind", ["ack", "nack"])
@@ -895,7 +895,7 @@ def test_mail_in_memory_is_bounded_though_nobody_acks_it(monkeypatch: pytest.Mon
         desk.say(home(0), save(bob, f"eve{number}", number, texts=100))
         desk.register(f"eve{number}", home(number))
     desk.wait(1)
-    held = [mail.stream.held for mail in desk.server._mails.values()]
+    held = [mail.stream.pending for mail in desk.server._mails.values()]
     assert len(held) == 20 and sum(held) == desk.kept()["mail"] <= 200 + 64 + 20 * 4
 
 
@@ -951,7 +951,7 @@ def test_a_flood_of_chat_from_unknown_sources_makes_a_client_ask_for_its_table_a
     world.run(seconds)
     assert bob.lines[lines:] == ["alice: hello"]
     assert tap.of("bob")["sync"] <= seconds / SYNC_INTERVAL + 2 and tap.of("bob").get("nack", 0) == 0
-    assert [len(streams) for streams in bob.client.inbox._streams.values()] == [1] and bob.client.inbox.buffered == 0
+    assert [len(streams) for streams in bob.client.inbox.streams.values()] == [1] and bob.client.inbox.buffered == 0
 
 
 def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool, texts: int = 20) -> Iterator[int]:
@@ -985,7 +985,7 @@ def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkey
     monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
     inbox = Inbox()
     assert max(crowd(inbox, 10, 8, 40, early)) <= 1000
-    held = sum(incoming.stream.buffered for streams in inbox._streams.values() for incoming in streams.values())
+    held = sum(incoming.stream.buffered for streams in inbox.streams.values() for incoming in streams.values())
     assert 500 <= held == inbox.buffered
 
 
@@ -1023,7 +1023,7 @@ def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
         datagram = encode("chat", {"from": "mallory", "to": "bob", "stream": stream, "n": 9, "base": 5, "text": ["x"]})
         world.network.send(mallory, datagram, bob.address)
         world.run(0.1)
-        assert len(bob.client.display.output._chunks) <= 50 and bob.client.inbox._kept <= 50
+        assert len(bob.client.display.output._chunks) <= 50 and bob.client.inbox.stream_count <= 50
         assert len(bob.client.inbox.holding) <= 50
 
 
@@ -1077,12 +1077,12 @@ def test_few_streams_of_each_sender_and_of_all_together_go_on_at_once(monkeypatc
     monkeypatch.setattr("conversation.STREAMS_IN_ALL", 40)
     inbox = Inbox()
     for _ in crowd(inbox, 1, 50, 1, early=True):
-        assert len(inbox._streams["eve0"]) <= STREAMS_PER_SENDER
+        assert len(inbox.streams["eve0"]) <= STREAMS_PER_SENDER
     for _ in crowd(inbox, 60, 2, 1, early=False):
-        assert sum(map(len, inbox._streams.values())) == inbox._kept <= 40
+        assert sum(map(len, inbox.streams.values())) == inbox.stream_count <= 40
         for delivery in inbox.take(1.0, lambda: True):
             delivery.written(len(delivery.texts))
-    assert list(inbox._streams) == [f"eve{number}" for number in range(40, 60)], "those last heard"
+    assert list(inbox.streams) == [f"eve{number}" for number in range(40, 60)], "those last heard"
     assert len(inbox.acks()) == 40 and inbox.buffered == 0
     for _ in crowd(inbox, 60, 2, 1, early=False):
         assert not list(inbox.take(1.0, lambda: True)), "what gave way is not shown again"
@@ -1098,18 +1098,20 @@ def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
             delivery.written(len(delivery.texts))
 
 
-def test_memories_of_streams_are_bounded_and_who_has_most_of_them_loses_his_own(
+def test_the_duplicate_filter_is_bounded_and_who_fills_most_of_it_loses_his_own(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.MEMORIES", 500)
+    monkeypatch.setattr("conversation.DUPLICATE_FILTER_LIMIT", 500)
     inbox = Inbox()
     for number in range(30):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
         for delivery in inbox.take(1.0, lambda: True):
             delivery.written(1)
     gaps(inbox, "mallory", 200, 40)
-    memories = inbox._memories
-    assert memories.size <= 500 and memories.size == sum(memories._sizes.values())
-    assert len(memories._of["alice"]) == 30 - STREAMS_PER_SENDER and len(memories._of["mallory"]) < 100
+    duplicates = inbox.duplicates
+    assert duplicates.size <= 500 and duplicates.size == sum(
+        1 + len(snapshot.claimed) + len(snapshot.given_up)
+        for streams in duplicates.snapshots.values() for snapshot in streams.values())
+    assert len(duplicates.snapshots["alice"]) == 30 - STREAMS_PER_SENDER and len(duplicates.snapshots["mallory"]) < 100
     for number in range(30):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
         assert not list(inbox.take(1.0, lambda: True))
@@ -1133,7 +1135,7 @@ def test_mail_of_more_streams_than_a_sender_has_room_for_is_shown_once_however_o
     inbox = Inbox()
     letters = [letter(stream, str(stream)) for stream in range(1, 101)]
     assert texts_of(inbox, 7, *letters) == [str(stream) for stream in range(1, 101)]
-    assert len(inbox._streams["alice"]) <= STREAMS_PER_SENDER
+    assert len(inbox.streams["alice"]) <= STREAMS_PER_SENDER
     assert texts_of(inbox, 8, *letters) == []
     assert inbox.acks()[-1][0]["next"] == 101
     assert texts_of(inbox, 9, letters[0], letter(1, "more", 2)) == ["more"]
@@ -1155,7 +1157,7 @@ def test_a_crowd_does_not_make_a_client_forget_what_the_mail_has_shown(monkeypat
     assert texts_of(inbox, 7, letter(1, "once")) == ["once"]
     for _ in crowd(inbox, 60, 2, 1, early=False):
         pass
-    assert "alice" not in inbox._streams
+    assert "alice" not in inbox.streams
     assert "once" not in texts_of(inbox, 8, letter(1, "once"))
 
 
