@@ -1,7 +1,42 @@
-"""Keys, history, the line that is edited, and the screen."""
+"""A line editor for a terminal: keys, history, the line being edited, and the screen.
+
+This module knows nothing of chat and imports nothing of this project. What a line means, and what stands above the
+prompt, is decided by the owner of the editor, see ``terminal``.
+
+Rules
+-----
+- No sockets, no clock, no reads and writes of the terminal: bytes come in, and bytes to write go out. Only ``History``
+  (its file), ``Tty`` (the settings of the terminal) and ``EditorScreen`` (Ctrl-Z stops the job) touch the world.
+- Any bytes may come in, in pieces of any size. Nothing raises, and it makes no difference where the pieces were cut.
+- Nothing that is drawn moves the cursor unexpectedly: a control character is drawn as two printable ones.
+- This module is imported at each start of the program, which has to be fast. So what only a terminal needs is imported
+  where it is used, and patterns are compiled at their first use (``re`` caches them).
+
+From keys to lines
+------------------
+``KeyDecoder`` turns bytes into keys. A run of printable characters is one key, and so is a bracketed paste. What is
+unfinished (a character, an escape sequence, a paste) waits for the next bytes. There is no timer, so a lone Escape is
+combined with the next key, as in readline.
+
+``Editor`` turns keys into a changed line, and into actions for its owner. The most important one is ``SUBMIT``. A
+paste never submits: its newlines stay in the text until somebody presses Enter, and then each of its lines is one line
+for the owner.
+
+What is drawn
+-------------
+The *area* is the lowest part of the screen: the notices, and below them the prompt and the text being edited.
+Everything above it belongs to the owner. To write there, the owner erases the area (``Screen.erase``), writes whole
+lines, and draws the area again (``Screen.draw``), all in one write, so that nothing flickers.
+
+``Layout`` breaks the area into *hard rows*: we end each row with a newline and turn off the terminal's own wrapping
+while we write. The number of rows then never depends on the terminal, not even if it knows other character widths
+than we do, or wraps lines again when its window changes. All cursor movements are relative to the row in which the
+area begins, because nobody knows where on the screen that is. ``EditorScreen`` puts all of this together.
+"""
 from __future__ import annotations
 
 import codecs
+import enum
 import errno
 import functools
 import os
@@ -12,53 +47,57 @@ import unicodedata
 from typing import (Any, NamedTuple)
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-EDIT_LIMIT = 128 * 1024          # characters in the line that is edited
-PASTE_LIMIT = 1024 * 1024        # characters of one paste that are looked at; the rest is dropped
-SEQUENCE_LIMIT = 32              # characters of parameters in an escape sequence; with more it is none
-HISTORY_LINES = 1000             # lines that are kept, in memory and when the file is rewritten
-HISTORY_FILE_LINES = 2000        # lines in the file from which on it is rewritten
+EDIT_LIMIT = 128 * 1024          # characters in the line being edited
+PASTE_LIMIT = 1024 * 1024        # characters of one paste; the rest is dropped
+SEQUENCE_LIMIT = 32              # characters of parameters in an escape sequence; a longer one is dropped
+HISTORY_LINES = 1000             # lines that are kept, in memory and when the file is shortened
+HISTORY_FILE_LINES = 2000        # lines; an append that makes the file longer than this shortens it
 HISTORY_LINE_LIMIT = 64 * 1024   # characters; a longer line is not kept
-HISTORY_READ = 4 * 1024 * 1024   # bytes at the end of the file that are read
-DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not say
+HISTORY_READ = 4 * 1024 * 1024   # bytes; of a larger file only the end is read
+DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not tell its size
 
-PASTE_ON = b"\x1b[?2004h"        # from now on the terminal brackets what is pasted
+PASTE_ON = b"\x1b[?2004h"        # tells the terminal to put PASTE_BEGIN and PASTE_END around what is pasted
 PASTE_OFF = b"\x1b[?2004l"
+
+_CONTROL = "\x00-\x1f\x7f-\x9f"  # the control characters (C0, DEL, C1), for use inside of [...] in a pattern
 
 
 # --- widths ---------------------------------------------------------------------------------------------------
 
 ZERO_WIDTH_JOINER = "\u200d"
-SOFT_HYPHEN = "\u00ad"           # a format character, but terminals show it
+SOFT_HYPHEN = "\u00ad"           # Unicode calls it a format character, but terminals show it
 
 
 def char_width(c: str) -> int:
-    """How many columns a printable character takes: 0 if it joins the one before it, 2 if it is wide, else 1."""
+    """Return the columns of a printable character: 0 if it joins the one before it, 2 if it is wide, else 1."""
     return 1 if c.isascii() else _looked_up_width(c)
 
 
 @functools.lru_cache(maxsize=4096)
 def _looked_up_width(c: str) -> int:
-    if unicodedata.category(c) in ("Mn", "Me", "Cf") and c != SOFT_HYPHEN or unicodedata.combining(c):
+    joins = unicodedata.category(c) in ("Mn", "Me", "Cf") and c != SOFT_HYPHEN
+    if joins or unicodedata.combining(c):
         return 0
     if "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7ff":
-        return 0                 # the vowels and finals of Hangul in pieces: they join the initial, which is wide
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        return 0                 # Hangul vowels and finals: they join the initial consonant, which is wide
+    return 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1
 
 
 def text_width(text: str) -> int:
-    """How many columns a printable text takes."""
+    """Return the columns of a printable text."""
     return len(text) if text.isascii() else sum(map(char_width, text))
 
 
 # --- colours --------------------------------------------------------------------------------------------------
 
-NICK_COLORS = (131, 166, 136, 64, 29, 31, 33, 62, 134, 162)  # of 256; each has a contrast of 3 to black and white
+# Of xterm's 256 colours. Each has a contrast of at least 3:1 to a black and to a white background (WCAG 2).
+NAME_COLORS = (131, 166, 136, 64, 29, 31, 33, 62, 134, 162)
 
 
 def wants_color(when: str, is_terminal: bool, environment: Mapping[str, str]) -> bool:
-    """Whether to colour, if asked for ``when``: always, never, or auto.
+    """Return whether to use colours; ``when`` is the user's choice: always, never, or auto.
 
-    auto: on a terminal that can, unless the user wants none anywhere (https://no-color.org).
+    auto: on a terminal that can show them, unless the user wants none in any program (https://no-color.org).
     """
     if when != "auto":
         return when == "always"
@@ -66,7 +105,7 @@ def wants_color(when: str, is_terminal: bool, environment: Mapping[str, str]) ->
 
 
 class Style:
-    """How texts are set off from others; if not ``enabled`` they are not. Styles may be nested in each other."""
+    """Colours for texts, or none if not ``enabled``. Styles can be nested: each turns off only what it turned on."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -74,27 +113,30 @@ class Style:
     def _styled(self, on: str, text: str, off: str) -> str:
         return f"\x1b[{on}m{text}\x1b[{off}m" if self.enabled and text else text
 
-    def nick(self, nick: str) -> str:
-        """``nick`` in its colour, which is the same in every process."""
+    def name(self, name: str) -> str:
+        """Return ``name`` in its own colour, which is the same in every process."""
         if not self.enabled:
-            return nick
+            return name
         import zlib
-        color = NICK_COLORS[zlib.crc32(nick.encode("utf-8", "replace")) % len(NICK_COLORS)]
-        return self._styled(f"38;5;{color}", nick, "39")
+        color = NAME_COLORS[zlib.crc32(name.encode("utf-8", "replace")) % len(NAME_COLORS)]
+        return self._styled(f"38;5;{color}", name, "39")
 
     def error(self, text: str) -> str:
-        """``text`` in red."""
+        """Return ``text`` in red."""
         return self._styled("31", text, "39")
 
     def dim(self, text: str) -> str:
-        """``text`` less bright than others."""
+        """Return ``text`` with less brightness."""
         return self._styled("2", text, "22")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
 
 class Key(NamedTuple):
-    """What was pressed (``text``: a run of printable characters, and ``paste``: anything, carry their ``text``)."""
+    """A key that was pressed, by its name in the tables below.
+
+    Two keys carry a ``text``: ``text``, a run of printable characters, and ``paste``, which may contain anything.
+    """
 
     name: str
     text: str = ""
@@ -112,223 +154,250 @@ SEQUENCES = {                    # what follows the Escape
     "OA": "up", "OB": "down", "OC": "right", "OD": "left", "OH": "home", "OF": "end", "OM": "enter",
     "[1~": "home", "[4~": "end", "[7~": "home", "[8~": "end", "[3~": "delete", "[Z": "back-tab",
     "b": "word-left", "f": "word-right", "d": "kill-next-word", "\x7f": "kill-last-word", "\x08": "kill-last-word",
-    "[5D": "word-left", "[5C": "word-right", "Od": "word-left", "Oc": "word-right",     # rxvt and its kin
+    "[5D": "word-left", "[5C": "word-right", "Od": "word-left", "Oc": "word-right",     # rxvt and similar ones
     "[3;3~": "kill-next-word", "[3;5~": "kill-next-word", PASTE_BEGIN: "paste",
 }
 for _modifier in "3", "5", "7":  # Alt, Ctrl, both
     SEQUENCES[f"[1;{_modifier}D"] = "word-left"
     SEQUENCES[f"[1;{_modifier}C"] = "word-right"
 
-_C0_DEL_C1 = "\x00-\x1f\x7f-\x9f"
-_PRINTABLE = f"[^{_C0_DEL_C1}]+"
-_PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"    # "[[": Linux's F1 to F5
-_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_C0_DEL_C1}\[O]|[\x08\x7f])"      # control, or Alt and a key
+_PRINTABLE = f"[^{_CONTROL}]+"
+# An escape sequence (ECMA-48) up to its last character; "[[" is how Linux begins those of F1 to F5.
+_PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"
+_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\x7f])"      # the second kind: Alt and a key
 _BEGINNING = rf"{_PARAMETERS}|\x1b"
 
 
-class Keys:
-    """Turns bytes from a terminal into keys. What is unfinished is kept for the next ``feed``.
+class KeyDecoder:
+    """Turns bytes from a terminal into keys.
 
-    A key ``lost`` says that a paste was longer than ``PASTE_LIMIT``. Sequences that mean nothing are dropped.
+    A read may end anywhere: inside a UTF-8 character, an escape sequence, or the mark that ends a paste. What is
+    unfinished waits for the next ``feed``. Other programs wait some milliseconds and then take a lone Escape as a key.
+    We have no use for that key, and over a slow link such a timer breaks arrow keys apart.
+
+    Unknown sequences are dropped as a whole, so that no remains of them get into the text. The key ``paste-too-long``
+    says that a paste had more than ``PASTE_LIMIT`` characters.
     """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""                             # the beginning of a sequence
-        self._paste: list[str] | None = None     # what came of a paste that has not ended
-        self._room = 0                              # characters that the paste may still have
-        self._lost = False
+        self._unfinished = ""                # the beginning of a sequence or of PASTE_END
+        self._paste: str | None = None       # what has come of a paste; one character more shows that it is too long
 
     def feed(self, data: bytes) -> list[Key]:
-        """The keys that ``data`` completes."""
-        text, self._rest = self._rest + self._decoder.decode(data), ""
+        """Return the keys that ``data`` completes."""
+        text = self._unfinished + self._decoder.decode(data)
+        self._unfinished = ""
         keys: list[Key] = []
         position = 0
         while position < len(text):
-            position = (self._key if self._paste is None else self._pasted)(text, position, keys)
+            if self._paste is None:
+                position = self._read_key(text, position, keys)
+            else:
+                position = self._read_paste(self._paste, text, position, keys)
         return keys
 
-    def _key(self, text: str, position: int, keys: list[Key]) -> int:
-        """Adds the key at ``position`` to ``keys``; gives where the next one is."""
+    def _read_key(self, text: str, position: int, keys: list[Key]) -> int:
+        """Append the key at ``position`` to ``keys``. Return the position of the next one."""
         run = re.compile(_PRINTABLE).match(text, position)
         if run is not None:
             keys.append(Key("text", run.group()))
             return run.end()
         if text[position] == "\x1b":
-            return self._sequence(text, position, keys)
+            return self._read_sequence(text, position, keys)
         name = CONTROL_KEYS.get(text[position])
         if name is not None:
             keys.append(Key(name))
         return position + 1
 
-    def _sequence(self, text: str, position: int, keys: list[Key]) -> int:
+    def _read_sequence(self, text: str, position: int, keys: list[Key]) -> int:
         whole = re.compile(_SEQUENCE).match(text, position)
         if whole is None:
-            beginning = re.compile(_BEGINNING).match(text, position)
-            end = beginning.end() if beginning is not None else position + 1
-            if end == len(text):
-                self._rest = text[position:]
-            return end
+            return self._skip_beginning(text, position)
         name = SEQUENCES.get(whole.group()[1:])
         if name == "paste":
-            self._paste, self._room, self._lost = [], PASTE_LIMIT, False
+            self._paste = ""
         elif name is not None:
             keys.append(Key(name))
         return whole.end()
 
-    def _pasted(self, text: str, position: int, keys: list[Key]) -> int:
-        assert self._paste is not None
-        end = text.find(PASTE_END, position)
-        if end < 0:
-            end = len(text) - _overlap(text, PASTE_END, position)
-            self._rest = text[end:]
-            self._take(text[position:end])
+    def _skip_beginning(self, text: str, position: int) -> int:
+        """Pass over a sequence that is not whole; return the position behind it.
+
+        Either the text ends here, and the rest of the sequence is still to come. Or a character follows that cannot
+        be part of a sequence: then the sequence is dropped, but not that character. Escape and Ctrl-C is a Ctrl-C.
+        """
+        beginning = re.compile(_BEGINNING).match(text, position)
+        assert beginning is not None         # it matches every Escape
+        if beginning.end() == len(text):
+            self._unfinished = text[position:]
+        return beginning.end()
+
+    def _read_paste(self, paste: str, text: str, position: int, keys: list[Key]) -> int:
+        """Add the text from ``position`` on to ``paste``, up to PASTE_END. Return the position behind that.
+
+        Escape sequences and control characters mean nothing inside a paste: nobody pressed them as keys.
+        """
+        mark = text.find(PASTE_END, position)
+        end = mark if mark >= 0 else len(text) - _partial_mark(text, PASTE_END, position)
+        paste = (paste + text[position:end])[:PASTE_LIMIT + 1]
+        if mark < 0:
+            self._paste, self._unfinished = paste, text[end:]
             return len(text)
-        self._take(text[position:end])
-        keys.append(Key("paste", "".join(self._paste)))
-        if self._lost:
-            keys.append(Key("lost"))
         self._paste = None
+        keys.append(Key("paste", paste[:PASTE_LIMIT]))
+        if len(paste) > PASTE_LIMIT:
+            keys.append(Key("paste-too-long"))
         return end + len(PASTE_END)
 
-    def _take(self, part: str) -> None:
-        assert self._paste is not None
-        self._paste.append(part[:self._room])
-        self._lost = self._lost or len(part) > self._room
-        self._room -= len(self._paste[-1])
 
-
-def _overlap(text: str, mark: str, start: int) -> int:
-    """How many characters at the end of ``text``, not before ``start``, are the beginning of ``mark``."""
-    longest = min(len(mark) - 1, len(text) - start)
-    return next((count for count in range(longest, 0, -1) if text.endswith(mark[:count])), 0)
+def _partial_mark(text: str, mark: str, start: int) -> int:
+    """Return how many characters at the end of ``text``, from ``start`` on, may be the beginning of ``mark``."""
+    for count in range(min(len(mark) - 1, len(text) - start), 0, -1):
+        if text.endswith(mark[:count]):
+            return count
+    return 0
 
 
 # --- history --------------------------------------------------------------------------------------------------
 
 class History:
-    """The lines that were entered, in memory and (if there is a ``path``) in a file, oldest first.
+    """The lines that were entered, oldest first: in memory and, if there is a ``path``, in a file.
 
-    The file is appended to at once, so it survives a kill, and several processes may share it; they see each other's
-    lines when they start. A line that is added in the very moment in which another process rewrites the file may be
-    missing from it. Whatever goes wrong with the file: from then on the history is in memory only.
+    Lines are appended to the file at once, so they survive a kill. Several processes may share the file: each one
+    reads the lines of the others when it starts. While one process shortens the file, a line that another one appends
+    at that moment may be lost. After the first failed access to the file, the history is in memory only.
+
+    Lines in the file that are torn or invalid are skipped; they disappear when the file is shortened.
     """
 
     def __init__(self, path: str | None) -> None:
         self._path = path
         self._lines: list[str] = []
-        self._position = 0           # of the line that the walk shows; behind the last: there is no walk
-        self._draft = ""             # what was typed when the walk began
-        self._in_file = 0            # lines; as far as this process knows
-        self._torn = False           # the file ends within a line
-        self._guarded(self._load)
+        self._position = 0           # of the line that is shown; behind the last one: nobody is browsing
+        self._draft = ""             # what was typed when the browsing began
+        self._file_lines = 0         # in the file, as far as this process knows
+        self._file_is_torn = False   # it ends without a newline: whoever wrote the last line did not finish it
+        if path is not None:
+            self._load(path)
 
     @property
-    def walking(self) -> bool:
+    def browsing(self) -> bool:
         """Whether an older line is shown."""
         return self._position < len(self._lines)
 
     def previous(self, current: str) -> str:
-        """The line before the one that is shown; ``current``, which was typed or is shown, if there is none."""
-        if not self.walking:
+        """Return the line before the one that is shown, or ``current``, the text being edited, if there is none."""
+        if not self.browsing:
             self._draft = current
-        if not self._position:
+        if self._position == 0:
             return current
         self._position -= 1
         return self._lines[self._position]
 
     def next(self) -> str:
-        """The line behind the one that is shown; behind the last one, what was typed when the walk began."""
+        """Return the line after the one that is shown; after the last one, what was typed before the browsing."""
         self._position = min(self._position + 1, len(self._lines))
-        return self._lines[self._position] if self.walking else self._draft
+        return self._lines[self._position] if self.browsing else self._draft
 
-    def end_walk(self) -> None:
-        """What is typed next is a new line."""
-        self._position, self._draft = len(self._lines), ""
+    def stop_browsing(self) -> None:
+        """Begin again at the end: what is typed next is a new line."""
+        self._position = len(self._lines)
+        self._draft = ""
 
     def add(self, *lines: str) -> None:
-        """Keeps lines, but no blank or very long ones, and none that is the same as the one before it.
+        """Keep lines, except blank and very long ones, and those that equal the line before them.
 
         Control characters are left out, tabs become blanks.
         """
-        count = len(self._lines)
+        old_count = len(self._lines)
         for line in lines:
-            kept = re.sub(f"[{_C0_DEL_C1}]+", "", line.replace("\t", " "))
+            kept = re.sub(f"[{_CONTROL}]+", "", line.replace("\t", " "))
             if kept.strip() and len(kept) <= HISTORY_LINE_LIMIT and self._lines[-1:] != [kept]:
                 self._lines.append(kept)
-        added = self._lines[count:][-HISTORY_LINES:]
+        added = self._lines[old_count:][-HISTORY_LINES:]
         del self._lines[:-HISTORY_LINES]
-        self.end_walk()
-        if added:
-            self._guarded(lambda path: self._append(path, added))
-
-    def _guarded(self, work: Callable[[str], None]) -> None:
-        """Does something with the file, if there is one; none from the first failure on."""
-        try:
-            if self._path is not None:
-                work(self._path)
-        except OSError:
-            self._path = None
+        self.stop_browsing()
+        if added and self._path is not None:
+            try:
+                self._append(self._path, added)
+            except OSError:
+                self._path = None
 
     def _load(self, path: str) -> None:
         try:
-            self._lines, whole = self._read(path)
+            data, is_whole = _read_end(path)
+            self._lines = _valid_lines(data, is_whole)
+            self.stop_browsing()
+            self._file_lines = data.count(b"\n")
+            if data and not data.endswith(b"\n"):
+                self._file_is_torn = True
+                self._file_lines += 1
+            if self._file_lines > HISTORY_LINES or not is_whole:
+                self._shorten(path)
         except FileNotFoundError:
-            return
-        self.end_walk()
-        if not whole or self._in_file > HISTORY_LINES:
-            self._rewrite(path)
-
-    def _read(self, path: str) -> tuple[list[str], bool]:
-        """The last valid lines in the file, and whether all of it was read. Only a regular file is one."""
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            start = max(0, status.st_size - HISTORY_READ)
-            file.seek(start)
-            rows = file.read(HISTORY_READ).split(b"\n")
-        self._torn = rows[-1] != b""
-        self._in_file = len(rows) - (not self._torn)
-        return list(_valid_lines(rows[1:] if start else rows))[-HISTORY_LINES:], not start
-
-    def _rewrite(self, path: str) -> None:
-        """Leaves the last lines in the file: those that other processes have added meanwhile, too."""
-        lines, _ = self._read(path)
-        target = os.path.realpath(path)
-        draft = f"{target}.{os.urandom(8).hex()}"   # not the process's number: a container gives the same to each
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_encoded(lines))
-            os.replace(draft, target)
+            pass                     # the first line creates it
         except OSError:
-            os.unlink(draft)
-            raise
-        self._in_file, self._torn = len(lines), False
+            self._path = None
 
     def _append(self, path: str, lines: list[str]) -> None:
-        data = b"\n" * self._torn + _encoded(lines)
+        data = _encoded(lines)
+        if self._file_is_torn:
+            data = b"\n" + data
         descriptor = _open_to_append(path)
         try:
             if os.write(descriptor, data) < len(data):
                 raise OSError(errno.ENOSPC, "not written whole", path)
         finally:
             os.close(descriptor)
-        self._torn = False
-        self._in_file += len(lines)
-        if self._in_file > HISTORY_FILE_LINES:
-            self._rewrite(path)
+        self._file_is_torn = False
+        self._file_lines += len(lines)
+        if self._file_lines > HISTORY_FILE_LINES:
+            self._shorten(path)
+
+    def _shorten(self, path: str) -> None:
+        """Leave only the last lines in the file. It is read again, for other processes may have added some."""
+        lines = _valid_lines(*_read_end(path))
+        target = os.path.realpath(path)
+        # A random name, not one with the process id: all containers that share this directory may have the same id.
+        temporary = f"{target}.{os.urandom(8).hex()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(_encoded(lines))
+            os.replace(temporary, target)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        self._file_lines = len(lines)
+        self._file_is_torn = False
 
 
-def _valid_lines(rows: Iterable[bytes]) -> Iterable[str]:
-    for row in rows:
+def _read_end(path: str) -> tuple[bytes, bool]:
+    """Return the last ``HISTORY_READ`` bytes of a file, and whether they are all of it.
+
+    Raise OSError also if it is not a regular file. It is opened with O_NONBLOCK, because opening a FIFO would wait.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        start = max(0, status.st_size - HISTORY_READ)
+        file.seek(start)
+        return file.read(HISTORY_READ), start == 0
+
+
+def _valid_lines(data: bytes, is_whole: bool) -> list[str]:
+    """Return the last valid lines in the bytes of a file; its first line may be cut if they are not all of it."""
+    lines = []
+    for row in data.split(b"\n")[0 if is_whole else 1:]:
         try:
             line = row.decode()
         except UnicodeDecodeError:
             continue
-        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_C0_DEL_C1}]", line):
-            yield line
+        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_CONTROL}]", line):
+            lines.append(line)
+    return lines[-HISTORY_LINES:]
 
 
 def _encoded(lines: Iterable[str]) -> bytes:
@@ -344,39 +413,12 @@ def _open_to_append(path: str) -> int:
         return os.open(path, flags, 0o600)
 
 
-# --- the line that is edited ----------------------------------------------------------------------------------
-
-class Action(NamedTuple):
-    """Something for the editor's owner to do.
-
-    - ``submit``: take ``lines``. ``pasted``: those behind the first are as they were pasted; nothing that was typed
-      stands before them.
-    - ``interrupt``, ``end``: Ctrl-C, Ctrl-D on an empty line.
-    - ``suspend``, ``clear``: Ctrl-Z, Ctrl-L.
-    - ``bell``: what was typed could not be done (no candidate), or not wholly (no room).
-    """
-
-    kind: str
-    lines: list[str]
-    pasted: bool = False
-
-
-Complete = Callable[[str], tuple[int, list[str]]]
-
-SEND = r"/?send {1,8}\S{1,64} "         # bounded, for it is repeated before each line of a paste
-_LINE_END = "\r\n?"
-_NOT_IN_TEXT = "[\x00-\x08\x0b-\x1f\x7f-\x9f]+"
-
-
-def previous_unit(text: str, cursor: int) -> int:
-    """Where the character before ``cursor`` begins; those of width 0 belong to the one before them."""
-    return _unit_start(text, max(cursor - 1, 0))
-
-
-def next_unit(text: str, cursor: int) -> int:
-    """Where the character at ``cursor`` ends."""
-    return _unit_end(text, min(cursor + 1, len(text)))
-
+# --- places in a text -----------------------------------------------------------------------------------------
+#
+# A *unit* is what people see as one character. Keys pass and delete whole units, for half of one would be an accent
+# that joins something else. It is a character with those of width 0 behind it (accents, variation selectors), or
+# several with zero width joiners between them, as in the emoji of a family. Unicode's grapheme clusters (UAX #29) are
+# more exact (flags, skin tones), but need tables that Python does not have.
 
 def _is_inside_unit(text: str, index: int) -> bool:
     return 0 < index < len(text) and (char_width(text[index]) == 0 or text[index - 1] == ZERO_WIDTH_JOINER)
@@ -394,16 +436,22 @@ def _unit_end(text: str, index: int) -> int:
     return index
 
 
-def _is_of_word(c: str) -> bool:
+def previous_unit(text: str, cursor: int) -> int:
+    """Return where the unit before ``cursor`` begins."""
+    return _unit_start(text, max(cursor - 1, 0))
+
+
+def next_unit(text: str, cursor: int) -> int:
+    """Return where the unit at ``cursor`` ends."""
+    return _unit_end(text, min(cursor + 1, len(text)))
+
+
+def _is_in_word(c: str) -> bool:
     return c.isalnum() or char_width(c) == 0
 
 
-def _is_of_argument(c: str) -> bool:
-    return not c.isspace()
-
-
-def _skip_left(text: str, cursor: int, belongs: Callable[[str], bool]) -> int:
-    """Where the word before ``cursor`` begins; a word is a run of characters that belong to one."""
+def word_start(text: str, cursor: int, belongs: Callable[[str], bool] = _is_in_word) -> int:
+    """Return where the word before ``cursor`` begins: a run of letters and digits, or of what ``belongs`` to it."""
     while cursor > 0 and not belongs(text[cursor - 1]):
         cursor -= 1
     while cursor > 0 and belongs(text[cursor - 1]):
@@ -411,71 +459,132 @@ def _skip_left(text: str, cursor: int, belongs: Callable[[str], bool]) -> int:
     return _unit_start(text, cursor)
 
 
-def _skip_right(text: str, cursor: int, belongs: Callable[[str], bool]) -> int:
-    """Where the word at or behind ``cursor`` ends."""
-    while cursor < len(text) and not belongs(text[cursor]):
+def word_end(text: str, cursor: int) -> int:
+    """Return where the word at or after ``cursor`` ends."""
+    while cursor < len(text) and not _is_in_word(text[cursor]):
         cursor += 1
-    while cursor < len(text) and belongs(text[cursor]):
+    while cursor < len(text) and _is_in_word(text[cursor]):
         cursor += 1
     return _unit_end(text, cursor)
 
 
-class Editor:
-    """The line that is typed: ``text``, and where in it the ``cursor`` is (an index).
+# Keys that move the cursor to a place, delete up to a place, or kill up to it: delete, and keep that for ``yank``.
+MOVES: dict[str, Callable[[str, int], int]] = {
+    "left": previous_unit, "right": next_unit, "word-left": word_start, "word-right": word_end,
+    "home": lambda text, cursor: 0, "end": lambda text, cursor: len(text),
+}
+DELETIONS = {"backspace": previous_unit, "delete": next_unit}
+KILLS: dict[str, Callable[[str, int], int]] = {
+    "kill-start": MOVES["home"], "kill-end": MOVES["end"], "kill-last-word": word_start, "kill-next-word": word_end,
+    "kill-word": lambda text, cursor: word_start(text, cursor, lambda c: not c.isspace()),
+}
 
-    ``complete`` takes the text before the cursor and gives where the word at its end begins, and what it may become,
-    best first. Tab puts the first of these there, and on repetition the next ones.
+
+# --- the line being edited ------------------------------------------------------------------------------------
+
+class ActionKind(enum.Enum):
+    """What the owner of an editor has to do."""
+
+    SUBMIT = "submit"                    # Enter: process the lines
+    INTERRUPT = "interrupt"              # Ctrl-C on an empty line
+    END_OF_INPUT = "end-of-input"        # Ctrl-D on an empty line
+    SUSPEND = "suspend"                  # Ctrl-Z
+    CLEAR_SCREEN = "clear-screen"        # Ctrl-L
+    BELL = "bell"                        # a key had no effect (no candidate), or only a part of it (no room)
+
+
+class Action(NamedTuple):
+    """Something that the owner of an editor has to do.
+
+    ``lines`` are the lines of a SUBMIT. ``pasted``: those after the first are exactly as they were pasted, with nothing
+    put before them.
     """
 
-    def __init__(self, history: History, complete: Complete) -> None:
+    kind: ActionKind
+    lines: Sequence[str] = ()
+    pasted: bool = False
+
+
+# Accepts the text before the cursor. Returns where the word at its end begins, and the words that can replace it, the
+# best one first.
+Complete = Callable[[str], tuple[int, list[str]]]
+
+
+class _Completion(NamedTuple):
+    """A word in the text, from ``start`` to ``end``, that each Tab replaces by the next one of the ``candidates``."""
+
+    start: int
+    end: int
+    candidates: list[str]
+    chosen: int                          # the index of the candidate in the text, modulo their number
+
+
+class Editor:
+    """The line being edited: its ``text``, and the ``cursor``, which is an index into the text.
+
+    Tab replaces the word before the cursor by the first candidate that ``complete`` returns, each further Tab by the
+    next one.
+
+    A *block* is a paste of several lines. If it was pasted behind something that the regular expression
+    ``block_prefix`` matches, this beginning of the first line is repeated before each of the other lines. It should
+    match few characters only, because a block can have tens of thousands of lines.
+
+    Other blocks are submitted as they are. The owner may treat their lines as mere text. So those that begin with
+    ``command_mark`` are not kept in the history: on its own, such a line would be a command.
+    """
+
+    def __init__(self, history: History, complete: Complete, block_prefix: str, command_mark: str) -> None:
         self.text = ""
         self.cursor = 0
         self._history = history
         self._complete = complete
-        self._keys = Keys()
-        self._killed = ""                # what yank inserts
-        self._cycle: tuple[int, int, list[str], int] | None = None   # start and end of the word, candidates, which
-        self._behind_send = False        # the block in the text was pasted behind a ``send NICK``
-        self._draft_behind_send = False  # the same of the text that was left for the history
-        self._handlers: dict[str, Callable[[Key], Action | None]] = {
-            "text": lambda key: self._insert(key.text),
-            "paste": lambda key: self._insert(_cleaned(key.text)),
-            "lost": lambda key: Action("bell", []),
-            "left": lambda key: self._move(previous_unit(self.text, self.cursor)),
-            "right": lambda key: self._move(next_unit(self.text, self.cursor)),
-            "home": lambda key: self._move(0),
-            "end": lambda key: self._move(len(self.text)),
-            "word-left": lambda key: self._move(_skip_left(self.text, self.cursor, _is_of_word)),
-            "word-right": lambda key: self._move(_skip_right(self.text, self.cursor, _is_of_word)),
-            "up": lambda key: self._older(),
-            "down": lambda key: self._newer(),
-            "backspace": lambda key: self._delete(previous_unit(self.text, self.cursor)),
-            "delete": lambda key: self._delete(next_unit(self.text, self.cursor)),
-            "kill-end": lambda key: self._kill(len(self.text)),
-            "kill-start": lambda key: self._kill(0),
-            "kill-word": lambda key: self._kill(_skip_left(self.text, self.cursor, _is_of_argument)),
-            "kill-last-word": lambda key: self._kill(_skip_left(self.text, self.cursor, _is_of_word)),
-            "kill-next-word": lambda key: self._kill(_skip_right(self.text, self.cursor, _is_of_word)),
-            "yank": lambda key: self._insert(self._killed),
-            "tab": lambda key: self._cycle_on(1),
-            "back-tab": lambda key: self._cycle_on(-1),
-            "enter": lambda key: self._submit(),
-            "interrupt": lambda key: self._interrupt(),
-            "end-of-input": lambda key: self._end_of_input(),
-            "suspend": lambda key: Action("suspend", []),
-            "clear": lambda key: Action("clear", []),
+        self._block_prefix = block_prefix
+        self._command_mark = command_mark
+        self._decoder = KeyDecoder()
+        self._killed = ""                    # what ``yank`` inserts
+        self._completion: _Completion | None = None
+        self._block_has_prefix = False       # the block in the text was pasted behind a ``block_prefix``
+        self._draft_has_prefix = False       # the same for the text that waits while older lines are shown
+        self._commands: dict[str, Callable[[], Action | None]] = {
+            "up": self._show_older,
+            "down": self._show_newer,
+            "yank": lambda: self._insert(self._killed),
+            "tab": lambda: self._complete_word(1),
+            "back-tab": lambda: self._complete_word(-1),
+            "enter": self._submit,
+            "interrupt": self._interrupt,
+            "end-of-input": self._end_of_input,
+            "suspend": lambda: Action(ActionKind.SUSPEND),
+            "clear": lambda: Action(ActionKind.CLEAR_SCREEN),
+            "paste-too-long": lambda: Action(ActionKind.BELL),
         }
 
     def feed(self, data: bytes) -> list[Action]:
-        """Takes what was typed; gives what the owner has to do, in this order."""
+        """Accept bytes that were typed. Return what the owner has to do, in this order."""
         actions = []
-        for key in self._keys.feed(data):
+        for key in self._decoder.feed(data):
             if key.name not in ("tab", "back-tab"):
-                self._cycle = None
-            action = self._handlers[key.name](key)
+                self._completion = None
+            action = self._press(key)
             if action is not None:
                 actions.append(action)
         return actions
+
+    def _press(self, key: Key) -> Action | None:
+        name = key.name
+        if name == "text":
+            return self._insert(key.text)
+        if name == "paste":
+            return self._insert(_clean_paste(key.text))
+        if name in MOVES:
+            self.cursor = MOVES[name](self.text, self.cursor)
+        elif name in DELETIONS:
+            self._delete_to(DELETIONS[name](self.text, self.cursor))
+        elif name in KILLS:
+            self._kill_to(KILLS[name](self.text, self.cursor))
+        else:
+            return self._commands[name]()
+        return None
 
     def _replace(self, start: int, end: int, piece: str) -> None:
         self.text = self.text[:start] + piece + self.text[end:]
@@ -484,106 +593,120 @@ class Editor:
     def _insert(self, text: str) -> Action | None:
         piece = text[:EDIT_LIMIT - len(self.text)]
         if "\n" in piece and "\n" not in self.text:
-            self._behind_send = re.match(SEND, self.text[:self.cursor]) is not None
+            # The text becomes a block now. What was typed before it decides how it is submitted. Later nobody can
+            # tell any more: a pasted block may itself begin with a prefix, which is then only for its first line.
+            self._block_has_prefix = re.match(self._block_prefix, self.text[:self.cursor]) is not None
         self._replace(self.cursor, self.cursor, piece)
-        return Action("bell", []) if len(piece) < len(text) else None
+        return Action(ActionKind.BELL) if len(piece) < len(text) else None
 
-    def _move(self, cursor: int) -> None:
-        self.cursor = cursor
+    def _delete_to(self, place: int) -> None:
+        self._replace(min(place, self.cursor), max(place, self.cursor), "")
 
-    def _delete(self, to: int) -> None:
-        self._replace(min(to, self.cursor), max(to, self.cursor), "")
-
-    def _kill(self, to: int) -> None:
-        self._killed = self.text[min(to, self.cursor):max(to, self.cursor)] or self._killed
-        self._delete(to)
+    def _kill_to(self, place: int) -> None:
+        killed = self.text[min(place, self.cursor):max(place, self.cursor)]
+        if killed:
+            self._killed = killed
+        self._delete_to(place)
 
     def _show(self, text: str) -> None:
-        self.text, self.cursor = text, len(text)
+        self.text = text
+        self.cursor = len(text)
 
-    def _older(self) -> None:
-        if not self._history.walking:
-            self._draft_behind_send = self._behind_send
+    def _show_older(self) -> None:
+        if not self._history.browsing:
+            self._draft_has_prefix = self._block_has_prefix
         self._show(self._history.previous(self.text))
 
-    def _newer(self) -> None:
-        if self._history.walking:
+    def _show_newer(self) -> None:
+        if self._history.browsing:
             self._show(self._history.next())
-            self._behind_send = self._draft_behind_send
+            self._block_has_prefix = self._draft_has_prefix
 
-    def _cycle_on(self, step: int) -> Action | None:
-        if self._cycle is None:
+    def _complete_word(self, step: int) -> Action | None:
+        if self._completion is None:
             start, candidates = self._complete(self.text[:self.cursor])
-            end, which = self.cursor, min(step, 0)
+            end = self.cursor
+            chosen = 0 if step > 0 else -1
         else:
-            start, end, candidates, which = self._cycle
-            which += step
-        word = candidates[which % len(candidates)] + " " if candidates else ""
-        if not word or len(self.text) - (end - start) + len(word) > EDIT_LIMIT:
-            return Action("bell", [])
+            start, end, candidates, chosen = self._completion
+            chosen += step
+        if not candidates:
+            return Action(ActionKind.BELL)
+        word = candidates[chosen % len(candidates)] + " "
+        if len(self.text) - (end - start) + len(word) > EDIT_LIMIT:
+            return Action(ActionKind.BELL)
         self._replace(start, end, word)
-        self._cycle = start, self.cursor, candidates, which
+        self._completion = _Completion(start, self.cursor, candidates, chosen)
         return None
 
     def _submit(self) -> Action:
         lines = self.text.split("\n")
-        start = re.match(SEND, lines[0]) if self._behind_send else None
-        if start is not None:
-            lines[1:] = [start.group() + line for line in lines[1:]]
-        pasted = len(lines) > 1 and start is None
-        # a pasted line with a slash may have been a text: in the history it would be a command
-        self._history.add(*[line for count, line in enumerate(lines)
-                            if not (pasted and count and line.startswith("/"))])
-        self._start_anew()
-        return Action("submit", lines, pasted)
+        # The prefix is looked for again: the user may have changed it (to another name, say) after the paste.
+        prefix = re.match(self._block_prefix, lines[0]) if self._block_has_prefix else None
+        if prefix is not None:
+            lines[1:] = [prefix.group() + line for line in lines[1:]]
+        pasted = len(lines) > 1 and prefix is None
+        kept = lines
+        if pasted:
+            kept = lines[:1] + [line for line in lines[1:] if not line.startswith(self._command_mark)]
+        self._history.add(*kept)
+        self._clear()
+        return Action(ActionKind.SUBMIT, lines, pasted)
 
-    def _start_anew(self) -> None:
+    def _clear(self) -> None:
         self._show("")
-        self._behind_send = False
-        self._history.end_walk()
+        self._block_has_prefix = False
+        self._history.stop_browsing()
 
     def _interrupt(self) -> Action | None:
         was_empty = not self.text
-        self._start_anew()
-        return Action("interrupt", []) if was_empty else None
+        self._clear()
+        return Action(ActionKind.INTERRUPT) if was_empty else None
 
     def _end_of_input(self) -> Action | None:
         if not self.text:
-            return Action("end", [])
-        self._delete(next_unit(self.text, self.cursor))
+            return Action(ActionKind.END_OF_INPUT)
+        self._delete_to(next_unit(self.text, self.cursor))
         return None
 
 
-def _cleaned(paste: str) -> str:
-    """A paste as text: lines end with a newline, but the last one; of the other control characters, only tabs."""
-    text = re.sub(_NOT_IN_TEXT, "", re.sub(_LINE_END, "\n", paste))
+def _clean_paste(paste: str) -> str:
+    """Return the text of a paste: newlines at the ends of lines, and no other control characters but tabs.
+
+    A terminal sends a pasted newline as CR, as if it was the Enter key. The last newline is left out: a line that was
+    copied as a whole has one, and behind it there is no further, empty line to submit.
+    """
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]+", "", re.sub("\r\n?", "\n", paste))
     return text[:-1] if text.endswith("\n") else text
 
 
 # --- the screen -----------------------------------------------------------------------------------------------
 
 _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
-_ERASE_ROW, _ERASE_BELOW = "\x1b[K", "\x1b[J"       # from the cursor on: on a full row, its last character, too
+_ERASE_ROW, _ERASE_BELOW = "\x1b[K", "\x1b[J"       # from the cursor on
 _CLEAR = "\x1b[H\x1b[2J"
+_UP, _RIGHT = "A", "C"
 _CHUNK = "[ -~]+|[^ -~]"
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_SHOWN = {"\n": ("↵", 1), "\u2028": ("↵", 1), "\u2029": ("↵", 1), "\t": (" ", 1)}
+_DRAWN_AS = {"\n": ("↵", 1), "\u2028": ("↵", 1), "\u2029": ("↵", 1), "\t": (" ", 1)}
 
 
 @functools.lru_cache(maxsize=4096)
-def _shown(c: str) -> tuple[str, int]:
-    """What is drawn for a character, and its width. Marks that turn the direction of a row are not drawn."""
-    if c in _SHOWN:
-        return _SHOWN[c]
+def _drawn_as(c: str) -> tuple[str, int]:
+    """Return what is drawn for a character, and its width. Marks that turn the direction of a row are not drawn."""
+    if c in _DRAWN_AS:
+        return _DRAWN_AS[c]
     if c < " " or c == "\x7f":
         return "^" + chr(ord(c) ^ 0x40), 2
     if "\x80" <= c <= "\x9f":
         return "~" + chr(ord(c) - 0x40), 2
-    return ("", 0) if c in _DIRECTIONS else (c, char_width(c))
+    if c in _DIRECTIONS:
+        return "", 0
+    return c, char_width(c)
 
 
-class Rows:
-    """Text in rows of at most ``columns`` columns: ``rows``, and the ``widths`` of each."""
+class Layout:
+    """Text in rows of at most ``columns`` columns: the ``rows``, and the ``widths`` of each in columns."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -591,31 +714,31 @@ class Rows:
         self.widths = [0]
 
     def add(self, text: str) -> None:
-        """Goes on with ``text``."""
+        """Append ``text``."""
         for chunk in re.findall(_CHUNK, text):
             if " " <= chunk[0] <= "~":
                 self._add_plain(chunk)
             else:
-                self._add_one(*_shown(chunk))
+                self._add_one(*_drawn_as(chunk))
 
     def place(self, c: str) -> tuple[int, int]:
-        """The row and the column where ``c`` would begin, or the end of the text if that is empty."""
-        width = max(1, _shown(c)[1]) if c else 1
+        """Return the row and the column where ``c`` would begin, or the end of the text if ``c`` is empty."""
+        width = max(1, _drawn_as(c)[1]) if c else 1
         if self._is_full_for(width):
             return len(self.rows), 0
         return len(self.rows) - 1, self.widths[-1]
 
+    def new_row(self) -> None:
+        """Begin a row."""
+        self.rows.append("")
+        self.widths.append(0)
+
     def _is_full_for(self, width: int) -> bool:
         return self.widths[-1] + min(width, self.columns) > self.columns
 
-    def _put(self, shown: str, width: int) -> None:
-        self.rows[-1] += shown
+    def _put(self, drawn: str, width: int) -> None:
+        self.rows[-1] += drawn
         self.widths[-1] += width
-
-    def new_row(self) -> None:
-        """Begins a row."""
-        self.rows.append("")
-        self.widths.append(0)
 
     def _add_plain(self, chunk: str) -> None:
         start = 0
@@ -626,141 +749,166 @@ class Rows:
             self._put(piece, len(piece))
             start += len(piece)
 
-    def _add_one(self, shown: str, width: int) -> None:
-        if not width and not self.widths[-1]:
-            return                       # nothing that it could join: a terminal may join it to the row above
+    def _add_one(self, drawn: str, width: int) -> None:
+        if width == 0 and self.widths[-1] == 0:
+            return                       # an accent with nothing to join: a terminal may join it to the row above
         if width > self.columns:
-            shown, width = "?", 1
+            drawn, width = "?", 1
         if self._is_full_for(width):
             self.new_row()
-        self._put(shown, width)
+        self._put(drawn, width)
 
 
 def cut(text: str, columns: int) -> tuple[str, int]:
-    """``text`` in one row, with an ellipsis where it is cut, and the row's width."""
-    rows = Rows(columns)
-    rows.add(text)
-    if len(rows.rows) > 1 and columns > 1:
-        rows = Rows(columns - 1)
-        rows.add(text)
-        return rows.rows[0] + "…", rows.widths[0] + 1
-    return rows.rows[0], rows.widths[0]
+    """Return ``text`` in one row, with an ellipsis where it is cut, and the width of the row."""
+    layout = Layout(columns)
+    layout.add(text)
+    if len(layout.rows) > 1 and columns > 1:
+        layout = Layout(columns - 1)
+        layout.add(text)
+        return layout.rows[0] + "…", layout.widths[0] + 1
+    return layout.rows[0], layout.widths[0]
 
 
-def _up(count: int) -> str:
-    return f"\x1b[{count}A" if count > 0 else ""
+def _move(direction: str, count: int) -> str:
+    return f"\x1b[{count}{direction}" if count > 0 else ""
 
 
-def _right(count: int) -> str:
-    return f"\x1b[{count}C" if count > 0 else ""
+def _to_first_row(area: Area) -> str:
+    return "\r" + _move(_UP, area.cursor_row)
 
 
-Row = tuple[str, int]                    # what is drawn, and its width in columns
+class Area(NamedTuple):
+    """The area at the bottom of the screen: its rows, as they are written, and where in it the cursor is."""
+
+    rows: list[str]
+    cursor_row: int
+    cursor_column: int
 
 
 class Screen:
-    """Draws the area at the bottom of a terminal with so many columns and rows.
+    """Draws the area at the bottom of a terminal of ``columns`` and ``rows``.
 
-    The area has at most one row less than the terminal. If it is too small, notices give way (the first ones first);
-    of a text that is still too high, the rows around the cursor are drawn.
+    The area has at most one row less than the terminal, so that the last message stays in sight. If there is not
+    enough room, the first notices are left out. Of a text that is still too high, the rows around the cursor are drawn.
     """
 
     def __init__(self, columns: int, rows: int, style: Style = Style(False)) -> None:
         self._columns = max(1, columns)
-        self._most = max(1, rows - 1)
+        self._max_rows = max(1, rows - 1)
         self._style = style
-        self._drawn: list[Row] = []      # the area as it is on the screen; none: it is not there
-        self._at = 0, 0                  # row and column of the cursor in it
-        self._of: object = None          # what was drawn
+        self._drawn: Area | None = None  # as it is on the screen
+        self._drawn_from: object = None  # the arguments of ``draw`` that led to it
 
     def draw(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> bytes:
-        """The area, over itself if it is drawn, else from the row where the cursor is; b"" if nothing has changed."""
-        of = tuple(notices), prompt, text, cursor
-        if self._drawn and of == self._of:
+        """Return what draws the area; b"" if nothing has changed.
+
+        It is drawn over the area that is on the screen, or else from the row of the cursor on.
+        """
+        arguments = tuple(notices), prompt, text, cursor
+        if self._drawn is not None and arguments == self._drawn_from:
             return b""
-        area, at = self._area(*of)
-        if self._drawn and (area, at) == (self._drawn, self._at):
+        area = self._lay_out(notices, prompt, text, cursor)
+        if area == self._drawn:
             return b""
-        drawn = self._bytes(area, at)
-        self._drawn, self._at, self._of = area, at, of
-        return drawn
+        data = self._encode(area)
+        self._drawn, self._drawn_from = area, arguments
+        return data
 
     def erase(self) -> bytes:
-        """Takes the area off, with the cursor at the beginning of the row where it began; b"" if it is not drawn."""
-        erased = self._to_start() + _ERASE_BELOW if self._drawn else ""
+        """Return what erases the area and puts the cursor where it began; b"" if there is no area."""
+        if self._drawn is None:
+            return b""
+        erased = _to_first_row(self._drawn) + _ERASE_BELOW
         self.forget()
         return erased.encode()
 
     def resize(self, columns: int, rows: int) -> bytes:
-        """The terminal has another size now: takes the area off.
+        """Set a new size of the terminal. Return what erases the area, which is to be drawn again.
 
-        Exact where a terminal cuts rows, or scrolls, as it gets smaller: the cursor stays in its row, and does not
-        go above the first one. A terminal that flows rows anew may keep some of the area, but no message is erased.
+        When we hear of the new size, the terminal has already changed what it shows. xterm cuts off what is too wide,
+        and scrolls if there are too few rows: the cursor stays in its row of the area, so exactly the area is erased.
+        Other terminals wrap rows that have become too wide, so some upper rows of the area stay on the screen. Erasing
+        too much would be worse, for messages would be lost. But no terminal joins hard rows, which would cause that.
         """
         erased = self.erase()
         self._columns = max(1, columns)
-        self._most = max(1, rows - 1)
+        self._max_rows = max(1, rows - 1)
         return erased
 
     def clear_screen(self) -> bytes:
-        """Takes everything off, with the cursor in the first row."""
+        """Return what erases the whole screen and puts the cursor into its first row."""
         self.forget()
         return _CLEAR.encode()
 
-    def begin_anew(self) -> bytes:
-        """The cursor is in some row, in which part of the area may still be: takes that off."""
+    def erase_cursor_row(self) -> bytes:
+        """Return what erases the row of the cursor and all below: another program has moved the cursor meanwhile."""
         self.forget()
         return ("\r" + _ERASE_BELOW).encode()
 
     def forget(self) -> None:
-        """The area is not drawn (any more), wherever the cursor may be."""
-        self._drawn, self._at, self._of = [], (0, 0), None
+        """Note that the area is not on the screen any more, or no longer where we think."""
+        self._drawn = self._drawn_from = None
 
-    def _area(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> tuple[list[Row], tuple[int, int]]:
-        """The rows of the area, and row and column of the cursor in it."""
-        layout = Rows(self._columns)
+    def _lay_out(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> Area:
+        layout = Layout(self._columns)
         layout.add(prompt + text[:cursor])
         row, column = layout.place(text[cursor:cursor + 1])
         layout.add(text[cursor:])
         if row == len(layout.rows):
-            layout.new_row()
-        top = max(0, min(row - self._most // 2, len(layout.rows) - self._most))
-        edited = list(zip(layout.rows, layout.widths))[top:top + self._most]
-        room = self._most - len(edited)
-        shown = [cut(notice, self._columns) for notice in notices[-room:]] if room else []
-        return ([(self._style.dim(notice), width) for notice, width in shown] + edited,
-                (len(shown) + row - top, column))
+            layout.new_row()             # the text fills its last row: the cursor is at the start of the next one
+        top = max(0, min(row - self._max_rows // 2, len(layout.rows) - self._max_rows))
+        edited = list(zip(layout.rows, layout.widths))[top:top + self._max_rows]
+        room = self._max_rows - len(edited)
+        cut_notices = [cut(notice, self._columns) for notice in notices[max(0, len(notices) - room):]]
+        shown = [(self._style.dim(notice), width) for notice, width in cut_notices]
+        # Behind a full row the cursor still stands on its last character, which would be erased with the rest.
+        area = [drawn if width == self._columns else drawn + _ERASE_ROW for drawn, width in shown + edited]
+        return Area(area, len(shown) + row - top, column)
 
-    def _bytes(self, area: list[Row], at: tuple[int, int]) -> bytes:
-        """Draws ``area`` and puts the cursor there."""
-        start = self._to_start() if self._drawn else "\r" + _ERASE_BELOW
-        rows = [row if width == self._columns else row + _ERASE_ROW for row, width in area]
-        below = len(area) - 1 - at[0]
-        if len(area) < len(self._drawn):
-            rows.append(_ERASE_BELOW)    # in a row that is there: this scrolls nothing
-            below += 1
-        parts = _WRAP_OFF, start, "\r\n".join(rows), "\r", _up(below), _right(at[1]), _WRAP_ON
-        return "".join(parts).encode("utf-8", "replace")
+    def _encode(self, area: Area) -> bytes:
+        """Return what draws ``area`` and puts the cursor into its place.
 
-    def _to_start(self) -> str:
-        return "\r" + _up(self._at[0])
+        The terminal's wrapping is off while the rows are written: a row that the terminal finds wider than we do loses
+        some columns, but it stays one row, and the next movement upwards still arrives where the area begins. Then it
+        is turned on again for what the owner writes above the area.
+        """
+        rows = list(area.rows)
+        rows_below = len(rows) - 1 - area.cursor_row
+        if self._drawn is None:
+            start = "\r" + _ERASE_BELOW
+        else:
+            start = _to_first_row(self._drawn)
+            if len(rows) < len(self._drawn.rows):
+                rows.append(_ERASE_BELOW)        # in a row that is on the screen already: nothing scrolls
+                rows_below += 1
+        to_cursor = "\r" + _move(_UP, rows_below) + _move(_RIGHT, area.cursor_column)
+        return (_WRAP_OFF + start + "\r\n".join(rows) + to_cursor + _WRAP_ON).encode("utf-8", "replace")
 
 
-# --- the terminal ---------------------------------------------------------------------------------------------
+# --- the terminal's settings ----------------------------------------------------------------------------------
 
-class Terminal:
-    """The settings of a terminal, as long as somebody edits a line on it. Nothing here raises, blocks, or stops.
+class Tty:
+    """The terminal as a device: its settings while somebody edits a line on it, its size, and whose job it is.
 
-    A terminal that has hung up, and a descriptor that is none, have no settings: then nothing happens.
+    Nothing here raises, blocks, or stops the process. A terminal that has hung up, and a descriptor that is no
+    terminal, have no settings: then nothing happens.
+
+    A shell gives the terminal to one job at a time. One in the background (started with ``&``, or continued by ``bg``)
+    must not edit there: it would draw over what the foreground job shows. So ask ``is_background`` first. But the shell
+    can still take the terminal away before the settings are changed, and that must not stop the process: see ``_set``.
     """
 
     def __init__(self, fd_in: int, fd_out: int) -> None:
         self._fd_in = fd_in
         self._fd_out = fd_out
-        self._saved: list[Any] | None = None
+        self._saved: list[Any] | None = None         # the settings to give back, see ``termios.tcgetattr``
 
-    def enter(self) -> None:
-        """From now on every key comes as bytes, at once, and is not shown. Ctrl-S and Ctrl-Q stay as they are."""
+    def enter_raw_mode(self) -> None:
+        """Make each key come as bytes, at once, without being shown.
+
+        Ctrl-C and Ctrl-Z are bytes, too, and no signals. Ctrl-S and Ctrl-Q still stop and continue the output.
+        """
         import termios
         if self._saved is not None:
             return
@@ -775,32 +923,37 @@ class Terminal:
         lflag &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
         self._set([iflag & ~termios.ICRNL, oflag, cflag, lflag, ispeed, ospeed, characters])
 
-    def leave(self) -> None:
-        """Gives the terminal back with the settings that it had."""
+    def leave_raw_mode(self) -> None:
+        """Give the terminal the settings that it had before."""
         if self._saved is not None:
             self._set(self._saved)
             self._saved = None
 
     def _set(self, attributes: list[Any]) -> None:
-        """Sets them at once (a drain waits, on a terminal that Ctrl-S has stopped); in the background, too."""
+        """Change the settings at once, also in the background.
+
+        At once, because to wait until all output is drained takes forever on a terminal that Ctrl-S has stopped. The
+        kernel stops a background process that changes settings, by SIGTTOU; if the signal is blocked, it does not.
+        """
         import termios
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         try:
             termios.tcsetattr(self._fd_in, termios.TCSANOW, attributes)
         except (termios.error, OSError):
-            pass                         # it has hung up, and takes its settings with it
+            pass                         # the terminal has hung up, and its settings are gone with it
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def is_background(self) -> bool:
-        """Whether it is another job's now: the shell has this process in the background."""
+        """Return whether the terminal belongs to another job at the moment."""
         try:
-            return os.tcgetpgrp(self._fd_in) not in (0, os.getpgrp())   # 0: of another PID namespace
+            foreground = os.tcgetpgrp(self._fd_in)
         except OSError:
-            return False                 # not the terminal of this session: no shell shares it out
+            return False                 # not the controlling terminal of this session: no shell gives it to jobs
+        return foreground not in (0, os.getpgrp())   # 0: the foreground job is in another PID namespace
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Return the columns and rows."""
         try:
             columns, rows = os.get_terminal_size(self._fd_out)
         except OSError:
@@ -808,7 +961,7 @@ class Terminal:
         return columns or DEFAULT_SIZE[0], rows or DEFAULT_SIZE[1]
 
 
-# --- prompts --------------------------------------------------------------------------------------------------
+# --- the bottom of the terminal -------------------------------------------------------------------------------
 
 class Prompt:
     """What stands at the bottom of a terminal on which nothing can be drawn: the terminal itself edits the line.
@@ -841,11 +994,11 @@ class StatusRow(Prompt):
 
     asks = False
 
-    def __init__(self, write: Callable[[bytes], None], terminal: Terminal, style: Style) -> None:
+    def __init__(self, write: Callable[[bytes], None], tty: Tty, style: Style) -> None:
         super().__init__()
         self._write = write
-        self._terminal = terminal
-        self._screen = Screen(*terminal.size(), style)
+        self._tty = tty
+        self._screen = Screen(*tty.size(), style)
 
     def erase(self) -> bytes:
         """Return what to write before a line."""
@@ -857,11 +1010,11 @@ class StatusRow(Prompt):
 
     def resize(self) -> None:
         """Follow the window to its new size."""
-        self._write(self._screen.resize(*self._terminal.size()))
+        self._write(self._screen.resize(*self._tty.size()))
 
     def resume(self) -> None:
         """Go on after a stop: the job that had the terminal meanwhile has left the cursor below what was shown."""
-        self._write(self._screen.begin_anew())
+        self._write(self._screen.erase_cursor_row())
 
 
 class EditorScreen(StatusRow):
@@ -869,20 +1022,20 @@ class EditorScreen(StatusRow):
 
     asks = True
 
-    def __init__(self, write: Callable[[bytes], None], flush: Callable[[], None], terminal: Terminal, style: Style,
-                 history: History, complete: Complete) -> None:
-        super().__init__(write, terminal, style)
+    def __init__(self, write: Callable[[bytes], None], flush: Callable[[], None], tty: Tty, style: Style,
+                 editor: Editor) -> None:
+        super().__init__(write, tty, style)
         self._flush = flush
-        self._editor = Editor(history, complete)
+        self._editor = editor
         self._is_ours = False       # the terminal
 
     def open(self) -> None:
-        """Take the terminal, unless this job is in the background: then ``draw`` tries again."""
-        if self._terminal.is_background():
+        """Take the terminal, unless this job is in the background: then each ``draw`` tries again."""
+        if self._tty.is_background():
             return
         self._is_ours = True
-        self._terminal.leave()
-        self._terminal.enter()
+        self._tty.leave_raw_mode()
+        self._tty.enter_raw_mode()
         self.resize()
         self._write(PASTE_ON)
 
@@ -892,10 +1045,10 @@ class EditorScreen(StatusRow):
             self._is_ours = False
             self._write(self._screen.erase() + PASTE_OFF)
             self._flush()
-            self._terminal.leave()
+            self._tty.leave_raw_mode()
 
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
-        """Return what shows the line being typed, and the notices above it."""
+        """Return what shows the line being typed, and the notices above it; b"" while another job has the terminal."""
         if not self._is_ours:
             self.open()
         return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
@@ -903,28 +1056,34 @@ class EditorScreen(StatusRow):
     def type(self, data: bytes) -> Iterator[Action]:
         """Accept what was typed; yield what is left to do about it."""
         for action in self._editor.feed(data):
-            if action.kind == "suspend":
+            if action.kind is ActionKind.SUSPEND:
                 self.suspend()
-            elif action.kind == "clear":
+            elif action.kind is ActionKind.CLEAR_SCREEN:
                 self._write(self._screen.clear_screen())
-            elif action.kind == "bell":
+            elif action.kind is ActionKind.BELL:
                 self._write(b"\a")
             else:
                 yield action
 
     def suspend(self) -> None:
-        """Stop this job, as Ctrl-Z does; return when it is continued."""
+        """Stop this job, as Ctrl-Z does; return when it is continued.
+
+        The signals get their default handlers meanwhile: ours for SIGTSTP would come here again instead of stopping.
+        """
         self.close()
         handlers = [(number, signal.signal(number, signal.SIG_DFL)) for number in (signal.SIGTSTP, signal.SIGCONT)]
-        os.kill(0, signal.SIGTSTP)
+        os.kill(0, signal.SIGTSTP)      # to the whole job: to what it is piped with, too
         for number, handler in handlers:
             signal.signal(number, handler)
         self.resume()
 
     def resume(self) -> None:
-        """Go on after a stop: the job that had the terminal meanwhile has left it in another state."""
+        """Go on after a stop, in which another job may have had the terminal and changed its settings.
+
+        If it is still another job's (after ``bg``), only the area is forgotten.
+        """
         self._is_ours = False
-        cleared = self._screen.begin_anew()
+        cleared = self._screen.erase_cursor_row()
         self.open()
         if self._is_ours:
             self._write(cleared)

@@ -39,7 +39,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from editor import Action, EditorScreen, Prompt, StatusRow, Style, text_width
+from editor import Action, ActionKind, EditorScreen, Prompt, StatusRow, Style, text_width
 from loop import (NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean,
                   rfc3339)
 from protocol import MAX_TEXT, are_short, split_text
@@ -51,6 +51,8 @@ LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the res
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot encode
 REF_LIMIT = 256                         # characters of a ``ref``
+COMMAND_MARK = "/"                      # what a command begins with during a talk
+BLOCK_PREFIX = r"/?send {1,8}\S{1,64} "  # behind it, each line that is pasted at a terminal is a text for the same nick
 
 
 class SendCommand:
@@ -142,7 +144,7 @@ class CommandReader:
     @property
     def slash(self) -> str:
         """What a command begins with."""
-        return "/" if self.talk else ""
+        return COMMAND_MARK if self.talk else ""
 
     # in
 
@@ -405,7 +407,7 @@ class TextFormatter:
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
         sender = received.sender
-        start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._style.nick(sender)}: "
+        start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._style.name(sender)}: "
         if received.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
@@ -414,7 +416,7 @@ class TextFormatter:
         """Return the known clients, (nick, address, state) each, as aligned lines."""
         wide = max((text_width(nick) for nick, _, _ in entries), default=0)
         far = max((len(address) for _, address, _ in entries), default=0)
-        return "".join([f"{self._style.nick(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
+        return "".join([f"{self._style.name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
                         for nick, address, state in entries])
 
     def help(self, text: str) -> str:
@@ -1055,9 +1057,9 @@ class Console:
             self._shell.feed(data)
 
     def _act(self, action: Action) -> None:
-        if action.kind == "submit":
+        if action.kind is ActionKind.SUBMIT:
             self._shell.enter(action.lines, action.pasted)
-        elif action.kind == "interrupt":
+        elif action.kind is ActionKind.INTERRUPT:
             self._leaving.interrupt()
         else:
             self._shell.feed(b"")

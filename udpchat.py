@@ -39,9 +39,10 @@ from stream import NEVER
 from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, Mailbox, Registry, StoreError
 from loop import (LEVELS, MAX_WAIT, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean, json_line, log,
                   read_some, show_address, unmapped)
-from editor import EditorScreen, History, Prompt, StatusRow, Style, Terminal, wants_color
+from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty, wants_color
 from home import load_secret, state_home, token_for
-from terminal import FOR_PEOPLE, ROUTINE, STATUS, Console, Display, JsonFormatter, TextFormatter
+from terminal import (BLOCK_PREFIX, COMMAND_MARK, FOR_PEOPLE, ROUTINE, STATUS, Console, Display, JsonFormatter,
+                      TextFormatter)
 from client import Client
 from server import DEFAULT_PORT, STRANGER_REPLIES, Server
 gc.freeze()
@@ -449,13 +450,14 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     is_dumb = os.environ.get("TERM") == "dumb"
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
-        return StatusRow(output.write, Terminal(STDIN, STDOUT), style) if is_shown else None
+        return StatusRow(output.write, Tty(STDIN, STDOUT), style) if is_shown else None
     if not is_terminal:
         return None
     if is_dumb:
         return Prompt()
     history = History(os.path.join(state_home(), "history"))
-    return EditorScreen(output.write, output.flush, Terminal(STDIN, STDOUT), style, history, complete)
+    editor = Editor(history, complete, BLOCK_PREFIX, COMMAND_MARK)
+    return EditorScreen(output.write, output.flush, Tty(STDIN, STDOUT), style, editor)
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 import pyte
 import pytest
 
-from editor import NICK_COLORS, PASTE_OFF, PASTE_ON
+from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
 from tests.processes import (NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
-from tests.test_terminal import Xterm
+from tests.test_editor import Xterm
 
 CURSOR = "▮"
 PLAIN = ("--no-time", "--color", "never")
@@ -769,7 +769,7 @@ def test_nicks_have_colours_that_stay_and_what_is_not_a_message_has_none(chat: C
     assert {(cell.fg, cell.blink) for cell in alice.cells(WELCOME)} == {("default", True)}
     assert {(cell.fg, cell.blink) for cell in alice.cells(">>> who")} == {("default", False)}
     shown = set(re.findall(rb"\x1b\[38;5;(\d+)m", alice.data))
-    assert shown <= {str(color).encode() for color in NICK_COLORS}
+    assert shown <= {str(color).encode() for color in NAME_COLORS}
 
 
 @pytest.mark.parametrize("options, environment", [
