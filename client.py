@@ -551,7 +551,7 @@ class Sending:
         if link.was_heard:
             link.was_heard = False
             outbox.server_heard(self._loop.now())
-        if not link.is_registered and link.state is not LEAVING:
+        if link.state is OFFLINE or link.state is REGISTERING:
             return
         now = self._loop.now()
         if outbox.due() <= now:
@@ -582,6 +582,7 @@ class Receiving:
     def __init__(self, loop: Loop, send: Send, link: ServerLink, inbox: Inbox, display: Display) -> None:
         self.inbox = inbox
         self.accepts = True                     # messages; not any more once the client is about to leave
+        self.has_more = False                   # something is ready that the display had no room for
         self._loop = loop
         self._send = send
         self._link = link
@@ -632,6 +633,7 @@ class Receiving:
 
     def show(self) -> None:
         """Hand to the display what is ready, as long as it has room."""
+        self.has_more = False
         if not self.inbox.has_news:
             return
         display = self._display
@@ -644,6 +646,7 @@ class Receiving:
                 display.show_messages(delivery, via, delivery.written)
             else:
                 display.write(b"", delivery.written)
+        self.has_more = self.inbox.is_ready
         if self.inbox.holding:
             self._ask_about_mail()
 
@@ -658,7 +661,7 @@ class Receiving:
         if not self.inbox.unacked:
             return
         acks = self.inbox.acks()       # taken in any state: what is not answered now is not owed later
-        if self._link.is_registered or self._link.state is LEAVING:
+        if self._link.state is not OFFLINE and self._link.state is not REGISTERING:
             for info, address in acks:
                 self._send(encode("ack", info), address if address is not None else self._link.server)
 
@@ -688,7 +691,8 @@ class Leaving:
     """
 
     def __init__(self, loop: Loop, link: ServerLink, table: TableSync, sending: Sending, receipts: Receipts,
-                 receiving: Receiving, display: Display, shell: Shell, stay: bool) -> None:
+                 receiving: Receiving, display: Display, shell: Shell, stay: bool, may_end: Callable[[], bool]) -> None:
+        """``stay``: the end of stdin does not end the client; ``may_end``: returns whether it does so already."""
         self.command: Reason | None = None
         self.ending: Reason | None = None
         self.is_over = False                    # but for the writing
@@ -705,20 +709,21 @@ class Leaving:
         self._display = display
         self._shell = shell
         self._stay = stay
+        self._may_end = may_end
 
     @property
     def is_under_way(self) -> bool:
         """Whether the client is about to go offline or to end: no further command is carried out."""
         return self.command is not None or self.ending is not None
 
-    def settle(self, may_end: Callable[[], bool]) -> None:
-        """Take the next step; ``may_end``: returns whether the end of stdin counts."""
+    def settle(self) -> None:
+        """Take the next step, if there is one to take."""
         input_ended = self._shell.has_ended and not self._stay
-        if not (self.is_under_way or input_ended):
+        if self.command is None and self.ending is None and not input_ended:
             return
         if self.command is Reason.QUIT and not self.ending:
             self._end(Reason.QUIT)
-        if input_ended and not self._shell.waiting and may_end():
+        if input_ended and not self._shell.waiting and self._may_end():
             self._end(Reason.END_OF_INPUT)
         if self.is_under_way and not self.is_over and self._link.state is not LEAVING:
             self._go_on()
@@ -738,8 +743,8 @@ class Leaving:
             self._link.leave(is_hasty=self.ending in (Reason.SIGNAL, Reason.READER_GONE))
 
     def finish(self) -> None:
-        """End, once everything is over and written."""
-        if self.is_over and not self._display.pending:
+        """End, once what is over is written, too."""
+        if not self._display.pending:
             self.exit_code = self._result
 
     def _end(self, why: Reason, limit: float = NEVER) -> None:
@@ -842,14 +847,14 @@ class Client:
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
         self.shell = Shell(self, display, self.receipts, self.sending.queue)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
-                               self.shell, stay)
+                               self.shell, stay, self.takes_commands)
         self._loop = loop
         self._send = send
         self._may_read = False                  # stdin, as of the end of the last turn
         self._allowance = 0                     # bytes that may tell a stranger that this is somebody else
         self._next_turn = RestartableTimer(loop, lambda: None)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack}
+            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self.link.on_cookie}
         self._from_server: dict[str, Callable[[Info], None]] = {
             "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
             "mail": self._on_mail, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
@@ -873,11 +878,11 @@ class Client:
         messages, link = self.decoder.decode(datagram), self.link
         if address != link.server and address != link.other_server:
             self._allowance = len(datagram)
+            is_online = link.state is not OFFLINE and link.state is not REGISTERING
             for tag, info in messages:
-                if tag == "cookie":
-                    link.on_cookie(info, address)
-                elif tag in self._from_peers and (link.is_registered or link.state is LEAVING):
-                    self._from_peers[tag](info, address)
+                handler = self._from_peers.get(tag)
+                if handler is not None and (is_online or tag == "cookie"):
+                    handler(info, address)
         else:
             self._receive_from_server(messages, address)
 
@@ -1001,8 +1006,9 @@ class Client:
 
     def takes_commands(self) -> bool:
         """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
-        return self.link.state in (VISIBLE, RETURNING, OFFLINE) and not (
-            self.leaving.is_under_way or self.leaving.is_over)
+        leaving = self.leaving
+        return self.link.state in (VISIBLE, RETURNING, OFFLINE) and (
+            leaving.command is None and leaving.ending is None and not leaving.is_over)
 
     def dereg(self) -> None:
         """Go offline, once all sends before are settled."""
@@ -1047,9 +1053,10 @@ class Client:
         self.display.output.flush()
         self.outbox.recount()
         self.receiving.acknowledge()
-        self.leaving.settle(self.takes_commands)
+        self.leaving.settle()
         self._plan_next_turn(self._write_rest())
-        self.leaving.finish()
+        if self.leaving.is_over:
+            self.leaving.finish()
 
     def _write_rest(self) -> bool:
         """Write what has been added since, draw the prompt; return whether room became free, which others wait for."""
@@ -1071,5 +1078,5 @@ class Client:
         may_run = (not shell.has_ended or bool(shell.waiting)) and shell.may_run() and not self.outbox.is_full
         self._may_read = may_run and not shell.waiting
         has_commands = may_run and shell.waiting and not display.errors.pending
-        if has_moved or has_commands or (self.inbox.is_ready and display.output.has_room()):
+        if has_moved or has_commands or (self.receiving.has_more and display.output.has_room()):
             self._next_turn.set(self._loop.now())

@@ -89,6 +89,9 @@ class EventKind(Enum):
     OFFLINE = "offline"     # the recipient is offline: they go to the server
     EXISTS = "exists"       # the server says that the recipient is there: they go straight once more
 
+    def __init__(self, line: str) -> None:
+        self.line = line    # the value, as a plain attribute: Enum.value takes two calls in Python 3.11
+
 
 # module constants, because the look-up of a member in its class is slow
 DIRECT, SAVE, RELAY = Route.DIRECT, Route.SAVE, Route.RELAY

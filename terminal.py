@@ -477,9 +477,6 @@ class JsonFormatter(TextFormatter):
 
 # --- the display ----------------------------------------------------------------------------------------------
 
-ANSWER_LIMIT = 2 ** 20    # bytes of backlog for stdout at which no command is read: its writer may not read meanwhile
-
-
 class Display:
     """Where the events of a client go: to stdout, complaints to stderr; on a terminal, above the prompt.
 
@@ -504,10 +501,6 @@ class Display:
     def pending(self) -> int:
         """The bytes that wait for stdout and stderr."""
         return self.output.pending + self.errors.pending
-
-    def has_room_for_answers(self) -> bool:
-        """Return whether a command may be carried out: it may have much to say."""
-        return self.output.pending < ANSWER_LIMIT and self.errors.pending < OUTPUT_LIMIT
 
     def tell(self, event: str, /, times: int = 1, **fields: Any) -> None:
         """Show the line of an event, ``times`` times."""
@@ -646,7 +639,7 @@ class Receipts:
         """Tell what has happened to messages for ``nick``."""
         if self._observer is not None:
             self._observer.on_event(nick, event)
-        name: str = event.kind.value
+        name = event.kind.line
         if event.kind is REFUSED:
             self.has_failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
@@ -736,6 +729,7 @@ def _count(number: int, what: str) -> str:
 
 # --- the shell ------------------------------------------------------------------------------------------------
 
+ANSWER_LIMIT = 2 ** 20    # bytes of backlog for stdout at which no command is read: its writer may not read meanwhile
 LINES_PER_TURN = 512      # commands carried out before the network gets its turn; sends to one nick are one
 SHOWN_OF_LINE = 80        # characters of a line that nobody understands
 
@@ -784,6 +778,7 @@ class Shell:
                  queue: Callable[[SendCommand], bool]) -> None:
         """``queue``: queues texts for a nick that is known; returns False if what is left of them must wait."""
         self.has_failed = False
+        self.has_ended = False      # nothing more will come from stdin
         self._client = client
         self._display = display
         self._receipts = receipts
@@ -798,11 +793,6 @@ class Shell:
     # in
 
     @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will come from stdin."""
-        return self._reader.ended
-
-    @property
     def prompt(self) -> str:
         """What asks for the next command."""
         return self._reader.prompt
@@ -812,6 +802,7 @@ class Shell:
         if self._display.prompt is not None and b"\n" in data:
             self._display.prompt.answered()
         self._reader.feed(data)
+        self.has_ended = self._reader.ended
 
     def enter(self, lines: Sequence[str], pasted: bool = False) -> None:
         """Accept lines that were typed at a terminal, see ``CommandReader``; none once the client is about to end."""
@@ -832,7 +823,9 @@ class Shell:
 
     def may_run(self) -> bool:
         """Return whether a command may be carried out now: there is room for what it may say, too."""
-        return self._client.takes_commands() and self._display.has_room_for_answers()
+        display = self._display
+        return (self._client.takes_commands()
+                and display.output.pending < ANSWER_LIMIT and display.errors.pending < OUTPUT_LIMIT)
 
     def run(self) -> None:
         """Carry out the commands that wait, in order, as far as that is possible now."""
