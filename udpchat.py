@@ -17,14 +17,16 @@ from __future__ import annotations
 import gc
 if gc.isenabled():
     gc.disable()
+import os
 import signal
 import sys
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports prints no traceback
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports prints no traceback
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # with PYTHONSAFEPATH it is not there
 import argparse
 import errno
 import functools
-import os
 import re
 import select
 import socket

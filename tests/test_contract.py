@@ -8,7 +8,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import sys
 import time
 from pathlib import Path
 from collections.abc import Iterator
@@ -120,15 +119,6 @@ def test_help_names_every_argument_and_its_default(chat: Chat, mode: list[str], 
     assert shown.wait() == 0 and not shown.err.data
     text = shown.out.data.decode()
     assert [word for word in words if word not in text] == []
-
-
-def test_installed_it_is_the_same_program(chat: Chat) -> None:
-    point = re.search(r"udpchat = (\w+):(\w+)", (ROOT / "setup.cfg").read_text())
-    assert point is not None
-    script = f"import sys; from {point.group(1)} import {point.group(2)}; sys.exit({point.group(2)}())"
-    command, paths = [sys.executable, "-c", script], {"PYTHONPATH": str(ROOT)}
-    assert chat.complete("--version", command=command, environment=paths).out.data.startswith(b"udpchat ")
-    assert_one_complaint(chat.complete(command=command, environment=paths), 2)
 
 
 def test_short_forms_are_the_same_modes(chat: Chat) -> None:

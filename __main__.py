@@ -1,0 +1,22 @@
+"""Start the program where it is installed: the command ``udpchat``, and ``python -m udpchat``.
+
+Installed, all modules lie in one folder, ``site-packages/udpchat``, and import each other by plain names, as in a
+checkout. So that folder is the first place where Python looks for them: a ``protocol.py`` on PYTHONPATH or in the
+current folder is somebody else's.
+"""
+from __future__ import annotations
+
+import signal
+import sys
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports ends the program without a traceback
+
+import os
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.modules.pop("udpchat", None)    # Python has imported the folder by this name; from here on it is the module in it
+
+from udpchat import main    # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
