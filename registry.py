@@ -1,10 +1,9 @@
-"""Who is who, and what waits for them.
+"""Client table, nick ownership and stored mail.
 
 Rules of this file
 ------------------
 - No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
-  seconds, come in as arguments; so do random ids. The side effects are the SQLite file of the ``Mailbox``, and the
-  file of one's own secret.
+  seconds, come in as arguments; so do random ids. The only side effects are on the SQLite file of the ``Mailbox``.
 - It knows nothing of datagrams: it decides, its owner tells the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
@@ -16,36 +15,54 @@ an entry remembers the version of its last change. So "what changed since versio
 of answer, whether v is the version before (a broadcast) or 0 (a snapshot). The server owns a table, every client
 has a ``Mirror`` of it.
 
-``Mailbox`` is the store: who is known, who owns which nick, the messages that wait, and how far each stream was
-kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is deleted from the low end,
-when the recipient has acked it. Everything that one turn of the loop changes is written in one transaction by
-``commit``; if that fails, the messages of this turn count as never taken, and all else is tried again.
+``Mailbox`` is the store: the nicks that are known, their owners, the messages that wait, and how far each stream was
+kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is deleted from the low end, when
+the recipient has acked it. Everything that one turn of the loop changes is written in one transaction by ``commit``.
+If that fails, the messages of this turn count as never accepted, and everything else is tried again.
 
-``Registry`` is what the server decides on these two: who gets a nick, when somebody goes online (not before the
+``Sessions`` holds the registrations of clients: those that exist, and those that ended lately.
+
+``Registry`` is what the server decides on these three: who gets a nick, when somebody goes online (not before the
 mail that waited is acked) and offline, what happens to a message that should be kept.
 
-A nick belongs to its first owner: whoever registers it with a token (see ``token_for``) owns it, and the store
-keeps a hash of that token. Without a token it is nobody's, and its mail goes to whoever comes.
+A nick belongs to its first owner: a client that registers it with a token (see ``token_for``) owns it, and the store
+keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the next
+client that registers it.
 """
 from __future__ import annotations
 
 import heapq
 import os
+from bisect import bisect_right
 from collections import OrderedDict
+from enum import Enum
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 if TYPE_CHECKING:
     import json
     import sqlite3
 
 Address = tuple[str, int]
-Row = list[object]
-
-ONLINE, OFFLINE, GONE = "online", "offline", "gone"
+EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
 
 
 # --- the table ------------------------------------------------------------------------------------------------
+
+class State(str, Enum):
+    """What the table says of a nick. It is a string, too, because it travels in a ``table`` and an ``exists``."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+    GONE = "gone"       # forgotten: the entry is a tombstone, for those who still have the nick in their table
+
+    __str__ = str.__str__
+
+
+ONLINE, OFFLINE, GONE = State.ONLINE, State.OFFLINE, State.GONE
+STATES: dict[str, State] = {state.value: state for state in State}
+
 
 class Entry(NamedTuple):
     """One client, as of the version of its last change."""
@@ -53,11 +70,11 @@ class Entry(NamedTuple):
     nick: str
     host: str
     port: int
-    state: str
+    state: State
     version: int
 
-    def row(self) -> Row:
-        """The entry as it travels."""
+    def row(self) -> EntryRow:
+        """Return the entry as it travels."""
         return [self.nick, self.host, self.port, self.state]
 
 
@@ -66,11 +83,11 @@ class Page(NamedTuple):
 
     since: int
     version: int
-    rows: list[Row]
+    rows: list[EntryRow]
 
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
-MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still tells of; the oldest go first
+MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
 
 class Table:
@@ -86,22 +103,28 @@ class Table:
         return len(self.entries)
 
     def get(self, nick: str) -> Entry | None:
-        """The entry of ``nick``, None for an unknown one."""
+        """Return the entry of ``nick``, None for an unknown one."""
         return self.entries.get(nick)
 
     def is_online(self, nick: str) -> bool:
-        """Whether ``nick`` is known and online."""
+        """Return whether ``nick`` is known and online."""
         entry = self.entries.get(nick)
         return entry is not None and entry.state == ONLINE
 
-    def set(self, nick: str, host: str, port: int, state: str) -> bool:
-        """Changes one entry; gives whether that changed anything (and so took a new version)."""
-        old = self.entries.get(nick)
-        if old is None and state == GONE or old is not None and old[1:4] == (host, port, state):
+    def set(self, nick: str, host: str, port: int, state: State) -> bool:
+        """Change one entry; return whether that changed anything (and so used a new version)."""
+        if self._says(nick, host, port, state):
             return False
         self.version += 1
         self._put(Entry(nick, host, port, state, self.version))
         return True
+
+    def _says(self, nick: str, host: str, port: int, state: State) -> bool:
+        """Return whether this is what the table says already."""
+        old = self.entries.get(nick)
+        if old is None:
+            return state == GONE
+        return old[1:4] == (host, port, state)
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
@@ -119,25 +142,14 @@ class Table:
     def _is_current(self, entry: Entry) -> bool:
         return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
 
-    def _after(self, version: int) -> int:
-        """Where in the log the changes after ``version`` begin."""
-        low, high = 0, len(self._log)
-        while low < high:
-            middle = (low + high) // 2
-            if self._log[middle].version <= version:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def pages(self, since: int, size: int) -> Iterator[Page]:
-        """What changed after version ``since``, in pages of about ``size`` bytes on the wire; none if nothing did.
+        """Yield what changed after version ``since``, in pages of about ``size`` bytes on the wire.
 
-        Even a snapshot tells who is gone: part of an earlier answer to the same question may have arrived.
+        Even a snapshot names those who are gone: part of an earlier answer to the same question may have arrived.
         """
         start, used, last = since, 0, since
-        rows: list[Row] = []
-        for index in range(self._after(since), len(self._log)):
+        rows: list[EntryRow] = []
+        for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
             entry = self._log[index]
             if not self._is_current(entry):
                 continue
@@ -152,23 +164,21 @@ class Table:
             yield Page(start, self.version, rows)
 
     def apply(self, page: Page) -> list[str] | None:
-        """Takes a page into a mirror; gives the nicks that it changed, or None where pages before it are missing."""
+        """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
         if page.since > self.version:
             return None
         if page.version <= self.version:
             return []
         changed = []
         self.version = page.version
-        for nick, host, port, state in page.rows:
-            assert isinstance(nick, str) and isinstance(host, str) and isinstance(port, int) and isinstance(state, str)
-            entry = Entry(nick, host, port, state, page.version)
-            old = self.entries.get(nick)
-            if old is None and state == GONE or old is not None and old[:4] == entry[:4]:
+        for nick, host, port, name in page.rows:
+            state = STATES[name]
+            if self._says(nick, host, port, state):
                 continue
             if state == GONE:
                 del self.entries[nick]
             else:
-                self.entries[nick] = entry
+                self.entries[nick] = Entry(nick, host, port, state, page.version)
             changed.append(nick)
         return changed
 
@@ -176,8 +186,8 @@ class Table:
 class Mirror:
     """A client's copy of the server's table.
 
-    A server that was restarted has another ``boot`` and numbers its table anew: that one grows beside the old one,
-    which stays in force until the new one is whole, and is then dropped with all that the new one does not name.
+    A server that was restarted has another ``boot`` and numbers its table from the beginning. The new table grows
+    beside the old one, which stays in force until the new one is whole, and is dropped then.
     """
 
     def __init__(self) -> None:
@@ -188,33 +198,33 @@ class Mirror:
 
     @property
     def is_of_this_boot(self) -> bool:
-        """Whether the table in force is that of the server as it runs now."""
+        """Return whether the table in force is that of the server as it runs now."""
         return self._fresh is None
 
     @property
     def version(self) -> int:
-        """Up to which version the server's table, as it runs now, is here."""
+        """Return up to which version the table of the server, as it runs now, is here."""
         return (self.table if self._fresh is None else self._fresh).version
 
     @property
     def is_whole(self) -> bool:
-        """Whether that is as far as the server is known to be."""
+        """Return whether that is as far as the server is known to be."""
         return self.version >= self._target
 
     def register(self, boot: int, version: int) -> None:
-        """A session has begun, with a server whose table has that version."""
+        """Begin a session with a server whose table has that version."""
         if boot != self.boot:
             self.boot = boot
             self._fresh = Table()
         self._target = version
 
     def expect(self, version: int) -> bool:
-        """Takes note of how far the server is; gives whether something is missing here."""
+        """Note how far the server is; return whether something is missing here."""
         self._target = max(self._target, version)
         return version > self.version
 
     def apply(self, page: Page) -> list[str] | None:
-        """Takes a page; gives the nicks that it changed in the table in force, None if pages before it are missing."""
+        """Apply a page; return the nicks that it changed in the table in force, None if pages before it are missing."""
         if self._fresh is None:
             changed = self.table.apply(page)
         else:
@@ -226,13 +236,13 @@ class Mirror:
         return changed
 
     def _swap(self, fresh: Table) -> list[str]:
-        """Puts the table of the new boot in force."""
+        """Put the table of the new boot in force; return the nicks of which it says something else."""
         old, self.table, self._fresh = self.table, fresh, None
         return [nick for nick in {**old.entries, **fresh.entries}
                 if (old.get(nick) or ())[:4] != (fresh.get(nick) or ())[:4]]
 
     def distrust(self) -> list[str]:
-        """The table in force is too old to say who is online; gives the nicks that are offline now."""
+        """Set everybody offline: the table in force is too old. Return the nicks that were online until now."""
         return [nick for nick, host, port, _, _ in list(self.table.entries.values())
                 if self.table.set(nick, host, port, OFFLINE)]
 
@@ -241,13 +251,13 @@ class Mirror:
 
 APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
 FORMAT = 1                      # the version of the tables below
-MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail goes, see ``_idle_nick``
+MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail is forgotten, see ``IdleNicks``
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
 MAX_PIECE_SIZE = 768            # bytes of text that one number can have
 MAX_NICK_SIZE = 32              # characters
-NICK_LAPSE = 90.0               # days offline after which a nick is nobody's any more
+NICK_LAPSE = 90.0               # days offline after which a nick is forgotten
 DAY = 86400.0                   # s
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -279,8 +289,8 @@ class Known:
         self.nick = nick
         self.host = host
         self.port = port
-        self.online = online        # when it was last written: after a crash, who may still run
-        self.owner = owner          # SHA-256 of its token, None: nobody's
+        self.online = online        # when it was last written: after a crash, its client may still run
+        self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
         self.seen = seen            # wall-clock time of its last sign of life
         self.first = first          # number of the first mail that is not acked
         self.last = last            # number of the last mail ever kept
@@ -289,7 +299,7 @@ class Known:
 
     @property
     def waiting(self) -> int:
-        """How many numbers of mail wait."""
+        """Return how many numbers of mail wait."""
         return self.last - self.first + 1
 
 
@@ -305,54 +315,49 @@ class Parcel(NamedTuple):
     more: Collection[int]
 
     def part(self, start: int, end: int) -> Parcel:
-        """The numbers at the positions [start, end) alone."""
+        """Return the numbers at the positions [start, end) alone."""
         return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
                       [number for number in self.more if self.n + start <= number < self.n + end])
 
     @property
     def messages(self) -> int:
-        """How many texts end in it."""
+        """Return how many texts end in it."""
         return len(self.texts) - len(self.more)
 
     @property
     def size(self) -> int:
-        """Bytes of UTF-8 of the texts."""
+        """Return the bytes of UTF-8 of the texts."""
         joined = "".join(self.texts)
         return len(joined) if joined.isascii() else len(joined.encode())
 
     def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
-        """The parcel as a row of the store."""
+        """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
         return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
                 json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
 
     @classmethod
     def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
-        """The parcel of these columns of a row; raises ValueError if they are damaged."""
-        whole, at, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
-        if not (type(n) is int and n > 0 and len(whole) == numbers and len(at) in (1, numbers)
-                and set(map(type, whole)) == {str} and set(map(type, at)) == {float}
-                and (not continued or set(continued) <= set(range(n, n + numbers)))):
-            raise ValueError("the parcel is damaged")
-        if not ("".join(whole).isascii() and len(max(whole, key=len)) <= MAX_PIECE_SIZE
-                or max(len(text.encode()) for text in whole) <= MAX_PIECE_SIZE):
+        """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
+        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
+        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
+            raise ValueError("the texts are damaged")
+        if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
+            raise ValueError("the times are damaged")
+        if continued and not set(continued) <= set(range(n, n + numbers)):
+            raise ValueError("nobody knows which texts go together")
+        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
+        if max(map(len, encoded)) > MAX_PIECE_SIZE:
             raise ValueError("a piece is too long")
-        return cls(n, whole, at if len(at) == numbers else at * numbers, continued)
+        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
 
 
-Letter = list[Any]      # one number of somebody's mail: [sender, stream, n, at, text, more]
+StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
-def import_modules() -> None:
-    """Imports what only a store needs: a client has none, and its start is measured (tests/bench.py)."""
-    global json, sqlite3
-    import json
-    import sqlite3
-
-
 def check_file(path: str) -> None:
-    """Raises StoreError if ``path`` holds anything but a store, or nothing. Does not touch it."""
+    """Raise StoreError if ``path`` holds anything but a store, or nothing. The file is not changed."""
     try:
         if not os.path.exists(path):
             return
@@ -373,12 +378,15 @@ def check_file(path: str) -> None:
 class Mailbox:
     """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
 
-    ``commit`` writes all that was changed since the last one, in one transaction (WAL, synchronous=FULL).
+    ``commit`` writes everything that was changed since the last one, in one transaction. The write-ahead log and
+    ``synchronous=FULL`` make sure that a commit is on the disk when it returns. Reading sees only what is committed.
     """
 
     def __init__(self, path: str, server_id: bytes) -> None:
-        """Opens or makes the store; ``server_id`` is a random id for a new one. Raises StoreError."""
-        import_modules()
+        """Open or make the store; ``server_id`` is a random id for a new one. Raise StoreError if that fails."""
+        global json, sqlite3    # only a store needs them: a client has none, and its start is measured (tests/bench.py)
+        import json
+        import sqlite3
         if path != ":memory:":
             check_file(path)
         try:
@@ -391,13 +399,12 @@ class Mailbox:
             if "locked" in reason:
                 reason = "another server has it open"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
-        self.healthy = True
         self.damaged = 0            # rows that could not be read
         self._rows: list[tuple[object, ...]] = []               # mail to insert
         self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
         self._streams: dict[tuple[str, int], int] = {}          # progress to write
         self._changed: set[str] = set()                         # nicks to write
-        self._acked: set[str] = set()                           # nicks whose mail below ``first`` goes
+        self._acked: set[str] = set()                           # nicks whose mail below ``first`` is to be deleted
         self._forgotten: dict[int, str] = {}                    # id -> nick of those to delete
 
     def _prepare(self, server_id: bytes) -> None:
@@ -432,7 +439,7 @@ class Mailbox:
     # who is known
 
     def add(self, nick: str, host: str, port: int, owner: bytes | None, seen: float) -> Known:
-        """Makes ``nick`` known."""
+        """Make ``nick`` known."""
         known = Known(self._next_id, nick, host, port, False, owner, seen)
         self._next_id += 1
         self.known[nick] = known
@@ -440,11 +447,11 @@ class Mailbox:
         return known
 
     def changed(self, known: Known) -> None:
-        """Takes note that the attributes of ``known`` are to be written."""
+        """Note that the attributes of ``known`` are to be written."""
         self._changed.add(known.nick)
 
     def forget(self, known: Known) -> None:
-        """Drops a nick with its owner, its mail and its streams."""
+        """Delete a nick with its owner, its mail and its streams."""
         del self.known[known.nick]
         self._forgotten[known.id] = known.nick
         self._changed.discard(known.nick)
@@ -454,20 +461,19 @@ class Mailbox:
 
     # mail
 
-    def stream_next(self, sender: str, stream: int) -> int:
-        """The number after the last that was kept of a stream; 1 for one never seen, 0 if that cannot be read now."""
+    def stream_next(self, sender: str, stream: int) -> int | None:
+        """Return the number after the last that was kept of a stream, 1 for a new one. None: it cannot be read now."""
         if (sender, stream) in self._streams:
             return self._streams[sender, stream]
         try:
             found = self._db.execute("SELECT next FROM streams WHERE sender = ? AND stream = ?",
                                      (sender, stream)).fetchone()
         except sqlite3.Error:
-            self.healthy = False
-            return 0
+            return None
         return int(found[0]) if found else 1
 
     def keep(self, known: Known, sender: str, stream: int, parcel: Parcel) -> None:
-        """Puts whole texts into somebody's mailbox, from the next ``commit`` on."""
+        """Put whole texts into somebody's mailbox, from the next ``commit`` on."""
         if known.nick not in self._before:
             self._before[known.nick] = (known.last, known.messages, known.size)
         size = parcel.size
@@ -478,9 +484,9 @@ class Mailbox:
         self._streams[sender, stream] = parcel.n + len(parcel.texts)
         self._changed.add(known.nick)
 
-    def fetch(self, known: Known, seq: int, limit: int) -> list[Letter]:
-        """The mail with the numbers ``seq``, ``seq`` + 1, ..., at most ``limit``, of what is committed."""
-        letters: list[Letter] = []
+    def fetch(self, known: Known, seq: int, limit: int) -> list[StoredLetter]:
+        """Return the committed mail from number ``seq`` on, at most ``limit`` letters; none if it is unreadable now."""
+        letters: list[StoredLetter] = []
         try:
             rows = self._db.execute(
                 "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
@@ -491,33 +497,39 @@ class Mailbox:
                 start, numbers, *columns = row
                 most = (known.last + 1 if following is None else following[0]) - start
                 if following is not None or type(numbers) is not int or not 0 < numbers <= most:
-                    numbers = most      # the next row tells for sure
+                    numbers = most      # the beginning of the next row is right, whatever is damaged in this one
                 found = self._letters(known.nick, numbers, *columns)
                 letters += found[seq - start:] if start < seq else found
                 row = following
         except sqlite3.Error:
-            self.healthy = False
+            pass        # what was read until now is right
         return letters[:limit]
 
-    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int, *columns: str) -> list[Letter]:
-        """The letters of a row. Of a damaged one, all are the same: it is shown once, and the numbers stay right."""
-        known_sender = type(sender) is str and (
-            sender in self.known or 0 < len(sender) <= MAX_NICK_SIZE and all(c.isalnum() or c in "_.-" for c in sender))
-        known_stream = type(stream) is int and stream >= 0
+    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int,
+                 *columns: str) -> list[StoredLetter]:
+        """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
+        is_sender_whole = self._may_be_nick(sender)
+        is_stream_whole = type(stream) is int and stream >= 0
         try:
-            if not (known_sender and known_stream):
+            if not is_sender_whole or not is_stream_whole:
                 raise ValueError("nobody knows whose it is")
             parcel = Parcel.of_row(numbers, n, *columns)
         except (ValueError, TypeError):
             self.damaged += 1
-            return [[sender if known_sender else recipient, stream if known_stream else 0,
+            return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
                      n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False]] * numbers
         more = parcel.more
         return [[sender, stream, number, at, text, number in more]
                 for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
 
+    def _may_be_nick(self, text: str) -> bool:
+        """Return whether ``text``, which was read from the disk, can be a nick."""
+        if type(text) is not str:
+            return False
+        return text in self.known or (0 < len(text) <= MAX_NICK_SIZE and all(c.isalnum() or c in "_.-" for c in text))
+
     def acked(self, known: Known, first: int) -> None:
-        """Takes note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
+        """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
         if known.first < first <= known.last + 1:
             known.first = first
             self._acked.add(known.nick)
@@ -526,16 +538,16 @@ class Mailbox:
 
     @property
     def urgent(self) -> bool:
-        """Whether there is anything to commit before it is told; what was acked need not be deleted at once."""
+        """Return whether there is anything to commit before it is told; mail that was acked may be deleted later."""
         return bool(self._rows or self._streams or self._changed or self._forgotten)
 
     @property
     def pending(self) -> bool:
-        """Whether there is anything to commit."""
+        """Return whether there is anything to commit."""
         return self.urgent or bool(self._acked)
 
     def commit(self, wall: float) -> bool:
-        """Writes everything since the last commit. If that fails, the mail of this turn is undone, and False given."""
+        """Write everything since the last commit; return whether that went well. If not, undo the mail of this turn."""
         if not self.pending:
             return True
         try:
@@ -544,9 +556,7 @@ class Mailbox:
             self._db.execute("COMMIT")
         except sqlite3.Error:
             self._undo()
-            self.healthy = False
             return False
-        self.healthy = True
         for known, messages, size in freed:
             known.messages -= messages
             known.size -= size
@@ -557,7 +567,7 @@ class Mailbox:
         return True
 
     def _write(self, wall: float) -> list[tuple[Known, int, int]]:
-        """Executes all that is pending; gives whose mailbox got how many messages and bytes emptier by that."""
+        """Write everything pending; return from whose mailbox how many messages and bytes were deleted."""
         run, many = self._db.execute, self._db.executemany
         for id_, nick in self._forgotten.items():
             run("DELETE FROM nicks WHERE id = ?", (id_,))
@@ -577,7 +587,10 @@ class Mailbox:
         return freed
 
     def _delete_mail(self, known: Known) -> tuple[int, int]:
-        """Deletes the mail below ``first``; gives how many messages and bytes that was."""
+        """Delete the mail below ``first``; return how many messages and bytes that was.
+
+        Whole rows first. Of a row that ``first`` splits, the rest is written again: what was acked is not on the disk.
+        """
         run = self._db.execute
         whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
         below = (known.id, known.first, known.first)
@@ -610,40 +623,36 @@ class Mailbox:
         self._rows.clear()
         self._streams.clear()
 
-    def prune_streams(self) -> None:
-        """Forgets the progress of the longest silent streams beyond ``MAX_STREAMS``."""
+    def prune_streams(self) -> bool:
+        """Forget the progress of the longest silent streams beyond ``MAX_STREAMS``; return whether that went well."""
         try:
             self._db.execute("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC"
                              " LIMIT 1 OFFSET ?)", (MAX_STREAMS - 1,))
         except sqlite3.Error:
-            self.healthy = False
+            return False
+        return True
 
     def close(self) -> None:
-        """Closes the file; what is not committed is lost."""
+        """Close the file; what is not committed is lost."""
         self._db.close()
 
 
-# --- the registry ---------------------------------------------------------------------------------------------
+# --- sessions -------------------------------------------------------------------------------------------------
 
 MAX_CLIENTS = 10_000      # clients with a session
-MAX_CLOSED = 10_000       # closed sessions that are remembered, to answer a repeated request
+MAX_ENDED = 10_000        # sessions that have ended and are remembered, to answer a repeated request
 SILENCE = 45.0            # s without a sign of life after which a client is probed
 
-GRANTED, TAKEN, OWNED, FULL, ASK = "granted", "taken", "owned", "full", "ask"
-KEEP, PROBE, UNKNOWN = "keep", "probe", "unknown"
-BYE, REPLACED, EVICTED = "bye", "replaced", "evicted"   # how a session ended
+
+class End(Enum):
+    """How a session ended."""
+
+    BYE = "bye"                 # its client deregistered
+    REPLACED = "replaced"       # its nick was registered again
+    EVICTED = "evicted"         # its client did not respond, and another one needed the place; or its nick has lapsed
 
 
-def hash_of(token: bytes) -> bytes:
-    """What the store keeps of a token."""
-    import hashlib
-    return hashlib.sha256(token).digest()
-
-
-def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Whether ``owner`` is what is kept of ``token``; how long that takes does not tell how wrong it is."""
-    import hmac
-    return hmac.compare_digest(owner, hash_of(token))
+BYE, REPLACED, EVICTED = End.BYE, End.REPLACED, End.EVICTED
 
 
 class Session:
@@ -651,8 +660,7 @@ class Session:
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table")
 
-    def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float,
-                 version: int) -> None:
+    def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
         self.nick = known.nick
         self.address = address
@@ -661,120 +669,271 @@ class Session:
         self.known = known
         self.offset = known.first - 1       # mail number of this session + offset = number in the mailbox
         self.greeting = known.last          # mail up to here comes before it is announced as online
-        self.version = version              # of the table that it must hold before it gets mail
+        self.version = 0                    # of the table that it must hold before it gets mail
         self.holds_table = False
 
+    @property
+    def has_had_its_mail(self) -> bool:
+        """Return whether all mail that waited for it when it came is acked."""
+        return self.known.first > self.greeting
 
-def _rank(known: Known) -> tuple[bool, float, str]:
-    """How soon a nick is forgotten if there are too many: the lowest goes first."""
-    return (False, known.seen, known.nick) if known.owner is None else (True, -known.id, known.nick)
+
+class Sessions:
+    """All sessions, which of them are live, and how those that exist no more have ended. The life of one::
+
+                          lose
+        add ---> LIVE -----------> UNRESPONSIVE
+                  |   <-----------      |
+                  |       hear          |
+                  +-------- end --------+---> ended: BYE, REPLACED or EVICTED
+
+    ``lose``: its client did not answer a probe. The session stays good, because the client may only be cut off: with
+    its next sign of life it is live again. A live session need not be online in the table: its mail comes first.
+    """
+
+    def __init__(self) -> None:
+        self.by_id: dict[bytes, Session] = {}
+        self.by_nick: dict[str, Session] = {}
+        self.live: OrderedDict[bytes, Session] = OrderedDict()      # longest silent first
+        self.ended: OrderedDict[bytes, End] = OrderedDict()
+        self.spent: OrderedDict[int, None] = OrderedDict()          # the requests that had made those
+        self._just_ended: list[Session] = []
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def get(self, id_: bytes) -> Session | None:
+        """Return the session with that id, None if there is none or it has ended."""
+        return self.by_id.get(id_)
+
+    def of(self, nick: str) -> Session | None:
+        """Return the session of ``nick``, None if it has none."""
+        return self.by_nick.get(nick)
+
+    def is_live(self, session: Session) -> bool:
+        """Return whether a session has not ended, and its client is believed to be there."""
+        return session.id in self.live
+
+    def live_sessions(self) -> list[Session]:
+        """Return those that are live, longest silent first."""
+        return list(self.live.values())
+
+    def longest_silent(self) -> Session | None:
+        """Return the live session of which nothing was heard for the longest time, None if none is live."""
+        return next(iter(self.live.values()), None)
+
+    def silent(self, now: float) -> list[Session]:
+        """Return the live sessions of which nothing was heard for ``SILENCE`` seconds, longest silent first."""
+        return list(takewhile(lambda session: now >= session.heard + SILENCE, self.live.values()))
+
+    def oldest_unresponsive(self) -> Session | None:
+        """Return the oldest session that is not live, None if all are."""
+        if len(self.by_id) == len(self.live):
+            return None
+        return next(session for session in self.by_id.values() if session.id not in self.live)
+
+    def add(self, session: Session) -> None:
+        """Begin a session; its nick must have none."""
+        self.by_id[session.id] = self.by_nick[session.nick] = self.live[session.id] = session
+
+    def hear(self, session: Session, now: float) -> bool:
+        """Note a sign of life; return whether the session was unresponsive and is live again."""
+        if session.id not in self.by_id:
+            return False    # it has ended: it speaks for nobody any more
+        session.heard = now
+        if session.id in self.live:
+            self.live.move_to_end(session.id)
+            return False
+        self.live[session.id] = session
+        return True
+
+    def put_last(self, session: Session) -> None:
+        """Put a live session behind all others: its client is being probed, and is not looked at again before them."""
+        self.live.move_to_end(session.id)
+
+    def lose(self, session: Session) -> None:
+        """Note that the client of a session does not respond."""
+        self.live.pop(session.id, None)
+
+    def end(self, session: Session, how: End) -> None:
+        """End a session that is not live any more."""
+        del self.by_id[session.id]
+        del self.by_nick[session.nick]
+        self.ended[session.id] = how
+        self._just_ended.append(session)
+        self.spent[session.request] = None
+        for remembered in (self.ended, self.spent):
+            if len(remembered) > MAX_ENDED:
+                remembered.popitem(last=False)
+
+    def take_ended(self) -> list[Session]:
+        """Return the sessions that ended since the last call."""
+        ended, self._just_ended = self._just_ended, []
+        return ended
+
+    def how_ended(self, id_: bytes) -> End | None:
+        """Return how the session with that id ended, None if that is not known."""
+        return self.ended.get(id_)
+
+    def is_spent(self, request: int) -> bool:
+        """Return whether a ``reg`` with that id made a session that has ended."""
+        return request in self.spent
+
+
+# --- the registry ---------------------------------------------------------------------------------------------
+
+class ClaimVerdict(Enum):
+    """What becomes of the wish for a nick. The values of the refusals travel in a ``refused``."""
+
+    GRANTED = "granted"
+    ASK = "ask"             # where its holder may run, whether it does; nobody answers: granted, else: taken
+    TAKEN = "taken"         # its holder has answered
+    OWNED = "owned"         # it has an owner, and this is not their token
+    FULL = "full"           # there are too many clients, or too many nicks
+
+
+class SaveVerdict(Enum):
+    """What becomes of messages that somebody wants to be kept."""
+
+    KEEP = "keep"
+    PROBE = "probe"         # the recipient, first: it is believed to be online
+    UNKNOWN = "unknown"     # refused: there is no such nick
+
+
+GRANTED, ASK, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.ASK, ClaimVerdict.TAKEN
+OWNED, FULL = ClaimVerdict.OWNED, ClaimVerdict.FULL
+KEEP, PROBE, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE, SaveVerdict.UNKNOWN
+
+
+def hash_of(token: bytes) -> bytes:
+    """Return what the store keeps of a token."""
+    import hashlib
+    return hashlib.sha256(token).digest()
+
+
+def is_hash_of(owner: bytes, token: bytes) -> bool:
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not tell how wrong a guess is."""
+    import hmac
+    return hmac.compare_digest(owner, hash_of(token))
+
+
+class IdleNicks:
+    """Which nick is forgotten if there are too many: one that is not in use and has no mail.
+
+    Of those without an owner, it is the one longest offline. If all have owners, it is the one that came last (and
+    none, if that has mail). Otherwise a stranger who registers one nick after the other could drive out those who were
+    here before, and take their nicks.
+    """
+
+    def __init__(self, known: dict[str, Known], is_in_use: Callable[[Known], bool]) -> None:
+        self._known = known
+        self._is_in_use = is_in_use
+        self._heap = sorted(map(self._rank, known.values()))    # outdated ranks stay in it until they surface
+
+    @staticmethod
+    def _rank(known: Known) -> tuple[bool, float, str]:
+        """Return how soon a nick is forgotten: the lowest goes first."""
+        return (False, known.seen, known.nick) if known.owner is None else (True, -known.id, known.nick)
+
+    def add(self, known: Known) -> None:
+        """Note that a nick is not in use any more."""
+        heapq.heappush(self._heap, self._rank(known))
+        if len(self._heap) > 2 * len(self._known) + 64:
+            self._heap = sorted([self._rank(each) for each in self._known.values() if not self._is_in_use(each)])
+
+    def first(self) -> str | None:
+        """Return the nick to forget, None if there is none."""
+        while self._heap:
+            known = self._known.get(self._heap[0][-1])
+            if known is not None and self._heap[0] == self._rank(known) and not self._is_in_use(known):
+                if not known.waiting:
+                    return known.nick
+                if known.owner is not None:
+                    return None     # nor can a stranger reach the next owner by sending mail to this one
+            heapq.heappop(self._heap)   # if it was in use, it is added again when it is not any more
+        return None
 
 
 class Registry:
-    """What the server decides on who is who; see the opening of this module."""
+    """What the server decides on table, store and sessions; see the opening of this module."""
 
     def __init__(self, mailbox: Mailbox, max_clients: int = MAX_CLIENTS, mailbox_limit: int = MAILBOX_LIMIT,
                  max_known: int = MAX_KNOWN) -> None:
         self.mailbox = mailbox
+        self.table = Table()
+        self.sessions = Sessions()
         self.max_clients = max_clients
         self.mailbox_limit = mailbox_limit
         self.max_known = max_known
-        self._idle = [_rank(known) for known in mailbox.known.values()]     # a heap: all who are offline, and more
-        heapq.heapify(self._idle)
-        self.table = Table()
-        self.sessions: dict[bytes, Session] = {}
-        self.by_nick: dict[str, Session] = {}
-        self.live: OrderedDict[bytes, Session] = OrderedDict()     # not called offline; longest silent first
-        self._ended: list[Session] = []
-        self.closed: OrderedDict[bytes, str] = OrderedDict()       # session -> how it ended
-        self.spent: OrderedDict[int, None] = OrderedDict()         # the requests that had made those
-        self._at: dict[Address, str] = {}                            # who is online there
-        self.ghosts: dict[str, Address] = {}                         # online when the store was last closed
+        self.maybe_running: dict[str, Address] = {}     # online when the server last stopped
+        self._at: dict[Address, str] = {}               # who is online there
+        self._idle = IdleNicks(mailbox.known, self._may_run)
         for known in mailbox.known.values():
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
-                self.ghosts[known.nick] = (known.host, known.port)
+                self.maybe_running[known.nick] = (known.host, known.port)
 
-    @property
-    def online(self) -> int:
-        """How many are online."""
-        return len(self._at)
+    def counters(self) -> dict[str, int]:
+        """Return what there is now."""
+        known = self.mailbox.known
+        return {"clients": len(self.sessions), "online": len(self._at), "nicks": len(known),
+                "messages_kept": sum(one.messages for one in known.values()),
+                "bytes_kept": sum(one.size for one in known.values())}
+
+    def known_addresses(self) -> list[Address]:
+        """Return where each nick was last."""
+        return [(known.host, known.port) for known in self.mailbox.known.values() if known.port]
 
     # who gets a nick
 
-    def claim(self, nick: str, address: Address, token: bytes | None) -> str:
-        """Whether ``nick`` may be registered from ``address``: GRANTED, ASK (its holder, first), OWNED, FULL."""
+    def claim(self, nick: str, address: Address, token: bytes | None) -> ClaimVerdict:
+        """Return whether ``nick`` may be registered from ``address``: GRANTED, ASK, OWNED or FULL."""
         known = self.mailbox.known.get(nick)
         if known is not None and known.owner is not None:
             if token is None or not is_hash_of(known.owner, token):
                 return OWNED
         if self.holder(nick) not in (None, address):
             return ASK
-        if nick not in self.by_nick and len(self.sessions) >= self.max_clients and self._idle_session() is None:
+        sessions = self.sessions
+        if sessions.of(nick) is None and len(sessions) >= self.max_clients and sessions.oldest_unresponsive() is None:
             return FULL
-        if known is None and len(self.mailbox.known) >= self.max_known and self._idle_nick() is None:
+        if known is None and len(self.mailbox.known) >= self.max_known and self._idle.first() is None:
             return FULL
         return GRANTED
 
     def holder(self, nick: str) -> Address | None:
-        """Where somebody may be running with ``nick``, None if nobody is."""
-        return self.by_nick[nick].address if self._is_live(nick) else self.ghosts.get(nick)
-
-    def _idle_session(self) -> Session | None:
-        """The oldest session of somebody who is offline, if there is one."""
-        if len(self.sessions) == len(self.live):
-            return None
-        return next(session for session in self.sessions.values() if session.id not in self.live)
-
-    def _idle_nick(self) -> str | None:
-        """The nick that makes room for another one: offline and without mail, there may be none.
-
-        Of those that nobody owns, the one longest offline. If all have owners, the one that came last (none, if it has
-        mail): else a stranger who registers one nick after the other could throw out whoever was here before, and
-        take that nick.
-        """
-        while self._idle:
-            known = self.mailbox.known.get(self._idle[0][-1])
-            if known is not None and self._idle[0] == _rank(known) and not self._may_run(known):
-                if not known.waiting:
-                    return known.nick
-                if known.owner is not None:
-                    return None     # nor by giving mail to each of them
-            heapq.heappop(self._idle)   # when it goes offline again, it comes again
-        return None
-
-    def not_there(self, nick: str, address: Address) -> None:
-        """Nobody answers where ``nick`` was online when the store was last closed."""
-        if self.ghosts.get(nick) == address:
-            del self.ghosts[nick]
-            self._note_idle(self.mailbox.known[nick])
-
-    def _note_idle(self, known: Known) -> None:
-        heapq.heappush(self._idle, _rank(known))
-        if len(self._idle) > 2 * len(self.mailbox.known) + 64:
-            self._idle = [_rank(each) for each in self.mailbox.known.values() if not self._is_live(each.nick)]
-            heapq.heapify(self._idle)
+        """Return where somebody may be running with ``nick``, None if nobody is."""
+        session = self.sessions.of(nick)
+        if session is not None and self.sessions.is_live(session):
+            return session.address
+        return self.maybe_running.get(nick)
 
     def _may_run(self, known: Known) -> bool:
-        return self._is_live(known.nick) or known.nick in self.ghosts
+        return self.holder(known.nick) is not None
+
+    def not_there(self, nick: str, address: Address) -> None:
+        """Note that nobody answers at ``address``, in case ``nick`` was online there when the server last stopped."""
+        if self.maybe_running.get(nick) == address:
+            del self.maybe_running[nick]
+            self._idle.add(self.mailbox.known[nick])
 
     def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: bytes | None,
               request: int) -> Session:
-        """Registers ``nick`` after ``claim`` granted it (or its holder did not answer); gives its session.
+        """Register ``nick`` after ``claim`` granted it (or its holder did not answer); return its session.
 
-        An older session of that nick is replaced; whoever else is online at that address goes offline.
+        An older session of that nick is replaced; anybody else who is online at that address goes offline.
         """
-        old = self.by_nick.get(nick)
+        old = self.sessions.of(nick)
         if old is not None:
-            self._close(old, wall, REPLACED)
+            self._end(old, wall, REPLACED)
         elif len(self.sessions) >= self.max_clients:
-            idle = self._idle_session()
-            if idle is not None:
-                self._close(idle, wall, EVICTED)
-        self.ghosts.pop(nick, None)
+            unresponsive = self.sessions.oldest_unresponsive()
+            if unresponsive is not None:
+                self._end(unresponsive, wall, EVICTED)
+        self.maybe_running.pop(nick, None)
         known = self._know(wall, nick, address, token)
-        session = Session(id_, known, address, request, now, 0)
-        self.sessions[id_] = self.by_nick[nick] = self.live[id_] = session
+        session = Session(id_, known, address, request, now)
+        self.sessions.add(session)
         self._place(session, address, wall)
         session.version = self.table.version
         return session
@@ -784,7 +943,7 @@ class Registry:
         known = self.mailbox.known.get(nick)
         if known is None:
             if len(self.mailbox.known) >= self.max_known:
-                idle = self._idle_nick()
+                idle = self._idle.first()
                 if idle is not None:
                     self._drop(idle, wall)
             return self.mailbox.add(nick, *address, owner, wall)
@@ -794,25 +953,25 @@ class Registry:
         return known
 
     def _place(self, session: Session, address: Address, wall: float) -> None:
-        """Puts a session at an address: online there if it was not called offline and no mail has to come first."""
+        """Put a session at an address: online there if it is live and no mail has to come first."""
         other = self._at.get(address)
-        if other not in (None, session.nick):
-            self.went_offline(self.by_nick[other], wall)
+        if other is not None and other != session.nick:
+            self.went_offline(self.sessions.by_nick[other], wall)
         session.address = address
-        known = session.known
-        known.host, known.port = address
-        ready = session.id in self.live and known.first > session.greeting
-        self._set_state(session, ONLINE if ready else OFFLINE)
+        session.known.host, session.known.port = address
+        is_ready = self.sessions.is_live(session) and session.has_had_its_mail
+        self._set_state(session, ONLINE if is_ready else OFFLINE)
 
-    def _set_state(self, session: Session, state: str) -> None:
+    def _set_state(self, session: Session, state: State) -> None:
         nick, address, known = session.nick, session.address, session.known
         entry = self.table.get(nick)
         if entry is not None and self._at.get((entry.host, entry.port)) == nick:
             del self._at[entry.host, entry.port]
         if state == ONLINE:
             other = self._at.get(address)
-            if other is not None:   # whoever spoke last is there
-                self.went_offline(self.by_nick[other], self.by_nick[other].known.seen)
+            if other is not None:   # the client that spoke last is there
+                before = self.sessions.by_nick[other]
+                self.went_offline(before, before.known.seen)
             self._at[address] = nick
         self.table.set(nick, *address, state)
         known.online = state == ONLINE
@@ -821,70 +980,44 @@ class Registry:
     # the life of a session
 
     def heard(self, session: Session, now: float) -> bool:
-        """Takes note of a sign of life; True if it was called offline and comes back with this."""
-        if session.id not in self.sessions:
-            return False    # closed: it speaks for nobody any more
-        session.heard = now
-        if session.id in self.live:
-            self.live.move_to_end(session.id)
+        """Note a sign of life; return whether its client did not respond before and comes back with this."""
+        if not self.sessions.hear(session, now):
             return False
-        self.live[session.id] = session
         session.greeting = session.known.last
         self.announce(session)
         return True
 
     def announce(self, session: Session) -> None:
-        """Puts a client online, once the mail that waited for it is acked."""
-        if session.id in self.live and session.known.first > session.greeting \
-                and not self.table.is_online(session.nick):
+        """Put a client online, once the mail that waited for it is acked."""
+        if (self.sessions.is_live(session) and session.has_had_its_mail
+                and not self.table.is_online(session.nick)):
             self._set_state(session, ONLINE)
 
     def moved(self, session: Session, address: Address, wall: float) -> None:
-        """A session has proved that it is at another address now."""
+        """Note that a session has proved to be at another address now."""
         self.mailbox.changed(session.known)
         self._place(session, address, wall)
 
     def went_offline(self, session: Session, wall: float) -> None:
-        """A client does not answer: offline, but its session stays good, in case it lives."""
+        """Note that a client does not answer: it is offline, but its session stays good, in case it lives."""
         session.known.seen = wall
         self.mailbox.changed(session.known)
-        self.live.pop(session.id, None)
-        self._note_idle(session.known)
+        self.sessions.lose(session)
+        self._idle.add(session.known)
         self._set_state(session, OFFLINE)
 
     def deregister(self, session: Session, wall: float) -> None:
-        """A client leaves."""
-        self._close(session, wall, BYE)
+        """Note that a client leaves."""
+        self._end(session, wall, BYE)
 
-    def _close(self, session: Session, wall: float, how: str) -> None:
+    def _end(self, session: Session, wall: float, how: End) -> None:
         self.went_offline(session, wall)
-        del self.sessions[session.id]
-        del self.by_nick[session.nick]
-        self.closed[session.id] = how
-        self._ended.append(session)
-        self.spent[session.request] = None
-        for remembered in (self.closed, self.spent):
-            if len(remembered) > MAX_CLOSED:
-                remembered.popitem(last=False)
-
-    def take_ended(self) -> list[Session]:
-        """The sessions that were closed since the last time."""
-        ended, self._ended = self._ended, []
-        return ended
-
-    def silent(self, now: float) -> list[Session]:
-        """Those of whom nothing was heard for ``SILENCE`` seconds, longest first."""
-        found = []
-        for session in self.live.values():
-            if now < session.heard + SILENCE:
-                break
-            found.append(session)
-        return found
+        self.sessions.end(session, how)
 
     # what waits
 
-    def judge(self, to: str, relay: bool) -> str:
-        """What to do with messages for ``to``: KEEP them, PROBE the recipient first, or refuse them as UNKNOWN."""
+    def judge(self, to: str, relay: bool) -> SaveVerdict:
+        """Return what to do with messages for ``to``. ``relay``: their sender cannot reach a recipient who is there."""
         if to not in self.mailbox.known:
             return UNKNOWN
         if relay or not self.table.is_online(to):
@@ -892,7 +1025,7 @@ class Registry:
         return PROBE
 
     def fitting(self, to: str, parcel: Parcel) -> int:
-        """How many numbers of ``parcel`` (whole texts) still fit into the mailbox of ``to``: whole texts again."""
+        """Return how many numbers of ``parcel`` still fit into the mailbox of ``to``; no text is cut."""
         known = self.mailbox.known[to]
         messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
         if len(parcel.texts) <= messages and len(parcel.texts) * MAX_PIECE_SIZE <= size:
@@ -907,51 +1040,60 @@ class Registry:
                 fitting = index + 1
         return fitting
 
+    def keep(self, to: str, sender: str, stream: int, parcel: Parcel) -> int:
+        """Put as much of ``parcel`` into the mailbox of ``to`` as fits; return how many numbers that is."""
+        fitting = self.fitting(to, parcel)
+        if fitting:
+            part = parcel if fitting == len(parcel.texts) else parcel.part(0, fitting)
+            self.mailbox.keep(self.mailbox.known[to], sender, stream, part)
+        return fitting
+
     def mail_number(self, session: Session) -> int:
-        """The number, in its session, of the last mail that waits or waited for a client."""
+        """Return the number, in its session, of the last mail that waits or waited for a client."""
         return session.known.last - session.offset
 
+    def fetch(self, session: Session, number: int, limit: int) -> list[StoredLetter]:
+        """Return the mail of a client from ``number`` of its session on, at most ``limit`` letters."""
+        return self.mailbox.fetch(session.known, number + session.offset, limit)
+
     def mail_acked(self, session: Session, number: int) -> None:
-        """The client has shown its mail below ``number``; once the greeting is through, it goes online."""
-        if session.id in self.sessions:
+        """Note that a client has shown its mail below ``number``. When all that waited is shown, it goes online."""
+        if session.id in self.sessions.by_id:
             self.mailbox.acked(session.known, number + session.offset)
             self.announce(session)
 
     # coming and going of nicks
 
     def forget(self, nick: str) -> bool:
-        """Drops a nick that is not in use, with its owner and its mail; False if there is none."""
+        """Forget a nick that has no session, with its owner and its mail; return whether there was such a nick."""
         known = self.mailbox.known.get(nick)
-        if known is None or nick in self.by_nick:
+        if known is None or self.sessions.of(nick) is not None:
             return False
-        self.ghosts.pop(nick, None)
+        self.maybe_running.pop(nick, None)
         self.mailbox.forget(known)
         self.table.set(nick, known.host, known.port, GONE)
         return True
 
     def note_time(self, wall: float) -> None:
-        """Takes note that those who are there are there now: told often, so that the store knows after a crash."""
-        for session in self.live.values():
+        """Note that those who are live are there now: repeated, so that the store knows it after a crash."""
+        for session in self.sessions.live_sessions():
             session.known.seen = wall
             self.mailbox.changed(session.known)
 
     def lapse(self, wall: float, days: float) -> list[Known]:
-        """Drops every nick that was offline for more than ``days`` (0: never); gives what was dropped."""
+        """Forget every nick that was offline for more than ``days`` (0: never); return those nicks."""
         if not days:
             return []
+        live = {session.nick for session in self.sessions.live_sessions()}
         idle = [known for known in self.mailbox.known.values()
-                if known.seen < wall - days * DAY and not self._is_live(known.nick)]
+                if known.seen < wall - days * DAY and known.nick not in live]
         for known in idle:
             self._drop(known.nick, wall)
         return idle
 
     def _drop(self, nick: str, wall: float) -> None:
-        """Forgets a nick that is offline; its client may have died without leaving."""
-        session = self.by_nick.get(nick)
+        """Forget a nick that is offline; its client may have died without leaving."""
+        session = self.sessions.of(nick)
         if session is not None:
-            self._close(session, wall, EVICTED)
+            self._end(session, wall, EVICTED)
         self.forget(nick)
-
-    def _is_live(self, nick: str) -> bool:
-        session = self.by_nick.get(nick)
-        return session is not None and session.id in self.live

@@ -1,762 +1,1098 @@
-"""The server."""
+"""The server: it knows who is online, keeps messages for those who are not, and delivers them.
+
+Rules of this file
+------------------
+- No sockets and no clock: time, timers and randomness come through ``Loop``. The owner hands datagrams to ``receive``,
+  ends each turn with ``settle``, and passes a way to send.
+- Each class below has one subject. It is handed what it needs (the loop, the registry, a way to send, callbacks), and
+  uses only what is public of the others. The registry decides about sessions, nicks and mail; it is asked by methods.
+- What must survive a crash is on the disk before a client is told of it.
+- A source address may be forged until somebody has answered from there. The server never sends more bytes to such an
+  address than came from it.
+- No client waits for another one, and none can fill the memory: every queue and every turn has a limit with a name.
+
+The parts
+---------
+::
+
+    Server          sessions, dispatch, trust, the order of a turn, counters, housekeeping
+    Outbox          the datagrams of this turn
+    ReplyLimit      what may go to an address that may be forged
+    Gate            registration: address validation, claims, admission
+    Prober          "are you there?": liveness, and moves to another address
+    Keeper          messages to be kept: verdicts, acks and refusals
+    Committer       when the store is written, and whether it can be
+    Postman         stored mail on its way to its recipients
+    Announcer       the table: answers to those who miss some of it, and broadcasts
+
+How a datagram passes
+---------------------
+``Server.receive`` decodes it and looks up the tag of each message in it. A message that speaks for a session (``ping``,
+``sync``, ``save``) is handed on together with that session, if it comes from where the session is known to be. If it
+comes from elsewhere, the ``Prober`` asks there. ``reg``, ``alive``, ``ack`` and ``dereg`` can come from anybody: their
+handlers check for themselves. Most handlers only note what is to be done: texts of a ``save`` are put in order, the
+version of a ``sync`` is noted. The work is done once, at the end of the turn, however many datagrams have asked for it.
+
+One turn
+--------
+``settle`` ends it, in this order:
+
+1. keep the messages of this turn, and commit them together with everything else that has changed: one transaction;
+2. answer the saves with acks, or with refusals if the commit has failed;
+3. send mail where there is some and the window of its stream allows it;
+4. answer those who miss some of the table;
+5. send all that;
+6. tell everybody what has changed in the table, in slices: pings, probes and saves go first.
+"""
 from __future__ import annotations
 
 import functools
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from typing import NamedTuple
 
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
-from stream import NEVER, ReceiveStream, Run, SendStream
-from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN, Page,
-                      Parcel, Registry, Session)
-from loop import Loop, RestartableTimer, jittered, log, new_id, show_address
-
+from stream import ReceiveStream, Run, SendStream
+from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN,
+                      ClaimVerdict, Mailbox, Page, Parcel, Registry, Session)
+from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address
 
 DEFAULT_PORT = 4119
-PROBE_TIMEOUT = 0.5       # s; who does not answer a probe in this time is offline
-PROBE_INTERVAL = 0.1      # s between repetitions inside that time
-BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
-BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
-BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: its table would be wrong for so long
-BROADCAST_DATAGRAMS = 500     # that tell clients of it in one turn
-SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
-CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
-CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which they are made anew
-PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
-COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
+
+
+class Drop(Enum):
+    """Why the server does nothing with what it got, or not yet, although it is valid. The values name counters."""
+
+    NOT_FOR_SERVERS = "drop_not_for_servers"
+    NO_COOKIE = "drop_no_cookie"
+    WRONG_COOKIE = "drop_wrong_cookie"
+    UNKNOWN_SESSION = "drop_unknown_session"
+    OTHER_ADDRESS = "drop_other_address"
+    UNKNOWN_STREAM = "drop_unknown_stream"
+    NO_REPLY = "drop_no_reply"
+    SAVE_LIMIT = "drop_save_limit"
+    STORE_UNREADABLE = "drop_store_unreadable"
+
+
+NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = Drop.NOT_FOR_SERVERS, Drop.NO_COOKIE, Drop.WRONG_COOKIE
+UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = Drop.UNKNOWN_SESSION, Drop.OTHER_ADDRESS, Drop.UNKNOWN_STREAM
+NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = Drop.NO_REPLY, Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
+DROPS = tuple(Drop)
+
+Drops = dict[Drop, int]     # how often each has happened since the start
+
+
+# --- sending --------------------------------------------------------------------------------------------------
+
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
-NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
-NOTICE_SLICE = 10         # datagrams in each: 500 a second
-MAIL_AHEAD = 4096         # numbers of one client's mail in memory
-MAIL_TOTAL = 16384        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
-MAIL_STEP = 64            # numbers: these
-MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
-MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
-MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
-DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
-STORE_CALM = 1.0          # s without a failure after which the store counts as good again
-HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 
 
-# why the server does nothing with what it got, or nothing yet, beside what is not valid at all: it is counted
-NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = "not_for_servers", "no_cookie", "wrong_cookie"
-UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = "unknown_session", "other_address", "unknown_stream"
-NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = "no_reply", "save_limit", "store_unreadable"
-DROPS = (NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE, UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM, NO_REPLY, SAVE_LIMIT,
-         STORE_UNREADABLE)
+class Outbox:
+    """The datagrams of this turn. They leave at its end, in the order in which they were put here."""
+
+    def __init__(self, send: Callable[[bytes, Address], None]) -> None:
+        self._send = send
+        self._datagrams: list[tuple[bytes, Address]] = []
+
+    def put(self, datagram: bytes, address: Address) -> None:
+        """Send a datagram at the end of the turn."""
+        self._datagrams.append((datagram, address))
+
+    def put_for(self, session: Session, *maps: bytes) -> None:
+        """Send maps to a client, behind a ``for`` that proves that it is the server who says this."""
+        self._datagrams.append((addressed(session.id, *maps), session.address))
+
+    def flush(self) -> None:
+        """Send everything."""
+        datagrams, self._datagrams = self._datagrams, []
+        for datagram, address in datagrams:
+            self._send(datagram, address)
 
 
-class Claim:
-    """Somebody who wants a nick that somebody else may hold."""
+class ReplyLimit:
+    """The amplification limit, for answers to an address that may be forged.
 
-    def __init__(self, address: Address, token: bytes | None, request: int) -> None:
-        self.address = address
-        self.token = token
-        self.request = request
-
-
-class Probe:
-    """One question "are you there?", and all who wait for its answer."""
-
-    def __init__(self, id_: int, nick: str, address: Address, session: Session | None, now: float) -> None:
-        self.id = id_
-        self.nick = nick
-        self.address = address
-        self.session = session
-        self.deadline = now + PROBE_TIMEOUT
-        self.saves: dict[int, tuple[SaveStream, int]] = {}    # stream -> who waits, for which number
-        self.claim: Claim | None = None
-
-
-class SaveStream:
-    """The server's end of the stream of one sender's messages for one recipient."""
-
-    def __init__(self, session: Session, to: str, stream: ReceiveStream) -> None:
-        self.session = session
-        self.to = to
-        self.stream = stream
-        self.relay = False
-        self.kept = 0       # texts that wait for the commit
-        self.counted = 0    # numbers that the server has counted as waiting here
-        self.nacks: list[Info] = []
-
-
-class MailStream:
-    """The server's end of the stream of one client's mail."""
-
-    def __init__(self, server: Server, session: Session, id_: int) -> None:
-        frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
-                                "base": protocol.MAX_NUMBER, "items": []})
-        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - 4 - protocol.MAIL_RUN_SIZE
-        self.session = session
-        self.stream = SendStream(id_, capacity)
-        self.alarm = RestartableTimer(server.loop, functools.partial(server.send_mail, session))
-        self.loaded = session.offset    # the number in the mailbox of the last that is in the stream
-        self.counted = 0                # numbers that the server has counted as in memory
-
-
-class Server:
-    """Keeps the table, probes who is doubted, keeps and delivers messages.
-
-    ``receive`` takes datagrams, ``settle`` ends each turn; ``send`` is called with (datagram, address) there.
+    All answers to a datagram together are never larger than it was: it is no use to forge the address of a victim, and
+    to let the server do the flooding. And there are not more than ``most`` answers a second.
     """
 
-    def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
-                 nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES) -> None:
-        self.loop = loop
-        self.registry = registry
-        self.decoder = Decoder()
-        self.boot = new_id(loop)
-        self.nick_lapse = nick_lapse
-        self._send_now = send
-        self._outbox: list[tuple[bytes, Address]] = []
-        self._secret = loop.random.getrandbits(256).to_bytes(32, "big")
-        self._probes: dict[int, Probe] = {}
-        self._probing: dict[tuple[str, Address], Probe] = {}
-        self._alive: dict[str, float] = {}                      # when somebody last answered a probe for saves
-        self._saves: OrderedDict[tuple[str, int], SaveStream] = OrderedDict()
-        self._saved_early = 0                                   # numbers that wait in them ...
-        self._early: dict[SaveStream, None] = {}                # ... in these; longest silent first
-        self._dirty: dict[tuple[str, int], SaveStream] = {}     # to be kept and acked in this turn
-        self._mails: dict[bytes, MailStream] = {}
-        self._mail_by_stream: dict[int, MailStream] = {}
-        self._mail_held = 0                                     # numbers of mail in memory
-        self._to_mail: dict[bytes, None] = {}
-        self._page_cache: dict[int, tuple[bytes, int]] = {}     # version -> the page after it, the version it reaches
-        self._cached_version = 0                                # of the table when the cache was empty
-        self._to_sync: dict[bytes, int] = {}                    # session -> the version that it holds
-        self._sync_alarm = RestartableTimer(loop, lambda: None)            # the end of the turn answers
-        self._told = registry.table.version                     # version of the last broadcast
-        self._broadcast_end = -NEVER
-        self._broadcast_cost = 0.0
-        self._telling: Iterator[tuple[Session, bytes]] | None = None     # who is still to be told what
-        self._broadcast_alarm = RestartableTimer(loop, lambda: None)      # the end of the turn tells
-        self._silence_alarm = RestartableTimer(loop, self._probe_silent)
-        self._deletion_alarm = RestartableTimer(loop, self._delete_acked)
-        self._stranger_second = 0
-        self._stranger_replies = 0
-        self._most_replies = stranger_replies
-        self._disk_failed = NEVER       # when the store could not be written last, until it can be again
-        self._allowance = 0                                     # bytes that may answer the datagram at hand
-        self._drops = dict.fromkeys(DROPS, 0)
-        self._refusals = 0                                      # of nicks
-        self._store_failures = 0
-        self._handlers: dict[str, Callable[[Info, Address], None]] = {
-            "reg": self._on_reg, "ping": self._on_ping, "sync": self._on_sync, "save": self._on_save,
-            "ack": self._on_ack, "alive": self._on_alive, "dereg": self._on_dereg}
+    def __init__(self, loop: Loop, outbox: Outbox, drops: Drops, most: int) -> None:
+        self.allowance = 0          # bytes that may still answer the datagram at hand
+        self._loop = loop
+        self._outbox = outbox
+        self._drops = drops
+        self._most = most
+        self._second = 0            # the one that is counted, and ...
+        self._replies = 0           # ... the answers in it
 
-    def start(self) -> None:
-        """Tells the last known addresses that the server is there, and starts to look after the nicks."""
-        self._notices: deque[Address] = deque(
-            (known.host, known.port) for known in self.registry.mailbox.known.values() if known.port)
-        self.loop.call_at(self.loop.now(), self._send_notices)     # in a turn: what waits is sent at its end
-        self._keep_house()
-
-    def stop(self) -> bool:
-        """Writes and closes the store; gives whether that went well."""
-        committed = self._commit_all()
-        self.registry.mailbox.close()
-        return committed
-
-    def receive(self, datagram: bytes, address: Address) -> None:
-        """Takes a datagram from the network."""
-        self._allowance = len(datagram)
-        for tag, info in self.decoder.decode(datagram):
-            handler = self._handlers.get(tag)
-            if handler is not None:
-                handler(info, address)
-            else:
-                self._drops[NOT_FOR_SERVERS] += 1
-
-    def counters(self) -> dict[str, int]:
-        """What there is now, and what was counted since the start."""
-        registry, known = self.registry, self.registry.mailbox.known
-        return {"clients": len(registry.sessions), "online": registry.online, "nicks": len(known),
-                "messages_kept": sum(one.messages for one in known.values()),
-                "bytes_kept": sum(one.size for one in known.values()),
-                "save_streams": len(self._saves), "mail_streams": len(self._mails), "probes": len(self._probes),
-                "refusals": self._refusals, "store_failures": self._store_failures,
-                "drop_invalid": self.decoder.dropped, **{f"drop_{why}": count for why, count in self._drops.items()}}
-
-    # sending
-
-    def _send(self, session: Session, *maps: bytes) -> None:
-        self._outbox.append((addressed(session.id, *maps), session.address))
-
-    def _may_reply(self, size: int) -> bool:
-        """Whether ``size`` bytes may go where this datagram seems to come from, and counts them if so.
-
-        That address may be forged: all answers to a datagram together are never more than it was, and there are not
-        more than ``stranger_replies`` of them a second.
-        """
-        second = int(self.loop.now())
-        if second != self._stranger_second:
-            self._stranger_second, self._stranger_replies = second, 0
-        if size > self._allowance or self._stranger_replies >= self._most_replies:
+    def allows(self, size: int) -> bool:
+        """Return whether ``size`` bytes may be sent, and count them if so."""
+        second = int(self._loop.now())
+        if second != self._second:
+            self._second, self._replies = second, 0
+        if size > self.allowance or self._replies >= self._most:
             self._drops[NO_REPLY] += 1
             return False
-        self._allowance -= size
-        self._stranger_replies += 1
+        self.allowance -= size
+        self._replies += 1
         return True
 
-    def _reply(self, address: Address, data: bytes) -> None:
-        """Answers somebody whose address may be forged, if that is allowed."""
-        if self._may_reply(len(data)):
-            self._outbox.append((data, address))
+    def reply(self, datagram: bytes, address: Address) -> None:
+        """Answer the datagram at hand, if that is allowed."""
+        if self.allows(len(datagram)):
+            self._outbox.put(datagram, address)
 
-    def _send_notices(self) -> None:
-        for _ in range(min(NOTICE_SLICE, len(self._notices))):
-            self._outbox.append((self._pong(0), self._notices.popleft()))
-        if self._notices:
-            self.loop.call_at(self.loop.now() + NOTICE_INTERVAL, self._send_notices)
 
-    def _pong(self, id_: int, session: Session | None = None, boot: int | None = None) -> bytes:
-        return encode("pong", {"id": id_, "boot": self.boot if boot is None else boot, "version": self._told,
-                               "mail": self.registry.mail_number(session) if session is not None else 0})
+# --- registration ---------------------------------------------------------------------------------------------
 
-    # sessions
+COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
 
-    def _session(self, info: Info, address: Address) -> Session | None:
-        """The session that ``info`` speaks for, if it does so from where it is known to be; answers if not."""
-        session = self.registry.sessions.get(info["session"])
-        if session is None:
-            self._drops[UNKNOWN_SESSION] += 1
-            self._answer_unknown(info, address)
-            return None
-        if session.address != address:
-            self._drops[OTHER_ADDRESS] += 1
-            self._probe_move(session, address)
-            return None
-        self._heard(session)
-        return session
 
-    def _heard(self, session: Session) -> None:
-        """Takes note of a sign of life, and of who comes back with it."""
-        if self.registry.heard(session, self.loop.now()):
-            log.info("%s is back", session.nick)
-            self._watch_silence()
-            self._wake_mail(session)
+class Claim(NamedTuple):
+    """The wish for a nick, from an address that is proved."""
 
-    def _answer_unknown(self, info: Info, address: Address) -> None:
-        how = self.registry.closed.get(info["session"])
-        if how == REPLACED:
-            self._reply(address, encode("refused", {"session": info["session"], "nick": "-", "reason": how}))
-        else:
-            self._reply(address, self._pong(info.get("id", 0), boot=0 if how == EVICTED else None))
+    nick: str
+    address: Address
+    token: bytes | None
+    request: int        # the id of the ``reg``
 
-    def _probe_move(self, session: Session, address: Address) -> None:
-        probe = self._probe(session.nick, address, session, proven=False)
-        if probe is not None:
-            log.info("%s speaks from %s: asking there", session.nick, show_address(address))
 
-    def _on_reg(self, info: Info, address: Address) -> None:
-        nick, request = info["nick"], info["id"]
-        if not self._is_cookie(info.get("cookie"), address):
-            self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
-            if self._allowance >= protocol.REG_SIZE:
-                self._reply(address, encode("cookie", {
-                    "id": request, "server": self.registry.mailbox.server_id, "cookie": self._cookie(address, 0)}))
+class Gate:
+    """Registration: who gets a session for which nick. The handshake::
+
+        client                                  server
+          reg, padded, without a cookie   -->
+                                          <--   cookie: a proof of the address, nothing is remembered
+          reg with that cookie            -->   claim: is the nick free, or theirs?
+                                                  ASK      the holder is probed where it was last:
+                                                             no answer  claim again
+                                                             an answer  refused: taken
+                                                  GRANTED  a session is made
+                                          <--   welcome, or refused (taken, owned, full)
+
+    Until the cookie has come back, the server keeps no state for the client: a flood from forged addresses cannot
+    fill anything (RFC 9147 §5.1). A ``reg`` that brings no good cookie must be padded: its answer may not be larger.
+    """
+
+    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, limit: ReplyLimit, drops: Drops, prober: Prober,
+                 boot: int) -> None:
+        self.refusals = 0
+        self.secret = loop.random.getrandbits(256).to_bytes(32, "big")      # signs the cookies
+        self._loop = loop
+        self._registry = registry
+        self._outbox = outbox
+        self._limit = limit
+        self._drops = drops
+        self._prober = prober
+        self._boot = boot
+
+    def on_reg(self, info: Info, address: Address) -> None:
+        """Answer with a cookie, or go on with the claim of somebody who has brought one."""
+        if self._is_cookie(info.get("cookie"), address):
+            self.consider(Claim(info["nick"], address, info.get("token"), info["id"]))
             return
-        self._consider(nick, Claim(address, info.get("token"), request))
-
-    def _consider(self, nick: str, claim: Claim) -> None:
-        """Registers somebody who has proved an address, or refuses that, or asks first whether the holder is there."""
-        session = self.registry.by_nick.get(nick)
-        if session is not None and (session.address, session.request) == (claim.address, claim.request):
-            self._welcome(session)
-            return
-        if claim.request in self.registry.spent:
-            return      # a copy that was long on its way: whoever sent it has gone on since
-        verdict = self.registry.claim(nick, claim.address, claim.token)
-        holder = self.registry.holder(nick)
-        if verdict == ASK and holder is not None:
-            probe = self._probe(nick, holder, self.registry.by_nick.get(nick))
-            if probe is not None and probe.claim is None:
-                probe.claim = claim
-        elif verdict == GRANTED:
-            self._admit(nick, claim)
-        else:
-            self._refuse(nick, claim, verdict)
+        self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
+        if self._limit.allowance >= protocol.REG_SIZE:
+            self._limit.reply(encode("cookie", {"id": info["id"], "server": self._registry.mailbox.server_id,
+                                                "cookie": self._cookie(address, 0)}), address)
 
     def _cookie(self, address: Address, age: int) -> bytes:
-        """A proof of address without state: HMAC over address and time (as in RFC 9147 §5.1, RFC 9000 §8.1.2)."""
+        """Return a proof of address without state: HMAC over address and time (RFC 9147 §5.1, RFC 9000 §8.1.2)."""
         import hmac
-        text = f"{show_address(address)} {int(self.loop.now() / COOKIE_TIME) - age}"
-        return hmac.digest(self._secret, text.encode(), "sha256")[:protocol.SESSION_BYTES]
+        text = f"{show_address(address)} {int(self._loop.now() / COOKIE_TIME) - age}"
+        return hmac.digest(self.secret, text.encode(), "sha256")[:protocol.SESSION_BYTES]
 
     def _is_cookie(self, cookie: bytes | None, address: Address) -> bool:
         import hmac
         return cookie is not None and any(hmac.compare_digest(cookie, self._cookie(address, age)) for age in (0, 1))
 
-    def _admit(self, nick: str, claim: Claim) -> None:
-        id_ = self.loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
-        session = self.registry.admit(self.loop.now(), self.loop.wall(), id_, nick, claim.address, claim.token,
-                                      claim.request)
-        log.info("%s registered at %s", nick, show_address(claim.address))
-        self._watch_silence()
+    def consider(self, claim: Claim) -> None:
+        """Register the client, or refuse that, or ask first whether the holder of the nick is there."""
+        registry, sessions = self._registry, self._registry.sessions
+        session = sessions.of(claim.nick)
+        if session is not None and (session.address, session.request) == (claim.address, claim.request):
+            self._welcome(session)      # the same request again: its answer was lost
+            return
+        if sessions.is_spent(claim.request):
+            return      # a copy that was delayed by the network: the client who sent it has gone on since
+        verdict = registry.claim(claim.nick, claim.address, claim.token)
+        if verdict == GRANTED:
+            self._admit(claim)
+        elif verdict == ASK:
+            holder = registry.holder(claim.nick)
+            assert holder is not None
+            probe = self._prober.ask(claim.nick, holder, session)
+            if probe.claim is None:
+                probe.claim = claim
+        else:
+            self.refuse(claim, verdict)
+
+    def _admit(self, claim: Claim) -> None:
+        id_ = self._loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
+        session = self._registry.admit(self._loop.now(), self._loop.wall(), id_, claim.nick, claim.address,
+                                       claim.token, claim.request)
+        log.info("%s registered at %s", claim.nick, show_address(claim.address))
+        self._prober.watch_silence()
         self._welcome(session)
 
     def _welcome(self, session: Session) -> None:
-        self._outbox.append((encode("welcome", {
-            "id": session.request, "nick": session.nick, "boot": self.boot, "session": session.id,
-            "version": session.version}), session.address))
+        self._outbox.put(encode("welcome", {
+            "id": session.request, "nick": session.nick, "boot": self._boot, "session": session.id,
+            "version": session.version}), session.address)
 
-    def _refuse(self, nick: str, claim: Claim, reason: str) -> None:
-        self._refusals += 1
-        log.info("%s refused to %s: %s", nick, show_address(claim.address), reason)
-        self._outbox.append((encode("refused", {"id": claim.request, "nick": nick, "reason": reason}), claim.address))
+    def refuse(self, claim: Claim, verdict: ClaimVerdict) -> None:
+        """Tell the client that it does not get the nick."""
+        self.refusals += 1
+        log.info("%s refused to %s: %s", claim.nick, show_address(claim.address), verdict.value)
+        self._outbox.put(encode("refused", {"id": claim.request, "nick": claim.nick, "reason": verdict.value}),
+                         claim.address)
 
-    def _on_dereg(self, info: Info, address: Address) -> None:
-        if self.registry.closed.get(info["session"]) == BYE:
-            self._reply(address, encode("bye", {"session": info["session"]}))
-            return
-        session = self._session(info, address)
-        if session is not None:
-            log.info("%s deregistered", session.nick)
-            self.registry.deregister(session, self.loop.wall())
-            self._outbox.append((encode("bye", {"session": session.id}), address))
 
-    def _on_ping(self, info: Info, address: Address) -> None:
-        session = self._session(info, address)
-        if session is not None:
-            self._outbox.append((self._pong(info["id"], session), address))
-            self._note_version(session, info["version"])
+# --- probes ---------------------------------------------------------------------------------------------------
 
-    def _note_version(self, session: Session, version: int) -> None:
-        """A client holds the table up to ``version``: from its first on, it can take mail."""
-        if not session.holds_table and version >= session.version:
-            session.holds_table = True
-            self._wake_mail(session)
+PROBE_TIMEOUT = 0.5       # s; a client that does not answer a probe in this time is offline
+PROBE_INTERVAL = 0.1      # s between repetitions inside that time
 
-    def _on_sync(self, info: Info, address: Address) -> None:
-        session = self._session(info, address)
-        if session is None:
-            return
-        self._note_version(session, info["version"])
-        self._to_sync[session.id] = info["version"]
 
-    def _answer_syncs(self) -> None:
-        """Tells those who asked what they miss of the table: each once a turn, and so many in each turn."""
-        for id_ in list(self._to_sync)[:SYNC_SLICE]:
-            version = self._to_sync.pop(id_)
-            session = self.registry.sessions.get(id_)
-            if session is not None:
-                self._tell_missing(session, version)
-        if self._to_sync:
-            self._sync_alarm.set(self.loop.now())
+class Probe:
+    """One question "are you there?", and all who wait for its answer."""
 
-    def _tell_missing(self, session: Session, since: int) -> None:
-        version = self.registry.table.version
-        if since >= version:
-            self._send(session, self._table(Page(version, version, [])))    # nothing is missing: that is an answer
-        for _ in range(SYNC_PAGES):
-            if since >= version:
-                break
-            data, since = self._page_after(since)
-            self._send(session, data)
+    __slots__ = ("id", "nick", "address", "session", "deadline", "saves", "claim")
 
-    def _page_after(self, since: int) -> tuple[bytes, int]:
-        """The page of the table that begins at ``since``, encoded, and the version that it reaches.
+    def __init__(self, id_: int, nick: str, address: Address, session: Session | None, now: float) -> None:
+        self.id = id_
+        self.nick = nick
+        self.address = address
+        self.session = session      # None: the nick was online there before the server was restarted
+        self.deadline = now + PROBE_TIMEOUT
+        self.saves: dict[int, tuple[SaveStream, int]] = {}    # stream -> who waits, for which number
+        self.claim: Claim | None = None
 
-        Full pages are remembered for the next who asks: what changed since then is in a later page.
-        """
-        version = self.registry.table.version
-        if version - self._cached_version > CACHE_AGE + len(self.registry.table) or len(self._page_cache) > CACHE_PAGES:
-            self._page_cache.clear()
-            self._cached_version = version
-        if since not in self._page_cache:
-            start = since
-            for count, page in enumerate(self.registry.table.pages(since, PAGE_SIZE), 1):
-                self._page_cache[start] = self._table(page), page.version
-                start = page.version
-                if count == SYNC_PAGES:
-                    break
-        found = self._page_cache[since]
-        if found[1] >= version:
-            del self._page_cache[since]     # the last page is not full yet
-        return found
+    def datagram(self) -> bytes:
+        """Return the question as it is sent."""
+        probe = encode("probe", {"id": self.id, "to": self.nick})
+        return addressed(self.session.id, probe) if self.session is not None else probe
 
-    def _table(self, page: Page) -> bytes:
-        return table_map(page.since, page.version, page.rows)
 
-    # probes
+class Prober:
+    """"Are you there?": liveness of clients, and their moves to another address.
 
-    def _probe(self, nick: str, address: Address, session: Session | None,
-               proven: bool = True) -> Probe | None:
-        """Asks whether ``nick`` is at ``address``; gives the question, None if it may not be sent.
+    There is one probe for each pair of nick and address, however many wait for its answer. The life of one::
 
-        ``proven``: that somebody receives at that address is known.
-        """
-        probe = self._probing.get((nick, address))
+        ask ---> ASKING ---- alive, from that address and with that session ----> answered
+                 repeated     The client is there, perhaps at an address that is new (path validation).
+                 each 0.1 s   A claim to its nick is refused, the senders of saves are told ``exists``.
+                   |
+                   +-------- 0.5 s without an answer --------------------------> unanswered
+                              The client is offline, if that is where it was believed to be.
+                              A claim to its nick is considered again, saves are kept when they are repeated.
+
+    To an address that nobody has proved (``ask_at``), a probe is sent only once, and within the limit for replies. A
+    probe ends unanswered only in a turn in which the socket was read empty: otherwise the answer may be waiting there.
+
+    ``heard`` is called with each session that was heard, ``lost`` with each that does not respond, then ``answered`` or
+    ``unanswered`` with the probe.
+    """
+
+    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, limit: ReplyLimit,
+                 heard: Callable[[Session], None], lost: Callable[[Session], None],
+                 answered: Callable[[Probe], None], unanswered: Callable[[Probe], None]) -> None:
+        self.probes: dict[int, Probe] = {}
+        self.answers: dict[str, float] = {}     # nick -> when it last answered, longest ago first
+        self._loop = loop
+        self._registry = registry
+        self._outbox = outbox
+        self._limit = limit
+        self._heard = heard
+        self._lost = lost
+        self._answered = answered
+        self._unanswered = unanswered
+        self._at: dict[tuple[str, Address], Probe] = {}
+        self._silence_alarm = RestartableTimer(loop, self._probe_silent)
+
+    def ask(self, nick: str, address: Address, session: Session | None) -> Probe:
+        """Return the probe of ``nick`` at ``address``, where it was before; begin one if there is none."""
+        probe = self._at.get((nick, address))
         if probe is None:
-            probe = Probe(new_id(self.loop), nick, address, session, self.loop.now())
-            if not proven and not self._may_reply(len(self._probe_maps(probe))):
-                return None
-            self._probes[probe.id] = self._probing[nick, address] = probe
-            self._ask(probe, once=not proven)
+            probe = Probe(new_id(self._loop), nick, address, session, self._loop.now())
+            self._begin(probe)
+            self._repeat(probe)
         return probe
 
-    def _probe_maps(self, probe: Probe) -> bytes:
-        maps = encode("probe", {"id": probe.id, "to": probe.nick})
-        return addressed(probe.session.id, maps) if probe.session is not None else maps
+    def ask_at(self, address: Address, session: Session) -> None:
+        """Ask at an address from which somebody speaks for a session that is elsewhere: its client may have moved."""
+        if (session.nick, address) not in self._at:
+            probe = Probe(new_id(self._loop), session.nick, address, session, self._loop.now())
+            datagram = probe.datagram()
+            if not self._limit.allows(len(datagram)):
+                return
+            self._begin(probe)
+            self._outbox.put(datagram, address)
+            self._loop.call_at(probe.deadline, functools.partial(self._repeat, probe))
+        log.info("%s speaks from %s: asking there", session.nick, show_address(address))
 
-    def _ask(self, probe: Probe, once: bool = False) -> None:
-        """Repeats the question until it is answered or its time is over; to an unproven address, once."""
-        if probe.id not in self._probes:
+    def _begin(self, probe: Probe) -> None:
+        self.probes[probe.id] = self._at[probe.nick, probe.address] = probe
+
+    def _end(self, probe: Probe) -> None:
+        del self.probes[probe.id]
+        del self._at[probe.nick, probe.address]
+
+    def _repeat(self, probe: Probe) -> None:
+        """Send a probe again and again until it is answered or its time is over."""
+        if probe.id not in self.probes:
             return
-        now = self.loop.now()
-        if now >= probe.deadline and self.loop.drained:
-            self._close_probe(probe)
-            self._not_there(probe)
+        now = self._loop.now()
+        if now >= probe.deadline and self._loop.drained:
+            self._expire(probe)
             return
         if now < probe.deadline:
-            self._outbox.append((self._probe_maps(probe), probe.address))
-        wait = PROBE_TIMEOUT if once else jittered(self.loop, PROBE_INTERVAL)
-        self.loop.call_at(min(now + wait, max(probe.deadline, now + 0.001)), functools.partial(self._ask, probe))
+            self._outbox.put(probe.datagram(), probe.address)
+        # the last call is at the deadline; if the socket was not read empty then, there is one more in each turn
+        when = min(now + jittered(self._loop, PROBE_INTERVAL), max(probe.deadline, now + 0.001))
+        self._loop.call_at(when, functools.partial(self._repeat, probe))
 
-    def _close_probe(self, probe: Probe) -> None:
-        del self._probes[probe.id]
-        del self._probing[probe.nick, probe.address]
-
-    def _is_held_by(self, probe: Probe) -> bool:
-        """Whether the probed address is still where the registry believes the nick to be."""
-        return (probe.session is not None and self.registry.sessions.get(probe.session.id) is probe.session
-                and probe.session.address == probe.address)
-
-    def _not_there(self, probe: Probe) -> None:
+    def _expire(self, probe: Probe) -> None:
+        self._end(probe)
         session = probe.session
-        if session is not None and self._is_held_by(probe) and session.id in self.registry.live:
-            log.info("%s does not answer: offline", probe.nick)
-            self.registry.went_offline(session, self.loop.wall())
-            self._send(session, self._pong(0, session))
-        if probe.claim is not None:
-            self.registry.not_there(probe.nick, probe.address)
-            self._consider(probe.nick, probe.claim)
+        # a probe at another address, where its client has not moved, says nothing of the session
+        if session is not None and session.address == probe.address and self._registry.sessions.is_live(session):
+            self._lost(session)
+        self._unanswered(probe)
 
-    def _on_alive(self, info: Info, address: Address) -> None:
-        probe = self._probes.get(info["id"])
+    def on_alive(self, info: Info, address: Address) -> None:
+        """End the probe that this answers."""
+        probe = self.probes.get(info["id"])
         if probe is None or (info["nick"], address) != (probe.nick, probe.address):
             self._on_late_alive(info, address)
             return
         session = probe.session
         if session is not None and info.get("session") != session.id:
             return
-        self._close_probe(probe)
-        if session is not None and self.registry.sessions.get(session.id) is session:
+        self._end(probe)
+        if session is not None and self._registry.sessions.get(session.id) is session:
             if session.address != address:
                 log.info("%s moved to %s", session.nick, show_address(address))
-                self.registry.moved(session, address, self.loop.wall())
+                self._registry.moved(session, address, self._loop.wall())
             self._heard(session)
-            self._alive.pop(session.nick, None)
-            self._alive[session.nick] = self.loop.now()
-            if len(self._alive) > self.registry.max_clients:
-                del self._alive[next(iter(self._alive))]
-        if probe.claim is not None:
-            self._refuse(probe.nick, probe.claim, TAKEN)
-        for save, number in probe.saves.values():
-            self._send_exists(save, number)
+            self._note_answer(session.nick)
+        self._answered(probe)
 
     def _on_late_alive(self, info: Info, address: Address) -> None:
-        session = self.registry.sessions.get(info.get("session", b""))
+        """An answer that comes late is a sign of life."""
+        session = self._registry.sessions.get(info.get("session", b""))
         if session is not None and session.address == address:
             self._heard(session)
 
-    def _watch_silence(self) -> None:
-        first = next(iter(self.registry.live.values()), None)
+    def _note_answer(self, nick: str) -> None:
+        self.answers.pop(nick, None)
+        self.answers[nick] = self._loop.now()
+        if len(self.answers) > self._registry.max_clients:
+            del self.answers[next(iter(self.answers))]
+
+    def has_just_answered(self, nick: str) -> bool:
+        """Return whether ``nick`` has answered so lately that it need not be asked again."""
+        return self._loop.now() - self.answers.get(nick, -NEVER) < PROBE_TIMEOUT
+
+    def forget_old_answers(self) -> None:
+        """Forget the answers that do not count any more."""
+        self.answers = {nick: at for nick, at in self.answers.items() if self._loop.now() - at < PROBE_TIMEOUT}
+
+    def watch_silence(self) -> None:
+        """See to it that clients are probed of whom nothing is heard: call this when a session becomes live."""
+        first = self._registry.sessions.longest_silent()
         if first is not None and not self._silence_alarm.is_set:
             self._silence_alarm.set(first.heard + SILENCE)
 
     def _probe_silent(self) -> None:
-        for session in self.registry.silent(self.loop.now()):
-            self._probe(session.nick, session.address, session)
-            self.registry.live.move_to_end(session.id)
-        if self.registry.live:
-            first = next(iter(self.registry.live.values()))
-            self._silence_alarm.set(max(first.heard + SILENCE, self.loop.now() + PROBE_TIMEOUT))
+        now, sessions = self._loop.now(), self._registry.sessions
+        for session in sessions.silent(now):
+            self.ask(session.nick, session.address, session)
+            sessions.put_last(session)
+        first = sessions.longest_silent()
+        if first is not None:
+            self._silence_alarm.set(max(first.heard + SILENCE, now + PROBE_TIMEOUT))
 
-    # keeping
 
-    def _on_save(self, info: Info, address: Address) -> None:
-        session = self._session(info, address)
-        if session is None:
-            return
+# --- messages to be kept --------------------------------------------------------------------------------------
+
+MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
+MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
+DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
+STORE_CALM = 1.0          # s without a failure after which the store counts as good again
+
+
+class Refusal(Enum):
+    """Why messages are not kept. The values travel in a ``nack``."""
+
+    NO_SUCH_NICK = "unknown"
+    MAILBOX_FULL = "full"
+    DISK_FAILS = "disk"
+
+
+NO_SUCH_NICK, MAILBOX_FULL, DISK_FAILS = Refusal.NO_SUCH_NICK, Refusal.MAILBOX_FULL, Refusal.DISK_FAILS
+
+
+class SaveStream:
+    """The server's end of the stream of one sender's messages for one recipient."""
+
+    __slots__ = ("session", "to", "stream", "relay", "kept", "last_count", "nacks")
+
+    def __init__(self, session: Session, to: str, stream: ReceiveStream) -> None:
+        self.session = session
+        self.to = to
+        self.stream = stream
+        self.relay = False
+        self.kept = 0           # numbers that wait for the commit
+        self.last_count = 0     # numbers that the keeper has counted as waiting here
+        self.nacks: list[Info] = []
+
+
+class Keeper:
+    """Messages to be kept, in the streams of ``save``. The way of one, from its datagram to the ack::
+
+        on_save   put in order in its stream
+        keep      the registry's verdict, once a turn for each stream:
+                    UNKNOWN   refused
+                    PROBE     forgotten, the recipient is asked. The ack moves nothing, so the sender repeats it.
+                                an answer   the sender is told ``exists``, and tries the recipient again
+                                no answer   the recipient is offline: when repeated, the message is kept
+                    KEEP      written to the mailbox as far as there is room. The rest is
+                                recipient online    forgotten: mail is on the way, there will be room
+                                recipient offline   refused: full
+        commit    (the server's)
+        answer    committed: acked, and the recipient's mail is sent; else refused: disk
+
+    What came early waits in memory, within a limit. Beyond it, the streams that were not heard for the longest time
+    forget what they hold: an ack has promised nothing for it, and its sender still has it.
+    """
+
+    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, drops: Drops, prober: Prober,
+                 mail_waits: Callable[[Session], None]) -> None:
+        self.streams: OrderedDict[tuple[str, int], SaveStream] = OrderedDict()
+        self.to_answer: dict[tuple[str, int], SaveStream] = {}  # heard in this turn; answered at its end
+        self.early = 0                                          # numbers that wait in ``streams`` ...
+        self._with_early: dict[SaveStream, None] = {}           # ... in these; longest silent first
+        self._loop = loop
+        self._registry = registry
+        self._outbox = outbox
+        self._drops = drops
+        self._prober = prober
+        self._mail_waits = mail_waits
+
+    def on_save(self, session: Session, info: Info) -> None:
+        """Put messages in order; they are kept at the end of the turn."""
         key = (session.nick, info["stream"])
-        if key not in self._dirty and len(self._dirty) >= MAX_SAVE_STREAMS:
+        if key not in self.to_answer and len(self.to_answer) >= MAX_SAVE_STREAMS:
             self._drops[SAVE_LIMIT] += 1
             return      # the sender will repeat it
-        save = self._saves.get(key)
+        save = self.streams.get(key)
         if save is None:
-            first = self.registry.mailbox.stream_next(*key)
-            if not first:
+            first = self._registry.mailbox.stream_next(*key)
+            if first is None:
                 self._drops[STORE_UNREADABLE] += 1
-                return      # the store cannot be read now; the sender will repeat it
-            save = self._saves[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
-            self._forget_saves()
+                return      # the sender will repeat it
+            save = self.streams[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
+            self._forget_streams()
         elif save.to != info["to"]:
             self._drops[UNKNOWN_STREAM] += 1
             return
-        self._saves.move_to_end(key)
+        self.streams.move_to_end(key)
         save.session, save.relay = session, info["relay"]
         save.stream.on_data(info["n"], list(zip(info["text"], info["at"])), info.get("more", ()), info["base"])
         save.stream.advance(info["base"])
-        self._dirty[key] = save
+        self.to_answer[key] = save
 
-    def _forget_saves(self) -> None:
-        while len(self._saves) > MAX_SAVE_STREAMS:
-            _, old = self._saves.popitem(last=False)
-            self._saved_early -= old.counted
-            self._early.pop(old, None)
+    def keep(self) -> None:
+        """Do with the messages of this turn what the registry says; those that it keeps wait for the commit."""
+        for save in self.to_answer.values():
+            verdict = self._registry.judge(save.to, save.relay)
+            if verdict == PROBE:
+                self._doubt(save)
+            elif verdict == UNKNOWN:
+                self._refuse_rest(save, save.stream.next, NO_SUCH_NICK)
+            else:
+                for run in save.stream.take():
+                    if run.items and not self._keep_run(save, run):
+                        break
 
-    def _forget_early(self) -> None:
-        """Forgets what came early in the longest silent streams, beyond the limit: their senders still hold it."""
-        while self._saved_early > MAX_SAVED_EARLY:
-            save = next(iter(self._early))
-            save.stream.give_back(save.stream.next)
-            self._count(save)
+    def answer(self, committed: bool) -> None:
+        """Answer the streams that were heard in this turn, when the commit has succeeded or failed."""
+        if self.to_answer:
+            for save in self.to_answer.values():
+                self._answer(save, committed)
+            self.to_answer = {}
+            self._forget_early()
 
-    def _count(self, save: SaveStream) -> None:
-        """Counts anew what waits in a stream that was just heard, or emptied."""
-        if self._saves.get((save.session.nick, save.stream.id)) is save:
-            self._saved_early += save.stream.buffered - save.counted
-            save.counted = save.stream.buffered
-            self._early.pop(save, None)
-            if save.counted:
-                self._early[save] = None
-
-    def _keep(self, save: SaveStream) -> None:
-        """Does with the messages of a stream what the registry says; what it keeps waits for the commit."""
-        verdict = self.registry.judge(save.to, save.relay)
-        if verdict == PROBE:
-            self._doubt(save)
-        elif verdict == UNKNOWN:
-            self._refuse_rest(save, save.stream.next, UNKNOWN)
-        else:
-            for run in save.stream.take():
-                if run.items and not self._keep_run(save, run):
-                    break
+    def tell_exists(self, save: SaveStream, number: int) -> None:
+        """Tell a sender that the recipient has answered, and where it is."""
+        entry = self._registry.table.get(save.to)
+        if entry is not None:
+            self._outbox.put_for(save.session, encode("exists", {
+                "stream": save.stream.id, "n": number, "version": entry.version, "entry": entry.row()}))
 
     def _doubt(self, save: SaveStream) -> None:
-        """Messages for somebody who is believed to be online: asks there, or tells that the answer has come."""
+        """Ask a recipient who is believed to be online, or tell the sender that the answer has come already."""
         first, last = save.stream.next, save.stream.reached - 1
         save.stream.give_back(first)
-        recipient = self.registry.by_nick[save.to]
-        if last < first:
+        recipient = self._registry.sessions.of(save.to)
+        if last < first or recipient is None:
             return
-        if self.loop.now() - self._alive.get(save.to, -NEVER) < PROBE_TIMEOUT:
-            self._send_exists(save, first)
+        if self._prober.has_just_answered(save.to):
+            self.tell_exists(save, first)
             return
-        probe = self._probe(save.to, recipient.address, recipient)
-        if probe is not None and len(probe.saves) < MAX_SAVE_STREAMS:
+        probe = self._prober.ask(save.to, recipient.address, recipient)
+        if len(probe.saves) < MAX_SAVE_STREAMS:
             probe.saves[save.stream.id] = (save, first)
 
-    def _send_exists(self, save: SaveStream, number: int) -> None:
-        entry = self.registry.table.get(save.to)
-        if entry is not None:
-            self._send(save.session, encode("exists", {"stream": save.stream.id, "n": number,
-                                                       "version": entry.version, "entry": entry.row()}))
-
     def _keep_run(self, save: SaveStream, run: Run) -> bool:
-        """Keeps a run as far as the mailbox has room; False if the rest was refused."""
+        """Keep a run as far as the mailbox has room; return whether all of it had."""
         texts, times = map(list, zip(*run.items))
-        parcel = Parcel(run.first, texts, self._sane(times), run.more)
-        fitting = self.registry.fitting(save.to, parcel)
-        if fitting:
-            kept = parcel if fitting == run.numbers else parcel.part(0, fitting)
-            mailbox = self.registry.mailbox
-            mailbox.keep(mailbox.known[save.to], save.session.nick, save.stream.id, kept)
-            save.kept += kept.messages
+        parcel = Parcel(run.first, texts, self._plausible(times), run.more)
+        fitting = self._registry.keep(save.to, save.session.nick, save.stream.id, parcel)
+        save.kept += fitting
         if fitting == run.numbers:
             return True
-        first = run.first + fitting
-        if self.registry.table.is_online(save.to):
-            save.stream.give_back(first)        # its mail is on the way: there will be room
+        if self._registry.table.is_online(save.to):
+            save.stream.give_back(run.first + fitting)
         else:
-            self._refuse_rest(save, first, "full")
+            self._refuse_rest(save, run.first + fitting, MAILBOX_FULL)
         return False
 
-    def _sane(self, times: list[float]) -> list[float]:
-        """When messages were sent, as their sender says; now, where that cannot be."""
-        wall = self.loop.wall()
+    def _plausible(self, times: list[float]) -> list[float]:
+        """Return when messages were sent, as their sender says; now, where that cannot be."""
+        wall = self._loop.wall()
         return [at if 0 <= at <= wall + DAY else wall for at in times]     # not true for NaN
 
-    def _refuse_rest(self, save: SaveStream, first: int, reason: str) -> None:
+    def _refuse_rest(self, save: SaveStream, first: int, reason: Refusal) -> None:
+        """Refuse what came without a gap from ``first`` on."""
         last = save.stream.reached - 1
         save.stream.give_back(first)
         if last >= first:
-            save.nacks.append({"stream": save.stream.id, "first": first, "last": last, "reason": reason})
+            save.nacks.append({"stream": save.stream.id, "first": first, "last": last, "reason": reason.value})
 
-    # settling
-
-    def settle(self) -> None:
-        """Ends a turn: commit, then everything that is to be sent."""
-        for ended in self.registry.take_ended():
-            self._drop_mail(ended)
-        dirty, self._dirty = self._dirty, {}
-        for save in dirty.values():
-            self._keep(save)
-        committed = self._commit()
-        for save in dirty.values():
-            self._answer_save(save, committed)
-        self._forget_early()
-        if self._to_mail:
-            self._send_mails()
-        if self._to_sync:
-            self._answer_syncs()
-        outbox, self._outbox = self._outbox, []
-        for datagram, address in outbox:
-            self._send_now(datagram, address)
-        self._broadcast()
-
-    def _commit(self) -> bool:
-        """Writes what must be on the disk before it is told; what may be deleted waits for that, or for a while."""
-        if self.registry.mailbox.urgent:
-            return self._commit_all()
-        if self.registry.mailbox.pending and not self._deletion_alarm.is_set:
-            self._deletion_alarm.set(self.loop.now() + DELETION_GAP)
-        return True
-
-    def _delete_acked(self) -> None:
-        self._commit_all()
-
-    def _commit_all(self) -> bool:
-        mailbox = self.registry.mailbox
-        committed = mailbox.commit(self.loop.wall())
-        now = self.loop.now()
-        if not committed:
-            self._store_failures += 1
-            if self._disk_failed == NEVER:
-                log.error("the store cannot be written: no mail is kept, no owner of a new nick is remembered")
-            self._disk_failed = now
-        elif now >= self._disk_failed + STORE_CALM:
-            log.warning("the store can be written again")
-            self._disk_failed = NEVER
-        return committed
-
-    def _answer_save(self, save: SaveStream, committed: bool) -> None:
+    def _answer(self, save: SaveStream, committed: bool) -> None:
         stream = save.stream
         if save.kept and not committed:
-            self._refuse_rest(save, stream.next, "disk")
+            self._refuse_rest(save, stream.next, DISK_FAILS)
         elif committed:
             stream.all_written()
-            recipient = self.registry.by_nick.get(save.to)
+            recipient = self._registry.sessions.of(save.to)
             if save.kept and recipient is not None:
-                self._to_mail[recipient.id] = None
+                self._mail_waits(recipient)
         save.kept = 0
         self._count(save)
         nacks, save.nacks = save.nacks, []
-        self._send(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
+        self._outbox.put_for(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
 
-    # mail
+    # limits
 
-    def _wake_mail(self, session: Session) -> None:
-        mail = self._mails.get(session.id)
+    def _count(self, save: SaveStream) -> None:
+        """Count again what waits in a stream that was just heard, or emptied."""
+        if self.streams.get((save.session.nick, save.stream.id)) is save:
+            self.early += save.stream.buffered - save.last_count
+            save.last_count = save.stream.buffered
+            self._with_early.pop(save, None)
+            if save.last_count:
+                self._with_early[save] = None
+
+    def _forget_early(self) -> None:
+        """Forget what came early in the longest silent streams, beyond the limit."""
+        while self.early > MAX_SAVED_EARLY:
+            save = next(iter(self._with_early))
+            save.stream.give_back(save.stream.next)
+            self._count(save)
+
+    def _forget_streams(self) -> None:
+        """Forget the longest silent streams, beyond the limit: how far they were kept is in the store."""
+        while len(self.streams) > MAX_SAVE_STREAMS:
+            _, old = self.streams.popitem(last=False)
+            self.early -= old.last_count
+            self._with_early.pop(old, None)
+
+
+class Committer:
+    """When the store is written, and whether it can be.
+
+    What must be on the disk before anybody is told is written at the end of its turn, all of it in one transaction.
+    Mail that was acked need not be deleted at once: after a crash it is sent once more, and a client that still runs
+    does not show it twice. The log names the first commit that fails, and the first that succeeds a while after the
+    last failure; not each of them.
+    """
+
+    def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
+        self.failures = 0
+        self.loop = loop
+        self.mailbox = mailbox
+        self._failed = NEVER        # when a commit failed last; ``NEVER``: the store counts as good
+        self._deletion_alarm = RestartableTimer(loop, self._delete_acked)
+
+    def commit(self) -> bool:
+        """Write what must be on the disk before it is told; return whether that went well."""
+        if self.mailbox.urgent:
+            return self.commit_all()
+        if self.mailbox.pending and not self._deletion_alarm.is_set:
+            self._deletion_alarm.set(self.loop.now() + DELETION_GAP)
+        return True
+
+    def commit_all(self) -> bool:
+        """Write everything that has changed; return whether that went well."""
+        committed = self.mailbox.commit(self.loop.wall())
+        now = self.loop.now()
+        if not committed:
+            self.failures += 1
+            if self._failed == NEVER:
+                log.error("the store cannot be written: no mail is kept, no owner of a new nick is remembered")
+            self._failed = now
+        elif now >= self._failed + STORE_CALM:
+            log.warning("the store can be written again")
+            self._failed = NEVER
+        return committed
+
+    def _delete_acked(self) -> None:
+        self.commit_all()
+
+
+# --- mail -----------------------------------------------------------------------------------------------------
+
+MAIL_AHEAD = 4096         # numbers of one client's mail in memory
+MAIL_TOTAL = 16384        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
+MAIL_STEP = 64            # numbers: these
+MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
+
+
+class MailStream:
+    """The server's end of the stream of one client's mail. Its numbers are those of the mail in the session."""
+
+    __slots__ = ("session", "stream", "alarm", "last_count")
+
+    def __init__(self, session: Session, id_: int, alarm: RestartableTimer) -> None:
+        frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
+                                "base": protocol.MAX_NUMBER, "items": []})
+        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - 4 - protocol.MAIL_RUN_SIZE
+        self.session = session
+        self.stream = SendStream(id_, capacity)
+        self.alarm = alarm          # calls when something of it is due
+        self.last_count = 0         # numbers that the postman has counted as in memory
+
+
+class Postman:
+    """Stored mail on its way to its recipients: one stream of ``mail`` for each client that has some.
+
+    A client gets mail when its session is live and it holds the table (before, it does not know the senders). The mail
+    is loaded from the store in steps, never all of it. It is deleted there when the client has acked it.
+
+    ``heard`` is called with the session of each ack.
+    """
+
+    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, drops: Drops,
+                 heard: Callable[[Session], None]) -> None:
+        self.streams: dict[bytes, MailStream] = {}      # by the id of the session
+        self.loaded = 0                                 # numbers of mail in memory
+        self.registry = registry
+        self._loop = loop
+        self._outbox = outbox
+        self._drops = drops
+        self._heard = heard
+        self._by_stream: dict[int, MailStream] = {}
+        self._due: dict[bytes, None] = {}               # ids of the sessions to be looked at in this turn
+
+    def note(self, session: Session) -> None:
+        """Look at the mail of a client at the end of the turn: something has happened to it."""
+        self._due[session.id] = None
+
+    def wake(self, session: Session) -> None:
+        """Send what a client has not acked once more: it is back."""
+        mail = self.streams.get(session.id)
         if mail is not None:
             mail.stream.resume()
-        self._to_mail[session.id] = None
+        self.note(session)
 
-    def _drop_mail(self, session: Session) -> None:
-        mail = self._mails.pop(session.id, None)
-        if mail is not None:
-            mail.alarm.cancel()
-            self._mail_held -= mail.counted
-            del self._mail_by_stream[mail.stream.id]
+    def note_version(self, session: Session, version: int) -> None:
+        """Note that a client holds the table up to ``version``: from that of its registration on, it can take mail."""
+        if not session.holds_table and version >= session.version:
+            session.holds_table = True
+            self.wake(session)
 
-    def send_mail(self, session: Session) -> None:
-        """Sends what is due of a client's mail, and loads more of it."""
-        if session.id not in self.registry.live or not session.holds_table:
-            return
-        mail = self._mails.get(session.id)
-        if mail is None:
-            if not session.known.waiting:
-                return
-            mail = self._mails[session.id] = MailStream(self, session, new_id(self.loop))
-            self._mail_by_stream[mail.stream.id] = mail
-        stream = mail.stream
-        step = MAIL_AHEAD if self._mail_held < MAIL_TOTAL else MAIL_STEP
-        if stream.pending < step // 2 and mail.loaded < session.known.last:
-            self._load_mail(mail, step)
-        self._mail_held += stream.pending - mail.counted
-        mail.counted = stream.pending
-        for packet in stream.poll(self.loop.now()):
-            self._send(session, encode("mail", {"to": session.nick, "stream": stream.id, "n": packet.first,
-                                                "base": stream.base, "items": mail_runs(packet.items)}))
-        cannot_read = not stream.pending and mail.loaded < session.known.last
-        mail.alarm.set(self.loop.now() + MAIL_RETRY if cannot_read else stream.due())
-
-    def _send_mails(self) -> None:
-        """Sends what is due to those to whose mail something has happened."""
-        for id_ in list(self._to_mail):
-            session = self.registry.sessions.get(id_)
-            if session is not None:
-                self.send_mail(session)
-        self._to_mail.clear()
-
-    def _load_mail(self, mail: MailStream, step: int) -> None:
-        mailbox = self.registry.mailbox
-        damaged = mailbox.damaged
-        letters = mailbox.fetch(mail.session.known, mail.loaded + 1, step)
-        if mailbox.damaged > damaged:
-            log.error("mail for %s is damaged in the store", mail.session.nick)
-        # the longest letter between the longest nicks is more than that, but fits alone: its run is counted twice
-        sizes = [min(size, mail.stream.capacity) for size in mail_sizes(letters)]
-        continued = [number for number, letter in enumerate(letters, mail.stream.end) if letter[5]]
-        mail.stream.queue(letters, sizes, continued)
-        mail.loaded += len(letters)
-
-    def _on_ack(self, info: Info, address: Address) -> None:
-        mail = self._mail_by_stream.get(info["stream"])
+    def on_ack(self, info: Info, address: Address) -> None:
+        """Note what a client has shown of its mail."""
+        mail = self._by_stream.get(info["stream"])
         if mail is None or mail.session.address != address:
             self._drops[UNKNOWN_STREAM] += 1
             return
         session = mail.session
         self._heard(session)
-        if mail.stream.on_ack(self.loop.now(), info["next"], info["have"], info["room"]):
+        if mail.stream.on_ack(self._loop.now(), info["next"], info["have"], info["room"]):
             self.registry.mail_acked(session, mail.stream.base)
-        self._to_mail[session.id] = None
+        self.note(session)
 
-    # the table
+    def close(self, ended: Iterable[Session]) -> None:
+        """Forget the streams of sessions that have ended; what they held is still in the store."""
+        for session in ended:
+            mail = self.streams.pop(session.id, None)
+            if mail is not None:
+                mail.alarm.cancel()
+                self.loaded -= mail.last_count
+                del self._by_stream[mail.stream.id]
 
-    def _broadcast(self) -> None:
-        """Tells every client what changed, so many datagrams in each turn, after all else that was to be sent."""
-        if self._telling is None and self.registry.table.version <= self._told:
+    def deliver(self) -> None:
+        """Send what is due to those to whose mail something has happened."""
+        if self._due:
+            for id_ in list(self._due):
+                session = self.registry.sessions.get(id_)
+                if session is not None:
+                    self.send(session)
+            self._due.clear()
+
+    def send(self, session: Session) -> None:
+        """Send what is due of a client's mail, and load more of it."""
+        if not session.holds_table or not self.registry.sessions.is_live(session):
             return
-        now = self.loop.now()
+        last = self.registry.mail_number(session)
+        mail = self.streams.get(session.id)
+        if mail is None:
+            if not last:
+                return
+            mail = self._begin(session)
+        stream = mail.stream
+        step = MAIL_AHEAD if self.loaded < MAIL_TOTAL else MAIL_STEP
+        if stream.pending < step // 2 and stream.end <= last:
+            self._load(mail, step)
+        self.loaded += stream.pending - mail.last_count
+        mail.last_count = stream.pending
+        for packet in stream.poll(self._loop.now()):
+            self._outbox.put_for(session, encode("mail", {
+                "to": session.nick, "stream": stream.id, "n": packet.first, "base": stream.base,
+                "items": mail_runs(packet.items)}))
+        is_unreadable = not stream.pending and stream.end <= last
+        mail.alarm.set(self._loop.now() + MAIL_RETRY if is_unreadable else stream.due())
+
+    def _begin(self, session: Session) -> MailStream:
+        alarm = RestartableTimer(self._loop, functools.partial(self.send, session))
+        mail = self.streams[session.id] = MailStream(session, new_id(self._loop), alarm)
+        self._by_stream[mail.stream.id] = mail
+        return mail
+
+    def _load(self, mail: MailStream, step: int) -> None:
+        """Load up to ``step`` letters into the stream."""
+        mailbox, stream = self.registry.mailbox, mail.stream
+        damaged = mailbox.damaged
+        letters = self.registry.fetch(mail.session, stream.end, step)
+        if mailbox.damaged > damaged:
+            log.error("mail for %s is damaged in the store", mail.session.nick)
+        # the longest letter between the longest nicks is more than that, but fits alone: its run is counted twice
+        sizes = [min(size, stream.capacity) for size in mail_sizes(letters)]
+        stream.queue(letters, sizes, [number for number, letter in enumerate(letters, stream.end) if letter[5]])
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
+BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
+BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clients would have a wrong table that long
+BROADCAST_DATAGRAMS = 500     # that tell clients of it in one turn
+SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
+CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
+CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
+PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
+
+
+class Announcer:
+    """The table, as clients are told of it.
+
+    *Answers*: a client that misses some of the table says up to which version it holds it. It gets a few pages from
+    there, and asks again until it has everything. When many clients come at once, they need the same pages: full ones
+    are remembered as they are sent, only the last one still changes.
+
+    *Broadcasts*: what has changed since the last one is encoded once, and sent to every live client in slices, one each
+    turn, after all else. A broadcast to 10,000 clients takes a while. So the next one waits until ten times what the
+    last one took is over, and gathers what changes meanwhile.
+    """
+
+    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, send: Callable[[bytes, Address], None]) -> None:
+        self.told = registry.table.version      # version of the last broadcast
+        self._loop = loop
+        self._registry = registry
+        self._outbox = outbox
+        self._send = send                       # at once: behind all that was in the outbox
+        self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
+        self._sync_alarm = RestartableTimer(loop, lambda: None)         # it makes a turn; its end answers
+        self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
+        self._cached_version = 0                # of the table when the cache was empty
+        self._telling: Iterator[tuple[Session, bytes]] | None = None    # who is still to be told what
+        self._broadcast_end = -NEVER
+        self._broadcast_cost = 0.0              # s that the last one took
+        self._broadcast_alarm = RestartableTimer(loop, lambda: None)    # it makes a turn; its end tells
+
+    @property
+    def is_telling(self) -> bool:
+        """Return whether a broadcast goes on in the next turn."""
+        return self._telling is not None
+
+    def ask(self, session: Session, version: int) -> None:
+        """Tell a client at the end of the turn what it misses behind ``version``."""
+        self._to_sync[session.id] = version
+
+    def answer(self) -> None:
+        """Answer those who have asked: each once a turn, and a limited number in each turn."""
+        if not self._to_sync:
+            return
+        for id_ in list(self._to_sync)[:SYNC_SLICE]:
+            version = self._to_sync.pop(id_)
+            session = self._registry.sessions.get(id_)
+            if session is not None:
+                self._tell_missing(session, version)
+        if self._to_sync:
+            self._sync_alarm.set(self._loop.now())
+
+    def _tell_missing(self, session: Session, since: int) -> None:
+        version = self._registry.table.version
+        if since >= version:
+            self._outbox.put_for(session, table_map(version, version, []))      # nothing is missing: that is an answer
+        for _ in range(SYNC_PAGES):
+            if since >= version:
+                break
+            data, since = self._page_after(since)
+            self._outbox.put_for(session, data)
+
+    def _page_after(self, since: int) -> tuple[bytes, int]:
+        """Return the page of the table that begins at ``since``, encoded, and the version that it reaches.
+
+        Full pages are remembered for the next client that asks: what changed since then is in a later page.
+        """
+        table = self._registry.table
+        is_outdated = table.version - self._cached_version > CACHE_AGE + len(table)
+        if is_outdated or len(self._page_cache) > CACHE_PAGES:
+            self._page_cache.clear()
+            self._cached_version = table.version
+        if since not in self._page_cache:
+            for page in itertools.islice(table.pages(since, PAGE_SIZE), SYNC_PAGES):
+                self._page_cache[page.since] = encoded(page), page.version
+        found = self._page_cache[since]
+        if found[1] >= table.version:
+            del self._page_cache[since]     # the last page is not full yet
+        return found
+
+    def broadcast(self) -> None:
+        """Send a slice of the broadcast that goes on, or begin one if the table has changed and it is time."""
+        table = self._registry.table
+        if self._telling is None and table.version <= self.told:
+            return
+        now = self._loop.now()
         if self._telling is None:
             rest = min(BROADCAST_SHARE * self._broadcast_cost, BROADCAST_WAIT)
             due = self._broadcast_end + max(BROADCAST_GAP, rest)
             if due > now:
                 self._broadcast_alarm.set(due)
                 return
-            self._begin_broadcast()
-        assert self._telling is not None
-        began = self.loop.clock()
-        told = 0
-        for session, page in itertools.islice(self._telling, BROADCAST_DATAGRAMS):
-            told += 1
-            if session.id in self.registry.live and session.holds_table:    # who does not will ask
-                self._send_now(addressed(session.id, page), session.address)
-        self._broadcast_cost += self.loop.clock() - began
+            self._telling = self._begin()
+        began = self._loop.clock()
+        is_over = self._tell_slice(self._telling)
+        self._broadcast_cost += self._loop.clock() - began
         self._broadcast_end = now
-        if told < BROADCAST_DATAGRAMS:
+        if is_over:
             self._telling = None
-        more = self._telling is not None or self.registry.table.version > self._told
-        self._broadcast_alarm.set(now if more else NEVER)
+        self._broadcast_alarm.set(NEVER if is_over and table.version <= self.told else now)
 
-    def _begin_broadcast(self) -> None:
-        pages = [self._table(page) for page in self.registry.table.pages(self._told, PAGE_SIZE)]
-        self._told = self.registry.table.version
+    def _begin(self) -> Iterator[tuple[Session, bytes]]:
+        table = self._registry.table
+        pages = [encoded(page) for page in table.pages(self.told, PAGE_SIZE)]
+        self.told = table.version
         self._broadcast_cost = 0.0
-        self._telling = itertools.product(list(self.registry.live.values()), pages)
+        return itertools.product(self._registry.sessions.live_sessions(), pages)
 
-    # housekeeping
+    def _tell_slice(self, telling: Iterator[tuple[Session, bytes]]) -> bool:
+        """Send the next datagrams of a broadcast; return whether it is over."""
+        is_live = self._registry.sessions.is_live
+        count = 0
+        for session, page in itertools.islice(telling, BROADCAST_DATAGRAMS):
+            count += 1
+            if session.holds_table and is_live(session):    # a client that does not hold it will ask
+                self._send(addressed(session.id, page), session.address)
+        return count < BROADCAST_DATAGRAMS
+
+
+def encoded(page: Page) -> bytes:
+    """Return a page of the table as a ``table`` map."""
+    return table_map(page.since, page.version, page.rows)
+
+
+# --- the server -----------------------------------------------------------------------------------------------
+
+NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
+NOTICE_SLICE = 10         # datagrams in each: 500 a second
+HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
+
+
+class Server:
+    """Puts the parts together; see the opening of this module.
+
+    Hand it each datagram with ``receive``, and call ``settle`` at the end of each turn. It calls ``send`` there, with
+    (datagram, address). ``nick_lapse``: days. ``stranger_replies``: a second, at most.
+    """
+
+    def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
+                 nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES) -> None:
+        self.loop = loop
+        self.registry = registry
+        self.nick_lapse = nick_lapse
+        self.decoder = Decoder()
+        self.boot = new_id(loop)        # tells this run of the server from an earlier one
+        self.drops: Drops = dict.fromkeys(DROPS, 0)
+        self.outbox = Outbox(send)
+        self.limit = ReplyLimit(loop, self.outbox, self.drops, stranger_replies)
+        self.prober = Prober(loop, registry, self.outbox, self.limit, self._heard, self._lost, self._answered,
+                             self._unanswered)
+        self.gate = Gate(loop, registry, self.outbox, self.limit, self.drops, self.prober, self.boot)
+        self.postman = Postman(loop, registry, self.outbox, self.drops, self._heard)
+        self.keeper = Keeper(loop, registry, self.outbox, self.drops, self.prober, self.postman.note)
+        self.committer = Committer(loop, registry.mailbox)
+        self.announcer = Announcer(loop, registry, self.outbox, send)
+        self._notices: deque[Address] = deque()     # who is still to be told that the server is back
+        self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
+            "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save}
+        self._from_anybody: dict[str, Callable[[Info, Address], None]] = {
+            "reg": self.gate.on_reg, "alive": self.prober.on_alive, "ack": self.postman.on_ack,
+            "dereg": self._on_dereg}
+
+    def start(self) -> None:
+        """Tell the last known addresses that the server is there, and begin to look after the nicks."""
+        self._notices.extend(self.registry.known_addresses())
+        self.loop.call_at(self.loop.now(), self._send_notices)     # in a turn: what waits is sent at its end
+        self._keep_house()
+
+    def stop(self) -> bool:
+        """Write and close the store; return whether that went well."""
+        committed = self.committer.commit_all()
+        self.registry.mailbox.close()
+        return committed
+
+    def receive(self, datagram: bytes, address: Address) -> None:
+        """Handle a datagram from the network."""
+        self.limit.allowance = len(datagram)
+        for tag, info in self.decoder.decode(datagram):
+            if tag in self._from_sessions:
+                session = self._session(info, address)
+                if session is not None:
+                    self._from_sessions[tag](session, info)
+            elif tag in self._from_anybody:
+                self._from_anybody[tag](info, address)
+            else:
+                self.drops[NOT_FOR_SERVERS] += 1
+
+    def settle(self) -> None:
+        """End a turn: commit, then send everything that was decided in it."""
+        self.postman.close(self.registry.sessions.take_ended())
+        self.keeper.keep()
+        committed = self.committer.commit()
+        self.keeper.answer(committed)
+        self.postman.deliver()
+        self.announcer.answer()
+        self.outbox.flush()
+        self.announcer.broadcast()
+
+    def counters(self) -> dict[str, int]:
+        """Return what there is now, and what was counted since the start."""
+        return {**self.registry.counters(), "save_streams": len(self.keeper.streams),
+                "mail_streams": len(self.postman.streams), "probes": len(self.prober.probes),
+                "refusals": self.gate.refusals, "store_failures": self.committer.failures,
+                "drop_invalid": self.decoder.dropped, **{why.value: count for why, count in self.drops.items()}}
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether something goes on that does not wait for a client: a probe, a save, a broadcast."""
+        return bool(self.prober.probes or self.keeper.to_answer) or self.announcer.is_telling
+
+    # sessions
+
+    def _session(self, info: Info, address: Address) -> Session | None:
+        """Return the session that ``info`` speaks for, if it comes from where that is known to be; answer if not."""
+        session = self.registry.sessions.get(info["session"])
+        if session is None:
+            self.drops[UNKNOWN_SESSION] += 1
+            self._answer_unknown(info, address)
+            return None
+        if session.address != address:
+            self.drops[OTHER_ADDRESS] += 1
+            self.prober.ask_at(address, session)
+            return None
+        self._heard(session)
+        return session
+
+    def _answer_unknown(self, info: Info, address: Address) -> None:
+        """Tell a client that its session is none: the server was restarted, or the session was replaced or evicted."""
+        how = self.registry.sessions.how_ended(info["session"])
+        if how == REPLACED:
+            refused = {"session": info["session"], "nick": "-", "reason": how.value}
+            self.limit.reply(encode("refused", refused), address)
+        else:
+            self.limit.reply(self._pong(info.get("id", 0), 0 if how == EVICTED else self.boot), address)
+
+    def _heard(self, session: Session) -> None:
+        """Note a sign of life, and who comes back with it."""
+        if self.registry.heard(session, self.loop.now()):
+            log.info("%s is back", session.nick)
+            self.prober.watch_silence()
+            self.postman.wake(session)
+
+    def _lost(self, session: Session) -> None:
+        """Call a client offline that does not answer, and tell it so: if it lives, it says something, and is back."""
+        log.info("%s does not answer: offline", session.nick)
+        self.registry.went_offline(session, self.loop.wall())
+        self.outbox.put_for(session, self._pong(0, self.boot, session))
+
+    def _answered(self, probe: Probe) -> None:
+        """Tell all who wait for an answer that the client is there."""
+        if probe.claim is not None:
+            self.gate.refuse(probe.claim, TAKEN)
+        for save, number in probe.saves.values():
+            self.keeper.tell_exists(save, number)
+
+    def _unanswered(self, probe: Probe) -> None:
+        """Go on with a claim: nobody is there. (Saves need nothing: their senders repeat them.)"""
+        if probe.claim is not None:
+            self.registry.not_there(probe.nick, probe.address)
+            self.gate.consider(probe.claim)
+
+    def _on_ping(self, session: Session, info: Info) -> None:
+        self.outbox.put(self._pong(info["id"], self.boot, session), session.address)
+        self.postman.note_version(session, info["version"])
+
+    def _on_sync(self, session: Session, info: Info) -> None:
+        self.postman.note_version(session, info["version"])
+        self.announcer.ask(session, info["version"])
+
+    def _on_dereg(self, info: Info, address: Address) -> None:
+        if self.registry.sessions.how_ended(info["session"]) == BYE:
+            self.limit.reply(encode("bye", {"session": info["session"]}), address)      # again: the first one was lost
+            return
+        session = self._session(info, address)
+        if session is not None:
+            log.info("%s deregistered", session.nick)
+            self.registry.deregister(session, self.loop.wall())
+            self.outbox.put(encode("bye", {"session": session.id}), address)
+
+    def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
+        return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.told,
+                               "mail": self.registry.mail_number(session) if session is not None else 0})
+
+    # start and housekeeping
+
+    def _send_notices(self) -> None:
+        """Tell some of the clients that the server is back; those that run register again."""
+        for _ in range(min(NOTICE_SLICE, len(self._notices))):
+            self.outbox.put(self._pong(0, self.boot), self._notices.popleft())
+        if self._notices:
+            self.loop.call_at(self.loop.now() + NOTICE_INTERVAL, self._send_notices)
 
     def _keep_house(self) -> None:
-        for known in self.registry.lapse(self.loop.wall(), self.nick_lapse):
+        wall = self.loop.wall()
+        for known in self.registry.lapse(wall, self.nick_lapse):
             log.warning("%s has lapsed, with %d messages", known.nick, known.messages)
-        self.registry.note_time(self.loop.wall())
+        self.registry.note_time(wall)
         self.registry.mailbox.prune_streams()
-        now = self.loop.now()
-        self._alive = {nick: at for nick, at in self._alive.items() if now - at < PROBE_TIMEOUT}
-        self.loop.call_at(now + HOUSEKEEPING, self._keep_house)
+        self.prober.forget_old_answers()
+        self.loop.call_at(self.loop.now() + HOUSEKEEPING, self._keep_house)

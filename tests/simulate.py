@@ -44,7 +44,7 @@ from conversation import RECEIVED, REFUSED, SAVED, Event
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
 from home import token_for
-from registry import Mailbox, Registry
+from registry import Mailbox, Registry, State
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
@@ -442,10 +442,10 @@ class ServerNode(Node):
     def settle(self) -> None:
         """Ends the turn. Nobody may be announced before the mail that waited is shown."""
         registry = self.server.registry
-        for session in registry.sessions.values():
+        for session in registry.sessions.by_id.values():
             self._greetings.setdefault(session.id, session.known.last)
         self.server.settle()
-        for session in registry.sessions.values():
+        for session in registry.sessions.by_id.values():
             if registry.table.is_online(session.nick) and self._greetings[session.id] >= session.known.first:
                 raise Violation(f"{session.nick} is online, but has not shown the mail that waited")
 
@@ -1294,11 +1294,11 @@ class Storm:
         left = self.world.disk.database.execute("SELECT count(*) FROM mail").fetchone()[0]
         if left:
             raise Violation(f"{left} rows of mail are left on the disk")
-        if server._probes or server._probing or server._dirty or server._telling:
+        if server.is_busy:
             raise Violation("the server is busy, though nothing happens")
 
     @staticmethod
-    def _check_client(life: Life, table: list[tuple[str, str, int, str]]) -> None:
+    def _check_client(life: Life, table: list[tuple[str, str, int, State]]) -> None:
         client = life.client
         if not client.link.is_registered:
             raise Violation(f"{life.name} is {client.link.state}")

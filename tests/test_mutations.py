@@ -10,8 +10,8 @@ from client import ServerLink, TableSync
 from conversation import Delivery, Inbox
 from loop import Output
 from protocol import SESSION_SIZE, encode, padded
-from registry import ONLINE, Registry, Session, Table
-from server import Server
+from registry import Session, Table
+from server import Committer, Postman
 from terminal import Shell
 from stream import ReceiveStream, SendStream
 from tests.simulate import run_seed
@@ -33,18 +33,18 @@ def acks_before_it_writes(patch: pytest.MonkeyPatch) -> None:
 
 def acks_before_it_commits(patch: pytest.MonkeyPatch) -> None:
     """Tells that messages are saved, and saves them a little later."""
-    def commit(self: Server) -> bool:
-        if self.registry.mailbox.pending:
+    def commit(self: Committer) -> bool:
+        if self.mailbox.pending:
             self.loop.call_at(self.loop.now() + 0.05, lambda: [original(self)].clear())
         return True
-    original = Server._commit
-    patch.setattr(Server, "_commit", commit)
+    original = Committer.commit
+    patch.setattr(Committer, "commit", commit)
 
 
 def takes_a_failed_commit_for_done(patch: pytest.MonkeyPatch) -> None:
     """Does not look at whether the disk took it."""
-    original = Server._commit
-    patch.setattr(Server, "_commit", lambda self: original(self) or True)
+    original = Committer.commit
+    patch.setattr(Committer, "commit", lambda self: original(self) or True)
 
 
 def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
@@ -59,13 +59,13 @@ def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
 
 def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:
     """Does not wait until the recipient has acked its mail."""
-    def send_mail(self: Server, session: Session) -> None:
+    def send(self: Postman, session: Session) -> None:
         original(self, session)
-        mail = self._mails.get(session.id)
-        if mail is not None and session.id in self.registry.sessions:
+        mail = self.streams.get(session.id)
+        if mail is not None and self.registry.sessions.get(session.id) is session:
             self.registry.mail_acked(session, mail.stream.top)
-    original = Server.send_mail
-    patch.setattr(Server, "send_mail", send_mail)
+    original = Postman.send
+    patch.setattr(Postman, "send", send)
 
 
 def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
@@ -75,10 +75,7 @@ def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
 
 def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
     """Calls a client online as soon as it is registered."""
-    def set_state(self: Registry, session: Session, state: str) -> None:
-        original(self, session, ONLINE if session.id in self.live else state)
-    original = Registry._set_state
-    patch.setattr(Registry, "_set_state", set_state)
+    patch.setattr(Session, "has_had_its_mail", property(lambda self: True))
 
 
 def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:

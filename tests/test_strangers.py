@@ -37,7 +37,7 @@ from conversation import STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
-from registry import DAMAGED, DAY, Mailbox, Registry, Table
+from registry import DAMAGED, DAY, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
 from terminal import Display
 from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, Server
 from tests.corpus import mutants, record
@@ -94,8 +94,9 @@ class Desk:
         self.sent: list[tuple[bytes, Address]] = []
         replies = options.pop("stranger_replies", STRANGER_REPLIES)
         self.registry = Registry(Mailbox(":memory:", b"i" * 16), **options)
-        self.server = Server(self.loop, lambda datagram, address: self.sent.append((datagram, address)),
-                             self.registry, stranger_replies=replies)
+        self.send: Callable[[bytes, Address], None] = lambda datagram, address: self.sent.append((datagram, address))
+        self.server = Server(self.loop, lambda datagram, address: self.send(datagram, address), self.registry,
+                             stranger_replies=replies)
         self.server.start()
         self.turn()
 
@@ -145,17 +146,17 @@ class Desk:
         """All that a stranger must not change."""
         found = self.registry
         return ([entry[:4] for entry in sorted(found.table.entries.values())],
-                sorted((s.id, s.nick, s.address) for s in found.sessions.values()), sorted(found.live),
+                sorted((s.id, s.nick, s.address) for s in found.sessions.by_id.values()), sorted(found.sessions.live),
                 sorted((k.nick, k.first, k.last, k.messages, k.owner) for k in found.mailbox.known.values()))
 
     def kept(self) -> dict[str, int]:
         """How much the server keeps of each kind."""
-        server, found = self.server, self.registry
-        return {"probes": len(server._probes), "sessions": len(found.sessions), "closed": len(found.closed),
-                "spent": len(found.spent), "known": len(found.mailbox.known), "saves": len(server._saves),
-                "early": server._saved_early, "mail": server._mail_held, "mails": len(server._mails),
-                "timers": len(self.loop.timers), "alive": len(server._alive),
-                "waiting": sum(len(probe.saves) for probe in server._probes.values())}
+        prober, keeper, postman, found = self.server.prober, self.server.keeper, self.server.postman, self.registry
+        return {"probes": len(prober.probes), "sessions": len(found.sessions), "closed": len(found.sessions.ended),
+                "spent": len(found.sessions.spent), "known": len(found.mailbox.known), "saves": len(keeper.streams),
+                "early": keeper.early, "mail": postman.loaded, "mails": len(postman.streams),
+                "timers": len(self.loop.timers), "alive": len(prober.answers),
+                "waiting": sum(len(probe.saves) for probe in prober.probes.values())}
 
 
 def ping(session: bytes, version: int = 2 ** 62, id_: int = 5) -> bytes:
@@ -468,7 +469,7 @@ def test_with_a_session_of_her_own_eve_speaks_for_nobody_else() -> None:
         desk.wait(1)
     assert desk.state() == before
     desk.say(home(1), encode("dereg", {"session": NOBODYS}))
-    session = desk.registry.by_nick["alice"]
+    session = desk.registry.sessions.by_nick["alice"]
     desk.say(home(1), encode("dereg", {"session": session.id}))
     desk.say(EVE, encode("save", {"session": eve, "from": "bob", "to": "alice", "stream": 4, "n": 1, "base": 1,
                                   "text": ["forged"], "at": [EPOCH], "relay": False}))
@@ -507,13 +508,13 @@ def test_a_client_moves_only_when_it_answers_there_with_its_session() -> None:
     bob = desk.register("bob", home(2))
     desk.say(home(3), ping(bob))
     (_, guess), (_, probe) = maps_of(desk.sent[-1][0])
-    assert desk.registry.by_nick["bob"].address == home(2)
+    assert desk.registry.sessions.by_nick["bob"].address == home(2)
     for source, answer in ((home(3), {"nick": "bob"}), (home(3), {"nick": "bob", "session": NOBODYS}),
                            (home(4), {"nick": "bob", "session": bob}), (home(3), {"nick": "eve", "session": bob})):
         desk.say(source, encode("alive", {"id": probe["id"], **answer}))
-        assert desk.registry.by_nick["bob"].address == home(2)
+        assert desk.registry.sessions.by_nick["bob"].address == home(2)
     desk.say(home(3), encode("alive", {"id": probe["id"], "nick": "bob", "session": bob}))
-    assert desk.registry.by_nick["bob"].address == home(3)
+    assert desk.registry.sessions.by_nick["bob"].address == home(3)
 
 
 # --- amplification --------------------------------------------------------------------------------------------
@@ -521,7 +522,7 @@ def test_a_client_moves_only_when_it_answers_there_with_its_session() -> None:
 def balance_of(desk: Desk, unproven: Callable[[Address], bool]) -> Callable[[bytes, Address], None]:
     """A way to send to the desk that fails as soon as an unproven address has got more bytes than it sent."""
     account: Counter[Address] = Counter()
-    sent = desk.server._send_now
+    sent = desk.send
 
     def give(datagram: bytes, address: Address) -> None:
         account[address] -= len(datagram)
@@ -532,7 +533,7 @@ def balance_of(desk: Desk, unproven: Callable[[Address], bool]) -> Callable[[byt
         account[address] += len(datagram)
         desk.server.receive(datagram, address)
 
-    desk.server._send_now = give
+    desk.send = give
     return take
 
 
@@ -554,11 +555,11 @@ def crowded() -> tuple[Desk, dict[str, bytes], bytes]:
     sessions["replaced"] = desk.register("bob", home(2))
     sessions["bob"] = desk.register("bob", home(2))
     sessions["evicted"] = desk.register("carol", home(3))
-    desk.registry.went_offline(desk.registry.by_nick["carol"], EPOCH)
+    desk.registry.went_offline(desk.registry.sessions.by_nick["carol"], EPOCH)
     for number in range(2):
         desk.register(f"dave{number}", home(4 + number))
     sessions["eve"], sessions["mallory"] = desk.register("eve", home(8)), desk.register("mallory", home(9))
-    assert sessions["evicted"] in desk.registry.closed
+    assert sessions["evicted"] in desk.registry.sessions.ended
     sessions["nobody's"] = NOBODYS
     return desk, sessions, desk.cookie(home(3))
 
@@ -661,7 +662,7 @@ def test_who_asks_for_somebody_else_is_told_so() -> None:
 
 def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> None:
     desk, other = Desk(), Desk()
-    other.server._secret = b"another".ljust(32)
+    other.server.gate.secret = b"another".ljust(32)
     good = desk.cookie(EVE)
     for cookie, source in ((good, STRANGER), (good, (EVE[0], EVE[1] + 1)), (good, ("10.66.6.7", EVE[1])),
                            (other.cookie(EVE), EVE), (bytes(16), EVE), (NOBODYS, EVE), (good[::-1], EVE)):
@@ -676,8 +677,9 @@ def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> No
 
 
 def test_two_servers_make_different_cookies() -> None:
-    secrets_ = {Server(SelectorLoop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))._secret
-                for _ in range(5)}
+    servers = [Server(SelectorLoop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))
+               for _ in range(5)]
+    secrets_ = {server.gate.secret for server in servers}
     assert len(secrets_) == 5 and all(len(secret) == 32 for secret in secrets_)
 
 
@@ -697,7 +699,7 @@ def test_a_change_of_the_table_is_told_soon_however_long_it_took_to_tell_the_las
     def slowly(datagram: bytes, address: Address) -> None:
         desk.loop.time += 5.0 * any(tag == "table" for tag, _ in maps_of(datagram))
         desk.sent.append((datagram, address))
-    desk.server._send_now = slowly
+    desk.send = slowly
     desk.register("bob", home(2))
     desk.wait(1)
     before = len(desk.sent)
@@ -778,17 +780,17 @@ def test_the_option_says_how_many_answers_strangers_get(tmp_path: Path) -> None:
 
 def test_one_source_that_registers_without_end_fills_nothing_beyond_the_limits(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_CLOSED", 30)
+    monkeypatch.setattr(registry, "MAX_ENDED", 30)
     desk = Desk(max_clients=20, max_known=40)
     bob = desk.register("bob", home(2))
     desk.register("alice", home(1))
     for number in range(200):
         desk.register(f"eve{number}", EVE if number % 2 else (EVE[0], number + 1))
         if number % 3 == 0:
-            desk.registry.went_offline(desk.registry.by_nick[f"eve{number}"], EPOCH)
-        elif len(desk.registry.live) > 15:
-            session = next(iter(desk.registry.by_nick.values()))
-            last = list(desk.registry.by_nick.values())[-1]
+            desk.registry.went_offline(desk.registry.sessions.by_nick[f"eve{number}"], EPOCH)
+        elif len(desk.registry.sessions.live) > 15:
+            session = next(iter(desk.registry.sessions.by_nick.values()))
+            last = list(desk.registry.sessions.by_nick.values())[-1]
             desk.say(last.address, encode("dereg", {"session": last.id}))
             assert session.nick == "bob"
         kept = desk.kept()
@@ -827,7 +829,7 @@ def test_saves_without_end_fill_nothing_beyond_the_limits_and_others_are_kept_at
         answers = desk.say(home(1), save(bob, "alice", 77, n=turn + 1))
         assert [info["next"] for tag, info in answers if tag == "ack"] == [turn + 2]
         assert desk.kept()["saves"] <= 50 and desk.kept()["early"] <= 2000 + 40 * 100
-        held = sum(save_.stream.buffered for save_ in desk.server._saves.values())
+        held = sum(save_.stream.buffered for save_ in desk.server.keeper.streams.values())
         assert held == desk.kept()["early"], "the account is true"
     assert desk.registry.mailbox.known["alice"].messages == 60
 
@@ -840,7 +842,7 @@ def test_saves_for_somebody_online_that_wait_for_the_probe_are_bounded(monkeypat
     for turn in range(4):
         for number in range(200):
             desk.server.receive(save(eve, "alice", 1000 * turn + number), EVE)
-        assert len(desk.server._dirty) <= 50
+        assert len(desk.server.keeper.to_answer) <= 50
         desk.turn()
         assert 0 < desk.kept()["waiting"] <= 50
     desk.wait(1)
@@ -850,7 +852,7 @@ def test_saves_for_somebody_online_that_wait_for_the_probe_are_bounded(monkeypat
 def test_what_a_turn_sends_is_bounded_however_many_snapshots_are_asked_for() -> None:
     desk = Desk()
     for number in range(3000):
-        desk.registry.table.set(f"somebody{number}", HOME, number, "offline")
+        desk.registry.table.set(f"somebody{number}", HOME, number, IS_OFFLINE)
     bob, eve = desk.register("bob", home(1)), [desk.register(f"eve{number}", EVE) for number in range(300)]
     desk.wait(1)
     flood = b"".join(padded("sync", {"session": session, "version": 0}, 100) for session in eve)
@@ -895,7 +897,7 @@ def test_mail_in_memory_is_bounded_though_nobody_acks_it(monkeypatch: pytest.Mon
         desk.say(home(0), save(bob, f"eve{number}", number, texts=100))
         desk.register(f"eve{number}", home(number))
     desk.wait(1)
-    held = [mail.stream.pending for mail in desk.server._mails.values()]
+    held = [mail.stream.pending for mail in desk.server.postman.streams.values()]
     assert len(held) == 20 and sum(held) == desk.kept()["mail"] <= 200 + 64 + 20 * 4
 
 
@@ -935,7 +937,7 @@ def test_ten_thousand_clients_behind_one_host_can_register() -> None:
         welcomed.update(to for datagram, to in desk.turn() if b"welcome" in datagram)
         desk.loop.time += 0.0005
         desk.sent.clear()
-    assert welcomed == set(addresses) and len(desk.registry.live) == 10_000
+    assert welcomed == set(addresses) and len(desk.registry.sessions.live) == 10_000
 
 
 # --- exhaustion: a client -------------------------------------------------------------------------------------
@@ -1470,9 +1472,9 @@ def test_a_change_that_falls_into_a_long_broadcast_is_told_right_after_it(monkey
         desk.register(f"n{number}", home(number))
     desk.wait(5)
     table = desk.registry.table
-    desk.registry.went_offline(desk.registry.by_nick["n0"], 1.0)
+    desk.registry.went_offline(desk.registry.sessions.by_nick["n0"], 1.0)
     desk.turn()
-    desk.registry.went_offline(desk.registry.by_nick["n1"], 1.0)
+    desk.registry.went_offline(desk.registry.sessions.by_nick["n1"], 1.0)
     desk.wait(1)
     told = {to: info["version"] for datagram, to in desk.sent for tag, info in maps_of(datagram) if tag == "table"}
     assert [told[home(number)] for number in range(2, 6)] == [table.version] * 4
@@ -1506,7 +1508,7 @@ def test_a_letter_that_is_damaged_on_the_disk_does_not_keep_its_recipient_from_t
 def test_a_wall_clock_that_jumps_by_years_harms_nobody_and_stamps_no_nonsense(years: int) -> None:
     world, (alice, bob, carol) = start("alice", "bob", "carol")
     assert world.server is not None
-    server, sessions = world.server.server, set(world.server.server.registry.sessions)
+    server, sessions = world.server.server, set(world.server.server.registry.sessions.by_id)
     bob.type("dereg bob")
     world.run(1)
     sane: Callable[[], float] = world.server.loop.wall
@@ -1520,7 +1522,7 @@ def test_a_wall_clock_that_jumps_by_years_harms_nobody_and_stamps_no_nonsense(ye
     assert abs(letter[3] - stamp) < 2, "what cannot be is stamped by the server"
     world.server.loop.wall = alice.loop.wall                    # type: ignore[method-assign]
     world.run(PING_INTERVAL * 5)
-    assert len(server.registry.sessions) == 2 and set(server.registry.sessions) < sessions
+    assert len(server.registry.sessions) == 2 and set(server.registry.sessions.by_id) < sessions
     assert all(life.lines.count(WELCOME) == 1 for life in (alice, carol))
     alice.type("send carol hello")
     bob.type("reg bob")
