@@ -917,20 +917,16 @@ class Client:
             self.receiving.on_mail(info)
 
     def _on_chat(self, info: Info, address: Address) -> None:
-        if info["to"] != self.nick:
-            self._tell_not_me(info, address)
+        if info["to"] != self.nick:     # who was at this address before; an answer is never larger than its question
+            nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
+                                   "last": info["n"] + len(info["text"]) - 1})
+            if len(nack) <= self._allowance:
+                self._allowance -= len(nack)
+                self._send(nack, address)
         elif self.table_sync.is_at(info["from"], address):
             self.receiving.on_chat(info, address)
         else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
             self.table_sync.ask_soon()
-
-    def _tell_not_me(self, info: Info, address: Address) -> None:
-        """Somebody else had this address before. Answers are never larger than what they answer."""
-        nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
-                               "last": info["n"] + len(info["text"]) - 1})
-        if len(nack) <= self._allowance:
-            self._allowance -= len(nack)
-            self._send(nack, address)
 
     # what the link and the table report
 

@@ -44,6 +44,7 @@ Message = tuple[str, Info]      # its tag and its fields
 
 # Protocol constants: two implementations that differ in one of these do not understand each other.
 
+DEFAULT_PORT = 4119       # UDP; where a server is, unless it is said
 MAX_DATAGRAM = 1200       # bytes of payload that a sender may use: any path carries them unfragmented (RFC 9000 §14)
 MAX_NUMBER = 2 ** 63 - 1  # ids, versions and numbers of streams; SQLite's integers are signed 64 bit
 MAX_ITEMS = 1024          # elements of one array: bounds what a hostile header can allocate

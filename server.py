@@ -60,8 +60,6 @@ from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLAC
                       ClaimVerdict, Mailbox, Page, Parcel, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address
 
-DEFAULT_PORT = 4119
-
 
 class Drop(Enum):
     """Why the server does nothing with what it got, or not yet, although it is valid. The values name counters."""

@@ -12,8 +12,8 @@ Rules of this file
 """
 from __future__ import annotations
 
-# The start of the program is measured (tests/bench.py). What takes long to import is imported where it is used. And the
-# garbage collector rests meanwhile: all that is imported stays, so there is nothing to collect.
+# The start of the program is measured (tests/bench.py): a mode imports its own modules when it begins, and only then.
+# The garbage collector rests meanwhile: all that is imported stays, so there is nothing to collect.
 import gc
 if gc.isenabled():
     gc.disable()
@@ -32,21 +32,17 @@ import select
 import socket
 import time
 import unicodedata
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from collections.abc import Callable, Sequence
 
-from protocol import MAX_NICK, MAX_TEXT, SESSION_BYTES, Address, is_nick
-from conversation import ACK_TIMEOUT
-from stream import NEVER
-from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE, Mailbox, Registry, StoreError
-from loop import (LEVELS, MAX_WAIT, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean, json_line, log,
-                  read_some, show_address, unmapped)
-from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty, wants_color
+from loop import (LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean,
+                  json_line, log, read_some, show_address, unmapped)
 from home import load_secret, state_home, token_for
-from terminal import (BLOCK_PREFIX, COMMAND_MARK, FOR_PEOPLE, ROUTINE, STATUS, Console, Display, JsonFormatter,
-                      TextFormatter)
-from client import Client
-from server import DEFAULT_PORT, STRANGER_REPLIES, Server
+from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
+if TYPE_CHECKING:
+    from editor import Prompt, Style
+    from registry import Mailbox
+    from terminal import TextFormatter
 gc.freeze()
 gc.enable()
 
@@ -139,6 +135,8 @@ def build_parser(mode: str = "") -> Parser:
 
 def add_server_options(server: Parser) -> None:
     """Add the arguments of ``udpchat server``."""
+    from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE
+    from server import STRANGER_REPLIES
     server.add_argument("port", nargs="?", type=whole_number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
                         help="default: %(default)s; 0: any")
     server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
@@ -191,6 +189,7 @@ def add_send_options(send: Parser) -> None:
 
 def add_chat_options(parser: Parser) -> None:
     """Add the arguments that ``client`` and ``send`` share."""
+    from conversation import ACK_TIMEOUT
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
     parser.add_argument("--quiet", action="store_true", help="show messages only, no status lines")
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
@@ -261,6 +260,8 @@ def complain(text: str) -> None:
 
 def run_server(options: argparse.Namespace) -> int:
     """Run a server until a signal; return the exit code. Raise Usage and Failure."""
+    from registry import Registry
+    from server import Server
     family, address = resolve(options.host, options.port, passive=True)
     try:
         sock = bind(family, address)
@@ -334,6 +335,7 @@ def default_store(port: int) -> str:
 
 def open_store(path: str) -> Mailbox:
     """Open or make the store at ``path``, and its directory if it is ours. Raise Failure."""
+    from registry import Mailbox, StoreError
     try:
         if os.path.dirname(path) == state_home():
             os.makedirs(state_home(), mode=0o700, exist_ok=True)
@@ -346,6 +348,7 @@ def open_store(path: str) -> Mailbox:
 
 def forget(options: argparse.Namespace) -> int:
     """Free a nick in a store that no server has open; return the exit code. Raise Failure."""
+    from registry import Registry
     path = options.store or default_store(options.port)
     if not os.path.exists(path):
         raise Failure(f"there is no store {path}")
@@ -415,6 +418,7 @@ def server_argument(text: str) -> tuple[str, int]:
 def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
                   style: Style) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
+    from terminal import FOR_PEOPLE, ROUTINE, STATUS, JsonFormatter, TextFormatter
     hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
     if options.json:
         return JsonFormatter(nick, wall, hidden)
@@ -449,6 +453,8 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
 def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style,
                complete: Callable[[str], tuple[int, list[str]]]) -> Prompt | None:
     """Return what stands at the bottom of the terminal, if anything does. ``is_terminal``: stdin is one, too."""
+    from editor import Editor, EditorScreen, History, Prompt, StatusRow, Tty
+    from terminal import BLOCK_PREFIX, COMMAND_MARK
     is_dumb = os.environ.get("TERM") == "dumb"
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
@@ -464,6 +470,9 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
+    from client import Client
+    from editor import Style, wants_color
+    from terminal import Console, Display
     nick = own_nick(options.nick)
     family, server = resolve(*server_of(options))
     end = time.monotonic() + (options.timeout or NEVER)
@@ -549,6 +558,17 @@ def end_at_once_on_signals(sends: bool) -> None:
             signal.signal(number, end)
 
 
+def import_mode(mode: str) -> None:
+    """Import the modules of a mode, while the garbage collector rests."""
+    gc.disable()
+    if mode == "server":
+        import server   # noqa: F401
+    else:
+        import client   # noqa: F401
+    gc.freeze()
+    gc.enable()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
     keep_standard_descriptors()
@@ -559,6 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_at_once_on_signals(sends=words[0] == "send")
     try:
         options = parse(words)
+        import_mode(options.mode)
         errors = set_up_log(options)
         if options.mode != "server":
             return run_client(options, *errors)

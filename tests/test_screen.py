@@ -555,14 +555,14 @@ def test_a_signal_ends_in_order_and_leaves_the_terminal_as_it_was(open_window: O
 
 FAILS = """\
 import sys
-import udpchat
+import client, udpchat
 
-def settle(client, work=udpchat.Client.settle):
-    work(client)
-    if client.table_sync.table.entries:
+def settle(self, work=client.Client.settle):
+    work(self)
+    if self.table_sync.table.entries:
         raise RuntimeError
 
-udpchat.Client.settle = settle
+client.Client.settle = settle
 try:
     udpchat.main()
 except RuntimeError:
