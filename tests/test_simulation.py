@@ -727,7 +727,7 @@ def test_a_signal_ends_a_client_whose_output_is_stalled_within_two_seconds(
     alice.screen.set_rate(0)
     alice.screen.filled = alice.screen.size
     world.run({"joining": 0.1, "registered": 1, "failed": 5}[phase])
-    assert alice.alive and not alice.lines and bool(alice.client.output.pending) == (phase != "joining")
+    assert alice.alive and not alice.lines and bool(alice.display.output.pending) == (phase != "joining")
     alice.interrupt()
     world.run(2.01)
     assert alice.exit_code == int(phase == "failed")
@@ -757,7 +757,7 @@ def test_a_client_whose_time_is_over_ends_though_its_recipient_does_not_answer()
     alice.end_input()
     world.run(0.1)
     assert alice.alive
-    alice.client.time_is_over()
+    alice.client.leaving.time_is_over()
     world.run(0.6)
     assert alice.exit_code == 1 and "[1 message not delivered.]" in alice.lines
     assert alice.complaints == ["send bob hello"]
