@@ -27,7 +27,15 @@ from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "udpchat.py")]
-DEADLINE = 20.0           # s; for whatever should come: a slow machine may take long, but never so long
+# the program with a clock that stands still: what an event does not end, nothing ends
+FROZEN_CLOCK = [sys.executable, "-c", f"""
+import sys, time
+time.monotonic = lambda: 1.0
+sys.path[0] = {str(ROOT)!r}
+import udpchat
+sys.exit(udpchat.main())
+"""]
+DEADLINE = 60.0           # s; only for a test that hangs: what comes does so long before, on the slowest machine
 READ_SIZE = 65536         # bytes
 PIPE = subprocess.PIPE
 
@@ -42,6 +50,16 @@ NOT_RESPONDING = "[Server not responding]"
 EXITING = "[Exiting]"
 MAIL_NOTICE = "[You have messages]"
 WHO = re.compile(r"(\S+) +(\S+:\d+) +(online|offline)")
+
+
+def has_ipv6() -> bool:
+    """Return whether this machine can be reached at ``::1``."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def received(nick: str) -> str:
@@ -163,7 +181,7 @@ class Process:
 
     def next_line(self) -> str:
         """The next line of its output that was not seen yet."""
-        self.chat.until(lambda: b"\n" in self.out.data[self._seen:], f"a line of {self}")
+        self.chat.until(lambda: self.out.data.find(b"\n", self._seen) >= 0, f"a line of {self}")
         end = self.out.data.index(b"\n", self._seen)
         line = self.out.data[self._seen:end].decode()
         self._seen = end + 1

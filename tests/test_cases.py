@@ -5,21 +5,11 @@ import re
 import signal
 import time
 from itertools import permutations
-from pathlib import Path
-from collections.abc import Iterator
-
-import pytest
 
 from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE, SAVED, UPDATED, WELCOME, Chat, is_offline,
                              received)
 
 MAIL = r"(\w): <(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)> (.*)"
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
-    with Chat(tmp_path) as world:
-        yield world
 
 
 def after(lines: list[str], line: str) -> list[str]:

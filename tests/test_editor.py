@@ -1125,5 +1125,5 @@ sys.exit(0 if os.WIFEXITED(status) and not os.WEXITSTATUS(status) else 1)
 
 def test_a_process_in_the_background_is_not_stopped_by_its_terminal(line: Pty) -> None:
     done = subprocess.run([sys.executable, "-c", IN_BACKGROUND], stdin=line.side, cwd=ROOT, start_new_session=True,
-                          timeout=20)
+                          timeout=60)
     assert done.returncode == 0

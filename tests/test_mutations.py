@@ -1,4 +1,8 @@
-"""The simulation can fail: each of these faults, put into the program, is found by one of the first random storms."""
+"""The simulation can fail: it finds each of these faults that are put into the program.
+
+A fault is a small function that changes the program, and ``FAULTS`` has with each a seed whose storm finds it. Where a
+change of the program or of the simulated world makes a seed miss its fault, the test names the first that finds it.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +20,7 @@ from terminal import Shell
 from stream import ReceiveStream, SendStream
 from tests.simulate import run_seed
 
-SEEDS = 300
+SEEDS = 300               # that are tried for a fault whose own seed does not find it any more
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -140,10 +144,10 @@ def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Shell, "hand_back_rest", lambda self: None)
 
 
-# each fault, and a seed that is known to find it: it is tried first
+# each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
-    acks_before_it_commits: 36,
+    acks_before_it_commits: 8,
     takes_a_failed_commit_for_done: 39,
     counts_a_partial_write_as_whole: 0,
     deletes_mail_when_it_is_sent: 3,
@@ -156,14 +160,18 @@ FAULTS: dict[Patch, int] = {
     gives_two_changes_one_version: 1,
     acks_inside_a_text: 0,
     goes_on_talking_while_away: 0,
-    drops_what_was_read_and_not_sent: 63,
+    drops_what_was_read_and_not_sent: 93,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_program_that(fault: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
-    seeds = (FAULTS[fault], *range(SEEDS))
-    failures = (run_seed(seed).failure for seed in seeds)
-    found = next((failure for failure in failures if failure), "no storm has found it")
-    assert "Traceback" not in found and "no storm" not in found
+    failure = run_seed(FAULTS[fault]).failure
+    assert failure, f"seed {FAULTS[fault]} does not find it any more, but seed {first_seed()} does"
+    assert "Traceback" not in failure, failure
+
+
+def first_seed() -> int | None:
+    """Return the first seed whose storm finds the fault that is in the program now."""
+    return next((seed for seed in range(SEEDS) if run_seed(seed).failure), None)

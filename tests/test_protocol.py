@@ -7,13 +7,10 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import protocol
 from protocol import PROOF_BYTES, Decoder, Info, Message, encode, is_host, is_valid, join_pieces, padded, split_text
-
-settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
-settings.load_profile("arguments")
 
 LETTERS = ["x", "é", "日", "𝒜"]        # characters of one to four bytes
 ID, STREAM = 7, 2 ** 62 + 1

@@ -28,9 +28,6 @@ from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX
                       OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror, Page, Parcel, Registry,
                       Session, State, StoredLetter, StoreError, Table)
 
-settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
-settings.load_profile("arguments")
-
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
 A, B, C, D = ("192.0.2.1", 5000), ("192.0.2.2", 5000), ("2001:db8::3", 5000), ("192.0.2.4", 5000)
@@ -238,8 +235,9 @@ class Mirroring(RuleBasedStateMachine):
         assert all(nick in self.table.entries or nick in changed for nick in self.mirror.entries)
 
 
+@pytest.mark.hypothesis
 def test_a_mirror_equals_the_table_whatever_the_network_does_to_the_pages() -> None:
-    run_state_machine_as_test(Mirroring, settings=settings(max_examples=100, stateful_step_count=30))
+    run_state_machine_as_test(Mirroring, settings=settings(stateful_step_count=30))
 
 
 def test_the_table_of_a_restarted_server_comes_into_force_when_it_is_whole() -> None:
@@ -722,8 +720,9 @@ class Storing(RuleBasedStateMachine):
                 assert self.box.stream_next(*key) == self.next_of(*key)
 
 
+@pytest.mark.hypothesis
 def test_a_mailbox_holds_and_counts_exactly_what_was_committed_through_failures_and_restarts() -> None:
-    run_state_machine_as_test(Storing, settings=settings(max_examples=120, stateful_step_count=30))
+    run_state_machine_as_test(Storing, settings=settings(stateful_step_count=30))
 
 
 # what is a store, and whose
@@ -1709,5 +1708,6 @@ class Deciding(RuleBasedStateMachine):
         assert self.box.commit(self.wall)
 
 
+@pytest.mark.hypothesis
 def test_sessions_table_and_store_agree_whatever_happens() -> None:
-    run_state_machine_as_test(Deciding, settings=settings(max_examples=100, stateful_step_count=30))
+    run_state_machine_as_test(Deciding, settings=settings(stateful_step_count=30))

@@ -15,7 +15,6 @@ import stat
 import struct
 import sys
 import termios
-import time
 from pathlib import Path
 from typing import Any
 from collections.abc import Callable, Iterator, Sequence
@@ -24,25 +23,18 @@ import pyte
 import pytest
 
 from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
-from tests.processes import (NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
+from tests.processes import (FROZEN_CLOCK, NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
 from tests.test_editor import Xterm
 
 CURSOR = "▮"
 PLAIN = ("--no-time", "--color", "never")
 SGR = re.compile(rb"\x1b\[[0-9;:]*m")
-ORDERLY = 4.0             # s; two are promised, the rest is for a machine that is busy with other tests
 PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
 
 UP, DOWN, RIGHT, LEFT = "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
 HOME, END, KILL_START, KILL_END, KILL_WORD, YANK = "\x01", "\x05", "\x15", "\x0b", "\x17", "\x19"
 CONTROL_C, CONTROL_D, CONTROL_L, CONTROL_Z, BACKSPACE, DELETE = "\x03", "\x04", "\x0c", "\x1a", "\x7f", "\x1b[3~"
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
-    with Chat(tmp_path) as world:
-        yield world
 
 
 def pasted(text: str) -> str:
@@ -454,10 +446,8 @@ def test_control_c_takes_back_a_line_and_then_ends_in_order(open_window: Open) -
     alice = open_window()
     alice.type("send bob something that I would not say" + CONTROL_C)
     alice.shows(UPDATED, f">>> {CURSOR}")
-    began = time.monotonic()
     alice.type(CONTROL_C)
     alice.ends()
-    assert time.monotonic() - began < ORDERLY
     assert alice.picture[-2:] == [OFFLINE, CURSOR]
 
 
@@ -472,15 +462,13 @@ def test_control_d_ends_on_an_empty_line_only(open_window: Open) -> None:
 
 def test_a_second_control_c_does_not_wait(chat: Chat, open_window: Open) -> None:
     bob = chat.client("bob")
-    alice = open_window(*PLAIN, *PATIENT)
+    alice = open_window(*PLAIN, *PATIENT, command=FROZEN_CLOCK)     # the first would never end it
     meet(alice, bob)
     bob.signal(signal.SIGSTOP)
     alice.type("send bob hello\r")
     alice.shows(">>> send bob hello", f">>> {CURSOR}")
-    began = time.monotonic()
     alice.type(CONTROL_C + CONTROL_C)
     alice.ends(1)
-    assert time.monotonic() - began < 1.2, "an orderly end takes 1.5 s here"
     assert alice.process.errors == ["send bob hello"]
 
 
@@ -528,14 +516,13 @@ def test_the_log_goes_above_what_is_being_typed(chat: Chat, open_window: Open) -
 def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_window: Open) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
         nobody.bind(("127.0.0.1", 0))
-        alice = open_window(arguments=("client", "alice", "127.0.0.1", str(nobody.getsockname()[1])), ready=False)
+        alice = open_window(arguments=("client", "alice", "127.0.0.1", str(nobody.getsockname()[1])), ready=False,
+                            command=FROZEN_CLOCK)       # it would never give the server up
         alice.chat.until(lambda: alice.is_raw, "the line editor")
         alice.type("hello")
         alice.shows(f">>> hello{CURSOR}")
-        began = time.monotonic()
         alice.type(CONTROL_C + CONTROL_C)
         alice.ends()
-        assert time.monotonic() - began < 1.5, "five attempts would take 2.5 s"
         assert not any(alice.rows)
 
 
@@ -976,7 +963,7 @@ def test_what_a_send_waits_for_is_shown_again_when_it_goes_on_after_a_stop(chat:
 
 def test_a_short_wait_is_not_shown(chat: Chat, open_window: Open) -> None:
     bob = chat.client("bob")
-    alice = open_window()
+    alice = open_window(*PLAIN, command=FROZEN_CLOCK)       # so it is short, however busy the machine is
     meet(alice, bob)
     alice.type("send bob hello\r")
     alice.shows(received("bob"), f">>> {CURSOR}")

@@ -19,7 +19,7 @@ from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
 
 SEEDS = 300
-CHUNK = 30
+CHUNK, STORM_CHUNK = 5, 20    # seeds in one test
 
 
 def is_ready(life: Life) -> bool:
@@ -283,6 +283,9 @@ def test_a_stalled_reader_makes_the_sender_wait_then_relay_and_loses_nothing() -
     world.run(40)
     assert count(alice, "[No ACK from bob, message sent to server.]") == 400 - received
     assert count(alice, "[Messages received by the server and saved]") == 400 - received
+    alice.end_input()
+    world.run(2)
+    assert alice.exit_code == 0
     bob.screen.set_rate(float("inf"))
     world.run(20)
     shown = [line for line in bob.lines if line.startswith("alice: ")]
@@ -694,6 +697,72 @@ def test_a_signal_ends_a_client_within_two_seconds_and_names_everything_that_was
     assert alice.complaints == ["send bob m1", "send bob m2", "send bob m3"]
 
 
+@pytest.mark.parametrize("case", ["the server answers", "the server is silent", "it is not registered yet",
+                                  "it has deregistered"])
+def test_a_signal_ends_an_idle_client_within_two_seconds_with_0(case: str) -> None:
+    if case == "it is not registered yet":
+        alice = World(1).client("alice")
+        alice.world.run(1)
+    else:
+        world, (alice,) = start("alice")
+        if case == "it has deregistered":
+            alice.type("dereg alice")
+            world.run(1)
+        elif case == "the server is silent":
+            assert world.server is not None
+            world.server.crash()
+    alice.interrupt()
+    alice.world.run(2.01)
+    assert alice.exit_code == 0 and not alice.complaints
+
+
+@pytest.mark.parametrize("phase", ["joining", "registered", "failed"])
+def test_a_signal_ends_a_client_whose_output_is_stalled_within_two_seconds(
+        phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1)
+    monkeypatch.setattr(world.ledger, "check_life", lambda life: None)      # it would want lines that nobody reads
+    if phase == "registered":
+        world.start_server()
+    alice = world.client("alice")
+    alice.screen.set_rate(0)
+    alice.screen.filled = alice.screen.size
+    world.run({"joining": 0.1, "registered": 1, "failed": 5}[phase])
+    assert alice.alive and not alice.lines and bool(alice.display.output.pending) == (phase != "joining")
+    alice.interrupt()
+    world.run(2.01)
+    assert alice.exit_code == int(phase == "failed")
+
+
+def test_a_second_signal_ends_a_client_at_once_and_names_what_was_not_delivered() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(2)
+    assert world.server is not None
+    world.server.crash()
+    alice.type("send bob hello")
+    world.run(0.1)
+    alice.interrupt()
+    world.run(0.3)
+    assert alice.alive
+    alice.interrupt()
+    world.run(0.01)
+    assert alice.exit_code == 1 and alice.lines[-1] == "[1 message not delivered.]"
+    assert alice.complaints == ["send bob hello"]
+
+
+def test_a_client_whose_time_is_over_ends_though_its_recipient_does_not_answer() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.stop_for(60)
+    alice.type("send bob hello")
+    alice.end_input()
+    world.run(0.1)
+    assert alice.alive
+    alice.client.leaving.time_is_over()
+    world.run(0.6)
+    assert alice.exit_code == 1 and "[1 message not delivered.]" in alice.lines
+    assert alice.complaints == ["send bob hello"]
+
+
 def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_is_back() -> None:
     world, (alice, bob) = start("alice", "bob")
     for life in (alice, bob):
@@ -777,18 +846,30 @@ def test_a_client_that_was_stopped_for_long_comes_back_by_itself() -> None:
 
 # --- random worlds --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_what_must_always_hold_holds_in_random_storms(first: int) -> None:
-    for seed in range(first, first + CHUNK):
+def seeds(sample: int, count: int) -> list[Any]:
+    """Return all seeds below ``count``, some for each test; those from ``sample`` on are storms."""
+    sampled = [range(first, first + CHUNK) for first in range(0, sample, CHUNK)]
+    storms = [range(first, min(first + STORM_CHUNK, count)) for first in range(sample, count, STORM_CHUNK)]
+    return [*sampled, *(pytest.param(some, marks=pytest.mark.storm) for some in storms)]
+
+
+def name_of(some: range) -> str:
+    """Return how the seeds of a test are written in its name."""
+    return f"{some.start}-{some.stop - 1}"
+
+
+@pytest.mark.parametrize("some", seeds(20, SEEDS), ids=name_of)
+def test_what_must_always_hold_holds_in_random_worlds(some: range) -> None:
+    for seed in some:
         result = run_seed(seed)
         assert not result.failure, f"{result.failure}\nreplay: {replay(seed)}"
 
 
-@pytest.mark.parametrize("first", range(0, 60, CHUNK))
-def test_it_holds_also_where_few_streams_can_go_on_at_once(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("some", seeds(5, 60), ids=name_of)
+def test_it_holds_also_where_few_streams_can_go_on_at_once(some: range, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conversation.STREAMS_PER_SENDER", 1)
     monkeypatch.setattr("conversation.STREAMS_IN_ALL", 6)
-    for seed in range(first, first + CHUNK):
+    for seed in some:
         assert not run_seed(seed).failure
 
 

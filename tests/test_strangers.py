@@ -27,7 +27,7 @@ from typing import Any
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import protocol
 import registry
@@ -43,8 +43,6 @@ from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, 
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
-
-settings.register_profile("strangers", deadline=None, database=None, derandomize=True, max_examples=100)
 
 STRANGER: Address = ("10.66.6.6", 666)
 EVE: Address = ("10.66.6.6", 4444)
@@ -590,7 +588,6 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 @given(st.lists(st.tuples(st.lists(requests(), min_size=1, max_size=20), st.integers(0, 3)), min_size=1, max_size=5))
-@settings(settings.get_profile("strangers"), max_examples=60)
 def test_the_server_never_sends_more_to_an_unproven_address_than_came_from_there(
         datagrams: list[tuple[list[bytes], int]]) -> None:
     desk, _, _ = crowded()
@@ -638,7 +635,6 @@ def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "n" * 32]), st.sampled_from([1, 2 ** 31, 2 ** 62]),
                           st.sampled_from([1, 300, 2 ** 40]), st.integers(1, 3)), min_size=1, max_size=30))
-@settings(settings.get_profile("strangers"))
 def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
         maps: list[tuple[str, int, int, int]]) -> None:
     loop, sent = DeskLoop(), []

@@ -11,16 +11,13 @@ from typing import Any
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import protocol
 from protocol import is_valid, join_pieces, split_text
 from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW, MAX_EARLY,
                     MAX_TIMEOUT, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 from tests.test_protocol import LETTERS
-
-settings.register_profile("arguments", deadline=None, database=None, derandomize=True, max_examples=150)
-settings.load_profile("arguments")
 
 
 class Link:
@@ -196,7 +193,6 @@ SENDER_STEPS = st.lists(st.one_of(
 ), max_size=40)
 
 
-@settings(max_examples=400)
 @given(SENDER_STEPS)
 def test_no_sequence_of_acks_confuses_a_sender(steps: list[Any]) -> None:
     stream, now, sizes = SendStream(1, 900), 0.0, [0]
@@ -492,7 +488,6 @@ RECEIVER_STEPS = st.lists(st.one_of(
 ), max_size=40)
 
 
-@settings(max_examples=400)
 @given(RECEIVER_STEPS)
 def test_no_sequence_of_data_confuses_a_receiver(steps: list[Any]) -> None:
     stream, handed, granted = ReceiveStream(1), 1, 1
@@ -561,7 +556,6 @@ HONEST_STEPS = st.lists(st.one_of(
 ), max_size=40)
 
 
-@settings(max_examples=300)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), HONEST_STEPS)
 def test_whole_texts_are_shown_once_whatever_the_packing_and_whichever_route_is_first(lengths: list[int],
                                                                                       steps: list[Any]) -> None:

