@@ -57,12 +57,14 @@ class LinkState(Enum):
     LEAVING = "leaving"
 
 
-OFFLINE, REGISTERING, SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
-VISIBLE, RETURNING, LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
+# under names of their own: reading a member off its class is slow in Python 3.11
+LINK_OFFLINE, LINK_REGISTERING, LINK_SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
+LINK_ONLINE, LINK_RETURNING, LINK_LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
 
 TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
-    OFFLINE: (REGISTERING,), REGISTERING: (SYNCING, OFFLINE), SYNCING: (VISIBLE, LEAVING, OFFLINE),
-    VISIBLE: (RETURNING, LEAVING, OFFLINE), RETURNING: (VISIBLE, LEAVING, OFFLINE), LEAVING: (OFFLINE,),
+    LINK_OFFLINE: (LINK_REGISTERING,), LINK_REGISTERING: (LINK_SYNCING, LINK_OFFLINE),
+    LINK_SYNCING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_ONLINE: (LINK_RETURNING, LINK_LEAVING, LINK_OFFLINE),
+    LINK_RETURNING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_LEAVING: (LINK_OFFLINE,),
 }
 
 
@@ -112,7 +114,7 @@ class ServerLink:
 
         ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
         """
-        self.state = OFFLINE
+        self.state = LINK_OFFLINE
         self.is_silent = False                  # the server does not answer
         self.was_heard = False                  # it has spoken in this turn
         self.session: bytes | None = None
@@ -146,18 +148,18 @@ class ServerLink:
     @property
     def is_starting(self) -> bool:
         """Whether the client was not online yet since it was started, or told to come online."""
-        return self.state in (REGISTERING, SYNCING)
+        return self.state in (LINK_REGISTERING, LINK_SYNCING)
 
     @property
     def is_registered(self) -> bool:
         """Whether the client is there for others: it has a session, or had one and gets another."""
-        return self.state in (VISIBLE, RETURNING, SYNCING)
+        return self.state in (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
 
     # registering
 
     def start(self) -> None:
         """Come online."""
-        self._go(REGISTERING)
+        self._go(LINK_REGISTERING)
         self._register()
 
     def _register(self) -> None:
@@ -192,7 +194,7 @@ class ServerLink:
         self.heard(is_same=False)
         self.session = info["session"]
         self._boot = info["boot"]
-        self._go(SYNCING if self.is_starting else RETURNING)
+        self._go(LINK_SYNCING if self.is_starting else LINK_RETURNING)
         self._plan_ping()
         self._owner.on_registered(info["session"], info["boot"], info["version"])
 
@@ -210,7 +212,7 @@ class ServerLink:
             is_ours = info["session"] == self.session and not self._registration.is_running
         else:
             is_ours = info.get("id") == self._reg_id and self._registration.is_running
-        if not is_ours or self.state is OFFLINE:
+        if not is_ours or self.state is LINK_OFFLINE:
             return
         reason = info["reason"]
         if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
@@ -231,9 +233,9 @@ class ServerLink:
     def on_own_state(self, is_online: bool) -> None:
         """Note whether the table shows us online."""
         if is_online and self.is_registered and not self._registration.is_running:
-            self._go(VISIBLE)
-        elif not is_online and self.state is VISIBLE:
-            self._go(RETURNING)
+            self._go(LINK_ONLINE)
+        elif not is_online and self.state is LINK_ONLINE:
+            self._go(LINK_RETURNING)
 
     # keepalive
 
@@ -295,7 +297,7 @@ class ServerLink:
 
     def on_pong(self, info: Info) -> None:
         """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
-        if not self.is_registered and self.state is not LEAVING:
+        if not self.is_registered and self.state is not LINK_LEAVING:
             return
         asked = self._pings.pop(info["id"], None)
         if asked is None:
@@ -312,7 +314,7 @@ class ServerLink:
     def _on_unasked_pong(self) -> None:
         """Somebody says that the server has restarted, maybe the server: a ping will tell."""
         now = self._loop.now()
-        if self.state is LEAVING:
+        if self.state is LINK_LEAVING:
             if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
                 self._last_pong = now
                 if self.session is not None:
@@ -325,20 +327,20 @@ class ServerLink:
         """The server does not know this session any more: register again, unless there is just nothing to leave."""
         self._ping.stop()
         self._ping_timer.cancel()
-        if self.state is LEAVING:
+        if self.state is LINK_LEAVING:
             self._owner.on_left()
             self.close()
             return
         self._owner.on_session_lost()
-        if self.state is VISIBLE:
-            self._go(RETURNING)
+        if self.state is LINK_ONLINE:
+            self._go(LINK_RETURNING)
         if not self._registration.is_running:
             log.info("the server does not know this session any more: registering again")
             self._register()
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
-        if info["to"] == self._nick and self.session is not None and (self.is_registered or self.state is LEAVING):
+        if info["to"] == self._nick and self.session is not None and (self.is_registered or self.state is LINK_LEAVING):
             answer: Info = {"id": info["id"], "nick": self._nick}
             if is_trusted:
                 answer["session"] = self.session
@@ -347,7 +349,7 @@ class ServerLink:
     def leave(self, is_hasty: bool = False) -> None:
         """Deregister; ``is_hasty``: there is little time."""
         self.stop_asking()
-        self._go(LEAVING)
+        self._go(LINK_LEAVING)
         if is_hasty:
             self._deregistration.interval = HASTY_INTERVAL
         self._deregistration.start()
@@ -358,7 +360,7 @@ class ServerLink:
 
     def on_bye(self, info: Info) -> None:
         """Accept the answer to a deregistration."""
-        if self.state is LEAVING and info["session"] == self.session:
+        if self.state is LINK_LEAVING and info["session"] == self.session:
             self._owner.on_left()
             self.close()
 
@@ -374,7 +376,7 @@ class ServerLink:
         self._deregistration.stop()
         self.is_silent = False
         self.session = None
-        self._go(OFFLINE)
+        self._go(LINK_OFFLINE)
 
 
 # --- the table ------------------------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ class Sending:
         if link.was_heard:
             link.was_heard = False
             outbox.server_heard(self._loop.now())
-        if link.state is OFFLINE or link.state is REGISTERING:
+        if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:
             return
         now = self._loop.now()
         if outbox.due() <= now:
@@ -661,7 +663,7 @@ class Receiving:
         if not self.inbox.unacked:
             return
         acks = self.inbox.acks()       # taken in any state: what is not answered now is not owed later
-        if self._link.state is not OFFLINE and self._link.state is not REGISTERING:
+        if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
             for info, address in acks:
                 self._send(encode("ack", info), address if address is not None else self._link.server)
 
@@ -725,7 +727,7 @@ class Leaving:
             self._end(Reason.QUIT)
         if input_ended and not self._shell.waiting and self._may_end():
             self._end(Reason.END_OF_INPUT)
-        if self.is_under_way and not self.is_over and self._link.state is not LEAVING:
+        if self.is_under_way and not self.is_over and self._link.state is not LINK_LEAVING:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -755,7 +757,7 @@ class Leaving:
             self._deadline = self._loop.now() + limit
             self._loop.call_at(self._deadline, lambda: None)
             self._loop.call_at(self._deadline + LAST_TIME - END_TIME, self._end_now)
-            if self._link.state is REGISTERING:
+            if self._link.state is LINK_REGISTERING:
                 self._conclude()        # there is nothing to wait for
 
     def _end_now(self) -> None:
@@ -788,7 +790,7 @@ class Leaving:
 
     def unanswered(self) -> None:
         """End, because the server is silent: a failure, unless we deregister and no command has asked for that."""
-        is_failure = self._link.state is not LEAVING or self.command is not None
+        is_failure = self._link.state is not LINK_LEAVING or self.command is not None
         self._link.announce_silence(always=is_failure)
         self.give_up(int(is_failure))
 
@@ -878,7 +880,7 @@ class Client:
         messages, link = self.decoder.decode(datagram), self.link
         if address != link.server and address != link.other_server:
             self._allowance = len(datagram)
-            is_online = link.state is not OFFLINE and link.state is not REGISTERING
+            is_online = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in messages:
                 handler = self._from_peers.get(tag)
                 if handler is not None and (is_online or tag == "cookie"):
@@ -998,12 +1000,12 @@ class Client:
     @property
     def is_offline(self) -> bool:
         """Whether the client has deregistered."""
-        return self.link.state is OFFLINE
+        return self.link.state is LINK_OFFLINE
 
     def takes_commands(self) -> bool:
         """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
         leaving = self.leaving
-        return self.link.state in (VISIBLE, RETURNING, OFFLINE) and (
+        return self.link.state in (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE) and (
             leaving.command is None and leaving.ending is None and not leaving.is_over)
 
     def dereg(self) -> None:

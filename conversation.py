@@ -20,7 +20,7 @@ The life of one ``send``
 3. The recipient acks when the text is written to its stdout. That closes the message: RECEIVED.
 4. Without any ack for ``ACK_TIMEOUT``, or if somebody else answers at that address, the event is NO_ACK and the route
    becomes SAVE: the same numbers go to the server, as ``save``. If the table says that the recipient is offline, they
-   go there at once (event OFFLINE).
+   go there at once (event RECIPIENT_OFFLINE).
 5. The server has three answers. It keeps the messages and acks: SAVED. It refuses them (``nack``: unknown recipient,
    full mailbox, disk failure): REFUSED. Or it finds that the recipient is there, and says where (``exists``): the event
    is EXISTS, and the messages go DIRECT once more. If that fails, too, for example because datagrams pass in one
@@ -86,7 +86,7 @@ class EventKind(Enum):
     REFUSED = "refused"     # the server does not keep them
     SILENT = "silent"       # the server does not answer: they are stuck
     NO_ACK = "no-ack"       # the recipient does not answer: they go to the server
-    OFFLINE = "offline"     # the recipient is offline: they go to the server
+    RECIPIENT_OFFLINE = "offline"   # the recipient is offline: they go to the server
     EXISTS = "exists"       # the server says that the recipient is there: they go straight once more
 
     def __init__(self, line: str) -> None:
@@ -96,7 +96,8 @@ class EventKind(Enum):
 # module constants, because the look-up of a member in its class is slow
 DIRECT, SAVE, RELAY = Route.DIRECT, Route.SAVE, Route.RELAY
 RECEIVED, SAVED, REFUSED = EventKind.RECEIVED, EventKind.SAVED, EventKind.REFUSED
-SILENT, NO_ACK, OFFLINE, EXISTS = EventKind.SILENT, EventKind.NO_ACK, EventKind.OFFLINE, EventKind.EXISTS
+SILENT, NO_ACK, EXISTS = EventKind.SILENT, EventKind.NO_ACK, EventKind.EXISTS
+RECIPIENT_OFFLINE = EventKind.RECIPIENT_OFFLINE
 
 
 class Event(NamedTuple):
@@ -232,7 +233,7 @@ class Conversation:
         else:
             self._queue_long(texts)
         if self.route is not DIRECT and self.place is not None and not self.place.online:
-            self._announce(OFFLINE)
+            self._announce(RECIPIENT_OFFLINE)
 
     def _queue_long(self, texts: Sequence[str]) -> None:
         items: list[str] = []
@@ -254,7 +255,7 @@ class Conversation:
         if place is None or not place.online:
             if self.route is DIRECT:
                 if place is not None:
-                    self._announce(OFFLINE)
+                    self._announce(RECIPIENT_OFFLINE)
                 self._go(now, SAVE)
         elif self.route is RELAY or (self.route is DIRECT and place.address != self._address):
             self._pick_route(now)

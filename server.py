@@ -16,7 +16,7 @@ The parts
 ::
 
     Server          sessions, dispatch, trust, the order of a turn, counters, housekeeping
-    Outbox          the datagrams of this turn
+    SendQueue          the datagrams of this turn
     ReplyLimit      what may go to an address that may be forged
     Gate            registration: address validation, claims, admission
     Prober          "are you there?": liveness, and moves to another address
@@ -88,7 +88,7 @@ Drops = dict[Drop, int]     # how often each has happened since the start
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
 
 
-class Outbox:
+class SendQueue:
     """The datagrams of this turn. They leave at its end, in the order in which they were put here."""
 
     def __init__(self, send: Callable[[bytes, Address], None]) -> None:
@@ -117,10 +117,10 @@ class ReplyLimit:
     to let the server do the flooding. And there are not more than ``most`` answers a second.
     """
 
-    def __init__(self, loop: Loop, outbox: Outbox, drops: Drops, most: int) -> None:
+    def __init__(self, loop: Loop, send_queue: SendQueue, drops: Drops, most: int) -> None:
         self.allowance = 0          # bytes that may still answer the datagram at hand
         self._loop = loop
-        self._outbox = outbox
+        self._outbox = send_queue
         self._drops = drops
         self._most = most
         self._second = 0            # the one that is counted, and ...
@@ -175,13 +175,13 @@ class Gate:
     fill anything (RFC 9147 §5.1). A ``reg`` that brings no good cookie must be padded: its answer may not be larger.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, limit: ReplyLimit, drops: Drops, prober: Prober,
-                 boot: int) -> None:
+    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit, drops: Drops,
+                 prober: Prober, boot: int) -> None:
         self.refusals = 0
         self.secret = loop.random.getrandbits(256).to_bytes(32, "big")      # signs the cookies
         self._loop = loop
         self._registry = registry
-        self._outbox = outbox
+        self._outbox = send_queue
         self._limit = limit
         self._drops = drops
         self._prober = prober
@@ -295,14 +295,14 @@ class Prober:
     ``unanswered`` with the probe.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, limit: ReplyLimit,
+    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit,
                  heard: Callable[[Session], None], lost: Callable[[Session], None],
                  answered: Callable[[Probe], None], unanswered: Callable[[Probe], None]) -> None:
         self.probes: dict[int, Probe] = {}
         self.answers: dict[str, float] = {}     # nick -> when it last answered, longest ago first
         self._loop = loop
         self._registry = registry
-        self._outbox = outbox
+        self._outbox = send_queue
         self._limit = limit
         self._heard = heard
         self._lost = lost
@@ -468,7 +468,7 @@ class Keeper:
     forget what they hold: an ack has promised nothing for it, and its sender still has it.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, drops: Drops, prober: Prober,
+    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, drops: Drops, prober: Prober,
                  mail_waits: Callable[[Session], None]) -> None:
         self.streams: OrderedDict[tuple[str, int], SaveStream] = OrderedDict()
         self.to_answer: dict[tuple[str, int], SaveStream] = {}  # heard in this turn; answered at its end
@@ -476,7 +476,7 @@ class Keeper:
         self._with_early: dict[SaveStream, None] = {}           # ... in these; longest silent first
         self._loop = loop
         self._registry = registry
-        self._outbox = outbox
+        self._outbox = send_queue
         self._drops = drops
         self._prober = prober
         self._mail_waits = mail_waits
@@ -686,13 +686,13 @@ class Postman:
     ``heard`` is called with the session of each ack.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, drops: Drops,
+    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, drops: Drops,
                  heard: Callable[[Session], None]) -> None:
         self.streams: dict[bytes, MailStream] = {}      # by the id of the session
         self.loaded = 0                                 # numbers of mail in memory
         self.registry = registry
         self._loop = loop
-        self._outbox = outbox
+        self._outbox = send_queue
         self._drops = drops
         self._heard = heard
         self._by_stream: dict[int, MailStream] = {}
@@ -810,12 +810,13 @@ class Announcer:
     last one took is over, and gathers what changes meanwhile.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, outbox: Outbox, send: Callable[[bytes, Address], None]) -> None:
+    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue,
+                 send: Callable[[bytes, Address], None]) -> None:
         self.told = registry.table.version      # version of the last broadcast
         self._loop = loop
         self._registry = registry
-        self._outbox = outbox
-        self._send = send                       # at once: behind all that was in the outbox
+        self._outbox = send_queue
+        self._send = send                       # at once: behind all that was in the send_queue
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
         self._sync_alarm = RestartableTimer(loop, lambda: None)         # it makes a turn; its end answers
         self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
@@ -940,15 +941,15 @@ class Server:
         self.decoder = Decoder()
         self.boot = new_id(loop)        # tells this run of the server from an earlier one
         self.drops: Drops = dict.fromkeys(DROPS, 0)
-        self.outbox = Outbox(send)
-        self.limit = ReplyLimit(loop, self.outbox, self.drops, stranger_replies)
-        self.prober = Prober(loop, registry, self.outbox, self.limit, self._heard, self._lost, self._answered,
+        self.send_queue = SendQueue(send)
+        self.limit = ReplyLimit(loop, self.send_queue, self.drops, stranger_replies)
+        self.prober = Prober(loop, registry, self.send_queue, self.limit, self._heard, self._lost, self._answered,
                              self._unanswered)
-        self.gate = Gate(loop, registry, self.outbox, self.limit, self.drops, self.prober, self.boot)
-        self.postman = Postman(loop, registry, self.outbox, self.drops, self._heard)
-        self.keeper = Keeper(loop, registry, self.outbox, self.drops, self.prober, self.postman.note)
+        self.gate = Gate(loop, registry, self.send_queue, self.limit, self.drops, self.prober, self.boot)
+        self.postman = Postman(loop, registry, self.send_queue, self.drops, self._heard)
+        self.keeper = Keeper(loop, registry, self.send_queue, self.drops, self.prober, self.postman.note)
         self.committer = Committer(loop, registry.mailbox)
-        self.announcer = Announcer(loop, registry, self.outbox, send)
+        self.announcer = Announcer(loop, registry, self.send_queue, send)
         self._notices: deque[Address] = deque()     # who is still to be told that the server is back
         self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
             "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save}
@@ -989,7 +990,7 @@ class Server:
         self.keeper.answer(committed)
         self.postman.deliver()
         self.announcer.answer()
-        self.outbox.flush()
+        self.send_queue.flush()
         self.announcer.broadcast()
 
     def counters(self) -> dict[str, int]:
@@ -1040,7 +1041,7 @@ class Server:
         """Call a client offline that does not answer, and tell it so: if it lives, it says something, and is back."""
         log.info("%s does not answer: offline", session.nick)
         self.registry.went_offline(session, self.loop.wall())
-        self.outbox.put_for(session, self._pong(0, self.boot, session))
+        self.send_queue.put_for(session, self._pong(0, self.boot, session))
 
     def _answered(self, probe: Probe) -> None:
         """Tell all who wait for an answer that the client is there."""
@@ -1056,7 +1057,7 @@ class Server:
             self.gate.consider(probe.claim)
 
     def _on_ping(self, session: Session, info: Info) -> None:
-        self.outbox.put(self._pong(info["id"], self.boot, session), session.address)
+        self.send_queue.put(self._pong(info["id"], self.boot, session), session.address)
         self.postman.note_version(session, info["version"])
 
     def _on_sync(self, session: Session, info: Info) -> None:
@@ -1071,7 +1072,7 @@ class Server:
         if session is not None:
             log.info("%s deregistered", session.nick)
             self.registry.deregister(session, self.loop.wall())
-            self.outbox.put(encode("bye", {"session": session.id}), address)
+            self.send_queue.put(encode("bye", {"session": session.id}), address)
 
     def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
         return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.told,
@@ -1082,7 +1083,7 @@ class Server:
     def _send_notices(self) -> None:
         """Tell some of the clients that the server is back; those that run register again."""
         for _ in range(min(NOTICE_SLICE, len(self._notices))):
-            self.outbox.put(self._pong(0, self.boot), self._notices.popleft())
+            self.send_queue.put(self._pong(0, self.boot), self._notices.popleft())
         if self._notices:
             self.loop.call_at(self.loop.now() + NOTICE_INTERVAL, self._send_notices)
 

@@ -39,7 +39,7 @@ from unittest import mock
 import msgpack
 
 import protocol
-from client import OFFLINE, REGISTERING, Client
+from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
 from protocol import Address, encode
@@ -683,9 +683,9 @@ class Life(Node):
     def send(self, datagram: bytes, address: Address) -> None:
         """What the client calls to send: while it is not registered, only ``reg``."""
         state = self.client.link.state
-        if state in (OFFLINE, REGISTERING):
+        if state in (LINK_OFFLINE, LINK_REGISTERING):
             tags = [value["tag"] for value in unpack(datagram)]
-            if state is OFFLINE or tags != ["reg"]:
+            if state is LINK_OFFLINE or tags != ["reg"]:
                 raise Violation(f"{self.name} is {state} and sends {tags}")
         super().send(datagram, address)
 

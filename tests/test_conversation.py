@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from conversation import (DIRECT, EXISTS, NO_ACK, OFFLINE, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, REFUSED, RELAY, SAVE,
-                          SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place, Route)
+from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED, RELAY,
+                          SAVE, SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place, Route)
 from protocol import Address, Message, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
@@ -223,7 +223,7 @@ def test_for_somebody_offline_the_server_is_asked_at_once_and_each_message_says_
     world = World(BOB_OFFLINE)
     world.send("a")
     world.send("b", "c")
-    assert world.events() == [Event(OFFLINE, 1), Event(OFFLINE, 2)]
+    assert world.events() == [Event(RECIPIENT_OFFLINE, 1), Event(RECIPIENT_OFFLINE, 2)]
     sent = world.poll()
     assert addresses(sent) == {None} and texts_of(sent) == ["a", "b", "c"]
     world.conversation.locate(world.now, BOB_OFFLINE)
@@ -237,7 +237,7 @@ def test_somebody_who_goes_offline_takes_what_is_held_to_the_server() -> None:
     world.send("a")
     world.poll()
     world.conversation.locate(world.now, BOB_OFFLINE)
-    assert world.events() == [Event(OFFLINE, 1)] and texts_of(world.poll()) == ["a"]
+    assert world.events() == [Event(RECIPIENT_OFFLINE, 1)] and texts_of(world.poll()) == ["a"]
 
 
 def test_somebody_who_moves_is_followed() -> None:
@@ -475,7 +475,7 @@ def check_conversation(world: World, messages: list[str], events: list[Event]) -
 @given(CONVERSATION_STEPS)
 def test_each_message_closes_exactly_once_whatever_happens_in_between(steps: list[Any]) -> None:
     world, messages, events = World(), [], []
-    told = {NO_ACK: 0, OFFLINE: 0, EXISTS: 0}    # of how many of the messages
+    told = {NO_ACK: 0, RECIPIENT_OFFLINE: 0, EXISTS: 0}    # of how many of the messages
     conversation = world.conversation
     for step, *arguments in steps:
         base = conversation.stream.base

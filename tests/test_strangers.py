@@ -32,7 +32,7 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
+from client import LINK_LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
 from conversation import STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
@@ -330,10 +330,10 @@ def test_a_client_that_leaves_believes_only_the_answer_for_its_session(name: str
     tap.lost = lambda source, target, tag: source == "server"
     bob.type("dereg bob")
     world.run(0.1)
-    assert bob.client.link.state is LEAVING
+    assert bob.client.link.state is LINK_LEAVING
     shower(world, bob, name, 1.5)
     world.run(1.5)
-    assert bob.client.link.state is LEAVING and OFFLINE not in bob.lines
+    assert bob.client.link.state is LINK_LEAVING and OFFLINE not in bob.lines
     tap.lost = lambda source, target, tag: False
     world.run(2)
     assert bob.lines[-1] == OFFLINE
