@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place, Route)
+                          RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place,
+                          Route)
 from protocol import Address, Message, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
