@@ -61,6 +61,9 @@ class LinkState(Enum):
 LINK_OFFLINE, LINK_REGISTERING, LINK_SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
 LINK_ONLINE, LINK_RETURNING, LINK_LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
 
+REGISTERED_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
+COMMAND_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE)    # in which commands are carried out
+
 TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
     LINK_OFFLINE: (LINK_REGISTERING,), LINK_REGISTERING: (LINK_SYNCING, LINK_OFFLINE),
     LINK_SYNCING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_ONLINE: (LINK_RETURNING, LINK_LEAVING, LINK_OFFLINE),
@@ -153,7 +156,7 @@ class ServerLink:
     @property
     def is_registered(self) -> bool:
         """Whether the client is there for others: it has a session, or had one and gets another."""
-        return self.state in (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
+        return self.state in REGISTERED_STATES
 
     # registering
 
@@ -584,7 +587,6 @@ class Receiving:
     def __init__(self, loop: Loop, send: Send, link: ServerLink, inbox: Inbox, display: Display) -> None:
         self.inbox = inbox
         self.accepts = True                     # messages; not any more once the client is about to leave
-        self.has_more = False                   # something is ready that the display had no room for
         self._loop = loop
         self._send = send
         self._link = link
@@ -633,11 +635,8 @@ class Receiving:
         if self.inbox.holding:
             self._ask_about_mail()
 
-    def show(self) -> None:
-        """Hand to the display what is ready, as long as it has room."""
-        self.has_more = False
-        if not self.inbox.has_news:
-            return
+    def show(self) -> bool:
+        """Hand to the display what is ready, as long as it has room; return whether something is left."""
         display = self._display
         for delivery in self.inbox.take(self._loop.now(), display.output.has_room):
             via = "direct"
@@ -648,9 +647,9 @@ class Receiving:
                 display.show_messages(delivery, via, delivery.written)
             else:
                 display.write(b"", delivery.written)
-        self.has_more = self.inbox.is_ready
         if self.inbox.holding:
             self._ask_about_mail()
+        return self.inbox.is_ready
 
     def _greet(self) -> None:
         """Announce the mail that comes first after coming online."""
@@ -660,8 +659,6 @@ class Receiving:
 
     def acknowledge(self) -> None:
         """Ack every stream that brought something, or of which something was written."""
-        if not self.inbox.unacked:
-            return
         acks = self.inbox.acks()       # taken in any state: what is not answered now is not owed later
         if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
             for info, address in acks:
@@ -1005,7 +1002,7 @@ class Client:
     def takes_commands(self) -> bool:
         """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
         leaving = self.leaving
-        return self.link.state in (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE) and (
+        return self.link.state in COMMAND_STATES and (
             leaving.command is None and leaving.ending is None and not leaving.is_over)
 
     def dereg(self) -> None:
@@ -1039,42 +1036,52 @@ class Client:
     # the end of a turn
 
     def settle(self) -> None:
-        """End a turn: carry out commands, send what windows allow, write stdout, acknowledge what was written."""
+        """End a turn: carry out commands, send what windows allow, write stdout, acknowledge what was written.
+
+        The conditions only save calls, in a turn that is measured: the parts do nothing where there is nothing to do.
+        """
         if self.leaving.exit_code is not None:
             return
-        self.shell.run()
+        shell, outbox, inbox, display = self.shell, self.outbox, self.inbox, self.display
+        if shell.waiting:
+            shell.run()
         self.sending.settle()
-        if self.table_sync.has_news and self.display.output.has_room():
+        if self.table_sync.has_news and display.output.has_room():
             self.table_sync.has_news = False
-            self.display.tell("table")
-        self.receiving.show()
-        self.display.output.flush()
-        self.outbox.recount()
-        self.receiving.acknowledge()
+            display.tell("table")
+        has_more = (bool(inbox.holding) or inbox.is_ready) and self.receiving.show()
+        display.output.flush()
+        if outbox.awaiting_recount:
+            outbox.recount()
+        if inbox.unacked:
+            self.receiving.acknowledge()
         self.leaving.settle()
-        self._plan_next_turn(self._write_rest())
+        self._finish_turn(has_more)
         if self.leaving.is_over:
             self.leaving.finish()
 
-    def _write_rest(self) -> bool:
-        """Write what has been added since, draw the prompt; return whether room became free, which others wait for."""
-        output, errors = self.display.output, self.display.errors
-        lines, complaints = output.pending, errors.pending
-        if lines or complaints or self.display.prompt is not None:
-            self.display.flush()
-            asks_no_more = self.leaving.ending is not None or self.leaving.command is Reason.QUIT
-            self.display.draw(self.receipts.notices, self.shell.prompt, asks_no_more)
-        is_news = output.broken and self.leaving.reader_is_gone()
-        return is_news or output.pending < lines or errors.pending < complaints
+    def _finish_turn(self, has_more: bool) -> None:
+        """Write what was added since the flush; plan another turn if a limit has ended this one.
 
-    def _plan_next_turn(self, has_moved: bool) -> None:
-        """See to what the limits of this turn have left undone, and no event will recall.
-
-        What waits for room in the output is recalled when that has moved.
+        What waits for room in an output goes on when that has moved. ``has_more``: there are messages to show.
         """
-        shell, display = self.shell, self.display
+        shell, output, errors = self.shell, self.display.output, self.display.errors
+        has_moved = False
+        if output.pending or errors.pending or self.display.prompt is not None:
+            has_moved = self._write_rest()
+        if output.broken and self.leaving.reader_is_gone():
+            has_moved = True
         may_run = (not shell.has_ended or bool(shell.waiting)) and shell.may_run() and not self.outbox.is_full
         self._may_read = may_run and not shell.waiting
-        has_commands = may_run and shell.waiting and not display.errors.pending
-        if has_moved or has_commands or (self.receiving.has_more and display.output.has_room()):
+        has_commands = may_run and bool(shell.waiting) and not errors.pending
+        if has_moved or has_commands or (has_more and output.has_room()):
             self._next_turn.set(self._loop.now())
+
+    def _write_rest(self) -> bool:
+        """Write to both outputs, and draw the prompt; return whether one of them has moved."""
+        output, errors = self.display.output, self.display.errors
+        lines, complaints = output.pending, errors.pending
+        self.display.flush()
+        asks_no_more = self.leaving.ending is not None or self.leaving.command is Reason.QUIT
+        self.display.draw(self.receipts.notices, self.shell.prompt, asks_no_more)
+        return output.pending < lines or errors.pending < complaints

@@ -1015,11 +1015,6 @@ class Inbox:
         return bool(self._readable)
 
     @property
-    def has_news(self) -> bool:
-        """Whether ``take`` has anything to do."""
-        return bool(self.holding) or self.is_ready
-
-    @property
     def is_ready(self) -> bool:
         """Whether anything is ready to be shown."""
         mail = self._mail

@@ -169,6 +169,7 @@ class Scheduler:
         self._wait_began = clock
         self._wait_ended = clock
         self._timeout = 0.0         # s that the wait was to last at most
+        self._due = NEVER           # when the first timer was due, as the wait began
 
     def now(self) -> float:
         """Return the monotonic time of this turn, minus the time in which the process was suspended; seconds."""
@@ -183,7 +184,8 @@ class Scheduler:
         took = clock - self._wait_ended
         if took > LOST_TIME:
             self._lost += took - LOST_TIME
-        timeout = 0.0 if at_once else self.timers.next_time() - (clock - self._lost)
+        self._due = due = self.timers.next_time()
+        timeout = 0.0 if at_once else due - (clock - self._lost)
         if timeout < 0.0:
             timeout = 0.0
         elif timeout > MAX_WAIT:
@@ -299,8 +301,7 @@ class SelectorLoop(Scheduler):
         events = self._selector.select(timeout)
         ended = time.monotonic()
         self.end_wait(ended)
-        is_due = self.timers.next_time() <= self._now
-        self.reads_one = ended - began > WAITED and not is_due
+        self.reads_one = ended - began > WAITED and self._due > self._now
         for key, mask in events:
             for event, callback in self._watched.get(key.fd, NOBODY).items():
                 if mask & event:
@@ -309,8 +310,8 @@ class SelectorLoop(Scheduler):
             for watchers in list(self._always.values()):
                 for callback in watchers.values():
                     callback()
-        if is_due:
-            self.run_timers()
+        if self._due <= self._now:
+            self.timers.run(self._now)
         self.settle()
 
     def close(self) -> None:
