@@ -6,7 +6,7 @@ Rules of this file
   an event happens: it only says how an event is told.
 - Nothing blocks. Only ``Console`` touches the world.
 - Whatever bytes arrive, however they are cut: nothing raises, and the cuts change nothing.
-- It knows nothing of datagrams, streams or sessions.
+- It knows nothing of datagrams and sessions. Of streams it knows only that (stream, number) names a message.
 - It is imported at every start of the program, which must be quick: what only a terminal or JSON needs is imported
   when it is used, and a pattern is compiled when it is first used (``re`` caches it).
 
@@ -38,7 +38,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from conversation import RECEIVED, REFUSED, SAVED, Event
+from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from editor import Action, ActionKind, EditorScreen, Prompt, StatusRow, Style, text_width
 from loop import (NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean,
                   rfc3339)
@@ -53,6 +53,41 @@ SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot e
 REF_LIMIT = 256                         # characters of a ``ref``
 COMMAND_MARK = "/"                      # what a command begins with during a talk
 BLOCK_PREFIX = r"/?send {1,8}\S{1,64} "  # behind it, each line that is pasted at a terminal is a text for the same nick
+
+
+class Completion(Enum):
+    """Which nicks may complete the word behind a command."""
+
+    PEERS = "peers"
+    SELF = "self"
+
+
+class CommandSpec(NamedTuple):
+    """What there is to know of a command, beside the method of ``Shell`` that carries it out.
+
+    ``help``: its line in the list of commands, "" for none. ``json``: the type of its value in a JSON object (bool: it
+    must be true), None if it cannot be given in that way.
+    """
+
+    usage: str
+    help: str = ""
+    works_offline: bool = False
+    only_in_talk: bool = False
+    completes: Completion | None = None
+    json: type | None = None
+
+
+COMMANDS: dict[str, CommandSpec] = {
+    "send": CommandSpec("send NICK MESSAGE", "send MESSAGE (the rest of the line) to NICK", completes=Completion.PEERS),
+    "talk": CommandSpec("talk NICK", "send every line to NICK from now on; commands then begin with / (/who, /end ends"
+                        " it)", completes=Completion.PEERS),
+    "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=str),
+    "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=str),
+    "who": CommandSpec("who", "show everybody who is known", json=bool),
+    "help": CommandSpec("help", "show this", works_offline=True, json=bool),
+    "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=bool),
+    "end": CommandSpec("end", works_offline=True, only_in_talk=True),
+}
 
 
 class SendCommand:
@@ -130,7 +165,7 @@ class CommandReader:
     def __init__(self, reads_json: bool = False) -> None:
         self.talk = ""              # the nick that lines go to, or none
         self.ended = False          # nothing more will come
-        self.waiting: deque[str | SendCommand] = deque()    # of which ``take`` makes commands
+        self.waiting: deque[str | SendCommand] = deque()    # of which ``next_command`` makes commands
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
@@ -201,7 +236,7 @@ class CommandReader:
         """Make these the next command again."""
         self.waiting.appendleft(send)
 
-    def take(self) -> Command:
+    def next_command(self) -> Command:
         """Remove and return the next command."""
         line = self.waiting.popleft()
         if isinstance(line, SendCommand):
@@ -265,11 +300,10 @@ def json_command(line: str) -> Command:
     if type(nick) is str and type(text) is str and nick and _is_ref(ref):
         nick, text = re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text)
         return Command(SendCommand(nick, [text], ref))
-    for name in ("dereg", "reg"):
-        if type(found.get(name)) is str:
+    for name, spec in COMMANDS.items():
+        if spec.json is str and type(found.get(name)) is str:
             return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
-    for name in ("who", "help", "quit"):
-        if found.get(name) is True:
+        if spec.json is bool and found.get(name) is True:
             return Command(words=[name])
     return Command(invalid=line, ref=ref if _is_ref(ref) else None)
 
@@ -309,7 +343,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "full": EventFormat("[Mailbox of {to} is full, message not saved.]", FAILURE, "failed", "full"),
     "disk": EventFormat("[The server cannot save messages now, message for {to} not saved.]", FAILURE, "failed",
                         "disk"),
-    "not-sent": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
+    "send-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
     "undelivered": EventFormat("", FAILURE, "failed", "not-delivered"),
     "one-undelivered": EventFormat("[1 message not delivered.]", FAILURE, "undelivered"),
     "more-undelivered": EventFormat("[{count} messages not delivered.]", FAILURE, "undelivered"),
@@ -324,7 +358,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
     "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
     "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
-    "away": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
+    "command-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
     "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
     "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
     "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
@@ -333,21 +367,6 @@ STATUS = frozenset(EVENT_FORMATS)                               # everything but
 ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
 FOR_PEOPLE = frozenset({"back"})                                # not promised to scripts that read plain lines
 FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, in JSON
-
-
-class ReceivedTexts(Protocol):
-    """Texts of one sender, in order, as they are to be shown."""
-
-    @property
-    def sender(self) -> str: ...
-    @property
-    def texts(self) -> list[str]: ...       # at least one
-    @property
-    def times(self) -> list[float]: ...     # when each was sent, in seconds since 1970, for mail; empty for chat
-    @property
-    def stream(self) -> int: ...            # of the sender, ...
-    @property
-    def first(self) -> int: ...             # ... and the number of the first text in it
 
 
 @functools.lru_cache(maxsize=1024)
@@ -401,7 +420,7 @@ class TextFormatter:
     def _clock(self) -> str:
         return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
-    def messages(self, received: ReceivedTexts, via: str) -> str:
+    def messages(self, received: Delivery, via: str) -> str:
         """Return what somebody has sent; ``via``: the route that it came by."""
         texts = received.texts
         if not "".join(texts).isprintable():
@@ -452,7 +471,7 @@ class JsonFormatter(TextFormatter):
             told["text"] = form.line.format(**fields)
         return self._object(form.type, reason=form.reason, **told)
 
-    def messages(self, received: ReceivedTexts, via: str) -> str:
+    def messages(self, received: Delivery, via: str) -> str:
         """Return what somebody has sent, an object each; ``via``: the route that it came by."""
         sent: Sequence[str | None] = [rfc3339(at) for at in received.times] or [None] * len(received.texts)
         return "".join([
@@ -512,7 +531,7 @@ class Display:
             if complaint:
                 (self.errors.write if self.prompt is None else self.write)(complaint)
 
-    def show_messages(self, received: ReceivedTexts, via: str, written: Callable[[int], None]) -> None:
+    def show_messages(self, received: Delivery, via: str, written: Callable[[int], None]) -> None:
         """Show texts of others; ``written`` hears how many of them are written, each time that some are."""
         self.write(self.formatter.messages(received, via).encode(), written)
 
@@ -533,12 +552,12 @@ class Display:
         self.output.flush()
         self.errors.flush()
 
-    def draw(self, notices: Callable[[], Sequence[str]], question: str, is_ending: bool) -> None:
+    def draw(self, notices: Callable[[], Sequence[str]], prompt: str, is_ending: bool) -> None:
         """On a terminal, once all lines are written: draw the notices, and ask for the next command."""
-        prompt = self.prompt
-        if prompt is None or self.output.pending or (prompt.asks and is_ending):
+        row = self.prompt
+        if row is None or self.output.pending or (row.asks and is_ending):
             return
-        self.output.write(prompt.draw(notices(), question))
+        self.output.write(row.draw(notices(), prompt))
         self.output.flush()
 
 
@@ -639,7 +658,7 @@ class Receipts:
         """Tell what has happened to messages for ``nick``."""
         if self._observer is not None:
             self._observer.on_event(nick, event)
-        name = event.kind.line
+        name = event.kind.event_name
         if event.kind is REFUSED:
             self.has_failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
@@ -733,16 +752,6 @@ ANSWER_LIMIT = 2 ** 20    # bytes of backlog for stdout at which no command is r
 LINES_PER_TURN = 512      # commands carried out before the network gets its turn; sends to one nick are one
 SHOWN_OF_LINE = 80        # characters of a line that nobody understands
 
-HELP = """\
-send NICK MESSAGE   send MESSAGE (the rest of the line) to NICK
-talk NICK           send every line to NICK from now on; commands then begin with / (/who, /end ends it)
-dereg NICK          go offline (NICK: your own)
-reg NICK            come online again
-who                 show everybody who is known
-help                show this
-quit                go offline and end
-"""
-
 
 class KnownClient(NamedTuple):
     """A row of ``who``; ``address`` as HOST:PORT."""
@@ -760,7 +769,7 @@ class ChatClient(Protocol):
 
     @property
     def is_offline(self) -> bool: ...                       # it has deregistered
-    def takes_commands(self) -> bool: ...                   # now
+    def accepts_commands(self) -> bool: ...                   # now
     def dereg(self) -> None: ...                            # go offline, once all sends before are settled
     def reg(self) -> None: ...                              # come online
     def quit(self) -> None: ...                             # go offline, and end
@@ -776,7 +785,9 @@ class Shell:
 
     def __init__(self, client: ChatClient, display: Display, receipts: Receipts,
                  queue: Callable[[SendCommand], bool]) -> None:
-        """``queue``: queues texts for a nick that is known; returns False if what is left of them must wait."""
+        """``queue``: queues as many texts for a known nick as there is room for, and removes them from the command;
+        returns False if none could be queued now.
+        """
         self.has_failed = False
         self.has_ended = False      # nothing more will come from stdin
         self._client = client
@@ -786,9 +797,9 @@ class Shell:
         self._is_closed = False
         self._reader = CommandReader(display.formatter.is_for_programs)
         self.waiting = self._reader.waiting     # what was read and not carried out
-        self._commands: dict[str, Callable[[str, Sequence[str]], None]] = {
+        self._methods: dict[str, Callable[..., None]] = {       # of the commands in ``COMMANDS``, but for ``send``
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
-            "who": self._do_who, "help": self._do_help, "quit": self._do_quit}
+            "who": self._do_who, "help": self._do_help, "quit": client.quit}
 
     # in
 
@@ -824,7 +835,7 @@ class Shell:
     def may_run(self) -> bool:
         """Return whether a command may be carried out now: there is room for what it may say, too."""
         display = self._display
-        return (self._client.takes_commands()
+        return (self._client.accepts_commands()
                 and display.output.pending < ANSWER_LIMIT and display.errors.pending < OUTPUT_LIMIT)
 
     def run(self) -> None:
@@ -832,7 +843,7 @@ class Shell:
         for _ in range(LINES_PER_TURN):
             if not self.waiting or not self.may_run():
                 return
-            command = self._reader.take()
+            command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
             if command.send is not None:
@@ -848,7 +859,7 @@ class Shell:
         """Send texts; return False if some must wait."""
         if self._client.is_offline:
             for text in send.texts:
-                self._display.tell("not-sent", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
+                self._display.tell("send-while-offline", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
             return True
         if not self._client.knows(send.nick):
             send.nick = unicodedata.normalize("NFC", send.nick)
@@ -861,86 +872,73 @@ class Shell:
         return is_done
 
     def _do(self, name: str, *words: str) -> None:
-        slash = self._reader.slash
-        if self._client.is_offline and name not in ("reg", "help", "quit", "end"):
-            self._display.tell("away", usage=self._way_back())
-        elif name == "send":
-            self._tell_usage("send NICK MESSAGE")
-        elif name not in self._commands or (name == "end" and not slash):
+        spec, slash = COMMANDS.get(name), self._reader.slash
+        if self._client.is_offline and (spec is None or not spec.works_offline):
+            self._display.tell("command-while-offline", usage=self._way_back())
+        elif spec is None or (spec.only_in_talk and not slash):
             self.has_failed = self.has_failed or bool(slash)      # it may have been meant as a text
             self._display.tell("command", name=clean(slash + name), help=slash + "help")
         else:
-            self._commands[name](name, words)
+            self._carry_out(name, words)
+
+    def _carry_out(self, name: str, words: Sequence[str]) -> None:
+        """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
+        usage = COMMANDS[name].usage
+        if name == "send" or len(words) + 1 != len(usage.split()):      # a ``send`` that is complete is no word here
+            self._display.tell("usage", usage=self._reader.slash + usage)
+        else:
+            self._methods[name](*words)
 
     def _way_back(self) -> str:
         """Return what to say to come online."""
         return f"{self._reader.slash}reg {self._client.nick}"
 
-    def _tell_usage(self, usage: str) -> None:
-        self._display.tell("usage", usage=self._reader.slash + usage)
-
-    def _has_words(self, name: str, words: Sequence[str], usage: str = "") -> bool:
-        """Return whether a command has the words that its usage asks for; tell the usage if not."""
-        if len(words) == len(usage.split()):
-            return True
-        self._tell_usage(f"{name} {usage}".rstrip())
-        return False
-
     def _is_own_nick(self, word: str) -> bool:
         return unicodedata.normalize("NFC", word) == self._client.nick
 
-    def _do_talk(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words, "NICK"):
-            nick = unicodedata.normalize("NFC", words[0])
-            if not self._client.knows(nick):
-                self.has_failed = True      # the lines that follow would go to nobody
-                self._display.tell("talk-unknown", nick=clean(nick))
-            else:
-                self._reader.talk = nick
+    def _do_talk(self, word: str) -> None:
+        nick = unicodedata.normalize("NFC", word)
+        if not self._client.knows(nick):
+            self.has_failed = True      # the lines that follow would go to nobody
+            self._display.tell("talk-unknown", nick=clean(nick))
+        else:
+            self._reader.talk = nick
 
-    def _do_end(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words):
-            self._reader.talk = ""
+    def _do_end(self) -> None:
+        self._reader.talk = ""
 
-    def _do_dereg(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words, "NICK"):
-            if self._is_own_nick(words[0]):
-                self._client.dereg()
-            else:
-                self._display.tell("dereg-other")
+    def _do_dereg(self, word: str) -> None:
+        if self._is_own_nick(word):
+            self._client.dereg()
+        else:
+            self._display.tell("dereg-other")
 
-    def _do_reg(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words, "NICK"):
-            if not self._is_own_nick(words[0]):
-                self._display.tell("reg-other", nick=self._client.nick)
-            elif self._client.is_offline:
-                self._client.reg()
-            else:
-                self._display.tell("registered-already")
+    def _do_reg(self, word: str) -> None:
+        if not self._is_own_nick(word):
+            self._display.tell("reg-other", nick=self._client.nick)
+        elif self._client.is_offline:
+            self._client.reg()
+        else:
+            self._display.tell("registered-already")
 
-    def _do_who(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words):
-            rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
-            self._display.write(self._display.formatter.clients(rows).encode())
+    def _do_who(self) -> None:
+        rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
+        self._display.write(self._display.formatter.clients(rows).encode())
 
-    def _do_help(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words):
-            self._display.write(self._display.formatter.help(HELP).encode())
-
-    def _do_quit(self, name: str, words: Sequence[str]) -> None:
-        if self._has_words(name, words):
-            self._client.quit()
+    def _do_help(self) -> None:
+        lines = [f"{spec.usage:20}{spec.help}\n" for spec in COMMANDS.values() if spec.help]
+        self._display.write(self._display.formatter.help("".join(lines)).encode())
 
     def hand_back_rest(self) -> None:
         """Report the texts of the lines that were read, but are not carried out any more, as not delivered."""
         while self.waiting:
-            command = self._reader.take()
+            command = self._reader.next_command()
             if command.send is not None:
                 self._receipts.hand_back(command.send)
             elif command.words:
                 name, *words = command.words
                 if name == "talk" or (name == "end" and self._reader.talk):
-                    self._commands[name](name, words)       # it says to whom the lines behind it were to go
+                    self._carry_out(name, words)            # it says to whom the lines behind it were to go
                 elif name == "quit":
                     self._reader.clear()                    # what stands behind it was not meant to be done
 
@@ -952,11 +950,13 @@ class Shell:
         words, word = before[:start].split(), before[start:]
         slash = self._reader.slash
         if not words:
-            found = [slash + name for name in ("send", *sorted(self._commands)) if name != "end" or slash]
+            names = sorted(COMMANDS, key=lambda name: (name != "send", name))
+            found = [slash + name for name in names if slash or not COMMANDS[name].only_in_talk]
             return start, [name for name in found if slash + word and name.startswith(word)]
-        if len(words) > 1 or words[0] not in [slash + name for name in ("send", "talk", "dereg", "reg")]:
+        spec = COMMANDS.get(words[0][len(slash):]) if words[0].startswith(slash) else None
+        if len(words) > 1 or spec is None or spec.completes is None:
             return start, []
-        if words[0] in (slash + "dereg", slash + "reg"):
+        if spec.completes is Completion.SELF:
             return start, [nick for nick in [self._client.nick] if nick.startswith(word)]
         others = [known for known in self._client.clients() if known.nick != self._client.nick]
         others.sort(key=lambda known: not known.is_online)      # a stable sort: the order of the nicks stays

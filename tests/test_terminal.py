@@ -21,7 +21,7 @@ def test_a_line_that_is_too_long_means_the_same_however_it_is_cut(reads_json: bo
         commands.feed(data[start:start + cut])
     found = []
     while commands.waiting:
-        found.append(commands.take())
+        found.append(commands.next_command())
     texts = [found[0], found[-1]]
     assert [command.send.texts for command in texts if command.send] == [["before"], ["behind"]]
     long, = found[1:-1]
@@ -36,5 +36,5 @@ def test_an_object_that_is_too_long_means_nothing(line: str) -> None:
     commands = CommandReader(True)
     commands.feed(line.encode())
     commands.feed(b"\n")
-    command = commands.take()
+    command = commands.next_command()
     assert command.invalid and command.send is None and command.ref is None
