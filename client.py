@@ -29,7 +29,7 @@ from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
 from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
-from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Message, encode, padded, since_of
+from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, padded, since_of
 from registry import ONLINE, Mirror, Page
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
@@ -72,15 +72,16 @@ TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
 
 
 class LinkOwner(Protocol):
-    """Who hears of what happens between a client and its server."""
+    """What a ``ServerLink`` reports to its owner."""
 
     def on_registered(self, session: bytes, boot: int, version: int) -> None: ...   # version: of the server's table
-    def on_session_lost(self) -> None: ...                  # another one is on its way
+    def on_session_lost(self) -> None: ...                  # the server does not know it; a new one is asked for
     def on_server_silent(self, is_news: bool) -> None: ...
     def on_server_back(self, is_same: bool) -> None: ...    # is_same: it still knows the session
-    def on_pong(self, asked: float, version: int, mail: int) -> None: ...   # to a ping of that time
+    # the answer to a ping sent at ``asked``: the version of the server's table, the number of the last mail
+    def on_pong(self, asked: float, version: int, mail: int) -> None: ...
     def on_refused(self, reason: str) -> None: ...
-    def on_unanswered(self) -> None: ...                    # a client that starts, or leaves
+    def on_unanswered(self) -> None: ...                    # no answer to a start or to a dereg: the client ends
     def on_left(self) -> None: ...
 
 
@@ -139,8 +140,8 @@ class ServerLink:
         self._last_pong = -NEVER                # when an unasked one caused a ping
         self._registration = Request(loop, self._send_reg, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
-        self._ping = Request(loop, self.ping, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
-        self._ping_timer = RestartableTimer(loop, self._ping.start)
+        self._ping_request = Request(loop, self.send_ping, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_timer = RestartableTimer(loop, self._ping_request.start)
 
     def _go(self, state: LinkState) -> None:
         """Change the state: the only place where that happens."""
@@ -154,8 +155,8 @@ class ServerLink:
         return self.state in (LINK_REGISTERING, LINK_SYNCING)
 
     @property
-    def is_registered(self) -> bool:
-        """Whether the client is there for others: it has a session, or had one and gets another."""
+    def has_joined(self) -> bool:
+        """Whether others may know us: there is a session, or a new one is asked for after an earlier one."""
         return self.state in REGISTERED_STATES
 
     # registering
@@ -202,7 +203,7 @@ class ServerLink:
         self._owner.on_registered(info["session"], info["boot"], info["version"])
 
     def _reg_unanswered(self) -> None:
-        """Five attempts without an answer end a client that starts; one that was online goes on trying."""
+        """End a client that starts; one that was online tries again."""
         if self.is_starting:
             self._owner.on_unanswered()
         else:
@@ -230,12 +231,12 @@ class ServerLink:
 
     def _try_again(self) -> None:
         """Register, if that is still wanted: the server that restarted was full."""
-        if self.is_registered and not self._registration.is_running:
+        if self.has_joined and not self._registration.is_running:
             self._register()
 
     def on_own_state(self, is_online: bool) -> None:
         """Note whether the table shows us online."""
-        if is_online and self.is_registered and not self._registration.is_running:
+        if is_online and self.has_joined and not self._registration.is_running:
             self._go(LINK_ONLINE)
         elif not is_online and self.state is LINK_ONLINE:
             self._go(LINK_RETURNING)
@@ -260,22 +261,22 @@ class ServerLink:
             self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
 
     def _plan_ping(self) -> None:
-        self._ping.stop()
+        self._ping_request.stop()
         self._ping_timer.set(self._loop.now() + jittered(self._loop, PING_INTERVAL))
 
-    def ping_now(self) -> None:
+    def ping_until_answered(self) -> None:
         """Ping until an answer comes, from now on."""
-        if not self._ping.is_running:
-            self._ping.start()
+        if not self._ping_request.is_running:
+            self._ping_request.start()
 
-    def ping(self) -> None:
+    def send_ping(self) -> None:
         """Send one ping, if there is a session: its answer tells how much mail there is."""
-        if self.is_registered and self.session is not None:
-            self._emit_ping(self.session)
+        if self.has_joined and self.session is not None:
+            self._send_ping(self.session)
         else:
-            self._ping.stop()
+            self._ping_request.stop()
 
-    def _emit_ping(self, session: bytes) -> None:
+    def _send_ping(self, session: bytes) -> None:
         id_ = new_id(self._loop)
         self._pings[id_] = self._loop.now()
         while len(self._pings) > PINGS_REMEMBERED:
@@ -285,7 +286,7 @@ class ServerLink:
 
     def sync(self, version: int) -> bool:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
-        if not self.is_registered or self.session is None:
+        if not self.has_joined or self.session is None:
             return False
         self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.server)
         return True
@@ -300,7 +301,7 @@ class ServerLink:
 
     def on_pong(self, info: Info) -> None:
         """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
-        if not self.is_registered and self.state is not LINK_LEAVING:
+        if not self.has_joined and self.state is not LINK_LEAVING:
             return
         asked = self._pings.pop(info["id"], None)
         if asked is None:
@@ -315,20 +316,20 @@ class ServerLink:
         self._owner.on_pong(asked, info["version"], info["mail"])
 
     def _on_unasked_pong(self) -> None:
-        """Somebody says that the server has restarted, maybe the server: a ping will tell."""
+        """Ping if an unasked pong hints that the server has restarted: anybody can forge that hint."""
         now = self._loop.now()
         if self.state is LINK_LEAVING:
             if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
                 self._last_pong = now
                 if self.session is not None:
-                    self._emit_ping(self.session)
-        elif not self._ping.is_running and now - self._last_pong > PONG_INTERVAL:
+                    self._send_ping(self.session)
+        elif not self._ping_request.is_running and now - self._last_pong > PONG_INTERVAL:
             self._last_pong = now
             self._ping_timer.set(now + self._loop.random.uniform(0, 1))     # not all clients in the same instant
 
     def _session_is_gone(self) -> None:
-        """The server does not know this session any more: register again, unless there is just nothing to leave."""
-        self._ping.stop()
+        """Register again, or be offline if we are leaving anyway."""
+        self._ping_request.stop()
         self._ping_timer.cancel()
         if self.state is LINK_LEAVING:
             self._owner.on_left()
@@ -343,7 +344,7 @@ class ServerLink:
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
-        if info["to"] == self._nick and self.session is not None and (self.is_registered or self.state is LINK_LEAVING):
+        if info["to"] == self._nick and self.session is not None and (self.has_joined or self.state is LINK_LEAVING):
             answer: Info = {"id": info["id"], "nick": self._nick}
             if is_trusted:
                 answer["session"] = self.session
@@ -371,7 +372,7 @@ class ServerLink:
         """Neither register nor ping any more."""
         self._ping_timer.cancel()
         self._registration.stop()
-        self._ping.stop()
+        self._ping_request.stop()
 
     def close(self) -> None:
         """Be offline, whatever was going on."""
@@ -443,7 +444,7 @@ class TableSync(Mirror):
             self._ask()
 
     def end_session(self) -> None:
-        """There is no session: nobody to ask."""
+        """Stop asking for the table: there is no session."""
         self._sync_timer.cancel()
 
     def stop(self) -> None:
@@ -470,7 +471,7 @@ class TableSync(Mirror):
 
     def on_table(self, info: Info) -> None:
         """Accept a page of the table."""
-        if not self._link.is_registered:
+        if not self._link.has_joined:
             return
         changed = self.apply(Page(since_of(info), info["version"], info["set"]))
         if changed is None:
@@ -493,10 +494,10 @@ class TableSync(Mirror):
         """Tell the server and the user, once a session, that the table is here."""
         if not self._is_confirmed:
             self._is_confirmed = self.has_news = True
-            self._link.ping_now()       # the version is in the ping
+            self._link.ping_until_answered()       # the version is in the ping
 
     def _distrust(self) -> None:
-        """The table is too old to say who is online, and there is no other: messages go to the server."""
+        """Count everybody as offline: the old table's time is over."""
         self._note_changes(self.distrust())
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
@@ -529,7 +530,7 @@ class Sending:
         self._timer = RestartableTimer(loop, lambda: None)     # the end of the turn polls
 
     def queue(self, command: SendCommand) -> bool:
-        """Queue as many of the texts as there is room for; return False if the rest must wait.
+        """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
 
         Texts for somebody whose messages are stuck fail at once while the queue is full, so that a script goes on.
         """
@@ -540,9 +541,8 @@ class Sending:
         if room:
             texts = self._receipts.fitting(command, command.take(room))
             if texts:
-                stream = outbox.conversations[nick].stream
-                self._receipts.track(nick, stream.id, stream.end, texts, command.ref)
-                outbox.send(now, nick, texts, self._loop.wall())
+                stream, first = outbox.send(now, nick, texts, self._loop.wall())
+                self._receipts.track(nick, stream, first, texts, command.ref)
             return True
         if outbox.is_stuck(now, nick):
             self._receipts.hand_back(command)
@@ -556,7 +556,8 @@ class Sending:
         if link.was_heard:
             link.was_heard = False
             outbox.server_heard(self._loop.now())
-        if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:
+        may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING    # see ``Client.receive``
+        if not may_send:
             return
         now = self._loop.now()
         if outbox.due() <= now:
@@ -568,7 +569,7 @@ class Sending:
 
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
-        for nick, events in self.outbox.take_events():
+        for nick, events in self.outbox.pop_events():
             for event in events:
                 if event.kind is SILENT:
                     self._link.announce_silence()
@@ -591,7 +592,7 @@ class Receiving:
         self._send = send
         self._link = link
         self._display = display
-        self._is_online = False                 # in our own table: mail is relayed, not kept
+        self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
         self._is_greeted = False                # "[You have messages]" was shown for this coming online
         self._hold_timer = RestartableTimer(loop, self._look_after_holds)
 
@@ -624,10 +625,10 @@ class Receiving:
 
     def _ask_about_mail(self) -> None:
         """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it."""
-        if not self._hold_timer.is_set and self._link.is_registered:
+        if not self._hold_timer.is_set and self._link.has_joined:
             self._hold_timer.set(self._loop.now() + jittered(self._loop, SERVER_INTERVAL))
             if self.inbox.is_asking:
-                self._link.ping()
+                self._link.send_ping()
 
     def _look_after_holds(self) -> None:
         if self._loop.drained:
@@ -646,7 +647,7 @@ class Receiving:
             if delivery.texts:
                 display.show_messages(delivery, via, delivery.written)
             else:
-                display.write(b"", delivery.written)
+                display.write(b"", delivery.written)    # nothing to show: called once all before it is written
         if self.inbox.holding:
             self._ask_about_mail()
         return self.inbox.is_ready
@@ -659,8 +660,9 @@ class Receiving:
 
     def acknowledge(self) -> None:
         """Ack every stream that brought something, or of which something was written."""
-        acks = self.inbox.acks()       # taken in any state: what is not answered now is not owed later
-        if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
+        acks = self.inbox.acks()       # in every state: an ack that may not be sent now is dropped
+        may_send = self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING
+        if may_send:
             for info, address in acks:
                 self._send(encode("ack", info), address if address is not None else self._link.server)
 
@@ -682,11 +684,16 @@ class Reason(Enum):
 
 
 class Leaving:
-    """The order in which a client goes offline (``dereg``) or ends (``quit``, end of stdin, a signal, no reader).
+    """The order in which a client goes offline (``dereg``) or ends (``quit``, end of stdin, a signal, no reader)::
 
-    First every send must have its closing line, or be stuck. Then no message is accepted any more, and those that were
-    are written. Then the client deregisters. Then, unless it only goes offline, it reports what was not delivered, and
-    ends once that is written. A signal, or a reader that is gone, allows 1.5 s for all of it.
+        stage           what happens                                    until
+        CLOSING_SENDS   no further command is carried out               every send is closed or stuck, or the deadline
+        WRITING         messages are not accepted any more              stdout has everything, or the deadline
+        DEREGISTERING   the link leaves                                 ``bye``, or no answer
+        WRITING_REPORT  ``_stop``: what was not delivered is reported   stdout and stderr have everything: exit_code
+
+    After ``dereg`` the client is offline behind DEREGISTERING, and goes on. A signal, or a reader that is gone, sets a
+    deadline of 1.5 s. ``_end_now`` ends any stage at once.
     """
 
     def __init__(self, loop: Loop, link: ServerLink, table: TableSync, sending: Sending, receipts: Receipts,
@@ -694,7 +701,7 @@ class Leaving:
         """``stay``: the end of stdin does not end the client; ``may_end``: returns whether it does so already."""
         self.command: Reason | None = None
         self.ending: Reason | None = None
-        self.is_over = False                    # but for the writing
+        self.is_over = False                    # nothing is left but the writing
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
         self._deadline = NEVER
@@ -731,7 +738,7 @@ class Leaving:
         is_late = self._loop.now() >= self._deadline
         if not is_late and not self._sending.outbox.is_settled:
             return
-        if not self._link.is_registered:
+        if not self._link.has_joined:
             self._conclude()
             return
         self._receiving.accepts = False
@@ -764,7 +771,7 @@ class Leaving:
         self.exit_code = self._result
 
     def interrupt(self) -> None:
-        """Ctrl-C or SIGTERM: end in order; the second time, at once."""
+        """End in order on Ctrl-C or SIGTERM; the second time, at once."""
         if self._is_interrupted:
             self._end_now()
             return
@@ -846,11 +853,11 @@ class Client:
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
         self.shell = Shell(self, display, self.receipts, self.sending.queue)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
-                               self.shell, stay, self.takes_commands)
+                               self.shell, stay, self.accepts_commands)
         self._loop = loop
         self._send = send
         self._may_read = False                  # stdin, as of the end of the last turn
-        self._allowance = 0                     # bytes that may tell a stranger that this is somebody else
+        self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
         self._next_turn = RestartableTimer(loop, lambda: None)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self.link.on_cookie}
@@ -874,20 +881,21 @@ class Client:
         """
         if self.leaving.is_over:
             return
-        messages, link = self.decoder.decode(datagram), self.link
+        maps, link = self.decoder.decode(datagram), self.link
         if address != link.server and address != link.other_server:
             self._allowance = len(datagram)
-            is_online = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
-            for tag, info in messages:
+            # else nothing is sent or accepted; no property of the link, because that would cost a call per message
+            may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
+            for tag, info in maps:
                 handler = self._from_peers.get(tag)
-                if handler is not None and (is_online or tag == "cookie"):
+                if handler is not None and (may_send or tag == "cookie"):
                     handler(info, address)
         else:
-            self._receive_from_server(messages, address)
+            self._receive_from_server(maps, address)
 
-    def _receive_from_server(self, messages: Sequence[Message], address: Address) -> None:
+    def _receive_from_server(self, maps: Sequence[Map], address: Address) -> None:
         link, is_trusted = self.link, False
-        for tag, info in messages:
+        for tag, info in maps:
             if tag == "for":
                 is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES]
                 if is_trusted:
@@ -944,12 +952,12 @@ class Client:
         """Tell of an outage; what waits for the server is stuck."""
         self.display.tell("silent")
         if is_news:
-            self.outbox.server_unreachable = True
+            self.outbox.server_is_silent = True
             self.table_sync.interval = OUTAGE_PING_INTERVAL
 
     def on_server_back(self, is_same: bool) -> None:
         """Tell that an outage has passed."""
-        self.outbox.server_unreachable = False
+        self.outbox.server_is_silent = False
         self.table_sync.interval = SYNC_INTERVAL
         if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
             self.display.tell("back")
@@ -975,7 +983,7 @@ class Client:
         self.table_sync.interval = SYNC_INTERVAL
         self.receiving.stop_asking()
         self.receiving.start_over()
-        self.outbox.server_unreachable = False
+        self.outbox.server_is_silent = False
         self.outbox.offline = True
         self.leaving.command = None
         self.display.tell("left", nick=self.nick)
@@ -990,7 +998,7 @@ class Client:
         self.receiving.on_own_state(is_online)
         self.link.on_own_state(is_online)
         if not is_online and (was_online or self.table_sync.is_of_this_boot):
-            self.link.ping_now()
+            self.link.ping_until_answered()
 
     # what the shell asks for
 
@@ -999,7 +1007,7 @@ class Client:
         """Whether the client has deregistered."""
         return self.link.state is LINK_OFFLINE
 
-    def takes_commands(self) -> bool:
+    def accepts_commands(self) -> bool:
         """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
         leaving = self.leaving
         return self.link.state in COMMAND_STATES and (
@@ -1061,24 +1069,27 @@ class Client:
             self.leaving.finish()
 
     def _finish_turn(self, has_more: bool) -> None:
-        """Write what was added since the flush; plan another turn if a limit has ended this one.
+        """Write what was added since the flush, and plan another turn if there is still something to do.
 
-        What waits for room in an output goes on when that has moved. ``has_more``: there are messages to show.
+        There is if some of a backlog was written, so that there is room again, or if a limit has left commands or
+        messages (``has_more``) for later.
         """
         shell, output, errors = self.shell, self.display.output, self.display.errors
-        has_moved = False
+        goes_on = False
         if output.pending or errors.pending or self.display.prompt is not None:
-            has_moved = self._write_rest()
+            goes_on = self._write_rest()
         if output.broken and self.leaving.reader_is_gone():
-            has_moved = True
-        may_run = (not shell.has_ended or bool(shell.waiting)) and shell.may_run() and not self.outbox.is_full
-        self._may_read = may_run and not shell.waiting
-        has_commands = may_run and bool(shell.waiting) and not errors.pending
-        if has_moved or has_commands or (has_more and output.has_room()):
+            goes_on = True
+        if shell.waiting:
+            self._may_read = False      # these come first
+            goes_on = goes_on or (shell.may_run() and not self.outbox.is_full and not errors.pending)
+        else:
+            self._may_read = not shell.has_ended and shell.may_run() and not self.outbox.is_full
+        if goes_on or (has_more and output.has_room()):
             self._next_turn.set(self._loop.now())
 
     def _write_rest(self) -> bool:
-        """Write to both outputs, and draw the prompt; return whether one of them has moved."""
+        """Write to both outputs, and draw the prompt; return whether anything could be written."""
         output, errors = self.display.output, self.display.errors
         lines, complaints = output.pending, errors.pending
         self.display.flush()

@@ -10,7 +10,7 @@ Rules of this module
 - The number of a message in its stream is the same on every route. The recipient shows each number once.
 - A stream has one route at a time. A change of route takes everything pending along, lowest number first.
 - Nothing that a peer sends makes memory grow without bound: every collection here has a limit.
-- The constants here are choices of this implementation. Those that both ends must agree on are in ``protocol``.
+- Sizes and numbers that both ends must agree on are in ``protocol``; times are beside the timer that they govern.
 
 The life of one ``send``
 ------------------------
@@ -50,10 +50,10 @@ from bisect import bisect_right
 from collections import deque
 from enum import Enum
 from itertools import islice
-from typing import Any, NamedTuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from protocol import (MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, PIECE_MEMORY, SESSION_BYTES, Address, Info,
+from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SESSION_BYTES, Address, Info,
                       are_short, encode, join_pieces, letters_of, runs_of_one_stream, split_text, text_sizes)
 from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOTHING_DELIVERED, Packet, ReceiveStream, SendStream, Snapshot
 
@@ -71,7 +71,7 @@ TIME_RUNS_KEPT = 8192     # runs of sending times of a stream, more than a clien
 
 
 class Route(Enum):
-    """The way that the messages of a conversation take."""
+    """The route of a conversation's messages."""
 
     DIRECT = "direct"       # straight to the recipient
     SAVE = "save"           # to the server, which probes the recipient first if it seems to be online
@@ -89,8 +89,8 @@ class EventKind(Enum):
     RECIPIENT_OFFLINE = "offline"   # the recipient is offline: they go to the server
     EXISTS = "exists"       # the server says that the recipient is there: they go straight once more
 
-    def __init__(self, line: str) -> None:
-        self.line = line    # the value, as a plain attribute: Enum.value takes two calls in Python 3.11
+    def __init__(self, event_name: str) -> None:
+        self.event_name = event_name    # the key in EVENT_FORMATS; as an attribute, because Enum.value takes two calls
 
 
 # module constants, because the look-up of a member in its class is slow
@@ -141,6 +141,16 @@ class SendTimes:
         return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
 
 
+class Backlog:
+    """How much is pending: numbers, and their bytes."""
+
+    __slots__ = ("numbers", "size")
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self.size = 0
+
+
 class Conversation:
     """The life of one client's sends to one recipient.
 
@@ -166,7 +176,8 @@ class Conversation:
         self.place: Place | None = None
         self.stuck = False
         self.addresses: deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: acks count from there
-        self.last_count = (False, 0, 0)             # the outbox's: whether stuck, numbers and bytes pending
+        self.counted = Backlog()                    # what the outbox has counted as pending here, ...
+        self.is_counted_as_stuck = False            # ... and in which of its backlogs
         self._address: Address | None = None        # where DIRECT goes now
         self._follows_table = False                 # this is the route that the table suggests, and it was not changed
         self._is_last_try = False                   # this is the second DIRECT, after EXISTS
@@ -184,14 +195,23 @@ class Conversation:
     # encoding
 
     def _capacity(self, route: Route) -> int:
-        """Return how many bytes the items may take in a datagram of this route, beside the largest header."""
-        return MAX_DATAGRAM - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - 4
+        """Return how many bytes the items may take in a datagram of this route, beside the largest header.
+
+        The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
+        """
+        return MAX_DATAGRAM - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
 
     def _pending_sizes(self, items: list[Any]) -> list[int]:
         return text_sizes(items, self.stream.base, self.stream.continued, self.route is not DIRECT)
 
     def _frame(self, route: Route, first: int, base: int, texts: list[str], more: Sequence[int],
                times: Sequence[float]) -> bytes:
+        """Return a datagram.
+
+        Packets are packed again after a loss or a change of route, so nothing here may belong to the datagram. What
+        belongs to a text is a list by number, like ``more`` and ``at``, and counts in ``text_sizes``. Each field must
+        be in the sample of ``_capacity``, with its largest value.
+        """
         info: Info = {"to": self.peer, "stream": self.id, "n": first, "base": base, "text": texts}
         if more:
             info["more"] = more
@@ -280,19 +300,21 @@ class Conversation:
         """Process an ack that came straight from the recipient (DIRECT) or from the server (SAVE)."""
         stream = self.stream
         base = stream.base
-        messages = 0
+        messages: int | None = None
         if stream.continued and base < next_ <= stream.top:
             messages = self._count(base, next_)     # now: the stream forgets which numbers are continued
         closed = stream.on_ack(now, next_, have, room)
         if (route is DIRECT) == (self.route is DIRECT):     # any answer on the route in use is a sign of life
             self._silent_since = NEVER
         if closed:
+            if messages is None:
+                messages = closed       # without long texts, each number is a message
             # An ack from the other route closes messages, too: it was late, but it is true.
             if route is DIRECT:
                 self._is_last_try = False
-                event = Event(RECEIVED, messages or closed, "", base)       # without long texts, each number is one
+                event = Event(RECEIVED, messages, "", base)
             else:
-                event = Event(SAVED, messages or closed, "", base, self.route is RELAY)
+                event = Event(SAVED, messages, "", base, self.route is RELAY)
             self._close(now, event)
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: Route) -> None:
@@ -477,20 +499,10 @@ QUEUE_SIZE = 4 * 2 ** 20  # bytes that may be queued
 CONVERSATIONS_KEPT = 10_000     # of one client; beyond it, those go first in which nothing is pending
 
 
-class Backlog:
-    """How much is pending: numbers, and their bytes."""
-
-    __slots__ = ("numbers", "size")
-
-    def __init__(self) -> None:
-        self.numbers = 0
-        self.size = 0
-
-
 class Outbox:
     """All that one client sends: a conversation with each recipient, when each is due, and how much is pending.
 
-    What waits while the server does not answer (``server_unreachable``), or while the client is deregistered
+    What waits while the server does not answer (``server_is_silent``), or while the client is deregistered
     (``offline``), is stuck: it has a backlog of its own, so that it does not keep messages to others from being queued.
     """
 
@@ -501,7 +513,7 @@ class Outbox:
         self._me = me
         self._ack_timeout = ack_timeout
         self._session = bytes(SESSION_BYTES)
-        self._server_unreachable = False
+        self._server_is_silent = False
         self._offline = False
         self._by_stream: dict[int, Conversation] = {}
         self._sending: dict[str, Conversation] = {}     # with messages that are not closed
@@ -512,13 +524,13 @@ class Outbox:
         self._stuck = Backlog()
 
     @property
-    def server_unreachable(self) -> bool:
+    def server_is_silent(self) -> bool:
         """Whether the server does not answer."""
-        return self._server_unreachable
+        return self._server_is_silent
 
-    @server_unreachable.setter
-    def server_unreachable(self, unreachable: bool) -> None:
-        self._server_unreachable = unreachable
+    @server_is_silent.setter
+    def server_is_silent(self, is_silent: bool) -> None:
+        self._server_is_silent = is_silent
         self._count_all()
 
     @property
@@ -549,12 +561,12 @@ class Outbox:
     # how much is pending
 
     def _is_stuck(self, conversation: Conversation, route: Route) -> bool:
-        return conversation.stuck or self._offline or (self._server_unreachable and route is not DIRECT)
+        return conversation.stuck or self._offline or (self._server_is_silent and route is not DIRECT)
 
     def is_stuck(self, now: float, nick: str) -> bool:
         """Return whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""
         conversation = self.conversations[nick]
-        return self._is_stuck(conversation, conversation.next_route(now) if self._server_unreachable else DIRECT)
+        return self._is_stuck(conversation, conversation.next_route(now) if self._server_is_silent else DIRECT)
 
     def room(self, now: float, nick: str) -> int:
         """Return how many numbers for ``nick`` (a conversation is open) may be queued now; 0: none."""
@@ -568,17 +580,15 @@ class Outbox:
 
     def _count(self, conversation: Conversation) -> None:
         """Move what is pending in a conversation to the right backlog."""
-        stream = conversation.stream
-        was_stuck, numbers, size = conversation.last_count
-        backlog = self._stuck if was_stuck else self._moving
-        backlog.numbers -= numbers
-        backlog.size -= size
-        is_stuck = self._is_stuck(conversation, conversation.route)
-        numbers, size = stream.end - stream.base, stream.size
-        backlog = self._stuck if is_stuck else self._moving
-        backlog.numbers += numbers
-        backlog.size += size
-        conversation.last_count = (is_stuck, numbers, size)
+        stream, counted = conversation.stream, conversation.counted
+        backlog = self._stuck if conversation.is_counted_as_stuck else self._moving
+        backlog.numbers -= counted.numbers
+        backlog.size -= counted.size
+        conversation.is_counted_as_stuck = self._is_stuck(conversation, conversation.route)
+        counted.numbers, counted.size = stream.end - stream.base, stream.size
+        backlog = self._stuck if conversation.is_counted_as_stuck else self._moving
+        backlog.numbers += counted.numbers
+        backlog.size += counted.size
 
     def _count_all(self) -> None:
         for conversation in self._sending.values():
@@ -604,12 +614,17 @@ class Outbox:
         self.conversations[nick] = conversation
         self._by_stream[stream] = conversation
 
-    def send(self, now: float, nick: str, texts: Sequence[str], at: float) -> None:
-        """Queue texts for a recipient with whom a conversation is open; ``at``: the wall-clock time."""
+    def send(self, now: float, nick: str, texts: Sequence[str], at: float) -> tuple[int, int]:
+        """Queue texts for a recipient with whom a conversation is open; ``at``: the wall-clock time.
+
+        Return the id of its stream, and the number that the first text has there.
+        """
         conversation = self.conversations[nick]
+        first = conversation.stream.end
         conversation.send(now, texts, at)
         self._sending[nick] = self._touched[nick] = conversation
         self._count(conversation)
+        return conversation.id, first
 
     def _forget_idle(self) -> None:
         if len(self.conversations) >= CONVERSATIONS_KEPT:
@@ -704,10 +719,11 @@ class Outbox:
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)
-            if conversation.events or conversation.last_count[0] or self._is_stuck(conversation, conversation.route):
+            if (conversation.events or conversation.is_counted_as_stuck
+                    or self._is_stuck(conversation, conversation.route)):
                 self.with_events[nick] = conversation
 
-    def take_events(self) -> list[tuple[str, list[Event]]]:
+    def pop_events(self) -> list[tuple[str, list[Event]]]:
         """Return, and forget, what has happened to messages: recipients, and the events (or none) of each.
 
         This includes conversations that were not polled since. What these events close is pending until ``recount``, so
@@ -728,7 +744,7 @@ class Outbox:
         conversations, self.awaiting_recount = self.awaiting_recount, {}
         for nick, conversation in conversations.items():
             self._count(conversation)
-            if not conversation.last_count[1]:
+            if not conversation.counted.numbers:
                 self._sending.pop(nick, None)
 
 
@@ -738,6 +754,7 @@ HOLD_TIME = 5.0           # s that a stream waits for the server to say whether 
 STREAMS_PER_SENDER = 8    # that can go on at once, of each peer; the longest silent one is evicted first
 STREAMS_IN_ALL = 2048     # the same of all peers together
 DUPLICATE_FILTER_LIMIT = 65_536     # streams and ranges of numbers remembered of evicted streams: about 20 MB
+PIECE_MEMORY = 4 * MAX_PIECE    # bytes that a piece may take in memory: Python uses 4 for a character
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting ``PIECE_MEMORY`` for every number
 
 
@@ -831,8 +848,8 @@ class Inbox:
     The owner passes on ``chat`` and ``mail``, takes deliveries while its output has room, and sends the ``acks``. While
     a stream is held and ``is_asking``, it asks the server how much mail there is, and passes on the ``answer``.
 
-    ``on_release`` is called with the sender when a held stream goes on although the server has not answered: what comes
-    next from that sender may be out of order.
+    ``on_release`` is an observer: it hears the sender of a held stream that goes on although the server has not
+    answered, so that what comes next from that sender may be out of order.
     """
 
     def __init__(self) -> None:
@@ -849,7 +866,7 @@ class Inbox:
 
     @property
     def streams(self) -> Mapping[str, Mapping[int, Incoming]]:
-        """The streams of each sender, by their ids; who was silent longest comes first."""
+        """The streams of each sender, by their ids; the sender who was silent longest comes first."""
         return self._streams
 
     # what arrives

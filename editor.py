@@ -44,8 +44,8 @@ import re
 import signal
 import stat
 import unicodedata
-from typing import (Any, NamedTuple)
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 EDIT_LIMIT = 128 * 1024          # characters in the line being edited
 PASTE_LIMIT = 1024 * 1024        # characters of one paste; the rest is dropped

@@ -9,7 +9,8 @@ Rules of this module
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
   types and bounds of ``SCHEMA``.
 - Bytes from the network never raise. What is not valid is dropped and counted.
-- A constant that both ends must agree on is defined here, even if the mechanism is in another module.
+- Sizes and numbers that both ends must agree on are defined here. Times are defined beside the timer that they govern;
+  docs/protocol.md lists all of them, and a test compares it.
 
 How it works
 ------------
@@ -33,14 +34,14 @@ from __future__ import annotations
 import functools
 import unicodedata
 from itertools import repeat
-from typing import Any
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import msgpack
 
 Address = tuple[str, int]       # host and port
 Info = dict[str, Any]           # the fields of one map
-Message = tuple[str, Info]      # its tag and its fields
+Map = tuple[str, Info]          # a tag and its fields
 
 # Protocol constants: two implementations that differ in one of these do not understand each other.
 
@@ -67,8 +68,8 @@ SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for
 # Choices of this implementation: other values would work with the same peers.
 
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
+ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
-PIECE_MEMORY = 4 * MAX_PIECE    # bytes that a piece may take in memory: Python keeps 4 for each of its characters
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ UNPACKER = _unpacker_class()
 
 
 class Decoder:
-    """Turns datagrams into messages, and counts what it drops.
+    """Turns datagrams into maps, and counts what it drops.
 
     ``dropped``: the maps (or, where the framing itself is broken, rests of datagrams) that were not valid.
     """
@@ -336,9 +337,9 @@ class Decoder:
         return UNPACKER(read_size=UNPACK_BUFFER, max_buffer_size=2 * MAX_RECEIVED, max_array_len=MAX_ITEMS,
                         max_map_len=MAX_FIELDS)
 
-    def decode(self, datagram: bytes) -> list[Message]:
-        """Return the valid messages of a datagram, in order. It never raises, whatever the bytes are."""
-        messages: list[Message] = []
+    def decode(self, datagram: bytes) -> list[Map]:
+        """Return the valid maps of a datagram, in order. It never raises, whatever the bytes are."""
+        maps: list[Map] = []
         unpacker = self._unpacker       # one for all datagrams: a new one for each would cost more than the decoding
         position = unpacker.tell()
         end = position + len(datagram)
@@ -348,13 +349,13 @@ class Decoder:
                 value = unpacker.unpack()
                 position = unpacker.tell()
                 if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
-                    messages.append((value["tag"], value["info"]))
+                    maps.append((value["tag"], value["info"]))
                 else:
                     self.dropped += 1
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException):    # broken, or only a part of it came
             self.dropped += 1
             self._unpacker = self._new_unpacker()       # the old one would read the next datagram as the rest of this
-        return messages
+        return maps
 
 
 # --- texts ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Rules of this module
 - A long text is one thing, although it takes several consecutive numbers: ``next`` and ``base`` never stand inside it,
   and it is delivered, acked and refused whole.
 - Every buffer has a limit. What exceeds it is dropped: the sender still has it.
-- The constants here are choices of this implementation. Those that both ends must agree on are in ``protocol``.
+- Sizes and numbers that both ends must agree on are in ``protocol``; times are beside the timer that they govern.
 
 How it works
 ------------
@@ -49,8 +49,8 @@ from bisect import bisect_right
 from collections import deque
 from enum import Enum
 from itertools import accumulate
-from typing import Any, NamedTuple
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from protocol import INITIAL_ROOM, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
 
@@ -96,8 +96,13 @@ class Ranges:
 
     def remove(self, start: int, end: int) -> None:
         """Remove [start, end)."""
-        parts = (part for low, high in self.spans for part in ((low, min(high, start)), (max(low, end), high)))
-        self.spans = [part for part in parts if part[0] < part[1]][-self.most:]
+        left = []
+        for low, high in self.spans:
+            if low < start:
+                left.append((low, min(high, start)))
+            if end < high:
+                left.append((max(low, end), high))
+        self.spans = left[-self.most:]
 
     def drop_below(self, number: int) -> None:
         """Remove the ranges that lie wholly below ``number``."""

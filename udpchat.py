@@ -32,8 +32,8 @@ import select
 import socket
 import time
 import unicodedata
-from typing import TYPE_CHECKING, Any, NoReturn
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loop import (LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean,
                   json_line, log, read_some, show_address, unmapped)

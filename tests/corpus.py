@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from random import Random
-from typing import Any
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgpack
 

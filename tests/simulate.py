@@ -32,8 +32,8 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from typing import Any, NamedTuple
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import msgpack
@@ -1300,7 +1300,7 @@ class Storm:
     @staticmethod
     def _check_client(life: Life, table: list[tuple[str, str, int, State]]) -> None:
         client = life.client
-        if not client.link.is_registered:
+        if not client.link.has_joined:
             raise Violation(f"{life.name} is {client.link.state}")
         mine = [entry[:4] for entry in sorted(client.table_sync.table.entries.values())]
         if mine != table:

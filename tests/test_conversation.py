@@ -5,8 +5,8 @@ What needs chance takes it from a seed (``Random``) or from hypothesis. No test 
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -15,7 +15,7 @@ import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
                           RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place,
                           Route)
-from protocol import Address, Message, join_pieces
+from protocol import Address, Map, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take
@@ -23,7 +23,7 @@ from tests.test_stream import RANGE, check_sender, some_texts, take
 BOB: Address = ("192.0.2.1", 5000)
 ELSEWHERE: Address = ("192.0.2.2", 6000)
 BOB_ONLINE, BOB_OFFLINE = Place(True, BOB), Place(False, BOB)
-Sent = list[tuple[Message, Address | None]]
+Sent = list[tuple[Map, Address | None]]
 
 
 class World:
@@ -562,10 +562,10 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 2))
     outbox.on_ack(0.1, ack_of(3, 2), ("127.0.0.1", 1))
-    assert outbox.take_events() == []
+    assert outbox.pop_events() == []
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
-    assert outbox.take_events() == [("bob", [Event(RECEIVED, 1, "", 1)]), ("carol", [Event(SAVED, 1, "", 1)])]
+    assert outbox.pop_events() == [("bob", [Event(RECEIVED, 1, "", 1)]), ("carol", [Event(SAVED, 1, "", 1)])]
     outbox.recount()
     assert not list(outbox.undelivered()) and outbox.is_settled
 
@@ -577,7 +577,7 @@ def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() ->
     outbox.open(0.0, "dave", Place(False, None), 9)
     assert outbox.is_full and [outbox.room(0.0, nick) for nick in ("bob", "carol", "dave")] == [0, 0, 0]
     assert not outbox.is_stuck(0.0, "bob")
-    outbox.server_unreachable = True
+    outbox.server_is_silent = True
     for nick in ("bob", "dave"):
         assert outbox.is_stuck(0.0, nick) and outbox.room(0.0, nick) == 0, "a send to them fails at once"
     assert not outbox.is_full and outbox.room(0.0, "carol") == QUEUE_LIMIT
@@ -589,7 +589,7 @@ def test_an_outbox_forgets_who_has_nothing_waiting_and_starts_anew(monkeypatch: 
     outbox = outbox_with(["bob", "carol"])
     list(outbox.poll(0.0))
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
-    outbox.take_events()
+    outbox.pop_events()
     outbox.recount()
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)
     outbox.send(0.1, "dave", ["hello"], 0.0)
@@ -606,7 +606,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     outbox = outbox_with(["bob", "carol"])
     for _ in range(2):
         list(outbox.poll(0.0))
-        outbox.take_events()
+        outbox.pop_events()
         outbox.recount()
         outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.open(0.1, "dave", Place(True, ("127.0.0.1", 3)), 3)      # bob gives way, and in the same turn ...
@@ -614,7 +614,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     outbox.open(0.1, "bob", Place(True, ("127.0.0.1", 1)), 4)
     outbox.send(0.1, "bob", ["again"], 0.0)
     list(outbox.poll(0.1))
-    assert outbox.take_events() == []
+    assert outbox.pop_events() == []
     outbox.recount()
     assert ("bob", "again") in outbox.undelivered()
 
@@ -627,7 +627,7 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
 
     def poll() -> None:
         list(outbox.poll(now))
-        kinds.extend(event.kind for _, events in outbox.take_events() for event in events)
+        kinds.extend(event.kind for _, events in outbox.pop_events() for event in events)
         outbox.recount()
     poll()
     now = 0.6
@@ -635,7 +635,7 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
     outbox.on_exists(now, {"stream": 7, "n": 1, "version": 1, "entry": ["bob", "192.0.2.1", 9, "online"]},
                      ("192.0.2.1", 9))
     poll()
-    outbox.server_unreachable = True
+    outbox.server_is_silent = True
     assert outbox.is_full and not outbox.is_stuck(now, "bob"), "they go straight to bob"
     now = 1.3
     poll()

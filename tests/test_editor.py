@@ -11,8 +11,8 @@ import sys
 import termios
 import unicodedata
 from pathlib import Path
-from typing import Any
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyte
 import pytest

@@ -9,8 +9,8 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import Any
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 

@@ -13,8 +13,8 @@ import socket
 import sys
 import termios
 import time
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import jsonschema
 import pytest

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from protocol import PROOF_BYTES, Decoder, Info, Message, encode, is_host, is_valid, join_pieces, padded, split_text
+from protocol import PROOF_BYTES, Decoder, Info, Map, encode, is_host, is_valid, join_pieces, padded, split_text
 
 LETTERS = ["x", "é", "日", "𝒜"]        # characters of one to four bytes
 ID, STREAM = 7, 2 ** 62 + 1
@@ -42,11 +42,11 @@ FIELDS = [(tag, field) for tag, info in EXAMPLES.items() for field in info]
 REQUIRED_FIELDS = [(tag, field) for tag, fields in protocol.REQUIRED.items() for field in fields]
 OF_EVERY_TYPE: list[Any] = [None, True, 7, 1.5, "bob", SESSION, [], {}]
 GOOD = encode("probe", {"id": ID, "to": "bob"})
-GOOD_MESSAGES: list[Message] = [("probe", {"id": ID, "to": "bob"})]
+GOOD_MESSAGES: list[Map] = [("probe", {"id": ID, "to": "bob"})]
 WHOLE = [encode(tag, info) for tag, info in EXAMPLES.items()]
 
 
-def decode(datagram: bytes) -> list[Message]:
+def decode(datagram: bytes) -> list[Map]:
     return Decoder().decode(datagram)
 
 
@@ -54,7 +54,7 @@ def accepts(tag: str, info: Info) -> bool:
     return decode(encode(tag, info)) == [(tag, info)]
 
 
-def swallow(datagram: bytes) -> list[Message]:
+def swallow(datagram: bytes) -> list[Map]:
     """Decodes hostile bytes: whatever comes out is valid, and the decoder is as good as new afterwards."""
     decoder = Decoder()
     messages = decoder.decode(datagram)

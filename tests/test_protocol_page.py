@@ -14,12 +14,12 @@ import importlib
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 
-from protocol import MAX_DATAGRAM, PROOF_BYTES, REG_SIZE, SCHEMA, SESSION_SIZE, Decoder, Message, encode
+from protocol import MAX_DATAGRAM, PROOF_BYTES, REG_SIZE, SCHEMA, SESSION_SIZE, Decoder, Map, encode
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "protocol.md").read_text(encoding="utf-8")
 
@@ -58,10 +58,10 @@ class Example(NamedTuple):
 
     tag: str
     datagram: bytes
-    maps: list[Message]
+    maps: list[Map]
 
 
-def parsed(text: str) -> list[Message]:
+def parsed(text: str) -> list[Map]:
     """Return the maps of a block ``map``."""
     text = re.sub(r"h'([0-9a-f\s]*)'", lambda match: json.dumps({"hex": "".join(match[1].split())}), text)
     decoder = json.JSONDecoder(object_hook=lambda found: bytes.fromhex(found["hex"]) if "hex" in found else found)

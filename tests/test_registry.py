@@ -14,8 +14,8 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any, cast
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import msgpack
 import pytest

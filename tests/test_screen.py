@@ -16,8 +16,8 @@ import struct
 import sys
 import termios
 from pathlib import Path
-from typing import Any
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyte
 import pytest

@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -24,7 +24,7 @@ CHUNK, STORM_CHUNK = 5, 20    # seeds in one test
 
 def is_ready(life: Life) -> bool:
     """Whether a client reads commands."""
-    return life.client.link.is_registered and life.client.table_sync.table.is_online(life.nick)
+    return life.client.link.has_joined and life.client.table_sync.table.is_online(life.nick)
 
 
 def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[World, list[Life]]:

@@ -23,8 +23,8 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -33,7 +33,7 @@ import protocol
 import registry
 import udpchat
 from client import LINK_LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
-from conversation import STREAMS_PER_SENDER, Inbox, Outbox
+from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
@@ -278,7 +278,7 @@ def test_what_a_stranger_says_in_the_name_of_the_server_changes_nothing(name: st
     session, entries, seconds = bob.client.link.session, dict(bob.client.table_sync.table.entries), 10
     forged = shower(world, bob, name, seconds)
     world.run(seconds)
-    assert bob.alive and bob.client.link.is_registered and bob.client.link.session == session
+    assert bob.alive and bob.client.link.has_joined and bob.client.link.session == session
     assert bob.lines[lines:] == [] and bob.client.table_sync.table.entries == entries
     said = tap.of("bob")
     assert set(said) <= {"ping", "alive"}
@@ -298,7 +298,7 @@ def test_a_stranger_cannot_pass_for_another_address_of_the_server() -> None:
         forge(world, STRANGER, datagram, alice)
     world.start_server()
     world.run(1)
-    assert alice.client.link.server == SERVER and alice.client.link.is_registered
+    assert alice.client.link.server == SERVER and alice.client.link.has_joined
 
 
 def test_a_forged_pong_makes_a_ping_and_a_forged_probe_an_answer_to_the_real_server() -> None:
@@ -358,7 +358,7 @@ def test_chat_counts_only_from_where_the_table_has_its_sender(source: str) -> No
     former = alice.address
     if source == "former":
         alice.move(world.new_address("10.0.2.1"))
-        alice.client.link.ping_now()
+        alice.client.link.ping_until_answered()
         world.run(2)
     tap, lines = Tap(world), len(bob.lines)
     forge(world, {"stranger": EVE, "carol": carol.address, "server": SERVER, "former": former}[source],
@@ -629,7 +629,7 @@ def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
     info = maps_of(sent[-1][0])[0][1]
     client.receive(encode("welcome", {"id": info["id"], "nick": client.nick, "boot": 1, "session": b"s" * 16,
                                       "version": 1}), SERVER)
-    assert client.link.is_registered
+    assert client.link.has_joined
     sent.clear()
 
 
@@ -980,7 +980,7 @@ def test_the_end_of_stdin_is_not_put_off_by_what_the_last_command_wrote_to_stder
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * PIECE_MEMORY)
     inbox = Inbox()
     assert max(crowd(inbox, 10, 8, 40, early)) <= 1000
     held = sum(incoming.stream.buffered for streams in inbox.streams.values() for incoming in streams.values())
@@ -989,7 +989,7 @@ def test_what_waits_to_be_shown_is_bounded_however_many_send(early: bool, monkey
 
 @pytest.mark.parametrize("early", [False, True])
 def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.INBOX_LIMIT", 300 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 300 * PIECE_MEMORY)
     inbox = Inbox()
     for sender in range(100):
         inbox.on_chat(1.0, {"from": f"eve{sender}", "to": "bob", "stream": 1, "base": 1, "n": 1 + early,
@@ -998,7 +998,7 @@ def test_pieces_of_texts_that_are_never_whole_do_not_pile_up(early: bool, monkey
 
 
 def test_a_crowd_that_fills_the_memory_does_not_hold_up_who_sends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 1000 * PIECE_MEMORY)
     inbox, shown = Inbox(), []
     for number, _ in enumerate(crowd(inbox, 10, 8, 40, early=True)):
         if number % 10 == 0:
@@ -1057,7 +1057,7 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.INBOX_LIMIT", 40 * protocol.PIECE_MEMORY)
+    monkeypatch.setattr("conversation.INBOX_LIMIT", 40 * PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
     bob = lives[1]
     bob.screen.set_rate(0)

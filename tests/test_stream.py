@@ -7,8 +7,8 @@ from __future__ import annotations
 import heapq
 from itertools import accumulate
 from random import Random
-from typing import Any
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
