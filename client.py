@@ -270,7 +270,7 @@ class ServerLink:
             self._ping_request.start()
 
     def send_ping(self) -> None:
-        """Send one ping, if there is a session: its answer tells how much mail there is."""
+        """Send one ping, if there is a session: its answer says how much mail there is."""
         if self.has_joined and self.session is not None:
             self._send_ping(self.session)
         else:
@@ -401,7 +401,7 @@ class TableSync(Mirror):
                  on_own_state: Callable[[bool, bool], None]) -> None:
         """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
         super().__init__()
-        self.has_news = False                   # to be told to the user
+        self.has_news = False                   # that the user has not heard of
         self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
         self._loop = loop
         self._nick = nick
@@ -754,7 +754,7 @@ class Leaving:
             self.exit_code = self._result
 
     def _end(self, why: Reason, limit: float = NEVER) -> None:
-        """Begin the orderly end, which takes at most about ``limit`` seconds."""
+        """Begin the orderly end, which lasts about ``limit`` seconds at most."""
         self.ending = why
         self._shell.close(forget=why is Reason.QUIT)    # what stands behind ``quit`` was not meant to be done
         if limit < NEVER:

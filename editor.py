@@ -277,7 +277,7 @@ class History:
         self._position = 0           # of the line that is shown; behind the last one: nobody is browsing
         self._draft = ""             # what was typed when the browsing began
         self._file_lines = 0         # in the file, as far as this process knows
-        self._file_is_torn = False   # it ends without a newline: whoever wrote the last line did not finish it
+        self._file_is_torn = False   # it ends without a newline: the process that wrote the last line did not finish it
         if path is not None:
             self._load(path)
 

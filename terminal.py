@@ -311,7 +311,7 @@ def json_command(line: str) -> Command:
 # --- events out -----------------------------------------------------------------------------------------------
 
 class Tone(Enum):
-    """What an event is to its reader."""
+    """What an event means to its reader."""
 
     NEWS = "news"
     FAILURE = "failure"
@@ -576,7 +576,7 @@ class Observer:
         """Something has happened to messages for ``nick``; its lines follow."""
 
     def on_told(self, nick: str) -> None:
-        """The lines of that event were told."""
+        """The lines of that event were shown."""
 
     def on_unknown(self, nick: str, count: int) -> None:
         """``count`` texts were refused before they were queued: the recipient is not known."""

@@ -52,7 +52,7 @@ VERSION = "1.0.0"
 # --- the command line -----------------------------------------------------------------------------------------
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads; that is too long anyway
+STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
@@ -100,10 +100,10 @@ def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
 def add_log_options(parser: Parser) -> None:
     """Add the arguments that every mode has."""
     parser.add_argument("--log-level", default="warning", choices=LEVELS,
-                        help="what is logged: this and what is more important (default: %(default)s)")
+                        help="lowest level that is logged (default: %(default)s)")
     parser.add_argument("--log-file", metavar="PATH", help="append the log to this file (default: it goes to stderr)")
     parser.add_argument("--log-format", default="text", choices=("text", "json"),
-                        help="of each line of the log (default: %(default)s)")
+                        help="format of the log (default: %(default)s)")
 
 
 def nick_argument(text: str) -> str:
@@ -145,14 +145,15 @@ def add_server_options(server: Parser) -> None:
     server.add_argument("--max-clients", type=whole_number(1, 10 ** 6, "a number"), default=MAX_CLIENTS, metavar="N",
                         help="default: %(default)s")
     server.add_argument("--mailbox-limit", type=whole_number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT,
-                        metavar="N", help="messages that wait for one recipient (default: %(default)s)")
+                        metavar="N", help="most messages kept for one recipient (default: %(default)s)")
     server.add_argument("--max-nicks", type=whole_number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
-                        help="known nicks; beyond, one that is offline is forgotten (default: %(default)s)")
+                        help="most nicks that are known; one more makes an offline nick be forgotten"
+                        " (default: %(default)s)")
     server.add_argument("--stranger-replies", type=whole_number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
-                        metavar="N", help="answers a second to those who are not registered (default: %(default)s)")
+                        metavar="N", help="most replies a second to clients that are not registered (default: %(default)s)")
     server.add_argument("--nick-lapse", type=whole_number(0, 10 ** 5, "a number of days"), metavar="DAYS",
                         default=int(NICK_LAPSE),
-                        help="offline after which a nick is free again (default: %(default)s; 0: never)")
+                        help="days offline after which a nick is free again (default: %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
                         help="free a nick, with its mail, and end; while no server has the store open")
 
@@ -169,7 +170,7 @@ def add_client_options(client: Parser) -> None:
     client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
     client.add_argument("--time", action="store_true", default=None,
                         help="show the time of day before each line (default: on a terminal)")
-    client.add_argument("--no-time", action="store_false", dest="time", help="do not")
+    client.add_argument("--no-time", action="store_false", dest="time", help="do not show the time")
     client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
     client.set_defaults(server=None, timeout=None)
     add_chat_options(client)
@@ -180,9 +181,10 @@ def add_send_options(send: Parser) -> None:
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
     send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
-    send.add_argument("--nick", metavar="NICK", help="one's own; default: UDPCHAT_NICK, or the login name")
+    send.add_argument("--nick", metavar="NICK", help="your nick; default: UDPCHAT_NICK, or the login name")
     send.add_argument("--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
-                      help="after which what is not closed counts as not delivered (default: none)")
+                      help="give up after this time; what is not closed counts as not delivered"
+                      " (default: none)")
     send.set_defaults(server_host=None, client_port=0, stay=False, time=False, bell=False)
     add_chat_options(send)
 
@@ -408,9 +410,14 @@ def server_argument(text: str) -> tuple[str, int]:
     parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
     if parts is None:
         return text, DEFAULT_PORT       # an IPv6 address
-    host, port = parts.group(1) or parts.group(3) or "", parts.group(2) if parts.group(1) else parts.group(4)
+    if parts.group(1):
+        host, port = parts.group(1), parts.group(2)
+    else:
+        host, port = parts.group(3) or "", parts.group(4)
+    if port is None:
+        return host, DEFAULT_PORT
     try:
-        return host, whole_number(1, 65535, "a port")(port) if port is not None else DEFAULT_PORT
+        return host, whole_number(1, 65535, "a port")(port)
     except argparse.ArgumentTypeError as error:
         raise Usage(str(error)) from None
 
@@ -419,12 +426,19 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
                   style: Style) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
     from terminal import FOR_PEOPLE, ROUTINE, STATUS, JsonFormatter, TextFormatter
-    hidden = STATUS if options.quiet else ROUTINE if options.mode == "send" else frozenset()
+    hidden: frozenset[str] = frozenset()
+    if options.quiet:
+        hidden = STATUS
+    elif options.mode == "send":
+        hidden = ROUTINE
     if options.json:
         return JsonFormatter(nick, wall, hidden)
-    timed = options.time if options.time is not None else is_terminal and options.mode == "client"
-    return TextFormatter(style, wall if timed else None, hidden if is_terminal else hidden | FOR_PEOPLE,
-                         options.bell and is_terminal)
+    timed = options.time
+    if timed is None:
+        timed = is_terminal and options.mode == "client"
+    if not is_terminal:
+        hidden |= FOR_PEOPLE
+    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal)
 
 
 def text_to_send(options: argparse.Namespace, end: float) -> str:
@@ -487,6 +501,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = Style(wants_color(options.color, is_terminal, os.environ))
+    # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     proof = functools.partial(token_for, secret) if secret is not None else None
@@ -544,7 +559,7 @@ def keep_standard_descriptors() -> None:
 
 
 def end_at_once_on_signals(sends: bool) -> None:
-    """End at once on SIGINT and SIGTERM, until the loop takes signals.
+    """End at once on SIGINT and SIGTERM, until the loop handles signals.
 
     Meanwhile a name is looked up, a file or a text is read. An exception would not do: where Python calls back by
     itself (in an import, say) it is printed and gets lost.

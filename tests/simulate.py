@@ -2,14 +2,13 @@
 
 Everything comes from one seed, so a run that fails can be replayed to the letter:
 
-    python -m tests.simulate --seed 123 --trace     one run, told line by line
-    python -m tests.simulate --seeds 1000 --jobs 4  many runs, and a summary
+    python -m tests.simulate --seed 123 --trace     prints one run line by line
+    python -m tests.simulate --seeds 1000 --jobs 4  does many runs, and prints a summary
 
 How it works
 ------------
-``World`` is a scheduler of events in virtual time. A ``Node`` is a process: it owns a ``SimLoop`` (what the program
-gets instead of ``loop.SelectorLoop``), an inbox, and does the
-same turns: datagrams, timers, settle.
+``World`` is a scheduler of events in virtual time. A ``Node`` is a process. It owns a ``SimLoop`` (what the program
+gets instead of ``loop.SelectorLoop``) and an inbox, and runs the same turns: datagrams, timers, settle.
 ``ServerNode`` runs a ``Server`` on a ``Disk`` that outlives it; ``Life`` runs a ``Client`` with a standard input that
 somebody types into and a ``Screen`` that may be slow, stalled or gone. ``Network`` loses, delays, repeats and garbles.
 
@@ -58,7 +57,7 @@ MAX_TIMERS = 600          # in one heap
 MAX_PENDING = 2 ** 21     # bytes that wait for one stdout
 MAX_RATE = 6000           # datagrams of one node in one virtual second
 IDLE_TIME = 30.0          # s without traffic at the end of a run, in which ...
-IDLE_RATE = 12            # ... a client may send so many datagrams, and the server so many for each client
+IDLE_RATE = 12            # ... a client may send that many datagrams, and the server that many for each client
 PIPE_SLOT = 512           # bytes that a pipe must have free to count as writable
 HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fault
 SERVER: Address = ("10.0.0.1", 4119)
@@ -104,7 +103,7 @@ class Ledger:
         self.messages: dict[str, Message] = {}      # by the first word of its text, which is unique
 
     def typed(self, life: Life, to: str, text: str, end: int, away: bool) -> None:
-        """Somebody typed ``send to text``."""
+        """Note that somebody typed ``send to text``."""
         message = Message(life, to, len(self.messages), text, end, away)
         self.messages[text.split(" ")[0]] = message
         life.typed.append(message)
@@ -114,7 +113,7 @@ class Ledger:
     # what clients say
 
     def closed(self, life: Life, to: str, kind: str, count: int, behind: int = 0) -> None:
-        """``life`` closes its next ``count`` sends to ``to``, after the first ``behind`` that are open still."""
+        """Close the next ``count`` sends of ``life`` to ``to``, after the first ``behind`` that are still open."""
         for _ in range(count):
             waiting = life.open.get(to, deque())
             if len(waiting) <= behind:
@@ -124,7 +123,7 @@ class Ledger:
             self.close(message, kind)
 
     def close(self, message: Message, kind: str) -> None:
-        """One send got its closing line."""
+        """Note that a send got its closing line."""
         if message.closing:
             raise Violation(f"{message!r} is closed as {message.closing} and as {kind}")
         if message.life.fed < message.end:
@@ -134,7 +133,7 @@ class Ledger:
             raise Violation(f"{message!r} counts as received, but was not shown")
 
     def too_long(self, life: Life) -> None:
-        """``life`` says that its next text that is too long is too long."""
+        """Close the next text of ``life`` that is too long."""
         for message in life.typed:
             if not (message.away or message.closing) and len(message.text.encode()) > protocol.MAX_TEXT:
                 life.open[message.to].remove(message)
@@ -143,7 +142,7 @@ class Ledger:
         raise Violation(f"{life.name} says that a message is too long, but none is")
 
     def handed_back(self, life: Life, line: str) -> None:
-        """A ``send`` line on stderr: that message was not delivered."""
+        """Close the message of a ``send`` line on stderr: it was not delivered."""
         if life.speech == "json":
             found = json.loads(line)
             command, to, text = "send", found["send"], found["text"]
@@ -160,7 +159,7 @@ class Ledger:
     # what screens show
 
     def shown(self, life: Life, sender: str, text: str) -> None:
-        """A line with a message was written to the stdout of ``life``."""
+        """Note that a line with a message was written to the stdout of ``life``."""
         message = self.messages.get(text.split(" ")[0])
         if message is None or clean(message.text) != text or message.life.nick != sender or message.to != life.nick:
             raise Violation(f"{life.name} shows what was never sent: {sender}: {text[:80]}")
@@ -179,7 +178,7 @@ class Ledger:
     # the end
 
     def check_life(self, life: Life) -> None:
-        """What must hold when a life has ended orderly."""
+        """Raise Violation unless all is well with a life that has ended in order."""
         for message in life.typed:
             if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
                 raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
@@ -194,6 +193,11 @@ class Ledger:
             raise Violation(f"{life.name} ended with {life.exit_code}; failed: {failed[:3]}, exiting: {exited}")
         if life.screen.gone or life.is_cut_off:
             return
+        self.check_lines(life)
+
+    @staticmethod
+    def check_lines(life: Life) -> None:
+        """Raise Violation unless a life has shown as many lines of each kind as it had to."""
         said, closings = Counter(life.lines), Counter((m.to, m.closing) for m in life.typed if m.closing)
         for to in {m.to: None for m in life.typed}:
             for kind, line in (("received", f"[Message received by {to}.]"), ("unknown", f"[Unknown client {to}.]")):
@@ -210,11 +214,12 @@ class Ledger:
             raise Violation(f"{life.name} shows 'saved' {said['[Messages received by the server and saved]']} times,"
                             f" not {saved}")
         lost = sum(count for (_, kind), count in closings.items() if kind == "not delivered")
-        if lost and said[f"[{lost} message{'s' * (lost > 1)} not delivered.]"] != 1:
+        line = "[1 message not delivered.]" if lost == 1 else f"[{lost} messages not delivered.]"
+        if lost and said[line] != 1:
             raise Violation(f"{life.name} does not say that {lost} messages were not delivered")
 
     def check_outcomes(self, life: Life) -> None:
-        """Each closing object was about the message that its ``ref`` named."""
+        """Raise Violation unless each closing object was about the message that its ``ref`` named."""
         for message in life.typed:
             said = life.outcomes.get(message.serial, message.closing).replace("-", " ")
             refused = message.closing == "refused" and said in ("unknown", "full", "disk")
@@ -222,7 +227,7 @@ class Ledger:
                 raise Violation(f"{life.name} says {said} of {message!r}, which is closed as {message.closing}")
 
     def check_saved(self) -> None:
-        """What was saved was shown by somebody by the end."""
+        """Raise Violation unless everything that was saved has been shown by the end."""
         for message in self.messages.values():
             if message.closing == "saved" and not message.seen_by:
                 raise Violation(f"{message!r} was saved, but never shown")
@@ -239,11 +244,11 @@ class SimLoop(Scheduler):
         self._world = world
 
     def clock(self) -> float:
-        """The same as ``now``: inside a turn, no time passes."""
+        """Return the same as ``now``: inside a turn, no time passes."""
         return self.now()
 
     def wall(self) -> float:
-        """Seconds since 1970."""
+        """Return the seconds since 1970."""
         return EPOCH + self._world.now
 
 
@@ -267,14 +272,14 @@ class Node:
         world.at[address] = self
 
     def step(self) -> None:
-        """A place where a process can crash: before and after a commit, a write, a datagram."""
+        """Crash if it is time: this is called before and after a commit, a write, a datagram."""
         if self.fuse >= 0:
             self.fuse -= 1
             if self.fuse < 0:
                 raise Crash
 
     def send(self, datagram: bytes, address: Address) -> None:
-        """What the program calls to send."""
+        """Send a datagram of the program."""
         self.step()
         self.sent += 1
         if len(datagram) > protocol.MAX_DATAGRAM:
@@ -282,7 +287,7 @@ class Node:
         self.world.network.send(self, datagram, address)
 
     def move(self, address: Address) -> None:
-        """From now on this process is seen at another address (its NAT has forgotten it)."""
+        """Be seen at another address from now on: the NAT has forgotten this process."""
         if self.world.at.get(self.address) is self:
             del self.world.at[self.address]
         self.world.trace("%s moves to %s:%d", self.name, *address)
@@ -290,20 +295,20 @@ class Node:
         self.world.at[address] = self
 
     def stop_for(self, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT after that time."""
+        """Stop, as by SIGSTOP, and go on after that time, as by SIGCONT."""
         self.world.trace("%s is stopped for %.2f s", self.name, seconds)
         self.stopped_until = max(self.stopped_until, self.world.now + seconds)
         self.wake(self.stopped_until)
 
     def crash(self) -> None:
-        """kill -9."""
+        """Crash, as by ``kill -9``."""
         if self.alive:
             self.world.trace("%s is killed", self.name)
             self.world.crashes += 1
             self.die()
 
     def die(self) -> None:
-        """The process is no more."""
+        """End the process."""
         self.alive = False
         if self.world.at.get(self.address) is self:
             del self.world.at[self.address]
@@ -312,14 +317,14 @@ class Node:
     # turns
 
     def wake(self, when: float) -> None:
-        """Makes sure that a turn begins at ``when`` at the latest."""
+        """Make sure that a turn begins at ``when`` at the latest."""
         when = max(when, self.stopped_until, self._ended + TURN, self.world.now)
         if when < self._turn_at:
             self._turn_at = when
             self.world.call_at(when, self._maybe_turn)
 
     def arrive(self, datagram: bytes, source: Address) -> None:
-        """A datagram reaches the socket."""
+        """Put a datagram into the inbox of the socket."""
         if len(self.inbox) < INBOX:
             self.inbox.append((datagram, source))
             self.wake(self.world.now)
@@ -370,14 +375,14 @@ class Node:
     # what a kind of node does
 
     def read(self) -> None:
-        """Reads what there is besides datagrams."""
+        """Read what there is besides datagrams."""
 
     def receive(self, datagram: bytes, source: Address) -> None:
-        """Hands a datagram to the program."""
+        """Hand a datagram to the program."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Ends the turn."""
+        """End the turn."""
         raise NotImplementedError
 
 
@@ -393,7 +398,7 @@ class Disk:
         self.step: Callable[[], None] = lambda: None
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """As that of a connection; a commit may fail, or the process crash before or after it."""
+        """Execute a statement as a connection does; a commit may fail, or the process crash before or after it."""
         if statement != "COMMIT":
             if self.failing and not self.reading and statement != "ROLLBACK":
                 raise sqlite3.OperationalError("disk I/O error")
@@ -406,14 +411,14 @@ class Disk:
         return cursor
 
     def executemany(self, statement: str, parameters: Any) -> sqlite3.Cursor:
-        """As that of a connection."""
+        """Execute a statement many times, as a connection does."""
         return self.database.executemany(statement, parameters)
 
     def close(self) -> None:
-        """The file stays."""
+        """Do nothing: the file stays."""
 
     def open(self, server_id: bytes) -> Mailbox:
-        """The store on this disk, as a process that starts finds it."""
+        """Return the store on this disk, as a process that starts finds it."""
         if self.database.in_transaction:
             self.database.execute("ROLLBACK")
         with mock.patch("sqlite3.connect", return_value=self):
@@ -436,11 +441,11 @@ class ServerNode(Node):
         self.wake(world.now)
 
     def receive(self, datagram: bytes, source: Address) -> None:
-        """Hands a datagram to the server."""
+        """Hand a datagram to the server."""
         self.server.receive(datagram, source)
 
     def settle(self) -> None:
-        """Ends the turn. Nobody may be announced before the mail that waited is shown."""
+        """End the turn. Raise Violation if a client is announced before it has shown the mail that waited."""
         registry = self.server.registry
         for session in registry.sessions.by_id.values():
             self._greetings.setdefault(session.id, session.known.last)
@@ -466,7 +471,7 @@ class Screen:
         self._life = life
 
     def set_rate(self, rate: float) -> None:
-        """Reads at ``rate`` bytes a second from now on."""
+        """Read at ``rate`` bytes a second from now on."""
         self._drain()
         self.rate = rate
         self._life.wake(self._life.world.now)
@@ -478,14 +483,14 @@ class Screen:
 
     @property
     def writable_at(self) -> float:
-        """When a write would take something; NEVER if the reader does not read."""
+        """When something can be written; NEVER if the reader does not read."""
         self._drain()
         if self.gone or self.filled + PIPE_SLOT <= self.size:
             return self._since
         return self._since + max(TURN, (self.filled + PIPE_SLOT - self.size) / self.rate) if self.rate else NEVER
 
     def put(self, data: bytes) -> int:
-        """Takes as much as there is room for."""
+        """Write as much as there is room for; return how many bytes that were."""
         self._life.step()
         if self.gone:
             raise BrokenPipeError(32, "Broken pipe")
@@ -509,21 +514,21 @@ class Watch(Observer):
         self._life = life
 
     def on_event(self, nick: str, event: Event) -> None:
-        """Something has happened to messages for ``nick``."""
+        """Note that something has happened to messages for ``nick``."""
         if event.kind in (RECEIVED, SAVED, REFUSED):
             self._life.ledger.closed(self._life, nick, event.kind.value, event.messages)
 
     def on_unknown(self, nick: str, count: int) -> None:
-        """Texts were refused: nobody knows the recipient."""
+        """Note that texts were refused: nobody knows the recipient."""
         if nick in self._life.open:
             self._life.ledger.closed(self._life, nick, "unknown", count, self._queued_for(nick))
 
     def on_too_long(self, nick: str) -> None:
-        """A text was refused."""
+        """Note that a text was refused."""
         self._life.ledger.too_long(self._life)
 
     def _queued_for(self, nick: str) -> int:
-        """How many messages for ``nick`` are queued, or closed but not told: from when it was known."""
+        """Return how many messages for ``nick`` are queued, or closed but not shown: from when it was known."""
         conversation = self._life.client.outbox.conversations.get(nick)
         if conversation is None:
             return 0
@@ -578,7 +583,7 @@ class Life(Node):
     # the user
 
     def type(self, line: str) -> None:
-        """Types a line; a ``send`` goes on the account."""
+        """Type a line; a ``send`` goes on the account."""
         if self._eof:
             return
         self.world.trace("%s < %s", self.name, line[:100])
@@ -600,7 +605,7 @@ class Life(Node):
         self._written_at += len(data)
 
     def _spoken(self, line: str, words: list[str]) -> str:
-        """A line as it is typed in the speech of this life."""
+        """Return a line as it is typed in the speech of this life."""
         if self.speech == "json" and words[0] == "send" and len(words) == 3:
             return json.dumps({"send": words[1], "text": words[2], "ref": len(self.ledger.messages)})
         if self.speech == "talk":
@@ -610,13 +615,13 @@ class Life(Node):
         return line
 
     def end_input(self) -> None:
-        """Ctrl-D."""
+        """End stdin, as by Ctrl-D."""
         self.world.trace("%s < (end)", self.name)
         self._eof = True
         self.wake(self.world.now)
 
     def interrupt(self) -> None:
-        """SIGTERM or Ctrl-C."""
+        """Send a signal, as by ``kill`` or Ctrl-C."""
         self.world.trace("%s gets a signal", self.name)
         self._signals += 1
         self.wake(self.world.now)
@@ -634,7 +639,7 @@ class Life(Node):
     # the program
 
     def read(self) -> None:
-        """What happened to the standard streams: signals, the end of the reader, and stdin if it is wanted."""
+        """Pass on signals, the end of the reader, and stdin if it is wanted."""
         client = self.client
         if self.screen.gone and self.screen.is_pipe and not self.display.output.broken:
             client.display.output.give_up()
@@ -642,7 +647,7 @@ class Life(Node):
             self._signals -= 1
             self.was_interrupted = True
             client.leaving.interrupt()
-        if not self._stdin and (self._eof_read or not self._eof) or not client.wants_input:
+        if not client.wants_input:
             return
         if self._stdin:
             size = min(len(self._stdin), self.world.random.choice((7, 200, 65536, 65536)))
@@ -650,16 +655,16 @@ class Life(Node):
             del self._stdin[:size]
             self.fed += size
             client.shell.feed(data)
-        else:
+        elif self._eof and not self._eof_read:
             self._eof_read = True
             client.shell.feed(b"")
 
     def receive(self, datagram: bytes, source: Address) -> None:
-        """Hands a datagram to the client."""
+        """Hand a datagram to the client."""
         self.client.receive(datagram, source)
 
     def settle(self) -> None:
-        """Ends the turn, as ``client.Console`` does."""
+        """End the turn, as ``terminal.Console`` does."""
         client = self.client
         client.settle()
         if self.display.output.pending > MAX_PENDING:
@@ -667,7 +672,7 @@ class Life(Node):
         if client.leaving.exit_code is not None:
             self._exit(client.leaving.exit_code)
             return
-        if (self._stdin or self._eof and not self._eof_read) and client.wants_input:
+        if (self._stdin or (self._eof and not self._eof_read)) and client.wants_input:
             self.wake(self.world.now)
         if self.display.output.pending:
             writable = self.screen.writable_at
@@ -681,7 +686,7 @@ class Life(Node):
         self.ledger.check_life(self)
 
     def send(self, datagram: bytes, address: Address) -> None:
-        """What the client calls to send: while it is not registered, only ``reg``."""
+        """Send a datagram of the client. Raise Violation if it is none that its state allows."""
         state = self.client.link.state
         if state in (LINK_OFFLINE, LINK_REGISTERING):
             tags = [value["tag"] for value in unpack(datagram)]
@@ -690,7 +695,7 @@ class Life(Node):
         super().send(datagram, address)
 
     def on_line(self, line: str) -> None:
-        """A line was written to stdout."""
+        """Look at a line that was written to stdout."""
         self.world.trace("%s > %s", self.name, line[:100])
         if self.speech == "json":
             line = self._understood(json.loads(line))
@@ -710,7 +715,7 @@ class Life(Node):
             self.ledger.shown(self, found.group(1), found.group(3))
 
     def _understood(self, told: dict[str, Any]) -> str:
-        """An object as the line that others get for it."""
+        """Return an object as the line that others get for it."""
         if told["type"] == "message":
             return f"{told['from']}: {clean(told['text'])}"
         names = [name for name, form in EVENT_FORMATS.items()
@@ -719,7 +724,9 @@ class Life(Node):
             return str(told["type"])
         if told["type"] in ("received", "saved", "failed"):
             self._note_outcome(told)
-        name = names[told.get("count", 1) != 1] if told["type"] == "undelivered" else names[0]
+        name = names[0]
+        if told["type"] == "undelivered" and told.get("count", 1) != 1:
+            name = names[1]
         others = {"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": ""}
         return EVENT_FORMATS[name].line.format(**{**others, **told})
 
@@ -737,7 +744,7 @@ class Life(Node):
         return len(data)
 
     def note_release(self, sender: str) -> None:
-        """The messages of ``sender`` may be shown out of order from here on."""
+        """Note that the messages of ``sender`` may be shown out of order from here on."""
         self.world.trace("%s goes on without the missing messages of %s", self.name, sender)
         self.released.add(sender)
         if self.world.healthy_since < self.world.now - HEALING_TIME:
@@ -753,9 +760,9 @@ class Weather(NamedTuple):
     repeat: float = 0.0         # part that arrives twice
     garble: float = 0.0         # part that arrives cut off, or with a tail
     delay: float = 0.001        # s
-    jitter: float = 0.0         # s more, at most, for each datagram
+    jitter: float = 0.0         # s; the most that a datagram needs beyond ``delay``
     late: float = 0.0           # part that comes much later ...
-    lateness: float = 0.0       # ... by up to so many seconds
+    lateness: float = 0.0       # ... by up to that many seconds
 
 
 class Network:
@@ -772,7 +779,7 @@ class Network:
         self.balance: Counter[Address] = Counter()      # bytes that strangers sent, less what they got
 
     def send(self, node: Node, datagram: bytes, address: Address) -> None:
-        """Sends from where ``node`` is seen now."""
+        """Send a datagram from where ``node`` is seen now."""
         world, weather, chance = self.world, self.weather, self.world.random.random
         self.datagrams += 1
         self.digest = zlib.crc32(datagram, self.digest)
@@ -780,8 +787,7 @@ class Network:
             self.balance[address] -= len(datagram)
             if self.balance[address] < 0:
                 raise Violation(f"the server sends more to {address} than it got from there")
-        if weather.loss and chance() < weather.loss or world.tracing and not self._passes(node, datagram, address) \
-                or not world.tracing and self.filter is not None and not self._passes(node, datagram, address):
+        if (weather.loss and chance() < weather.loss) or not self._passes(node, datagram, address):
             world.trace("%s -x %s:%d %s", node.name, *address, Shown(datagram))
             return
         world.trace("%s -> %s:%d %s", node.name, *address, Shown(datagram))
@@ -817,21 +823,21 @@ class Network:
             node.arrive(datagram, source)
 
     def forge(self, source: Address, datagram: bytes, node: Node) -> None:
-        """A stranger sends something to a node."""
+        """Send something to a node, as a stranger."""
         self.world.trace("stranger -> %s %s", node.name, Shown(datagram))
         if node.address == SERVER:
             self.balance[source] += len(datagram)
         self._arrive("stranger", source, datagram, node.address)
 
     def block(self, source: str, target: str, seconds: float = NEVER) -> None:
-        """Nothing goes from one host to the other for so long."""
+        """Let nothing pass from one host to the other for that time."""
         self.world.trace("no way from %s to %s for %.1f s", source, target, seconds)
         self.blocked[source, target] += 1
         if seconds < NEVER:
             self.world.call_at(self.world.now + seconds, functools.partial(self.unblock, source, target))
 
     def unblock(self, source: str, target: str) -> None:
-        """Undoes one ``block``."""
+        """Undo one ``block``."""
         if self.blocked[source, target] <= 1:
             del self.blocked[source, target]
         else:
@@ -839,7 +845,7 @@ class Network:
 
 
 def unpack(datagram: bytes) -> list[Any]:
-    """The maps of a datagram, as far as they can be read."""
+    """Return the maps of a datagram, as far as they can be read."""
     unpacker = msgpack.Unpacker()
     unpacker.feed(datagram)
     try:
@@ -869,7 +875,10 @@ class Shown:
         if isinstance(value, int) and value > 10 ** 9:
             return f"..{value % 10000:04}"
         if isinstance(value, list):
-            return "[" + ",".join(Shown._short(element) for element in value[:4]) + (",.." * (len(value) > 4)) + "]"
+            shown = [Shown._short(element) for element in value[:4]]
+            if len(value) > 4:
+                shown.append("..")
+            return "[" + ",".join(shown) + "]"
         return str(value)[:24]
 
 
@@ -897,17 +906,17 @@ class World:
         self._ports = 5000
 
     def trace(self, text: str, *values: object) -> None:
-        """Tells what happens, if somebody wants to know."""
+        """Print what happens, if that is wanted."""
         if self.tracing:
             print(f"{self.now - START:9.4f}  {text % values}")
 
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
-        """Calls ``callback`` at ``when``."""
+        """Call ``callback`` at ``when``."""
         self._count += 1
         heapq.heappush(self._events, (when, self._count, callback))
 
     def run(self, seconds: float) -> None:
-        """Lets so much time pass."""
+        """Let that much time pass."""
         end = self.now + seconds
         events = self._events
         while events and events[0][0] <= end:
@@ -917,7 +926,7 @@ class World:
         self.now = end
 
     def run_until(self, condition: Callable[[], bool], limit: float = 120.0) -> None:
-        """Lets time pass until ``condition`` holds; fails if that takes longer than ``limit`` seconds."""
+        """Let time pass until ``condition`` holds. Raise Violation if that lasts longer than ``limit`` seconds."""
         end = self.now + limit
         while not condition():
             if not self._events or self._events[0][0] > end:
@@ -927,29 +936,29 @@ class World:
             callback()
 
     def start_server(self) -> ServerNode:
-        """Starts a server on the disk of this world."""
+        """Start a server on the disk of this world."""
         assert self.server is None or not self.server.alive
         self.server = ServerNode(self)
         return self.server
 
     def new_address(self, host: str = "10.0.1.1") -> Address:
-        """An address where nobody was yet."""
+        """Return an address where nobody was yet."""
         self._ports += 1
         return host, self._ports
 
     def client(self, nick: str, address: Address | None = None, stay: bool = False,
                secret: bytes | None = None, name: str = "", speech: str = "plain") -> Life:
-        """Starts a client; its secret is the nick's own unless another one is given."""
+        """Start a client; its secret is the nick's own unless another one is given."""
         own = zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
         return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name,
                     speech)
 
     def running(self) -> Iterator[Life]:
-        """The clients that run, in the order of their start."""
+        """Return the clients that run, in the order of their start."""
         return (life for life in self.lives if life.alive)
 
     def life_of(self, nick: str) -> Life | None:
-        """The client that runs with ``nick``."""
+        """Return the client that runs with ``nick``."""
         return next((life for life in self.running() if life.nick == nick), None)
 
 
@@ -984,7 +993,7 @@ class Storm:
     # what happens
 
     def plan(self) -> None:
-        """Decides when which fault happens and when who does what."""
+        """Decide when which fault happens, and when each user does what."""
         pick, world = self.random, self.world
         world.start_server()
         self._change_weather()
@@ -1000,14 +1009,14 @@ class Storm:
                     self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
 
     def _repeat(self, action: Callable[[], None], interval: float) -> None:
-        """Plans an action at random times of the storm, on average every ``interval`` seconds."""
+        """Plan an action at random times of the storm, on average every ``interval`` seconds."""
         when = self.random.expovariate(1 / interval)
         while when < self.length:
             self.world.call_at(START + when, action)
             when += self.random.expovariate(1 / interval)
 
     def _start(self, nick: str) -> None:
-        """Starts a client for somebody who has none, at a new address, or where one was before."""
+        """Start a client for somebody who has none, at a new address, or where one was before."""
         if self.world.life_of(nick) is not None:
             return
         pick, address = self.random, None
@@ -1035,7 +1044,7 @@ class Storm:
             habit(life)
 
     def _text(self) -> str:
-        """A text that nobody has sent before."""
+        """Return a text that nobody has sent before."""
         pick = self.random
         self._serial += 1
         dice = pick.random()
@@ -1087,7 +1096,7 @@ class Storm:
     # faults
 
     def _crash_server(self) -> None:
-        """At once, or at one of the next steps: between a commit and the datagrams that tell of it, for example."""
+        """Crash at once, or at one of the next steps: between a commit and the datagrams about it, for example."""
         server = self.world.server
         assert server is not None
         if not server.alive:
@@ -1188,7 +1197,7 @@ class Storm:
             life.wake(self.world.now)
 
     def _stranger(self) -> None:
-        """Somebody who can send from an address of his own, and guess nicks but no random number."""
+        """Send what a stranger can send: from an address of its own, with nicks guessed, but no random number."""
         pick, world = self.random, self.world
         nodes: list[Node] = list(world.running())
         if world.server is not None and world.server.alive:
@@ -1222,7 +1231,7 @@ class Storm:
     # the end
 
     def heal(self) -> None:
-        """No fault any more: everything works, everybody runs and is online, and has time."""
+        """End all faults, let everybody run and be online, and wait."""
         world = self.world
         world.trace("--- everything heals")
         world.network.weather = Weather()
@@ -1233,7 +1242,7 @@ class Storm:
             node.stopped_until, node.fuse = 0.0, -1
             node.wake(world.now)
         for life in world.running():
-            life.screen.is_pipe = True      # who has not noticed yet that nobody reads does so now
+            life.screen.is_pipe = True      # a client that has not noticed yet that nobody reads does so now
             life.screen.set_rate(NEVER)
         end = world.now + HEAL_TIME - IDLE_TIME
         while world.now < end:
@@ -1253,7 +1262,7 @@ class Storm:
                 self._reg(life)
 
     def check_quiet(self) -> None:
-        """Nothing is open, everybody has the table and all mail, and nobody talks more than an idle node does."""
+        """Raise Violation unless nothing is open, everybody has the table and all mail, and only idle traffic is left."""
         world = self.world
         assert world.server is not None
         sent = {node: node.sent for node in (world.server, *world.running())}
@@ -1274,7 +1283,7 @@ class Storm:
             raise Violation("{} was told: {}".format(*world.refusals[0]))
 
     def _check_everybody_reaches_everybody(self) -> None:
-        """Each sends to each, and all of it goes straight."""
+        """Send from each to each; raise Violation unless all of it is received."""
         lives = list(self.world.running())
         for life in lives:
             for other in lives:
@@ -1315,7 +1324,7 @@ class Storm:
             raise Violation(f"{life.name} is busy, though nothing happens")
 
     def leave(self) -> None:
-        """Everybody leaves."""
+        """Let everybody leave."""
         for life in list(self.world.running()):
             life.end_input()
         self.world.run(5.0)
@@ -1324,7 +1333,7 @@ class Storm:
         self.world.ledger.check_saved()
 
     def run(self) -> None:
-        """The whole run. Raises Violation, or whatever the program raises."""
+        """Do the whole run. Raise Violation, or what the program raises."""
         self.plan()
         self.world.run(self.length)
         self.heal()
@@ -1346,7 +1355,7 @@ class Result(NamedTuple):
 
 
 def run_seed(seed: int, tracing: bool = False) -> Result:
-    """One run, whatever becomes of it."""
+    """Do one run, and return how it went."""
     level, log.level = log.level, INFO if tracing else ERROR + 1
     storm = Storm(seed, tracing)
     failure = ""
@@ -1365,18 +1374,18 @@ def run_seed(seed: int, tracing: bool = False) -> Result:
 
 
 def show(data: bytes) -> int:
-    """Prints whole lines of the log, between all else that is printed; gives how many bytes that were."""
+    """Print whole lines of the log, between all else that is printed; return how many bytes that were."""
     print(data.decode(), end="")
     return len(data)
 
 
 def replay(seed: int) -> str:
-    """The command that replays a seed, told line by line."""
+    """Return the command that replays a seed and prints it line by line."""
     return f"python -m tests.simulate --seed {seed} --trace"
 
 
 def run_seeds(seeds: Sequence[int], jobs: int = 1) -> Iterator[Result]:
-    """Many runs, in parallel where ``jobs`` says so."""
+    """Do many runs, ``jobs`` at a time."""
     if jobs == 1:
         yield from map(run_seed, seeds)
         return
@@ -1385,10 +1394,10 @@ def run_seeds(seeds: Sequence[int], jobs: int = 1) -> Iterator[Result]:
 
 
 def main() -> int:
-    """The command line; gives the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulate", description="A chat in a simulated world.")
     parser.add_argument("--seed", type=int, metavar="N", help="run one seed")
-    parser.add_argument("--trace", action="store_true", help="tell what happens in it")
+    parser.add_argument("--trace", action="store_true", help="print what happens in it")
     parser.add_argument("--seeds", type=int, default=100, metavar="N", help="run many (default: %(default)s)")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="the first of them (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
