@@ -54,6 +54,7 @@ MAX_PIECE = 768           # bytes of UTF-8 in one number of a stream; a longer t
 MAX_TEXT = 65536          # bytes of UTF-8 in one message
 MAX_TEXT_PIECES = -(-MAX_TEXT // (MAX_PIECE - 3))  # numbers; a cut can cost 3 bytes, it never splits a character
 INITIAL_ROOM = 4096       # numbers of a stream that may be sent before the first ack; a receiver buffers at least these
+MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that are buffered: 3 MiB of text
 MAX_NICK = 32             # characters
 MAX_NICK_BYTES = 96       # bytes of UTF-8
 MAX_HOST = 64             # characters of a numeric address

@@ -52,7 +52,7 @@ from itertools import accumulate
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from protocol import INITIAL_ROOM, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
+from protocol import INITIAL_ROOM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -566,7 +566,6 @@ class SendStream:
 
 # --- receiving ------------------------------------------------------------------------------------------------
 
-MAX_EARLY = 4096          # numbers that a sender may be ahead of what is written, and that are buffered: 3 MiB of text
 MAX_CLAIMED_RANGES = 64   # ranges of numbers that another route has delivered, or none yet, remembered for one stream
 
 NONE_CONTINUED: frozenset[int] = frozenset()

@@ -150,7 +150,8 @@ def add_server_options(server: Parser) -> None:
                         help="most nicks that are known; one more makes an offline nick be forgotten"
                         " (default: %(default)s)")
     server.add_argument("--stranger-replies", type=whole_number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,
-                        metavar="N", help="most replies a second to clients that are not registered (default: %(default)s)")
+                        metavar="N",
+                        help="most replies a second to clients that are not registered (default: %(default)s)")
     server.add_argument("--nick-lapse", type=whole_number(0, 10 ** 5, "a number of days"), metavar="DAYS",
                         default=int(NICK_LAPSE),
                         help="days offline after which a nick is free again (default: %(default)s; 0: never)")

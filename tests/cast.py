@@ -20,7 +20,7 @@ PORTS = ("43961", "51120", "38214")     # of alice, bob and carol
 
 
 def stable(rows: list[str]) -> list[str]:
-    """``rows`` with the times and ports of every run."""
+    """Return ``rows`` with the times and ports of every run."""
     ports: dict[str, str] = {}
 
     def port(match: re.Match[str]) -> str:
@@ -31,19 +31,19 @@ def stable(rows: list[str]) -> list[str]:
 
 
 class Cast:
-    """The windows, of which ``close`` gives back what they hold."""
+    """The windows; ``close`` closes them all."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
         self._windows: list[Window] = []
 
     def close(self) -> None:
-        """Closes them."""
+        """Close the windows."""
         for window in self._windows:
             window.close()
 
     def open(self, nick: str) -> Window:
-        """Somebody starts a client, and is online."""
+        """Start a client on a terminal, and wait until it is online."""
         arguments = "client", nick, "127.0.0.1", str(self._chat.port), *PATIENT
         window = Window(self._chat, *arguments, columns=COLUMNS, rows=ROWS)
         self._windows.append(window)
@@ -52,12 +52,12 @@ class Cast:
 
     @staticmethod
     def shows(window: Window, *lines: str) -> None:
-        """Waits until all ``lines`` are on the screen, behind the time of day."""
+        """Wait until all ``lines`` are on the screen, behind the time of day."""
         for line in lines:
             window.shows_row(r"\d\d:\d\d:\d\d " + re.escape(line))
 
     def alice_talks(self) -> list[str]:
-        """What alice has on her screen after some talk."""
+        """Return what alice has on her screen after some talk."""
         self._chat.absent("carol")
         alice = self.open("alice")
         bob = self.open("bob")
@@ -79,7 +79,7 @@ class Cast:
         return alice.picture
 
     def carol_comes_back(self) -> list[str]:
-        """What carol has on her screen then."""
+        """Return what carol has on her screen then."""
         carol = self.open("carol")
         self._chat.until(lambda: sum(UPDATED in row for row in carol.rows) == 2, "the news that she is online")
         carol.shows_row(">>>")
@@ -87,7 +87,7 @@ class Cast:
 
 
 def cast() -> list[str]:
-    """The blocks in README, in their order."""
+    """Return the blocks in README, in their order."""
     with tempfile.TemporaryDirectory() as directory, Chat(Path(directory)) as chat:
         session = Cast(chat)
         try:

@@ -74,14 +74,14 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def chat(tmp_path: Path) -> Iterator[Chat]:
-    """A world of real processes; it ends them when the test is over."""
+    """Yield a world of real processes, and end them when the test is over."""
     with Chat(tmp_path) as world:
         yield world
 
 
 @pytest.fixture
 def open_pipe() -> Iterator[tuple[int, int]]:
-    """The two ends of a pipe that stays open, the one to read from first."""
+    """Yield the two ends of a pipe that stays open, the one to read from first."""
     ends = os.pipe()
     yield ends
     for end in ends:

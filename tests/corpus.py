@@ -23,7 +23,7 @@ OTHERS: list[Any] = [None, True, 0, 1, 7, 1.5, float("nan"), float("inf"), "", "
 
 
 def record(seed: int, nicks: Sequence[str] = ("alice", "bob", "carol")) -> list[bytes]:
-    """Every datagram of a run in which something of each kind is said."""
+    """Return every datagram of a run in which something of each kind is said."""
     world, recorded = World(seed), []
     world.network.weather = Weather(loss=0.1, delay=0.005, jitter=0.01)
     carry = world.network.send
@@ -64,7 +64,7 @@ def record(seed: int, nicks: Sequence[str] = ("alice", "bob", "carol")) -> list[
 
 
 def mutants(datagrams: Sequence[bytes], random: Random, count: int) -> Iterator[bytes]:
-    """``count`` variations of ``datagrams``."""
+    """Yield ``count`` variations of ``datagrams``."""
     ways: list[Callable[[bytes], bytes]] = [
         functools.partial(way, random) for way in (_flipped, _cut, _grown, _retagged, _retyped, _retyped, _enlarged)]
     ways.append(lambda datagram: _spliced(random, datagram, random.choice(datagrams)))
@@ -113,7 +113,7 @@ def _enlarged(random: Random, datagram: bytes) -> bytes:
 
 
 def _with_leaf(random: Random, datagram: bytes, another: Callable[[], Any]) -> bytes:
-    """The datagram with one value of one of its maps replaced."""
+    """Return the datagram with one value of one of its maps replaced."""
     maps = [value for value in unpack(datagram) if isinstance(value.get("info"), dict) and value["info"]]
     if not maps:
         return datagram

@@ -63,22 +63,22 @@ def has_ipv6() -> bool:
 
 
 def received(nick: str) -> str:
-    """The receipt for a message to ``nick``."""
+    """Return the receipt for a message to ``nick``."""
     return f"[Message received by {nick}.]"
 
 
 def no_ack(nick: str) -> str:
-    """What is said when ``nick`` does not answer."""
+    """Return what is said when ``nick`` does not answer."""
     return f"[No ACK from {nick}, message sent to server.]"
 
 
 def is_offline(nick: str) -> str:
-    """What is said when ``nick`` is known to be away."""
+    """Return what is said when ``nick`` is known to be away."""
     return f"[{nick} is offline, message sent to server.]"
 
 
 def sends(nick: str, texts: Sequence[str]) -> str:
-    """The commands that send ``texts`` to ``nick``."""
+    """Return the commands that send ``texts`` to ``nick``."""
     return "".join(f"send {nick} {text}\n" for text in texts)
 
 
@@ -91,7 +91,7 @@ class Stream:
         self.paused = False
 
     def read(self) -> None:
-        """Reads once; a terminal whose other side is closed has ended, too."""
+        """Read once; a terminal whose other side is closed has ended, too."""
         if self.fd is None:
             return
         try:
@@ -103,7 +103,7 @@ class Stream:
             self.close()
 
     def close(self) -> None:
-        """Reads no more."""
+        """Read no more."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -126,19 +126,19 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The number of the process."""
         return self.popen.pid
 
     # input
 
     def feed(self, text: str | bytes) -> None:
-        """Writes to its stdin, as it takes it."""
+        """Write to the stdin of the process as fast as it reads."""
         assert self._stdin is not None, "no pipe leads there"
         self._to_write += text.encode() if isinstance(text, str) else text
         self.write_some()
 
     def end_input(self) -> None:
-        """Closes its stdin once all is written."""
+        """Close the stdin of the process once everything is written."""
         self._end_of_input = True
         self.write_some()
 
@@ -148,7 +148,7 @@ class Process:
         return self._stdin if self._to_write else None
 
     def write_some(self) -> None:
-        """Writes what goes without waiting."""
+        """Write what can be written without waiting."""
         if self._stdin is None:
             return
         try:
@@ -166,7 +166,7 @@ class Process:
 
     @property
     def lines(self) -> list[str]:
-        """The whole lines of its stdout so far."""
+        """The whole lines on stdout so far."""
         return self.out.data.decode().split("\n")[:-1]
 
     @property
@@ -176,11 +176,11 @@ class Process:
 
     @property
     def errors(self) -> list[str]:
-        """The whole lines of its stderr so far."""
+        """The whole lines on stderr so far."""
         return self.err.data.decode().split("\n")[:-1]
 
     def next_line(self) -> str:
-        """The next line of its output that was not seen yet."""
+        """Return the next line on stdout that was not seen yet."""
         self.chat.until(lambda: self.out.data.find(b"\n", self._seen) >= 0, f"a line of {self}")
         end = self.out.data.index(b"\n", self._seen)
         line = self.out.data[self._seen:end].decode()
@@ -188,20 +188,20 @@ class Process:
         return line
 
     def see(self, *lines: str) -> None:
-        """Waits for these lines, in this order; others may come between."""
+        """Wait for these lines, in this order; others may come between."""
         for wanted in lines:
             while self.next_line() != wanted:
                 pass
 
     def see_match(self, pattern: str | Pattern[str]) -> re.Match[str]:
-        """Waits for a line that is ``pattern`` from its beginning to its end."""
+        """Wait for a line that is ``pattern`` from its beginning to its end."""
         while True:
             found = re.fullmatch(pattern, self.next_line())
             if found is not None:
                 return found
 
     def roster(self) -> dict[str, tuple[str, str]]:
-        """What the client's ``who`` says: nick -> (address, state). It must be online."""
+        """Return what the client says to ``who``: nick -> (address, state). It must be online."""
         self.feed("who\nend-of-who\n")
         found: dict[str, tuple[str, str]] = {}
         while True:
@@ -213,28 +213,28 @@ class Process:
                 found[match.group(1)] = (match.group(2), match.group(3))
 
     def wait_for(self, nick: str, state: str = "online") -> None:
-        """Waits until its table has ``nick`` in that state."""
+        """Wait until the client's table has ``nick`` in that state."""
         self.chat.until(lambda: self.roster().get(nick, ("", ""))[1] == state, f"{nick} to be {state} for {self}")
 
     def sync(self) -> None:
-        """Waits until it has carried out all commands so far (of a client that can: not while one waits)."""
+        """Wait until the client has carried out all commands so far. (It must be able to: not while one waits.)"""
         self.feed("end-of-lines\n")
         self.see("[Unknown command end-of-lines, try help.]")
 
     # the end
 
     def signal(self, number: int) -> None:
-        """Sends a signal, if it runs still."""
-        self._stopped = number == signal.SIGSTOP or self._stopped and number != signal.SIGCONT
+        """Send a signal to the process, if it still runs."""
+        self._stopped = number == signal.SIGSTOP or (self._stopped and number != signal.SIGCONT)
         self.popen.send_signal(number)
 
     def kill(self) -> None:
-        """Ends it with SIGKILL, and waits for that."""
+        """End the process with SIGKILL, and wait for that."""
         self.popen.kill()
         self.popen.wait(DEADLINE)
 
     def wait(self) -> int:
-        """Waits for its end, and for all of its output; gives the exit code."""
+        """Wait for the end of the process, and for all of its output; return the exit code."""
         self.chat.until(self._has_ended, f"the end of {self}")
         return self.popen.returncode
 
@@ -243,12 +243,12 @@ class Process:
         return not open_ends and self.popen.poll() is not None
 
     def finish(self) -> int:
-        """Ends its input and waits for its end; gives the exit code."""
+        """Close stdin and wait for the end of the process; return the exit code."""
         self.end_input()
         return self.wait()
 
     def discard(self) -> None:
-        """Ends it for good, and gives back its descriptors."""
+        """End the process at once, and close its descriptors."""
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.wait()
@@ -258,7 +258,7 @@ class Process:
         self.err.close()
 
     def memory(self) -> int:
-        """Bytes of memory that it holds (Linux only)."""
+        """Return the bytes of memory that the process uses (Linux only)."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         assert found is not None
@@ -301,7 +301,7 @@ class Chat:
     def run(self, *arguments: str | bytes, stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE,
             environment: dict[str, str] | None = None, command: Sequence[str] = PROGRAM,
             terminal: int | None = None) -> Process:
-        """Starts the program. ``terminal``: a descriptor of the one that is to be its own."""
+        """Start the program. ``terminal``: a descriptor of the one that is to be its own."""
         def take_terminal() -> None:
             os.setsid()
             if terminal is not None:
@@ -322,7 +322,7 @@ class Chat:
         return process
 
     def run_on_terminal(self, *arguments: str) -> Process:
-        """Starts the program with a pseudo-terminal as stdin and stdout; stderr is a pipe."""
+        """Start the program with a pseudo-terminal as stdin and stdout; stderr is a pipe."""
         master, slave = pty.openpty()
         try:
             process = self.run(*arguments, stdin=slave, stdout=slave, terminal=slave, environment={"TERM": "xterm"})
@@ -335,13 +335,13 @@ class Chat:
 
     def complete(self, *arguments: str | bytes, environment: dict[str, str] | None = None,
                  command: Sequence[str] = PROGRAM) -> Process:
-        """Runs the program with nothing to read until it ends."""
+        """Run the program with nothing to read until it ends."""
         process = self.run(*arguments, stdin=subprocess.DEVNULL, environment=environment, command=command)
         process.wait()
         return process
 
     def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: str | None = None) -> Process:
-        """Starts the server of this world (a new one after the old one has ended); it is ready."""
+        """Start the server of this world (a new one after the old one has ended), and wait until it is ready."""
         server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options)
         self._port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
         self._server = server
@@ -355,35 +355,35 @@ class Chat:
         return self._port
 
     def restart(self, *options: str) -> Process:
-        """Starts the server again, on its old port."""
+        """Start the server again, on its old port."""
         return self.server(*options, port=self._port)
 
     def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None, stdin: int = PIPE,
               stdout: int = PIPE) -> Process:
-        """Starts a client."""
+        """Start a client."""
         return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout)
 
     def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None,
                stdin: int = PIPE) -> Process:
-        """Starts a client; it is registered."""
+        """Start a client, and wait until it is registered."""
         client = self.start(nick, *options, host=host, port=port, stdin=stdin)
         client.see(WELCOME)
         return client
 
     def clients(self, *nicks: str) -> list[Process]:
-        """Starts clients, each of which knows those before it."""
+        """Start clients, each of which knows those before it."""
         clients = [self.client(nick) for nick in nicks]
         for client in clients:
             client.see(UPDATED)
         return clients
 
     def absent(self, nick: str) -> None:
-        """Makes ``nick`` known and offline."""
+        """Make ``nick`` known and offline."""
         client = self.client(nick)
         client.finish()
 
     def proxy(self) -> Proxy:
-        """Starts a proxy in front of the server."""
+        """Start a proxy in front of the server."""
         proxy = Proxy(self.port)
         self.proxies.append(proxy)
         return proxy
@@ -391,7 +391,7 @@ class Chat:
     # waiting
 
     def pump(self, seconds: float) -> None:
-        """Reads and writes what can be read and written, waiting at most so long for anything."""
+        """Read and write what can be read and written; wait for that time at most."""
         reading: dict[int, Stream] = {}
         writing: dict[int, Process] = {}
         for process in self.processes:
@@ -408,7 +408,7 @@ class Chat:
             writing[fd].write_some()
 
     def until(self, condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
-        """Waits until ``condition`` holds; fails, with all output, if that takes too long."""
+        """Wait until ``condition`` holds. Fail, with all output, if that lasts too long."""
         end = time.monotonic() + deadline
         while not condition():
             if time.monotonic() >= end:
@@ -416,13 +416,13 @@ class Chat:
             self.pump(0.02)
 
     def rest(self, seconds: float) -> None:
-        """Lets time pass, for what must not happen in it."""
+        """Let time pass, for what must not happen in it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.pump(max(0.0, end - time.monotonic()))
 
     def report(self) -> str:
-        """What every process has printed, for a person."""
+        """Return what every process has printed, for a person."""
         parts = []
         for process in self.processes:
             parts.append(f"--- {process}: exit {process.popen.poll()}")
@@ -491,7 +491,7 @@ class Proxy:
                 pass
 
     def close(self) -> None:
-        """Ends it."""
+        """End it."""
         self._waker.send(b"x")
         self._thread.join()
         for sock in (self._front, self._wake, self._waker, *self._backs.values()):
@@ -499,6 +499,6 @@ class Proxy:
 
 
 def shown_once(lines: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether ``wanted`` are among ``lines``, each once and in that order."""
+    """Return whether ``wanted`` are among ``lines``, each once and in that order."""
     names: set[str] = set(wanted)
     return [line for line in lines if line in names] == list(wanted)

@@ -714,26 +714,26 @@ class Life(Node):
                 raise Violation(f"{self.name} is offline and shows {line[:80]}")
             self.ledger.shown(self, found.group(1), found.group(3))
 
-    def _understood(self, told: dict[str, Any]) -> str:
+    def _understood(self, found: dict[str, Any]) -> str:
         """Return an object as the line that others get for it."""
-        if told["type"] == "message":
-            return f"{told['from']}: {clean(told['text'])}"
+        if found["type"] == "message":
+            return f"{found['from']}: {clean(found['text'])}"
         names = [name for name, form in EVENT_FORMATS.items()
-                 if (form.type, form.reason) == (told["type"], told.get("reason"))]
+                 if (form.type, form.reason) == (found["type"], found.get("reason"))]
         if not names:
-            return str(told["type"])
-        if told["type"] in ("received", "saved", "failed"):
-            self._note_outcome(told)
+            return str(found["type"])
+        if found["type"] in ("received", "saved", "failed"):
+            self._note_outcome(found)
         name = names[0]
-        if told["type"] == "undelivered" and told.get("count", 1) != 1:
+        if found["type"] == "undelivered" and found.get("count", 1) != 1:
             name = names[1]
         others = {"most": protocol.MAX_TEXT, "usage": "", "name": "", "help": ""}
-        return EVENT_FORMATS[name].line.format(**{**others, **told})
+        return EVENT_FORMATS[name].line.format(**{**others, **found})
 
-    def _note_outcome(self, told: dict[str, Any]) -> None:
-        if told["ref"] in self.outcomes:
-            raise Violation(f"{self.name} closes {told['ref']} as {self.outcomes[told['ref']]}, and again: {told}")
-        self.outcomes[told["ref"]] = told.get("reason", told["type"])
+    def _note_outcome(self, found: dict[str, Any]) -> None:
+        if found["ref"] in self.outcomes:
+            raise Violation(f"{self.name} closes {found['ref']} as {self.outcomes[found['ref']]}, and again: {found}")
+        self.outcomes[found["ref"]] = found.get("reason", found["type"])
 
     def _put_error(self, data: bytes) -> int:
         *lines, self._errors = (self._errors + data).split(b"\n")
@@ -1262,7 +1262,7 @@ class Storm:
                 self._reg(life)
 
     def check_quiet(self) -> None:
-        """Raise Violation unless nothing is open, everybody has the table and all mail, and only idle traffic is left."""
+        """Raise Violation unless nothing is open, all have the table and all mail, and only idle traffic is left."""
         world = self.world
         assert world.server is not None
         sent = {node: node.sent for node in (world.server, *world.running())}

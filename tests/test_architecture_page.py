@@ -15,7 +15,7 @@ ROOMS = re.findall(r"(?m)^\| `(\w+)` \| [^|]+ \| ([\w, ]*)\|$", PAGE)
 
 
 def imports_of(tree: ast.Module) -> set[str]:
-    """The modules of the project that a module imports, wherever in it."""
+    """Return the modules of the project that a module imports, wherever in it."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def test_only_the_wire_knows_msgpack() -> None:
 
 
 def defined_names() -> set[str]:
-    """Every class, function and constant at the top of a module, and every ``Class.method``."""
+    """Return every class, function and constant at the top of a module, and every ``Class.method``."""
     found: set[str] = set()
     for tree in MODULES.values():
         for node in tree.body:

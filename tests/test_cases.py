@@ -13,7 +13,7 @@ MAIL = r"(\w): <(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)> (.*)"
 
 
 def after(lines: list[str], line: str) -> list[str]:
-    """What comes behind the last ``line``."""
+    """Return what comes behind the last ``line``."""
     return lines[len(lines) - lines[::-1].index(line):]
 
 

@@ -910,7 +910,7 @@ PLAIN = ("--no-time", "--color", "never")
 
 
 def screen(process: Process) -> tuple[list[str], tuple[int, int]]:
-    """What a terminal of 80 columns shows, and where the cursor is (line, column)."""
+    """Return what a terminal of 80 columns shows, and where the cursor is (line, column)."""
     terminal = pyte.Screen(80, 40)
     pyte.ByteStream(terminal).feed(bytes(process.out.data))
     lines = list(terminal.display)
@@ -918,7 +918,7 @@ def screen(process: Process) -> tuple[list[str], tuple[int, int]]:
 
 
 def shows(process: Process, *wanted: str) -> None:
-    """Waits until the terminal shows ``wanted`` as its last lines, the last one with the cursor behind it."""
+    """Wait until the terminal shows ``wanted`` as its last lines, the last one with the cursor behind it."""
     def is_there() -> bool:
         lines, (row, column) = screen(process)
         last = wanted[-1]

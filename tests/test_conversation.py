@@ -52,7 +52,7 @@ class World:
         return sent
 
     def run(self, seconds: float) -> Sent:
-        """Lets time pass, poll by poll."""
+        """Let time pass, poll by poll."""
         end, sent = self.now + seconds, self.poll()
         while self.conversation.due() <= end:
             self.now = max(self.now, self.conversation.due())
@@ -64,7 +64,7 @@ class World:
         self.conversation.on_ack(self.now, next_, [], room, route)
 
     def answer(self, sent: Sent) -> None:
-        """What receivers say who take everything."""
+        """Answer as receivers do that accept everything."""
         for (tag, info), _ in sent:
             route = DIRECT if tag == "chat" else SAVE
             receiver = self.receivers.setdefault(route, ReceiveStream(STREAM))
@@ -81,7 +81,7 @@ class World:
 
 
 def texts_of(sent: Sent) -> list[str]:
-    """The texts that are named, once each, by their numbers."""
+    """Return the texts in what was sent, each once, in the order of their numbers."""
     found = {info["n"] + index: text for (_, info), _ in sent for index, text in enumerate(info["text"])}
     more = {number for (_, info), _ in sent for number in info.get("more", ())}
     assert sorted(found) == list(range(min(found), max(found) + 1))
@@ -93,7 +93,7 @@ def addresses(sent: Sent) -> set[Address | None]:
 
 
 def saving() -> World:
-    """A world in which one message was not answered by the recipient and went to the server."""
+    """Return a world in which one message was not answered by the recipient and went to the server."""
     world = World()
     world.send("hello")
     world.run(0.5)
@@ -462,7 +462,7 @@ CONVERSATION_STEPS = st.lists(st.one_of(
 
 
 def check_conversation(world: World, messages: list[str], events: list[Event]) -> None:
-    """Whatever happened: each message is either closed or held, and the counters tell how many."""
+    """Check what must always hold: each message is either closed or pending, and the counters say how many."""
     closing = (RECEIVED, SAVED, REFUSED)
     closed = sum(event.messages for event in events if event.kind in closing)
     conversation = world.conversation
@@ -529,7 +529,7 @@ def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
 # --- outboxes -------------------------------------------------------------------------------------------------
 
 def outbox_with(nicks: Sequence[str], online: bool = True) -> Outbox:
-    """An outbox in which one message waits for each of ``nicks``."""
+    """Return an outbox in which one message waits for each of ``nicks``."""
     outbox = Outbox("alice")
     for number, nick in enumerate(nicks, 1):
         outbox.open(0.0, nick, Place(online, ("127.0.0.1", number)), number)

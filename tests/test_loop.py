@@ -19,7 +19,7 @@ from loop import (COMPACT_TIMERS, ERROR, INFO, LOST_TIME, OUTPUT_LIMIT, Log, Out
 
 
 class Paper:
-    """What takes so many bytes, and keeps them."""
+    """An output that accepts that many bytes, and keeps them."""
 
     def __init__(self, blank: int = 10 ** 6) -> None:
         self.blank = blank
@@ -114,7 +114,7 @@ class Pair:
             self.loop.watch(self.ours.fileno(), event, functools.partial(self.calls.append, name))
 
     def turn(self) -> list[str]:
-        """Who is called in one turn, which does not wait."""
+        """Return what is called in one turn, which does not wait."""
         del self.calls[:]
         self.loop.call_at(self.loop.now(), lambda: None)
         self.loop.turn()
@@ -224,7 +224,7 @@ def test_the_time_in_which_a_process_was_stopped_counts_for_almost_nothing(loop:
 @pytest.fixture(name="read")
 def what_a_loop_reads_that_waits(loop: SelectorLoop, hands: Hands, selector: IdleSelector,
                                  monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """What was read of the three datagrams that are there when the selector has waited: a second, or for a timer."""
+    """Return which of three datagrams are read, when the selector has waited a second, or for a timer."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours, socket.socket(
             socket.AF_INET, socket.SOCK_DGRAM) as theirs:
         ours.bind(("127.0.0.1", 0))

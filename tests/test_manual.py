@@ -22,12 +22,12 @@ CLOSED_PORT = 9           # of the discard protocol: nobody answers there
 
 
 def section(title: str) -> str:
-    """What stands under a heading."""
+    """Return what stands under a heading."""
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def blocks(title: str, language: str = "") -> list[str]:
-    """The fenced blocks of a section that are in ``language``."""
+    """Return the fenced blocks of a section that are in ``language``."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
 
@@ -37,7 +37,7 @@ CRONTAB, = blocks("For scripts")
 
 
 def executable(path: Path, script: str) -> None:
-    """Makes a script of sh."""
+    """Make a shell script."""
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
@@ -54,7 +54,7 @@ class Shell:
                    f'echo $$ > "{self._pid}"; exec "{sys.executable}" "{ROOT / "udpchat.py"}" "$@"')
 
     def run(self, script: str, port: int = 0, **environment: str) -> Process:
-        """Runs a script in bash; the environment says where the server is."""
+        """Run a script in bash; the environment says where the server is."""
         changed = {"PATH": f"{self.path}:{os.environ['PATH']}", "UDPCHAT_NICK": "job",
                    "UDPCHAT_SERVER": f"127.0.0.1:{port or self.chat.port}", **environment}
         stdin = os.open(os.devnull, os.O_RDONLY)
@@ -64,11 +64,11 @@ class Shell:
             os.close(stdin)
 
     def stop(self) -> None:
-        """Ends the program that was started last, as a service manager does."""
+        """End the program that was started last, as a service manager does."""
         os.kill(int(self._pid.read_text()), signal.SIGTERM)
 
     def mail(self, nick: str) -> list[str]:
-        """What waits for ``nick``: by whom, and what."""
+        """Return what waits for ``nick``: the senders and the texts."""
         client = self.chat.client(nick)
         assert client.finish() == 0
         found = [re.fullmatch(r"(\S+): <[\d: -]+> (.*)", line) for line in client.lines]
@@ -93,7 +93,7 @@ def test_the_screens_in_readme_are_what_the_program_draws() -> None:
 # --- recipes --------------------------------------------------------------------------------------------------
 
 def crontab(text: str) -> tuple[dict[str, str], str]:
-    """The environment, and the command of the only entry."""
+    """Return the environment, and the command of the only entry."""
     *settings, entry = text.splitlines()
     environment = dict(line.split("=", 1) for line in settings)
     command = entry.split(None, 5)[5]
@@ -174,7 +174,7 @@ def test_a_log_goes_line_by_line_to_bob(shell: Shell) -> None:
 
 
 def start_of_tail(shell: Shell, log: Path, bob: Process) -> None:
-    """Adds lines until one comes through: from now on, tail reads."""
+    """Add lines until one comes through: from now on, tail reads."""
     def has_come() -> bool:
         with log.open("a") as file:
             file.write("is there anybody?\n")
@@ -212,7 +212,7 @@ def test_a_collector_has_in_its_file_what_was_received_and_bobs_part_can_be_take
 
 
 def knows_archive(client: Process) -> bool:
-    """Whether the answer to ``who`` has it, in one of the objects that came so far."""
+    """Return whether the answer to ``who`` has it, in one of the objects that came so far."""
     client.feed("who\n")
     client.chat.pump(0.02)
     return any(json.loads(line).get("nick") == "archive" for line in client.lines)

@@ -26,7 +26,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def acks_before_it_writes(patch: pytest.MonkeyPatch) -> None:
-    """Counts what is handed to stdout as written."""
+    """Count what is handed to stdout as written."""
     def take(self: Inbox, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
         for delivery in original(self, now, has_room):
             delivery.written(len(delivery.texts))
@@ -36,7 +36,7 @@ def acks_before_it_writes(patch: pytest.MonkeyPatch) -> None:
 
 
 def acks_before_it_commits(patch: pytest.MonkeyPatch) -> None:
-    """Tells that messages are saved, and saves them a little later."""
+    """Say that messages are saved, and save them a little later."""
     def commit(self: Committer) -> bool:
         if self.mailbox.pending:
             self.loop.call_at(self.loop.now() + 0.05, lambda: [original(self)].clear())
@@ -46,13 +46,13 @@ def acks_before_it_commits(patch: pytest.MonkeyPatch) -> None:
 
 
 def takes_a_failed_commit_for_done(patch: pytest.MonkeyPatch) -> None:
-    """Does not look at whether the disk took it."""
+    """Do not look at whether the commit failed."""
     original = Committer.commit
     patch.setattr(Committer, "commit", lambda self: original(self) or True)
 
 
 def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
-    """Counts a line as written as soon as its first bytes are."""
+    """Count a line as written as soon as its first bytes are."""
     def split(self: Output, taken: int) -> None:
         data, written = self._chunks[0]
         self._chunks[0] = data[taken:], None
@@ -62,7 +62,7 @@ def counts_a_partial_write_as_whole(patch: pytest.MonkeyPatch) -> None:
 
 
 def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:
-    """Does not wait until the recipient has acked its mail."""
+    """Do not wait until the recipient has acked its mail."""
     def send(self: Postman, session: Session) -> None:
         original(self, session)
         mail = self.streams.get(session.id)
@@ -73,17 +73,17 @@ def deletes_mail_when_it_is_sent(patch: pytest.MonkeyPatch) -> None:
 
 
 def shows_what_came_on_another_route(patch: pytest.MonkeyPatch) -> None:
-    """Does not compare mail with what came straight."""
+    """Do not compare mail with what came straight."""
     patch.setattr(ReceiveStream, "claim", lambda self, first, count: True)
 
 
 def announces_before_the_mail_is_shown(patch: pytest.MonkeyPatch) -> None:
-    """Calls a client online as soon as it is registered."""
+    """Call a client online as soon as it is registered."""
     patch.setattr(Session, "has_had_its_mail", property(lambda self: True))
 
 
 def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:
-    """Shows what comes straight, though what was sent before it is in the mail."""
+    """Show what comes straight, though what was sent before it is in the mail."""
     def on_data(self: ReceiveStream, *data: Any) -> None:
         original(self, *data)
         self.advance(self.base)
@@ -92,24 +92,24 @@ def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_its_base(patch: pytest.MonkeyPatch) -> None:
-    """Does not tell the recipient which numbers it does not hold any more."""
+    """Do not say to the recipient which numbers the sender does not have any more."""
     patch.setattr("conversation.encode", lambda tag, info: encode(tag, {**info, "base": 1}))
 
 
 def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:
-    """Believes whoever says that he is somebody."""
+    """Believe every sender, wherever the chat comes from."""
     patch.setattr(TableSync, "is_at", lambda self, nick, address: True)
 
 
 def does_not_repeat_what_is_lost(patch: pytest.MonkeyPatch) -> None:
-    """Sends everything once."""
+    """Send everything once."""
     def on_timeout(self: SendStream) -> None:
         self.timeout_at = float("inf")
     patch.setattr(SendStream, "_on_timeout", on_timeout)
 
 
 def gives_two_changes_one_version(patch: pytest.MonkeyPatch) -> None:
-    """Does not count every fifth change of the table."""
+    """Do not count every fifth change of the table."""
     def set_entry(self: Table, *entry: Any) -> bool:
         changed = original(self, *entry)
         if changed and self.version % 5 == 0:
@@ -120,7 +120,7 @@ def gives_two_changes_one_version(patch: pytest.MonkeyPatch) -> None:
 
 
 def acks_inside_a_text(patch: pytest.MonkeyPatch) -> None:
-    """Cuts a long text at the number that was acked."""
+    """Cut a long text at the number that was acked."""
     def on_ack(self: SendStream, *ack: Any) -> int:
         self.continued = set()
         return original(self, *ack)
@@ -129,7 +129,7 @@ def acks_inside_a_text(patch: pytest.MonkeyPatch) -> None:
 
 
 def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
-    """A client that has deregistered goes on pinging."""
+    """Go on pinging after deregistering."""
     def close(self: ServerLink) -> None:
         session = self.session
         original(self)
@@ -140,7 +140,7 @@ def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
 
 
 def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
-    """Ends without a word about the commands that it had read already."""
+    """End without a word about the commands that were read already."""
     patch.setattr(Shell, "hand_back_rest", lambda self: None)
 
 

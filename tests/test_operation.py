@@ -1,4 +1,4 @@
-"""What whoever runs a server has to hand: its log and its rotation, its counters, the line that says how to join."""
+"""What an operator of a server uses: its log and its rotation, its counters, the line that says how to join."""
 from __future__ import annotations
 
 import json
@@ -40,7 +40,7 @@ class StoppedLoop(Scheduler):
 
 
 def messages(path: Path) -> list[str]:
-    """The records in a log, without time and level."""
+    """Return the records in a log, without time and level."""
     found = [TEXT_LINE.fullmatch(line) for line in path.read_text().splitlines()]
     assert all(found)
     return [match.group(2) for match in found if match is not None]
@@ -51,7 +51,7 @@ def wait_for_log(chat: Chat, path: Path, text: str) -> None:
 
 
 def summary(chat: Chat, server: Process, path: Path) -> dict[str, int]:
-    """What SIGUSR1 has the server write into its log."""
+    """Return what SIGUSR1 makes the server write into its log."""
     before = path.read_text().count(" summary: ")
     server.signal(signal.SIGUSR1)
     chat.until(lambda: path.read_text().count(" summary: ") > before, "a summary")
@@ -272,7 +272,7 @@ def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
 # --- start and end --------------------------------------------------------------------------------------------
 
 def join_line(chat: Chat, *options: str) -> re.Match[bytes]:
-    """The second line of a server that was started on a terminal."""
+    """Return the second line of a server that was started on a terminal."""
     server = chat.run_on_terminal("server", "0", "--store", ":memory:", *options)
     server.see_match(r"\[Server listening on .*\]\r")
     server.next_line()
@@ -413,7 +413,7 @@ HARDENING = ["NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "
 
 
 def unit_file() -> str:
-    """The unit in the README."""
+    """Return the unit in the README."""
     found = re.search(r"```ini\n(\[Unit\]\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert found is not None
     return found.group(1)

@@ -30,7 +30,7 @@ Event = dict[str, Any]
 
 
 def block(heading: str, language: str) -> str:
-    """The code in ``language`` below a heading of the README."""
+    """Return the code in ``language`` below a heading of the README."""
     section = re.split(r"(?m)^#+ ", README.split(f"\n{heading}\n", 1)[1])[0]
     found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
     assert found is not None, f"the README has {language} under {heading}"
@@ -46,7 +46,7 @@ def no_constant(name: str) -> None:
 
 
 def events_of(process: Process) -> list[Event]:
-    """Its events so far; all are valid."""
+    """Return the events of a program so far. Fail if one is not valid."""
     found = [json.loads(line, parse_constant=no_constant) for line in process.lines]
     for event in found:
         VALIDATOR.validate(event)
@@ -54,7 +54,7 @@ def events_of(process: Process) -> list[Event]:
 
 
 def kind(event: Event) -> tuple[str, str | None]:
-    """What an event is, and why."""
+    """Return what an event is, and why."""
     return event["type"], event.get("reason")
 
 
@@ -68,11 +68,11 @@ class Program:
             self.see("table")
 
     def tell(self, **command: Any) -> None:
-        """Writes a command."""
+        """Write a command."""
         self.process.feed(json.dumps(command) + "\n")
 
     def send(self, nick: str, text: str, ref: Any = None) -> None:
-        """Sends; its ``ref`` comes back."""
+        """Send a text; its ``ref`` comes back."""
         self.tell(send=nick, text=text, **({} if ref is None else {"ref": ref}))
 
     @property
@@ -81,7 +81,7 @@ class Program:
         return events_of(self.process)
 
     def see(self, type_: str, **fields: Any) -> Event:
-        """Waits for an event with these fields; gives the first one."""
+        """Wait for an event with these fields; return the first one."""
         found: list[Event] = []
 
         def is_there() -> bool:
@@ -92,7 +92,7 @@ class Program:
         return found[0]
 
     def knows(self, nick: str, state: str = "online") -> None:
-        """Waits until it knows ``nick`` in that state."""
+        """Wait until the client knows ``nick`` in that state."""
         def does() -> bool:
             count = len([event for event in self.events if event["type"] == "help"])
             self.process.feed('{"who": true}\n{"help": true}\n')
@@ -102,12 +102,12 @@ class Program:
         self.chat.until(does, f"{nick} to be {state}")
 
     def closings(self, ref: Any) -> list[Event]:
-        """The events that end the send with that ``ref``."""
+        """Return the events that end the send with that ``ref``."""
         return [event for event in self.events
                 if event.get("ref") == ref and event["type"] in ("received", "saved", "failed")]
 
     def finish(self) -> int:
-        """Ends its input and waits; gives the exit code."""
+        """Close stdin and wait for the end; return the exit code."""
         return self.process.finish()
 
 
@@ -142,7 +142,7 @@ def test_the_schema_and_the_table_of_the_readme_have_every_event() -> None:
 
 
 def messages(chat: Chat) -> list[Event]:
-    """Direct, by the server, as mail; with all that is said meanwhile."""
+    """Send directly, by the server, and as mail; return all that the programs say meanwhile."""
     bob = Program(chat, "bob")
     alice = Program(chat, "alice")
     alice.knows("bob")
@@ -169,7 +169,7 @@ def messages(chat: Chat) -> list[Event]:
 
 
 def relays(chat: Chat) -> list[Event]:
-    """Two behind routers that let only the server in."""
+    """Return what two say that are behind routers which let only the server in."""
     bob = Program(chat, "bob", port=chat.proxy().port)
     alice = Program(chat, "alice", port=chat.proxy().port)
     alice.knows("bob")
@@ -180,7 +180,7 @@ def relays(chat: Chat) -> list[Event]:
 
 
 def silence(chat: Chat) -> list[Event]:
-    """The server stops, and goes on; it stops once more, and that is the end."""
+    """Let the server stop and go on, and end it; return what alice says."""
     chat.absent("bob")
     alice = Program(chat, "alice")
     chat.processes[0].signal(signal.SIGSTOP)
@@ -202,7 +202,7 @@ def silence(chat: Chat) -> list[Event]:
 
 
 def limits(chat: Chat) -> list[Event]:
-    """A server that takes two, and keeps one message."""
+    """Return what clients say to a server that accepts two of them, and keeps one message."""
     chat.server("--max-clients", "2", "--mailbox-limit", "1")
     chat.absent("bob")
     alice = Program(chat, "alice", "--anonymous")
@@ -220,7 +220,7 @@ def limits(chat: Chat) -> list[Event]:
 
 
 def by_itself(_: Chat) -> list[Event]:
-    """A disk that fails only the simulated world has."""
+    """Return the event of a disk that fails, which only the simulated world has."""
     line = JsonFormatter("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
     event: Event = json.loads(line)
     assert event == {"type": "failed", "reason": "disk", "time": "1970-01-01T00:00:01.500Z", "to": "bob", "id": "1:2",
@@ -411,7 +411,7 @@ def test_quiet_shows_only_objects_that_are_messages(chat: Chat) -> None:
 # --- one message ----------------------------------------------------------------------------------------------
 
 def run_send(chat: Chat, *arguments: str, stdin: str | bytes = "", **environment: str) -> Process:
-    """Runs ``udpchat send`` as carl until it ends."""
+    """Run ``udpchat send`` as carl until it ends."""
     defaults = {"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"}
     process = chat.run("send", *arguments, environment={**defaults, **environment})
     process.feed(stdin)
@@ -635,7 +635,7 @@ def test_scripts_are_not_told_that_the_server_is_back(chat: Chat) -> None:
 # --- the bots of the README -----------------------------------------------------------------------------------
 
 def install(chat: Chat) -> dict[str, str]:
-    """The environment of somebody who has installed the program."""
+    """Return the environment of somebody who has installed the program."""
     program = chat.directory / "bin" / "udpchat"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')

@@ -55,7 +55,7 @@ def accepts(tag: str, info: Info) -> bool:
 
 
 def swallow(datagram: bytes) -> list[Map]:
-    """Decodes hostile bytes: whatever comes out is valid, and the decoder is as good as new afterwards."""
+    """Decode hostile bytes. Check that the maps are valid, and that the decoder works as before."""
     decoder = Decoder()
     messages = decoder.decode(datagram)
     assert all(is_valid(tag, info) for tag, info in messages)

@@ -326,7 +326,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "silence": "registry.SILENCE",
     "least time between two sync": "client.SYNC_INTERVAL",
     "first window": "protocol.INITIAL_ROOM",
-    "largest room": "stream.MAX_EARLY",
+    "largest room": "protocol.MAX_EARLY",
     "at in the future": "registry.DAY",
     "jitter of repeated requests": "loop.JITTER",
 }

@@ -359,13 +359,13 @@ def box_with_bob(path: Path) -> Iterator[Mailbox]:
 
 
 def parcel_of(first: int, *texts: str) -> Parcel:
-    """A number for every text; one that ends with "…" is continued by the next."""
+    """Return a number for every text; one that ends with "…" is continued by the next."""
     return Parcel(first, list(texts), [WALL + n for n in range(first, first + len(texts))],
                   [n for n, text in enumerate(texts, first) if text.endswith("…")])
 
 
 def letters_of(sender: str, stream: int, parcel: Parcel) -> list[StoredLetter]:
-    """A parcel as its recipient gets it."""
+    """Return a parcel as its recipient gets it."""
     return [[sender, stream, n, at, text, n in parcel.more]
             for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
 
@@ -377,7 +377,7 @@ def keep(box: Mailbox, nick: str, *texts: str, sender: str = SENDER, stream: int
 
 
 def mail(box: Mailbox, nick: str = "bob") -> list[tuple[int, str]]:
-    """The mail of ``nick`` on the disk, with its numbers."""
+    """Return the mail of ``nick`` on the disk, with its numbers."""
     first = box._db.execute("SELECT min(seq) FROM mail WHERE recipient = ?", (box.known[nick].id,)).fetchone()[0] or 1
     return [(seq, letter[4]) for seq, letter in enumerate(box.fetch(box.known[nick], first, EVERYTHING), first)]
 
@@ -814,7 +814,7 @@ def test_a_store_in_memory_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
 # a crash at any moment
 
 def copied(path: Path, folder: Path) -> Path:
-    """What ``kill -9`` would leave of a store: its files as they are on the disk at this moment."""
+    """Return what ``kill -9`` would leave of a store: its files as they are on the disk at this moment."""
     folder.mkdir()
     for file in path.parent.glob(path.name + "*"):
         shutil.copy(file, folder)

@@ -38,7 +38,7 @@ CONTROL_C, CONTROL_D, CONTROL_L, CONTROL_Z, BACKSPACE, DELETE = "\x03", "\x04", 
 
 
 def pasted(text: str) -> str:
-    """``text`` as a terminal brackets it."""
+    """Return ``text`` as a terminal brackets it."""
     return f"\x1b[200~{text}\x1b[201~"
 
 
@@ -51,17 +51,17 @@ class Glass(Xterm):
         super().__init__(columns, rows)
 
     def index(self) -> None:
-        """Scrolls, if the cursor is in the last row."""
+        """Scroll, if the cursor is in the last row."""
         if self.cursor.y == self.lines - 1:
             self.gone.append(self.display[0].rstrip())
         super().index()
 
     def bell(self, *_: object) -> None:
-        """Rings."""
+        """Ring."""
         self.bells += 1
 
     def select_graphic_rendition(self, *codes: int, **options: Any) -> None:
-        """pyte does not know what is dim."""
+        """Leave out what pyte does not know: dim."""
         if codes == (2,):
             codes = (5,)
         elif codes == (22,):
@@ -93,14 +93,14 @@ class Window:
         self.process._stdin = os.dup(master)
 
     def close(self) -> None:
-        """Gives back its own descriptor."""
+        """Close the window's own descriptor."""
         os.close(self._master)
 
     def _set_size(self, columns: int, rows: int) -> None:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def resize(self, columns: int, rows: int) -> None:
-        """Gives the window another size; the process hears of it by a signal."""
+        """Give the window another size; a signal reports it to the process."""
         self._look()
         self.glass.resize(rows, columns)
         self._set_size(columns, rows)
@@ -126,7 +126,7 @@ class Window:
         return self.data.rfind(PASTE_ON) > self.data.rfind(PASTE_OFF)
 
     def type(self, text: str) -> None:
-        """Types."""
+        """Type bytes."""
         self.process.feed(text)
 
     def _look(self) -> None:
@@ -158,7 +158,7 @@ class Window:
         return self.glass.gone + picture
 
     def shows(self, *wanted: str) -> None:
-        """Waits until ``wanted`` are the last rows."""
+        """Wait until ``wanted`` are the last rows."""
         def is_there() -> bool:
             return self.picture[-len(wanted):] == list(wanted)
         try:
@@ -168,7 +168,7 @@ class Window:
             raise
 
     def shows_row(self, pattern: str) -> str:
-        """Waits until some row is ``pattern``; gives it."""
+        """Wait until some row is ``pattern``; return it."""
         found: list[str] = []
 
         def is_there() -> bool:
@@ -178,14 +178,14 @@ class Window:
         return found[-1]
 
     def cells(self, text: str) -> list[pyte.screens.Char]:
-        """How the last row that has ``text`` in it draws it."""
+        """Return how the last row that has ``text`` in it draws it."""
         self._look()
         y = max(y for y in range(self.glass.lines) if text in self._row(y).replace(CURSOR, ""))
         start = self._row(y).replace(CURSOR, "").index(text)
         return [self.glass.buffer[y][x] for x in range(start, start + len(text))]
 
     def ends(self, code: int = 0) -> None:
-        """Waits for the end of the process; the terminal is as it was before."""
+        """Wait for the end of the process. Check that the terminal is as it was before."""
         assert self.process.wait() == code
         assert self.has_its_settings, "the terminal has its settings again"
         assert not self.pastes_are_bracketed
@@ -196,7 +196,7 @@ Open = Callable[..., Window]
 
 @pytest.fixture
 def open_window(chat: Chat) -> Iterator[Open]:
-    """Opens windows on which alice chats; the prompt is there."""
+    """Yield a function that opens a window in which alice chats, and waits for the prompt."""
     windows: list[Window] = []
 
     def open_(*options: str, nick: str = "alice", ready: bool = True, arguments: Sequence[str] = (),
@@ -213,7 +213,7 @@ def open_window(chat: Chat) -> Iterator[Open]:
 
 
 def meet(alice: Window, bob: Process) -> None:
-    """Waits until both know each other."""
+    """Wait until both know each other."""
     bob.wait_for("alice")
     alice.chat.until(lambda: alice.rows.count(UPDATED) > 0, "a table")
 
@@ -263,7 +263,7 @@ def test_a_text_of_several_rows_stays_whole_when_messages_come(chat: Chat, open_
 
 
 def wrapped(text: str, columns: int, left: int) -> list[str]:
-    """The rows that ``text`` takes, with the cursor so many characters before its end."""
+    """Return the rows of ``text``, with the cursor that many characters before its end."""
     units = re.findall("[^\u0301]\u0301?", text)
     units = [unit.replace("e\u0301", "é") for unit in units] + [""]
     rows, width = [""], 0
@@ -593,7 +593,7 @@ FG, BG = signal.SIGUSR1, signal.SIGUSR2
 
 
 def open_shell(open_window: Open, **keywords: Any) -> Window:
-    """A window with a shell on it, that has started the client as its job; the signals FG and BG continue that."""
+    """Return a window with a shell that has started the client as its job; the signals FG and BG continue it."""
     alice = open_window(command=[sys.executable, "-c", SHELL, PROGRAM[1]], ready=False, **keywords)
     alice.shows(WELCOME, UPDATED, f">>> {CURSOR}")
     return alice
@@ -921,7 +921,7 @@ def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> No
 
 
 def send_to_stopped_bob(chat: Chat, open_window: Open) -> tuple[Process, Window]:
-    """A bob who does not go on, and the window in which a message for him waits."""
+    """Return a bob who is stopped, and the window in which a message for him waits."""
     bob = chat.client("bob")
     bob.signal(signal.SIGSTOP)
     server = f"127.0.0.1:{chat.port}"

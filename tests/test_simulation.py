@@ -23,12 +23,12 @@ CHUNK, STORM_CHUNK = 5, 20    # seeds in one test
 
 
 def is_ready(life: Life) -> bool:
-    """Whether a client reads commands."""
+    """Return whether a client reads commands."""
     return life.client.link.has_joined and life.client.table_sync.table.is_online(life.nick)
 
 
 def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[World, list[Life]]:
-    """A world with a server and clients that are all online and know each other."""
+    """Return a world with a server and clients that are all online and know each other."""
     world = World(1, mailbox=mailbox)
     world.start_server()
     lives = [world.client(nick, stay=stay) for nick in nicks]
@@ -38,7 +38,7 @@ def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[Worl
 
 
 def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str, list[Any]], bool]:
-    """A filter for the network that loses every datagram with one of ``tags`` between these hosts."""
+    """Return a filter for the network that loses every datagram with one of ``tags`` between these hosts."""
     def passes(from_: str, to: str, maps: list[Any]) -> bool:
         hit = from_ == (source or from_) and to == (target or to)
         return not (hit and any(value["tag"] in tags for value in maps))
@@ -46,17 +46,17 @@ def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str
 
 
 def count(life: Life, line: str) -> int:
-    """How often a client has shown a line."""
+    """Return how often a client has shown a line."""
     return life.lines.count(line)
 
 
 def ends(life: Life, text: str) -> int:
-    """How many lines of a client end with ``text``."""
+    """Return how many lines of a client end with ``text``."""
     return sum(line.endswith(text) for line in life.lines)
 
 
 def tags_of(datagram: bytes) -> list[str]:
-    """What is in a datagram."""
+    """Return what is in a datagram."""
     return [tag for tag, _ in protocol.Decoder().decode(datagram)]
 
 

@@ -53,7 +53,7 @@ NO_DISK = "[The server cannot save messages now, message for bob not saved.]"
 
 
 def maps_of(datagram: bytes) -> list[tuple[str, Info]]:
-    """What is in a datagram."""
+    """Return what is in a datagram."""
     return Decoder().decode(datagram)
 
 
@@ -70,17 +70,17 @@ class DeskLoop:
         self.timers = TimerHeap()
 
     def now(self) -> float:
-        """Seconds of this turn."""
+        """Return the time of this turn, in seconds."""
         return self.time
 
     clock = now
 
     def wall(self) -> float:
-        """Seconds since 1970."""
+        """Return the seconds since 1970."""
         return self.wall_time
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Calls ``callback`` once ``when`` has come."""
+        """Call ``callback`` once ``when`` has come."""
         return self.timers.call_at(when, callback)
 
 
@@ -99,14 +99,14 @@ class Desk:
         self.turn()
 
     def turn(self) -> list[tuple[bytes, Address]]:
-        """Ends a turn; gives what was sent in it."""
+        """End a turn; return what was sent in it."""
         before = len(self.sent)
         self.loop.timers.run(self.loop.time)
         self.server.settle()
         return self.sent[before:]
 
     def wait(self, seconds: float) -> None:
-        """Lets time pass, with every timer in its turn."""
+        """Let time pass, with every timer in its turn."""
         end = self.loop.time + seconds
         while self.loop.timers.next_time() <= end:
             self.loop.time = max(self.loop.time, self.loop.timers.next_time())
@@ -115,40 +115,40 @@ class Desk:
         self.turn()
 
     def say(self, address: Address, *datagrams: bytes) -> list[tuple[str, Info]]:
-        """Sends datagrams in one turn; gives what comes back to that address in it."""
+        """Send datagrams in one turn; return what comes back to that address in it."""
         for datagram in datagrams:
             self.server.receive(datagram, address)
         return [found for datagram, to in self.turn() if to == address for found in maps_of(datagram)]
 
     def cookie(self, address: Address) -> bytes:
-        """The cookie for an address."""
+        """Return the cookie for an address."""
         (tag, info), = self.say(address, padded("reg", {"id": 1, "nick": "x"}, protocol.REG_SIZE))
         assert tag == "cookie"
         return bytes(info["cookie"])
 
     def ask_for(self, nick: str, address: Address, token: bytes | None = None) -> list[tuple[str, Info]]:
-        """Asks for a nick from an address that is proved; gives the answer."""
+        """Ask for a nick from an address that is proved; return the answer."""
         info: Info = {"id": self.loop.random.getrandbits(63), "nick": nick, "cookie": self.cookie(address)}
         if token is not None:
             info["token"] = token
         return self.say(address, padded("reg", info, protocol.REG_SIZE))
 
     def register(self, nick: str, address: Address, token: bytes | None = None) -> bytes:
-        """Registers somebody who holds the table then; gives the session."""
+        """Register a client, which then has the table; return the session."""
         welcome = dict(self.ask_for(nick, address, token))["welcome"]
         session = bytes(welcome["session"])
         self.say(address, ping(session, welcome["version"]))
         return session
 
     def state(self) -> tuple[Any, ...]:
-        """All that a stranger must not change."""
+        """Return all that a stranger must not change."""
         found = self.registry
         return ([entry[:4] for entry in sorted(found.table.entries.values())],
                 sorted((s.id, s.nick, s.address) for s in found.sessions.by_id.values()), sorted(found.sessions.live),
                 sorted((k.nick, k.first, k.last, k.messages, k.owner) for k in found.mailbox.known.values()))
 
     def kept(self) -> dict[str, int]:
-        """How much the server keeps of each kind."""
+        """Return how much the server keeps of each kind."""
         prober, keeper, postman, found = self.server.prober, self.server.keeper, self.server.postman, self.registry
         return {"probes": len(prober.probes), "sessions": len(found.sessions), "closed": len(found.sessions.ended),
                 "spent": len(found.sessions.spent), "known": len(found.mailbox.known), "saves": len(keeper.streams),
@@ -158,30 +158,30 @@ class Desk:
 
 
 def ping(session: bytes, version: int = 2 ** 62, id_: int = 5) -> bytes:
-    """A ``ping``; by default of somebody who holds any table."""
+    """Return a ``ping``; by default of somebody who holds any table."""
     return padded("ping", {"id": id_, "session": session, "version": version}, protocol.SESSION_SIZE)
 
 
 def save(session: bytes, to: str, stream: int, n: int = 1, base: int = 1, texts: int = 1, text: str = "hi") -> bytes:
-    """A ``save``."""
+    """Return a ``save``."""
     return encode("save", {"session": session, "to": to, "stream": stream, "n": n, "base": base,
                            "text": [text] * texts, "at": [EPOCH] * texts, "relay": False})
 
 
 def home(number: int) -> Address:
-    """An address of somebody honest."""
+    """Return an address of an honest client."""
     return HOME, 5000 + number
 
 
 def stranger(number: int) -> Address:
-    """An address that nobody has proved."""
+    """Return an address that nobody has proved."""
     return f"10.66.{number // 60000}.6", 1 + number % 60000
 
 
 # --- a chat ---------------------------------------------------------------------------------------------------
 
 def start(*nicks: str, seed: int = 1) -> tuple[World, list[Life]]:
-    """A world with a server and clients that are all online and know each other."""
+    """Return a world with a server and clients that are all online and know each other."""
     world = World(seed)
     world.start_server()
     lives = [world.client(nick) for nick in nicks]
@@ -203,29 +203,29 @@ class Tap:
         return not any(self.lost(source, target, value["tag"]) for value in maps)
 
     def of(self, host: str) -> dict[str, int]:
-        """What a host has sent."""
+        """Return what a host has sent."""
         return {tag: number for (source, tag), number in self.counts.items() if source == host}
 
 
 def forge(world: World, source: Address, datagram: bytes, life: Life) -> None:
-    """A datagram with a forged source reaches a client."""
+    """Send a datagram with a forged source to a client."""
     world.network._arrive("stranger", source, datagram, life.address)
 
 
 def chat(sender: str, to: str, text: str, stream: int = 7, n: int = 1) -> bytes:
-    """A ``chat``."""
+    """Return a ``chat``."""
     return encode("chat", {"from": sender, "to": to, "stream": stream, "n": n, "base": 1, "text": [text]})
 
 
 def tables_agree(world: World) -> bool:
-    """Whether every client that runs has the table of the server."""
+    """Return whether every client that runs has the table of the server."""
     assert world.server is not None
     table = contents(world.server.server.registry.table)
     return all(contents(life.client.table_sync.table) == table for life in world.running())
 
 
 def contents(table: Table) -> dict[str, tuple[str, int, str]]:
-    """What a table says, without versions."""
+    """Return what a table says, without versions."""
     return {nick: entry[1:4] for nick, entry in table.entries.items()}
 
 
@@ -236,7 +236,7 @@ FORGED = ("cookie", "welcome", "refused", "refused id", "refused session", "refu
 
 
 def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
-    """What somebody who knows no random number can say in the server's name to ``nick``; behind a ``for``, or not."""
+    """Return something that a stranger, who knows no random number, can say in the server's name to ``nick``."""
     number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
     other = "alice" if nick == "bob" else "bob"
     infos: dict[str, Info] = {
@@ -263,7 +263,7 @@ def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
 
 
 def shower(world: World, life: Life, name: str, seconds: float) -> int:
-    """A hundred forgeries a second in the server's name; gives how many."""
+    """Send a hundred forgeries a second in the server's name; return how many."""
     random, count = Random(7), int(seconds * 100)
     for number in range(count):
         datagram = forgery(random, name, life.nick, guess=number % 2 > 0)
@@ -382,7 +382,7 @@ def test_chat_of_somebody_unknown_or_offline_is_not_shown() -> None:
 
 
 def held_up(world: World, alice: Life) -> tuple[Tap, int]:
-    """alice has sent something to bob, who does not answer: gives her stream."""
+    """Let alice send something to bob, who does not answer; return her stream."""
     tap = Tap(world)
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
@@ -409,7 +409,7 @@ def test_a_receipt_counts_only_from_where_the_message_went(kind: str, source: st
 
 
 def with_no_account(world: World, seconds: float) -> None:
-    """Lets time pass in which what is shown is not what was typed."""
+    """Let time pass in which what is shown is not what was typed."""
     nothing: Callable[..., None] = lambda *_: None
     with pytest.MonkeyPatch.context() as patch:
         for name in ("closed", "shown", "too_long", "handed_back", "check_life"):
@@ -420,7 +420,7 @@ def with_no_account(world: World, seconds: float) -> None:
 # --- forgeries of clients -------------------------------------------------------------------------------------
 
 def forged_requests(random: Random) -> dict[str, bytes]:
-    """What somebody who knows no random number can say in the name of a client."""
+    """Return what somebody who knows no random number can say in the name of a client."""
     number, secret = random.getrandbits(63), random.getrandbits(128).to_bytes(16, "big")
     return {
         "reg": padded("reg", {"id": number, "nick": "bob"}, 1200),
@@ -518,7 +518,7 @@ def test_a_client_moves_only_when_it_answers_there_with_its_session() -> None:
 # --- amplification --------------------------------------------------------------------------------------------
 
 def balance_of(desk: Desk, unproven: Callable[[Address], bool]) -> Callable[[bytes, Address], None]:
-    """A way to send to the desk that fails as soon as an unproven address has got more bytes than it sent."""
+    """Return a way to send to the desk that fails as soon as an unproven address has got more bytes than it sent."""
     account: Counter[Address] = Counter()
     sent = desk.send
 
@@ -540,12 +540,12 @@ SESSIONS = ("alice", "bob", "closed", "replaced", "evicted", "nobody's", "eve", 
 
 @functools.cache
 def _sessions() -> tuple[dict[str, bytes], bytes]:
-    """The sessions that ``crowded`` has, and a cookie for another address: the same each time."""
+    """Return the sessions that ``crowded`` has, and a cookie for another address: the same each time."""
     return crowded()[1:]
 
 
 def crowded() -> tuple[Desk, dict[str, bytes], bytes]:
-    """A desk at which there is a session of each kind."""
+    """Return a desk at which there is a session of each kind."""
     desk = Desk(max_clients=6)
     sessions = {"closed": desk.register("alice", home(1))}
     desk.say(home(1), encode("dereg", {"session": sessions["closed"]}))
@@ -563,7 +563,7 @@ def crowded() -> tuple[Desk, dict[str, bytes], bytes]:
 
 
 def requests() -> st.SearchStrategy[bytes]:
-    """A map that anybody could send, valid or nearly so, with sessions of every kind."""
+    """Return a strategy for maps that anybody could send, valid or nearly so, with sessions of every kind."""
     ids = st.sampled_from([0, 5, 2 ** 31, 2 ** 63 - 1])
     session = st.sampled_from(SESSIONS).map(lambda name: _sessions()[0][name])
     nick = st.sampled_from(["alice", "bob", "dave0", "eve", "x", "n" * 32])
@@ -624,7 +624,7 @@ def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_n
 
 
 def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
-    """Gives a client that has not started yet a session; forgets what it sent for that."""
+    """Give a session to a client that has not started yet; forget what it sent for that."""
     client.start()
     info = maps_of(sent[-1][0])[0][1]
     client.receive(encode("welcome", {"id": info["id"], "nick": client.nick, "boot": 1, "session": b"s" * 16,
@@ -707,7 +707,7 @@ def test_a_change_of_the_table_is_told_soon_however_long_it_took_to_tell_the_las
 
 
 def noise(random: Random, sessions: list[bytes]) -> bytes:
-    """One datagram of a flood."""
+    """Return one datagram of a flood."""
     session = random.choice(sessions + [random.getrandbits(128).to_bytes(16, "big")])
     number = random.getrandbits(63)
     return random.choice((
@@ -909,7 +909,7 @@ def test_long_strings_of_strangers_are_not_remembered() -> None:
 
 
 def tracemalloc_kept() -> int:
-    """Bytes that are in use."""
+    """Return the bytes that are in use."""
     tracemalloc.start()
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
@@ -953,7 +953,7 @@ def test_a_flood_of_chat_from_unknown_sources_makes_a_client_ask_for_its_table_a
 
 
 def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool, texts: int = 20) -> Iterator[int]:
-    """Chat of so many, taken in turns, of which nothing is shown; gives each time how much is held."""
+    """Send chat of that many peers in turn, of which nothing is shown; yield each time how much is buffered."""
     for datagram in range(datagrams):
         for sender in range(senders):
             for stream in range(streams):
@@ -1087,7 +1087,7 @@ def test_few_streams_of_each_sender_and_of_all_together_go_on_at_once(monkeypatc
 
 
 def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
-    """Mail of so many streams, with that many gaps in each that chat may still fill."""
+    """Send mail of that many streams, with gaps in each that chat may still fill."""
     for stream in range(streams):
         letters_ = [[sender, stream, number, 1e9, ["x"], []] for number in range(2, 2 + 2 * many, 2)]
         inbox.on_mail(1.0, {"to": "bob", "stream": 7, "n": 1 + stream * many, "base": 1 + stream * many,
@@ -1120,7 +1120,7 @@ def letter(stream: int, text: str, number: int = 1) -> list[Any]:
 
 
 def texts_of(inbox: Inbox, mail: int, *letters: list[Any], first: int = 1, base: int = 1) -> list[str]:
-    """What is shown, and written, of a mail."""
+    """Return what is shown, and written, of a mail."""
     inbox.on_mail(1.0, {"to": "bob", "stream": mail, "n": first, "base": base, "items": list(letters)})
     shown: list[str] = []
     for delivery in inbox.take(1.0, lambda: True):
@@ -1173,7 +1173,7 @@ def test_streams_whose_texts_wait_to_be_written_are_not_forgotten() -> None:
 # --- whose nick it is -----------------------------------------------------------------------------------------
 
 def anonymous(world: World, nick: str) -> Life:
-    """Starts a client without an identity."""
+    """Start a client without an identity."""
     return Life(world, nick, world.new_address(), None)
 
 
@@ -1398,12 +1398,12 @@ class FaultySocket:
             raise OSError(code, os.strerror(code))
 
     def sendto(self, datagram: bytes, address: Address) -> int:
-        """Sends, or fails."""
+        """Send, or fail."""
         self._maybe_fail(self.SENDING)
         return self._sock.sendto(datagram, address)
 
     def recvfrom(self, size: int) -> tuple[bytes, Any]:
-        """Receives, or fails."""
+        """Receive, or fail."""
         self._maybe_fail(self.RECEIVING)
         return self._sock.recvfrom(size)
 
@@ -1451,12 +1451,12 @@ def _put(screen: bytearray, data: bytes) -> int:
 
 
 def _tick(loop: SelectorLoop) -> None:
-    """Keeps a loop from waiting, so that several can take turns in one thread."""
+    """Keep a loop from waiting, so that several can run in one thread."""
     loop.call_at(loop.now() + 0.001, functools.partial(_tick, loop))
 
 
 def turn_all(loops: list[SelectorLoop]) -> None:
-    """One turn of each loop."""
+    """Run one turn of each loop."""
     for loop in loops:
         loop.turn()
 
@@ -1584,7 +1584,7 @@ NOISE_RATE = 1500         # of them a second
 
 
 def throw(world: World, mutant: bytes, random: Random, direct: bool) -> None:
-    """A datagram reaches the server or a client; it seems to come from anybody (``direct``), or from no peer."""
+    """Send a datagram to the server or a client; it seems to come from anybody (``direct``), or from no peer."""
     assert world.server is not None
     lives = [life for life in world.running()]
     target = random.choice([world.server, world.server, *lives])

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from protocol import is_valid, join_pieces, split_text
-from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW, MAX_EARLY,
+from protocol import MAX_EARLY, is_valid, join_pieces, split_text
+from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW,
                     MAX_TIMEOUT, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 from tests.test_protocol import LETTERS
 
@@ -45,7 +45,7 @@ class Link:
 
 
 def stream_of(texts: Sequence[str], capacity: int = 900) -> SendStream:
-    """A stream with these texts queued; a number takes as many bytes as its piece and 3 more."""
+    """Return a stream with these texts queued; a number counts as its piece and 3 bytes more."""
     stream = SendStream(1, capacity)
     for text in texts:
         pieces = split_text(text)
@@ -55,7 +55,7 @@ def stream_of(texts: Sequence[str], capacity: int = 900) -> SendStream:
 
 
 def singles(count: int, size: int = 900) -> SendStream:
-    """A stream of ``count`` numbers, each of which fills a datagram."""
+    """Return a stream of ``count`` numbers, each of which fills a datagram."""
     stream = SendStream(1, 900)
     stream.queue([str(number) for number in range(1, count + 1)], [size] * count)
     return stream
@@ -66,7 +66,7 @@ def numbers(packets: Sequence[Packet]) -> list[int]:
 
 
 def check_sender(stream: SendStream) -> None:
-    """Every counter equals a recount."""
+    """Check that every counter equals a recount."""
     sent, unsent = list(stream._sent), list(stream._unsent)
     assert stream.in_flight == sum(packet.state == SENT for packet in sent)
     assert stream._lost == sum(packet.state == LOST for packet in sent)
@@ -81,7 +81,7 @@ def check_sender(stream: SendStream) -> None:
 
 
 def check_poll(stream: SendStream, packets: list[Packet], now: float) -> None:
-    """What was sent respects the windows; something is due, but not at once, as long as something is held."""
+    """Check that the windows are respected, and that something is due, but not at once, while items are pending."""
     check_sender(stream)
     assert not packets or stream.in_flight <= min(int(stream.path.congestion_window), MAX_CONGESTION_WINDOW)
     assert sum(packet.end > stream.window_end for packet in stream._sent) <= 1, "only a probe goes beyond the window"
@@ -92,7 +92,7 @@ def check_poll(stream: SendStream, packets: list[Packet], now: float) -> None:
 
 
 def check_receiver(stream: ReceiveStream) -> None:
-    """Every counter equals a recount, what is buffered is bounded, and the ack is one that passes the check."""
+    """Check that every counter equals a recount, that the buffer is bounded, and that the ack is valid."""
     assert stream.buffered == len(stream._pieces) + sum(len(run.items) for run in stream._runs) + sum(
         len(items) for items, _ in stream._early.values())
     assert bool(stream._runs) == (stream.taken < stream.ready)
@@ -107,7 +107,7 @@ def check_receiver(stream: ReceiveStream) -> None:
 
 
 def carry(sender: SendStream, link: Link, back: Link, until: float = 600.0) -> tuple[list[str], int]:
-    """Runs a stream over two links until all is acked; returns the texts shown and the numbers closed."""
+    """Run a stream over two links until all is acked; return the texts shown and the numbers closed."""
     receiver, now, shown, closed = ReceiveStream(sender.id), 0.0, [], 0
     random = link.random
     continued = set(sender.continued)
@@ -415,7 +415,7 @@ def test_what_came_early_is_doubted_when_the_receiver_is_behind_the_base() -> No
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_receiver_without_room_is_asked_again_ever_more_rarely(keeps: bool) -> None:
-    """``keeps``: whether the receiver holds the question as an early one, or has no memory even for that."""
+    """``keeps``: whether the receiver buffers the probe, or has no memory even for that."""
     stream, now, asked = singles(20), 0.01, []
     stream.window_end = 6
     stream.poll(0.0)

@@ -26,7 +26,7 @@ SHOWN = re.compile(r"alice: (?:<\d+-\d+-\d+ \d+:\d+:\d+> )?(.*)")
 
 
 def texts_of(lines: list[str]) -> list[str]:
-    """The messages of alice among ``lines``, whichever way they came."""
+    """Return the messages of alice among ``lines``, whichever way they came."""
     return [match.group(1) for match in map(SHOWN.fullmatch, lines) if match is not None]
 
 
@@ -35,7 +35,7 @@ def numbered(count: int) -> list[str]:
 
 
 def real_text(lines: int) -> list[str]:
-    """Lines that people wrote: of the sources of the standard library, as long as they hold no control characters."""
+    """Return lines that people wrote: sources of the standard library that have no control characters."""
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
@@ -112,7 +112,7 @@ def test_receipt_means_that_the_message_was_written(chat: Chat) -> None:
 
 
 def full_pipe() -> tuple[int, int]:
-    """A pipe that takes nothing more."""
+    """Return the two ends of a pipe that is full."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -162,7 +162,7 @@ def test_terminal_that_is_stopped_with_control_s_holds_the_sender_and_loses_noth
 # --- standard input -------------------------------------------------------------------------------------------
 
 def closed(redirection: str) -> list[str]:
-    """The program with a standard stream that is closed."""
+    """Start the program with a standard stream that is closed."""
     return ["sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM]
 
 
