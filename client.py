@@ -884,7 +884,7 @@ class Client:
         maps, link = self.decoder.decode(datagram), self.link
         if address != link.server and address != link.other_server:
             self._allowance = len(datagram)
-            # else nothing is sent or accepted; no property of the link, because that would cost a call per message
+            # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
             may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in maps:
                 handler = self._from_peers.get(tag)
