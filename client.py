@@ -196,6 +196,7 @@ class ServerLink:
         self._registration.stop()
         self.heard(is_same=False)
         self.session = info["session"]
+        self._pings.clear()         # a late answer to one of an earlier session says nothing of this one
         self._boot = info["boot"]
         self._go(LINK_SYNCING if self.is_starting else LINK_RETURNING)
         self._plan_ping()

@@ -56,7 +56,7 @@ from typing import NamedTuple
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
 from stream import ReceiveStream, Run, SendStream
-from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN,
+from registry import (ASK, BYE, DAY, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN,
                       ClaimVerdict, Mailbox, Page, Parcel, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address
 
@@ -1022,13 +1022,16 @@ class Server:
         return session
 
     def _answer_unknown(self, info: Info, address: Address) -> None:
-        """Tell a client that its session is none: the server was restarted, or the session was replaced or evicted."""
+        """Answer a request whose session is not known: it was replaced, it was evicted, or the server has restarted."""
         how = self.registry.sessions.how_ended(info["session"])
         if how == REPLACED:
+            # the nick is required in a ``refused``, and means nothing here
             refused = {"session": info["session"], "nick": "-", "reason": how.value}
             self.limit.reply(encode("refused", refused), address)
         else:
-            self.limit.reply(self._pong(info.get("id", 0), 0 if how == EVICTED else self.boot), address)
+            # Boot 0 makes the client register again: with our own it would believe that its session is good. BYE: this
+            # is a late copy of a ping, and its client has left.
+            self.limit.reply(self._pong(info.get("id", 0), self.boot if how == BYE else 0), address)
 
     def _heard(self, session: Session) -> None:
         """Note a sign of life, and who comes back with it."""
