@@ -413,7 +413,7 @@ class TableSync(Mirror):
         self._pages = 0                         # that came since the last question ...
         self._asked = -NEVER                    # ... and when that was
         self._sync_timer = RestartableTimer(loop, self._ask)
-        self._old_table_timer = RestartableTimer(loop, self._distrust)
+        self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
 
     def place_of(self, nick: str) -> Place | None:
         """Return where ``nick`` can be reached; None: nobody knows that nick."""
@@ -434,7 +434,7 @@ class TableSync(Mirror):
     def begin_session(self, boot: int, version: int) -> None:
         """Catch up with a server, as it runs since ``boot``, whose table has that version."""
         self._shows_us = self._is_confirmed = False
-        self.register(boot, version)
+        super().begin_session(boot, version)
         if not (self.is_of_this_boot or self._old_table_timer.is_set):
             self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
         if self.is_of_this_boot and self.is_whole:
@@ -496,9 +496,9 @@ class TableSync(Mirror):
             self._is_confirmed = self.has_news = True
             self._link.ping_now()       # the version is in the ping
 
-    def _distrust(self) -> None:
-        """The table is too old to say who is online, and there is no other: messages go to the server."""
-        self._note_changes(self.distrust())
+    def _on_old_table_expired(self) -> None:
+        """Count everybody as offline: the old table's time is over, and there is no new one yet."""
+        self._note_changes(self.mark_all_offline())
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
         if not nicks:

@@ -1042,7 +1042,7 @@ class Console:
             return      # this very turn has ended the client: what is not read is not lost
         data = self._reader.read()
         if data and self._editor is not None:
-            self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first
+            self._loop.handle_signals()     # a read in the background stops the job: whatever continued it comes first
             for action in self._editor.type(data):
                 self._act(action)
         elif data is not None:

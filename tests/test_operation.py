@@ -120,7 +120,7 @@ def test_log_that_cannot_be_opened_anew_stays_where_it_is(chat: Chat) -> None:
     server = chat.server("--log-file", str(log))
     directory.rename(moved)
     server.signal(signal.SIGHUP)
-    wait_for_log(chat, moved / "server.log", "ERROR cannot open the log anew")
+    wait_for_log(chat, moved / "server.log", "ERROR cannot reopen the log")
     chat.absent("bob")
 
 
