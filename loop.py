@@ -504,7 +504,7 @@ class Writer:
 
 
 class Output:
-    """The backlog of one stream, in order, and who is told when some of it is written.
+    """The backlog of one stream, in order, and who is called when some of it is written.
 
     ``put`` gets bytes and returns how many it took. ``broken``: the reader is gone.
     """

@@ -4,7 +4,7 @@ Rules of this file
 ------------------
 - No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
   seconds, come in as arguments; so do random ids. The only side effects are on the SQLite file of the ``Mailbox``.
-- It knows nothing of datagrams: it decides, its owner tells the clients.
+- It knows nothing of datagrams: it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
 
@@ -805,7 +805,7 @@ def hash_of(token: bytes) -> bytes:
 
 
 def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Return whether ``owner`` is what is kept of ``token``, in a time that does not tell how wrong a guess is."""
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
     import hmac
     return hmac.compare_digest(owner, hash_of(token))
 

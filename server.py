@@ -944,7 +944,7 @@ class Server:
         self.registry = registry
         self.nick_lapse = nick_lapse
         self.decoder = Decoder()
-        self.boot = new_id(loop)        # tells this run of the server from an earlier one
+        self.boot = new_id(loop)        # another one in each run of the server
         self.drops: Drops = dict.fromkeys(DROPS, 0)
         self.send_queue = SendQueue(send)
         self.limit = ReplyLimit(loop, self.send_queue, self.drops, stranger_replies)

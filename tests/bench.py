@@ -51,9 +51,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from collections.abc import Callable, Iterator, Sequence
 
 import msgpack
 

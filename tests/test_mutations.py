@@ -5,8 +5,8 @@ change of the program or of the simulated world makes a seed miss its fault, the
 """
 from __future__ import annotations
 
-from typing import Any
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 

@@ -10,12 +10,12 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
 from typing import Any, cast
-from collections.abc import Callable, Iterator
 
 import msgpack
 import pytest

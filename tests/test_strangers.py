@@ -21,10 +21,10 @@ import stat
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
-from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, strategies as st
