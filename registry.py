@@ -852,13 +852,10 @@ class Registry:
 
     def __init__(self, mailbox: Mailbox, max_clients: int = MAX_CLIENTS, mailbox_limit: int = MAILBOX_LIMIT,
                  max_known: int = MAX_KNOWN) -> None:
-        self.mailbox = mailbox
-        self.server_id = mailbox.server_id
+        self.mailbox, self.server_id = mailbox, mailbox.server_id
         self.table = Table()
         self.sessions = Sessions()
-        self.max_clients = max_clients
-        self.mailbox_limit = mailbox_limit
-        self.max_known = max_known
+        self.max_clients, self.mailbox_limit, self.max_known = max_clients, mailbox_limit, max_known
         self.maybe_running: dict[str, Address] = {}     # online when the server last stopped
         self._at: dict[Address, Session] = {}           # who is online there
         self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)

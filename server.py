@@ -58,7 +58,7 @@ import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
 from stream import ReceiveStream, Run, SendStream
 from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, TAKEN, UNKNOWN,
-                      ClaimVerdict, Mailbox, Page, Parcel, Registry, Session)
+                      ClaimVerdict, Mailbox, Parcel, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 
 
@@ -79,7 +79,6 @@ class Drop(Enum):
 NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = Drop.NOT_FOR_SERVERS, Drop.NO_COOKIE, Drop.WRONG_COOKIE
 UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = Drop.UNKNOWN_SESSION, Drop.OTHER_ADDRESS, Drop.UNKNOWN_STREAM
 NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = Drop.NO_REPLY, Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
-DROPS = tuple(Drop)
 
 Drops = dict[Drop, int]     # how often each has happened since the start
 
@@ -120,9 +119,7 @@ class ReplyLimit:
 
     def __init__(self, loop: Loop, send_queue: SendQueue, drops: Drops, most: int) -> None:
         self.allowance = 0          # bytes that may still answer the datagram at hand
-        self._loop = loop
-        self._send_queue = send_queue
-        self._drops = drops
+        self._loop, self._send_queue, self._drops = loop, send_queue, drops
         self._most = most
         self._second = 0            # the one that is counted, and ...
         self._replies = 0           # ... the answers in it
@@ -180,9 +177,7 @@ class Gate:
                  prober: Prober, boot: int) -> None:
         self.refusals = 0
         self.secret = loop.random.getrandbits(256).to_bytes(32, "big")      # signs the cookies
-        self._loop = loop
-        self._registry = registry
-        self._send_queue = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit = limit
         self._drops = drops
         self._prober = prober
@@ -302,14 +297,10 @@ class Prober:
                  answered: Callable[[Probe], None], unanswered: Callable[[Probe], None]) -> None:
         self.probes: dict[int, Probe] = {}
         self.answers: dict[str, float] = {}     # nick -> when it last answered, longest ago first
-        self._loop = loop
-        self._registry = registry
-        self._send_queue = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit = limit
-        self._heard = heard
-        self._unresponsive = unresponsive
-        self._answered = answered
-        self._unanswered = unanswered
+        self._heard, self._unresponsive = heard, unresponsive
+        self._answered, self._unanswered = answered, unanswered
         self._at: dict[tuple[str, Address], Probe] = {}
         self._silence_timer = RestartableTimer(loop, self._probe_silent)
 
@@ -476,9 +467,7 @@ class Keeper:
         self.to_answer: dict[tuple[str, int], SaveStream] = {}  # heard in this turn; answered at its end
         self.early = 0                                          # numbers that wait in ``streams`` ...
         self._with_early: dict[SaveStream, None] = {}           # ... in these; longest silent first
-        self._loop = loop
-        self._registry = registry
-        self._send_queue = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._drops = drops
         self._prober = prober
         self._mail_waits = mail_waits
@@ -824,9 +813,7 @@ class Announcer:
                  send: Callable[[bytes, Address], None]) -> None:
         self.announced_version = registry.table.version         # that of the last broadcast
         self.unsent: Iterator[tuple[Session, bytes]] | None = None      # the rest of a broadcast that is under way
-        self._loop = loop
-        self._registry = registry
-        self._send_queue = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._send = send                       # at once: a broadcast comes behind everything in the queue
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
@@ -874,7 +861,7 @@ class Announcer:
             self._cached_version = table.version
         if since not in self._page_cache:
             for page in itertools.islice(table.pages(since, PAGE_SIZE), SYNC_PAGES):
-                self._page_cache[page.since] = encoded(page), page.version
+                self._page_cache[page.since] = table_map(*page), page.version
         found = self._page_cache[since]
         if found[1] >= table.version:
             del self._page_cache[since]     # the last page is not full yet
@@ -903,7 +890,7 @@ class Announcer:
 
     def _begin(self) -> Iterator[tuple[Session, bytes]]:
         table = self._registry.table
-        pages = [encoded(page) for page in table.pages(self.announced_version, PAGE_SIZE)]
+        pages = [table_map(*page) for page in table.pages(self.announced_version, PAGE_SIZE)]
         self.announced_version = table.version
         self._broadcast_cost = 0.0
         return itertools.product(self._registry.sessions.live_sessions(), pages)
@@ -917,11 +904,6 @@ class Announcer:
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
                 self._send(addressed(session.id, page), session.address)
         return count < BROADCAST_DATAGRAMS
-
-
-def encoded(page: Page) -> bytes:
-    """Return a page of the table as a ``table`` map."""
-    return table_map(page.since, page.version, page.rows)
 
 
 # --- the server -----------------------------------------------------------------------------------------------
@@ -945,7 +927,7 @@ class Server:
         self.nick_lapse = nick_lapse
         self.decoder = Decoder()
         self.boot = new_id(loop)        # another one in each run of the server
-        self.drops: Drops = dict.fromkeys(DROPS, 0)
+        self.drops: Drops = dict.fromkeys(Drop, 0)
         self.send_queue = SendQueue(send)
         self.limit = ReplyLimit(loop, self.send_queue, self.drops, stranger_replies)
         self.prober = Prober(loop, registry, self.send_queue, self.limit, self._heard, self._unresponsive,
