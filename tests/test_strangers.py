@@ -80,7 +80,7 @@ class DeskLoop:
         return self.wall_time
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Calls ``callback`` once ``when`` has come."""
+        """Call ``callback`` once ``when`` has come."""
         return self.timers.call_at(when, callback)
 
 
@@ -99,14 +99,14 @@ class Desk:
         self.turn()
 
     def turn(self) -> list[tuple[bytes, Address]]:
-        """Ends a turn; gives what was sent in it."""
+        """End a turn; return what was sent in it."""
         before = len(self.sent)
         self.loop.timers.run(self.loop.time)
         self.server.settle()
         return self.sent[before:]
 
     def wait(self, seconds: float) -> None:
-        """Lets time pass, with every timer in its turn."""
+        """Let time pass, with every timer in its turn."""
         end = self.loop.time + seconds
         while self.loop.timers.next_time() <= end:
             self.loop.time = max(self.loop.time, self.loop.timers.next_time())
@@ -115,7 +115,7 @@ class Desk:
         self.turn()
 
     def say(self, address: Address, *datagrams: bytes) -> list[tuple[str, Info]]:
-        """Sends datagrams in one turn; gives what comes back to that address in it."""
+        """Send datagrams in one turn; return what comes back to that address in it."""
         for datagram in datagrams:
             self.server.receive(datagram, address)
         return [found for datagram, to in self.turn() if to == address for found in maps_of(datagram)]
@@ -127,14 +127,14 @@ class Desk:
         return bytes(info["cookie"])
 
     def ask_for(self, nick: str, address: Address, token: bytes | None = None) -> list[tuple[str, Info]]:
-        """Asks for a nick from an address that is proved; gives the answer."""
+        """Ask for a nick from an address that is proved; return the answer."""
         info: Info = {"id": self.loop.random.getrandbits(63), "nick": nick, "cookie": self.cookie(address)}
         if token is not None:
             info["token"] = token
         return self.say(address, padded("reg", info, protocol.REG_SIZE))
 
     def register(self, nick: str, address: Address, token: bytes | None = None) -> bytes:
-        """Registers somebody who holds the table then; gives the session."""
+        """Register somebody who holds the table then; return the session."""
         welcome = dict(self.ask_for(nick, address, token))["welcome"]
         session = bytes(welcome["session"])
         self.say(address, ping(session, welcome["version"]))
@@ -263,7 +263,7 @@ def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
 
 
 def shower(world: World, life: Life, name: str, seconds: float) -> int:
-    """A hundred forgeries a second in the server's name; gives how many."""
+    """Send a hundred forgeries a second in the server's name; return how many."""
     random, count = Random(7), int(seconds * 100)
     for number in range(count):
         datagram = forgery(random, name, life.nick, guess=number % 2 > 0)
@@ -382,7 +382,7 @@ def test_chat_of_somebody_unknown_or_offline_is_not_shown() -> None:
 
 
 def held_up(world: World, alice: Life) -> tuple[Tap, int]:
-    """alice has sent something to bob, who does not answer: gives her stream."""
+    """Let alice send something to bob, who does not answer; return her stream."""
     tap = Tap(world)
     tap.lost = lambda source, target, tag: "alice" in (source, target) and tag in ("ack", "nack", "exists", "chat")
     alice.type("send bob hello")
@@ -409,7 +409,7 @@ def test_a_receipt_counts_only_from_where_the_message_went(kind: str, source: st
 
 
 def with_no_account(world: World, seconds: float) -> None:
-    """Lets time pass in which what is shown is not what was typed."""
+    """Let time pass in which what is shown is not what was typed."""
     nothing: Callable[..., None] = lambda *_: None
     with pytest.MonkeyPatch.context() as patch:
         for name in ("closed", "shown", "too_long", "handed_back", "check_life"):
@@ -624,7 +624,7 @@ def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_n
 
 
 def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
-    """Gives a client that has not started yet a session; forgets what it sent for that."""
+    """Start a client and give it a session; forget what it sent for that."""
     client.start()
     info = maps_of(sent[-1][0])[0][1]
     client.receive(encode("welcome", {"id": info["id"], "nick": client.nick, "boot": 1, "session": b"s" * 16,
@@ -975,7 +975,7 @@ def test_a_flood_of_chat_from_unknown_sources_makes_a_client_ask_for_its_table_a
 
 
 def crowd(inbox: Inbox, senders: int, streams: int, datagrams: int, early: bool, texts: int = 20) -> Iterator[int]:
-    """Chat of so many, taken in turns, of which nothing is shown; gives each time how much is held."""
+    """Yield how much is held each time that one of these senders, in turns, sends chat of which nothing is shown."""
     for datagram in range(datagrams):
         for sender in range(senders):
             for stream in range(streams):
@@ -1109,7 +1109,7 @@ def test_few_streams_of_each_sender_and_of_all_together_go_on_at_once(monkeypatc
 
 
 def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
-    """Mail of so many streams, with that many gaps in each that chat may still fill."""
+    """Mail of these streams, with that many gaps in each that chat may still fill."""
     for stream in range(streams):
         letters_ = [[sender, stream, number, 1e9, ["x"], []] for number in range(2, 2 + 2 * many, 2)]
         inbox.on_mail(1.0, {"to": "bob", "stream": 7, "n": 1 + stream * many, "base": 1 + stream * many,
@@ -1195,7 +1195,7 @@ def test_streams_whose_texts_wait_to_be_written_are_not_forgotten() -> None:
 # --- whose nick it is -----------------------------------------------------------------------------------------
 
 def anonymous(world: World, nick: str) -> Life:
-    """Starts a client without an identity."""
+    """Start a client without an identity."""
     return Life(world, nick, world.new_address(), None)
 
 
@@ -1473,7 +1473,7 @@ def _put(screen: bytearray, data: bytes) -> int:
 
 
 def _tick(loop: SelectorLoop) -> None:
-    """Keeps a loop from waiting, so that several can take turns in one thread."""
+    """Keep a loop from waiting, so that several can take turns in one thread."""
     loop.call_at(loop.now() + 0.001, functools.partial(_tick, loop))
 
 
