@@ -163,7 +163,7 @@ class Gate:
           reg, padded, without a cookie   -->
                                           <--   cookie: a proof of the address, nothing is remembered
           reg with that cookie            -->   claim: is the nick free, or theirs?
-                                                  PROBE_HOLDER  it is probed where it was last:
+                                                  PROBE_HOLDER  the holder is probed where it was last:
                                                                   no answer  claim again
                                                                   an answer  refused: taken
                                                   GRANTED       a session is made
