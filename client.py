@@ -28,7 +28,7 @@ from enum import Enum
 from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
-from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
+from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, padded, since_of
 from registry import ONLINE, Mirror, Page
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
@@ -197,6 +197,7 @@ class ServerLink:
         self._registration.stop()
         self.heard(is_same=False)
         self.session = info["session"]
+        self._pings.clear()         # a late answer to one of an earlier session says nothing of this one
         self._boot = info["boot"]
         self._go(LINK_SYNCING if self.is_starting else LINK_RETURNING)
         self._plan_ping()
@@ -413,7 +414,7 @@ class TableSync(Mirror):
         self._pages = 0                         # that came since the last question ...
         self._asked = -NEVER                    # ... and when that was
         self._sync_timer = RestartableTimer(loop, self._ask)
-        self._old_table_timer = RestartableTimer(loop, self._distrust)
+        self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
 
     def place_of(self, nick: str) -> Place | None:
         """Return where ``nick`` can be reached; None: nobody knows that nick."""
@@ -434,7 +435,7 @@ class TableSync(Mirror):
     def begin_session(self, boot: int, version: int) -> None:
         """Catch up with a server, as it runs since ``boot``, whose table has that version."""
         self._shows_us = self._is_confirmed = False
-        self.register(boot, version)
+        super().begin_session(boot, version)
         if not (self.is_of_this_boot or self._old_table_timer.is_set):
             self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
         if self.is_of_this_boot and self.is_whole:
@@ -496,9 +497,9 @@ class TableSync(Mirror):
             self._is_confirmed = self.has_news = True
             self._link.ping_until_answered()       # the version is in the ping
 
-    def _distrust(self) -> None:
-        """Count everybody as offline: the old table's time is over."""
-        self._note_changes(self.distrust())
+    def _on_old_table_expired(self) -> None:
+        """Count everybody as offline: the old table's time is over, and there is no new one yet."""
+        self._note_changes(self.mark_all_offline())
 
     def _note_changes(self, nicks: Sequence[str]) -> None:
         if not nicks:
@@ -527,7 +528,7 @@ class Sending:
         self._send = send
         self._link = link
         self._receipts = receipts
-        self._timer = RestartableTimer(loop, lambda: None)     # the end of the turn polls
+        self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
 
     def queue(self, command: SendCommand) -> bool:
         """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
@@ -759,7 +760,7 @@ class Leaving:
         self._shell.close(forget=why is Reason.QUIT)    # what stands behind ``quit`` was not meant to be done
         if limit < NEVER:
             self._deadline = self._loop.now() + limit
-            self._loop.call_at(self._deadline, lambda: None)
+            self._loop.call_at(self._deadline, wake_up)
             self._loop.call_at(self._deadline + LAST_TIME - END_TIME, self._end_now)
             if self._link.state is LINK_REGISTERING:
                 self._conclude()        # there is nothing to wait for
@@ -858,7 +859,7 @@ class Client:
         self._send = send
         self._may_read = False                  # stdin, as of the end of the last turn
         self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
-        self._next_turn = RestartableTimer(loop, lambda: None)
+        self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self.link.on_cookie}
         self._from_server: dict[str, Callable[[Info], None]] = {

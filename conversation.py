@@ -48,9 +48,9 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SESSION_BYTES, Address, Info,

@@ -2,11 +2,12 @@
 
 Rules of this file
 ------------------
-- It knows nothing of chat. What goes wrong with a file is an OSError, for the command line to tell.
+- It knows nothing of chat, except that a nick has an owner.
+- A file that cannot be used is an OSError; the command line reports it.
 - A file appears whole or not at all, and only its owner can read it.
 
-A nick belongs to whoever registered it first. The proof is a token, made of the user's secret for one server and one
-nick: a server that learns it can use it nowhere else. The server keeps only a hash of it (see ``registry``).
+A nick belongs to the first user who registered it. The proof is a token, made of the user's secret for one server and
+one nick: a server that learns it can use it nowhere else. The server keeps only a hash of it (see ``registry``).
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ SECRET_BYTES = 32         # of randomness: nobody guesses it
 
 def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
     """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    import hmac
+    import hmac     # here: only registrations need it, and a start is measured
     return hmac.digest(secret, server_id + nick.encode(), "sha256")
 
 

@@ -114,7 +114,7 @@ class TimerHeap:
 
 # --- the loop -------------------------------------------------------------------------------------------------
 
-LOST_TIME = 0.1           # s; what a turn takes, or a wait ends late, beyond that does not count: see above
+MAX_TURN_TIME = 0.1       # s; what a turn takes, or a wait ends late, beyond that does not count: see above
 WAITED = 0.00002          # s; a selector that returns sooner did not have to wait
 MAX_WAIT = 86400.0        # s; a loop with nothing to do turns once in that time: selectors refuse more than some weeks
 
@@ -134,7 +134,7 @@ class Random(Protocol):
 class Loop(Protocol):
     """What a server or a client may ask of the loop that it runs on."""
 
-    drained: bool       # every descriptor that was ready in this turn was read empty: silence is silence
+    drained: bool       # the UDP socket was read empty in this turn: nobody's answer is waiting there unread
     random: Random
 
     def now(self) -> float:
@@ -165,7 +165,7 @@ class Scheduler:
         self.drained = True
         self.timers = TimerHeap()
         self._now = clock
-        self._lost = 0.0            # s of the clock that do not count
+        self._suspended = 0.0       # s of the clock that do not count
         self._wait_began = clock
         self._wait_ended = clock
         self._timeout = 0.0         # s that the wait was to last at most
@@ -182,10 +182,10 @@ class Scheduler:
     def begin_wait(self, clock: float, at_once: bool = False) -> float:
         """End a turn; return the seconds until the first timer is due, 0 if one is already, or if ``at_once``."""
         took = clock - self._wait_ended
-        if took > LOST_TIME:
-            self._lost += took - LOST_TIME
+        if took > MAX_TURN_TIME:
+            self._suspended += took - MAX_TURN_TIME
         self._due = due = self.timers.next_time()
-        timeout = 0.0 if at_once else due - (clock - self._lost)
+        timeout = 0.0 if at_once else due - (clock - self._suspended)
         if timeout < 0.0:
             timeout = 0.0
         elif timeout > MAX_WAIT:
@@ -196,10 +196,10 @@ class Scheduler:
     def end_wait(self, clock: float) -> None:
         """Begin a turn."""
         late = clock - self._wait_began - self._timeout
-        if late > LOST_TIME:
-            self._lost += late
+        if late > MAX_TURN_TIME:
+            self._suspended += late
         self._wait_ended = clock
-        self._now = clock - self._lost
+        self._now = clock - self._suspended
         self.drained = True
 
     def run_timers(self) -> None:
@@ -237,10 +237,10 @@ class SelectorLoop(Scheduler):
         self._watched: dict[int, Watchers] = {}     # by descriptor
         self._always: dict[int, Watchers] = {}      # regular files: epoll refuses them, and they are always ready
         self._running = False
-        self._waker, self._wake = socket.socketpair()
-        for end in (self._waker, self._wake):
+        self._signal_reader, self._signal_writer = socket.socketpair()
+        for end in (self._signal_reader, self._signal_writer):
             end.setblocking(False)
-        self.watch(self._waker.fileno(), selectors.EVENT_READ, self.take_signals)
+        self.watch(self._signal_reader.fileno(), selectors.EVENT_READ, self.handle_signals)
         self._signals: dict[int, Callable[[], None]] = {}
 
     def watch(self, fd: int, event: int, callback: Callable[[], None] | None) -> None:
@@ -271,13 +271,13 @@ class SelectorLoop(Scheduler):
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the loop, not in the handler, when the signal arrives."""
         self._signals[number] = callback
-        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         signal.signal(number, lambda *_: None)
 
-    def take_signals(self) -> None:
+    def handle_signals(self) -> None:
         """Call back for the signals that have arrived until now."""
         try:
-            numbers = self._waker.recv(64)
+            numbers = self._signal_reader.recv(64)
         except BlockingIOError:
             return
         for number in numbers:
@@ -318,8 +318,8 @@ class SelectorLoop(Scheduler):
         """Close the descriptors of the loop."""
         signal.set_wakeup_fd(-1)
         self._selector.close()
-        self._waker.close()
-        self._wake.close()
+        self._signal_reader.close()
+        self._signal_writer.close()
 
 
 class RestartableTimer:
@@ -362,6 +362,10 @@ class RestartableTimer:
             self._callback()
 
 
+def wake_up() -> None:
+    """Do nothing: a timer with this callback makes the loop turn, and ``settle`` does the rest."""
+
+
 class Request:
     """A question that is repeated until it is answered, ``attempts`` times, about ``interval`` seconds apart."""
 
@@ -371,7 +375,7 @@ class Request:
         self._loop = loop
         self._ask = ask
         self._unanswered = unanswered
-        self._most = attempts
+        self._max_attempts = attempts
         self._attempts = 0
         self._timer = RestartableTimer(loop, self._again)
 
@@ -390,7 +394,7 @@ class Request:
         self._timer.cancel()
 
     def _again(self) -> None:
-        if self._attempts < self._most:
+        if self._attempts < self._max_attempts:
             self._attempts += 1
             self._timer.set(self._loop.now() + jittered(self._loop, self.interval))
             self._ask()
@@ -500,7 +504,7 @@ class Writer:
 
 
 class Output:
-    """The backlog of one stream, in order, and who is told when some of it is written.
+    """The backlog of one stream, in order, and who is called when some of it is written.
 
     ``put`` gets bytes and returns how many it took. ``broken``: the reader is gone.
     """
@@ -512,7 +516,7 @@ class Output:
         self.broken = False
 
     def write(self, data: bytes, written: Callable[[int], None] | None = None) -> None:
-        """Append ``data``; call ``written`` with a number of its lines each time that as many more are written.
+        """Append ``data``; call ``written`` with the number of further lines each time some are written.
 
         For empty data, ``written`` is called with 0 once all that was appended before is written. Empty data without
         ``written`` is ignored.
@@ -663,7 +667,7 @@ class Log:
             if self._file is not None:
                 self._file.reopen()
         except OSError as error:
-            self.error("cannot open the log anew: %s", error.strerror)
+            self.error("cannot reopen the log: %s", error.strerror)
 
     def flush(self) -> None:
         """Write the backlog, as far as that is possible now."""

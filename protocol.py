@@ -33,8 +33,8 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from itertools import repeat
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import msgpack

@@ -4,7 +4,7 @@ Rules of this file
 ------------------
 - No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
   seconds, come in as arguments; so do random ids. The only side effects are on the SQLite file of the ``Mailbox``.
-- It knows nothing of datagrams: it decides, its owner tells the clients.
+- It knows nothing of datagrams: it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
 
@@ -20,14 +20,13 @@ kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; i
 the recipient has acked it. Everything that one turn of the loop changes is written in one transaction by ``commit``.
 If that fails, the messages of this turn count as never accepted, and everything else is tried again.
 
-``Sessions`` holds the registrations of clients: those that exist, and those that ended lately.
+``Sessions`` holds the registrations of clients: those that exist, and those that ended lately. ``Registry`` is what the
+server decides on these three: who gets a nick, when somebody goes online (not before the mail that waited is acked) and
+offline, what happens to a message that should be kept.
 
-``Registry`` is what the server decides on these three: who gets a nick, when somebody goes online (not before the
-mail that waited is acked) and offline, what happens to a message that should be kept.
-
-A nick belongs to its first owner: a client that registers it with a token (see ``token_for``) owns it, and the store
-keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the next
-client that registers it.
+A nick belongs to its first owner: a client that registers it with a token (see ``home.token_for``) owns it, and the
+store keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the
+next client that registers it.
 """
 from __future__ import annotations
 
@@ -35,10 +34,10 @@ import heapq
 import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
-from collections.abc import Callable, Collection, Iterator
 
 if TYPE_CHECKING:
     import json
@@ -57,7 +56,7 @@ class State(str, Enum):
     OFFLINE = "offline"
     GONE = "gone"       # forgotten: the entry is a tombstone, for those who still have the nick in their table
 
-    __str__ = str.__str__
+    __str__ = str.__str__       # format() and f-strings show the value in every version of Python, not State.ONLINE
 
 
 ONLINE, OFFLINE, GONE = State.ONLINE, State.OFFLINE, State.GONE
@@ -124,7 +123,7 @@ class Table:
         old = self.entries.get(nick)
         if old is None:
             return state == GONE
-        return old[1:4] == (host, port, state)
+        return (old.host, old.port, old.state) == (host, port, state)
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
@@ -198,20 +197,20 @@ class Mirror:
 
     @property
     def is_of_this_boot(self) -> bool:
-        """Return whether the table in force is that of the server as it runs now."""
+        """Whether the table in force is that of the server as it runs now."""
         return self._fresh is None
 
     @property
     def version(self) -> int:
-        """Return up to which version the table of the server, as it runs now, is here."""
+        """Up to which version the table of the server, as it runs now, is here."""
         return (self.table if self._fresh is None else self._fresh).version
 
     @property
     def is_whole(self) -> bool:
-        """Return whether that is as far as the server is known to be."""
+        """Whether that is as far as the server is known to be."""
         return self.version >= self._target
 
-    def register(self, boot: int, version: int) -> None:
+    def begin_session(self, boot: int, version: int) -> None:
         """Begin a session with a server whose table has that version."""
         if boot != self.boot:
             self.boot = boot
@@ -238,11 +237,11 @@ class Mirror:
     def _swap(self, fresh: Table) -> list[str]:
         """Put the table of the new boot in force; return the nicks of which it says something else."""
         old, self.table, self._fresh = self.table, fresh, None
-        return [nick for nick in {**old.entries, **fresh.entries}
-                if (old.get(nick) or ())[:4] != (fresh.get(nick) or ())[:4]]
+        before, after = ({nick: entry.row() for nick, entry in table.entries.items()} for table in (old, fresh))
+        return [nick for nick in {**before, **after} if before.get(nick) != after.get(nick)]
 
-    def distrust(self) -> list[str]:
-        """Set everybody offline: the table in force is too old. Return the nicks that were online until now."""
+    def mark_all_offline(self) -> list[str]:
+        """Mark everybody offline: the table in force is too old. Return the nicks that were online until now."""
         return [nick for nick, host, port, _, _ in list(self.table.entries.values())
                 if self.table.set(nick, host, port, OFFLINE)]
 
@@ -255,6 +254,7 @@ MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without m
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
+# as in protocol, which this module does not import; a test compares them
 MAX_PIECE_SIZE = 768            # bytes of text that one number can have
 MAX_NICK_SIZE = 32              # characters
 NICK_LAPSE = 90.0               # days offline after which a nick is forgotten
@@ -287,9 +287,8 @@ class Known:
                  first: int = 1, last: int = 0) -> None:
         self.id = id_
         self.nick = nick
-        self.host = host
-        self.port = port
-        self.online = online        # when it was last written: after a crash, its client may still run
+        self.host, self.port = host, port
+        self.online = bool(online)  # when it was last written: after a crash, its client may still run
         self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
         self.seen = seen            # wall-clock time of its last sign of life
         self.first = first          # number of the first mail that is not acked
@@ -299,7 +298,7 @@ class Known:
 
     @property
     def waiting(self) -> int:
-        """Return how many numbers of mail wait."""
+        """How many numbers of mail wait."""
         return self.last - self.first + 1
 
 
@@ -321,12 +320,12 @@ class Parcel(NamedTuple):
 
     @property
     def messages(self) -> int:
-        """Return how many texts end in it."""
+        """How many texts end in it."""
         return len(self.texts) - len(self.more)
 
     @property
     def size(self) -> int:
-        """Return the bytes of UTF-8 of the texts."""
+        """How many bytes the texts have in UTF-8."""
         joined = "".join(self.texts)
         return len(joined) if joined.isascii() else len(joined.encode())
 
@@ -428,10 +427,9 @@ class Mailbox:
         self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
         self.known: dict[str, Known] = {}
         by_id: dict[int, Known] = {}
-        for id_, nick, host, port, online, owner, seen, first, last in execute(
-                "SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
-            known = Known(id_, nick, host, port, bool(online), owner, seen, first, last)
-            self.known[nick] = by_id[id_] = known
+        for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
+            known = Known(*row)
+            self.known[known.nick] = by_id[known.id] = known
         self._next_id = max(by_id, default=0) + 1
         for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
             by_id[id_].messages, by_id[id_].size = messages, size
@@ -538,12 +536,12 @@ class Mailbox:
 
     @property
     def urgent(self) -> bool:
-        """Return whether there is anything to commit before it is told; mail that was acked may be deleted later."""
+        """Whether there is anything to commit before a client hears of it; mail that was acked can be deleted later."""
         return bool(self._rows or self._streams or self._changed or self._forgotten)
 
     @property
     def pending(self) -> bool:
-        """Return whether there is anything to commit."""
+        """Whether there is anything to commit."""
         return self.urgent or bool(self._acked)
 
     def commit(self, wall: float) -> bool:
@@ -561,9 +559,8 @@ class Mailbox:
             known.messages -= messages
             known.size -= size
         self._drop_mail_of_this_turn()
-        self._changed.clear()
-        self._acked.clear()
-        self._forgotten.clear()
+        for written in (self._changed, self._acked, self._forgotten):
+            written.clear()
         return True
 
     def _write(self, wall: float) -> list[tuple[Known, int, int]]:
@@ -587,15 +584,13 @@ class Mailbox:
         return freed
 
     def _delete_mail(self, known: Known) -> tuple[int, int]:
-        """Delete the mail below ``first``; return how many messages and bytes that was.
-
-        Whole rows first. Of a row that ``first`` splits, the rest is written again: what was acked is not on the disk.
-        """
+        """Delete the mail below ``first``; return how many messages and bytes that was."""
         run = self._db.execute
         whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
         below = (known.id, known.first, known.first)
         messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
         run("DELETE FROM mail " + whole, below)
+        # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more
         for seq, sender, stream, *columns in run("SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail"
                                                  " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
             run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
@@ -619,9 +614,8 @@ class Mailbox:
         self._drop_mail_of_this_turn()
 
     def _drop_mail_of_this_turn(self) -> None:
-        self._before.clear()
-        self._rows.clear()
-        self._streams.clear()
+        for dropped in (self._before, self._rows, self._streams):
+            dropped.clear()
 
     def prune_streams(self) -> bool:
         """Forget the progress of the longest silent streams beyond ``MAX_STREAMS``; return whether that went well."""
@@ -662,11 +656,10 @@ class Session:
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
-        self.nick = known.nick
+        self.known, self.nick = known, known.nick
         self.address = address
         self.request = request              # the id of the ``reg`` that made it
         self.heard = now
-        self.known = known
         self.offset = known.first - 1       # mail number of this session + offset = number in the mailbox
         self.greeting = known.last          # mail up to here comes before it is announced as online
         self.version = 0                    # of the table that it must hold before it gets mail
@@ -674,21 +667,21 @@ class Session:
 
     @property
     def has_had_its_mail(self) -> bool:
-        """Return whether all mail that waited for it when it came is acked."""
+        """Whether all mail that waited for it when it came is acked."""
         return self.known.first > self.greeting
 
 
 class Sessions:
     """All sessions, which of them are live, and how those that exist no more have ended. The life of one::
 
-                          lose
+                   mark_unresponsive
         add ---> LIVE -----------> UNRESPONSIVE
                   |   <-----------      |
                   |       hear          |
                   +-------- end --------+---> ended: BYE, REPLACED or EVICTED
 
-    ``lose``: its client did not answer a probe. The session stays good, because the client may only be cut off: with
-    its next sign of life it is live again. A live session need not be online in the table: its mail comes first.
+    UNRESPONSIVE: its client did not answer a probe. The session stays good, because the client may only be cut off:
+    with its next sign of life it is live again. A live session need not be online in the table: its mail comes first.
     """
 
     def __init__(self) -> None:
@@ -751,7 +744,7 @@ class Sessions:
         """Put a live session behind all others: its client is being probed, and is not looked at again before them."""
         self.live.move_to_end(session.id)
 
-    def lose(self, session: Session) -> None:
+    def mark_unresponsive(self, session: Session) -> None:
         """Note that the client of a session does not respond."""
         self.live.pop(session.id, None)
 
@@ -766,7 +759,7 @@ class Sessions:
             if len(remembered) > MAX_ENDED:
                 remembered.popitem(last=False)
 
-    def take_ended(self) -> list[Session]:
+    def pop_ended(self) -> list[Session]:
         """Return the sessions that ended since the last call."""
         ended, self._just_ended = self._just_ended, []
         return ended
@@ -783,10 +776,10 @@ class Sessions:
 # --- the registry ---------------------------------------------------------------------------------------------
 
 class ClaimVerdict(Enum):
-    """What becomes of the wish for a nick. The values of the refusals travel in a ``refused``."""
+    """What becomes of a request for a nick. The values of the refusals travel in a ``refused``."""
 
     GRANTED = "granted"
-    ASK = "ask"             # where its holder may run, whether it does; nobody answers: granted, else: taken
+    PROBE_HOLDER = "probe holder"   # ask whether its holder is there: no answer grants the nick, an answer refuses it
     TAKEN = "taken"         # its holder has answered
     OWNED = "owned"         # it has an owner, and this is not their token
     FULL = "full"           # there are too many clients, or too many nicks
@@ -796,23 +789,23 @@ class SaveVerdict(Enum):
     """What becomes of messages that somebody wants to be kept."""
 
     KEEP = "keep"
-    PROBE = "probe"         # the recipient, first: it is believed to be online
+    PROBE_RECIPIENT = "probe recipient"     # first, because it is believed to be online
     UNKNOWN = "unknown"     # refused: there is no such nick
 
 
-GRANTED, ASK, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.ASK, ClaimVerdict.TAKEN
+GRANTED, PROBE_HOLDER, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.PROBE_HOLDER, ClaimVerdict.TAKEN
 OWNED, FULL = ClaimVerdict.OWNED, ClaimVerdict.FULL
-KEEP, PROBE, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE, SaveVerdict.UNKNOWN
+KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
 
 def hash_of(token: bytes) -> bytes:
     """Return what the store keeps of a token."""
-    import hashlib
+    import hashlib      # here: only registrations need it, and a start is measured
     return hashlib.sha256(token).digest()
 
 
 def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Return whether ``owner`` is what is kept of ``token``, in a time that does not tell how wrong a guess is."""
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
     import hmac
     return hmac.compare_digest(owner, hash_of(token))
 
@@ -859,15 +852,13 @@ class Registry:
 
     def __init__(self, mailbox: Mailbox, max_clients: int = MAX_CLIENTS, mailbox_limit: int = MAILBOX_LIMIT,
                  max_known: int = MAX_KNOWN) -> None:
-        self.mailbox = mailbox
+        self.mailbox, self.server_id = mailbox, mailbox.server_id
         self.table = Table()
         self.sessions = Sessions()
-        self.max_clients = max_clients
-        self.mailbox_limit = mailbox_limit
-        self.max_known = max_known
+        self.max_clients, self.mailbox_limit, self.max_known = max_clients, mailbox_limit, max_known
         self.maybe_running: dict[str, Address] = {}     # online when the server last stopped
-        self._at: dict[Address, str] = {}               # who is online there
-        self._idle = IdleNicks(mailbox.known, self._may_run)
+        self._at: dict[Address, Session] = {}           # who is online there
+        self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)
         for known in mailbox.known.values():
             self.table.set(known.nick, known.host, known.port, OFFLINE)
             if known.online:
@@ -887,13 +878,13 @@ class Registry:
     # who gets a nick
 
     def claim(self, nick: str, address: Address, token: bytes | None) -> ClaimVerdict:
-        """Return whether ``nick`` may be registered from ``address``: GRANTED, ASK, OWNED or FULL."""
+        """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED or FULL."""
         known = self.mailbox.known.get(nick)
         if known is not None and known.owner is not None:
             if token is None or not is_hash_of(known.owner, token):
                 return OWNED
         if self.holder(nick) not in (None, address):
-            return ASK
+            return PROBE_HOLDER
         sessions = self.sessions
         if sessions.of(nick) is None and len(sessions) >= self.max_clients and sessions.oldest_unresponsive() is None:
             return FULL
@@ -908,9 +899,6 @@ class Registry:
             return session.address
         return self.maybe_running.get(nick)
 
-    def _may_run(self, known: Known) -> bool:
-        return self.holder(known.nick) is not None
-
     def not_there(self, nick: str, address: Address) -> None:
         """Note that nobody answers at ``address``, in case ``nick`` was online there when the server last stopped."""
         if self.maybe_running.get(nick) == address:
@@ -919,10 +907,7 @@ class Registry:
 
     def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: bytes | None,
               request: int) -> Session:
-        """Register ``nick`` after ``claim`` granted it (or its holder did not answer); return its session.
-
-        An older session of that nick is replaced; anybody else who is online at that address goes offline.
-        """
+        """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced."""
         old = self.sessions.of(nick)
         if old is not None:
             self._end(old, wall, REPLACED)
@@ -934,29 +919,29 @@ class Registry:
         known = self._know(wall, nick, address, token)
         session = Session(id_, known, address, request, now)
         self.sessions.add(session)
-        self._place(session, address, wall)
+        self.place(session, address, wall)
         session.version = self.table.version
         return session
 
     def _know(self, wall: float, nick: str, address: Address, token: bytes | None) -> Known:
+        """Return the record of a nick, made or updated; if there are too many, forget an idle one first."""
         owner = hash_of(token) if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
-            if len(self.mailbox.known) >= self.max_known:
-                idle = self._idle.first()
-                if idle is not None:
-                    self._drop(idle, wall)
+            idle = self._idle.first() if len(self.mailbox.known) >= self.max_known else None
+            if idle is not None:
+                self._drop(idle, wall)
             return self.mailbox.add(nick, *address, owner, wall)
         known.host, known.port = address
         known.owner, known.seen = owner, wall
         self.mailbox.changed(known)
         return known
 
-    def _place(self, session: Session, address: Address, wall: float) -> None:
-        """Put a session at an address: online there if it is live and no mail has to come first."""
+    def place(self, session: Session, address: Address, wall: float) -> None:
+        """Put a session at an address that it has proved: online there if it is live and no mail has to come first."""
         other = self._at.get(address)
-        if other is not None and other != session.nick:
-            self.went_offline(self.sessions.by_nick[other], wall)
+        if other is not None and other is not session:      # even before we are announced: it has lost the address
+            self.went_offline(other, wall)
         session.address = address
         session.known.host, session.known.port = address
         is_ready = self.sessions.is_live(session) and session.has_had_its_mail
@@ -965,14 +950,14 @@ class Registry:
     def _set_state(self, session: Session, state: State) -> None:
         nick, address, known = session.nick, session.address, session.known
         entry = self.table.get(nick)
-        if entry is not None and self._at.get((entry.host, entry.port)) == nick:
+        if entry is not None and self._at.get((entry.host, entry.port)) is session:
             del self._at[entry.host, entry.port]
         if state == ONLINE:
             other = self._at.get(address)
-            if other is not None:   # the client that spoke last is there
-                before = self.sessions.by_nick[other]
-                self.went_offline(before, before.known.seen)
-            self._at[address] = nick
+            # needed again: an unresponsive client may come back to an address that another one has taken meanwhile
+            if other is not None:
+                self.went_offline(other, other.known.seen)
+            self._at[address] = session
         self.table.set(nick, *address, state)
         known.online = state == ONLINE
         self.mailbox.changed(known)
@@ -993,16 +978,10 @@ class Registry:
                 and not self.table.is_online(session.nick)):
             self._set_state(session, ONLINE)
 
-    def moved(self, session: Session, address: Address, wall: float) -> None:
-        """Note that a session has proved to be at another address now."""
-        self.mailbox.changed(session.known)
-        self._place(session, address, wall)
-
     def went_offline(self, session: Session, wall: float) -> None:
         """Note that a client does not answer: it is offline, but its session stays good, in case it lives."""
         session.known.seen = wall
-        self.mailbox.changed(session.known)
-        self.sessions.lose(session)
+        self.sessions.mark_unresponsive(session)
         self._idle.add(session.known)
         self._set_state(session, OFFLINE)
 
@@ -1022,7 +1001,7 @@ class Registry:
             return UNKNOWN
         if relay or not self.table.is_online(to):
             return KEEP
-        return PROBE
+        return PROBE_RECIPIENT
 
     def fitting(self, to: str, parcel: Parcel) -> int:
         """Return how many numbers of ``parcel`` still fit into the mailbox of ``to``; no text is cut."""
@@ -1048,17 +1027,30 @@ class Registry:
             self.mailbox.keep(self.mailbox.known[to], sender, stream, part)
         return fitting
 
+    def next_number(self, sender: str, stream: int) -> int | None:
+        """Return the number after the last that was kept of a stream, 1 for a new one. None: it cannot be read now."""
+        return self.mailbox.stream_next(sender, stream)
+
+    def note_table(self, session: Session, version: int) -> bool:
+        """Note that a client holds the table up to ``version``; return whether it can get mail from now on."""
+        if session.holds_table or version < session.version:
+            return False
+        session.holds_table = True
+        return True
+
     def mail_number(self, session: Session) -> int:
         """Return the number, in its session, of the last mail that waits or waited for a client."""
         return session.known.last - session.offset
 
-    def fetch(self, session: Session, number: int, limit: int) -> list[StoredLetter]:
-        """Return the mail of a client from ``number`` of its session on, at most ``limit`` letters."""
-        return self.mailbox.fetch(session.known, number + session.offset, limit)
+    def fetch(self, session: Session, number: int, limit: int) -> tuple[list[StoredLetter], bool]:
+        """Return a client's mail from ``number`` of its session on, up to ``limit`` letters; and if any is damaged."""
+        damaged = self.mailbox.damaged
+        letters = self.mailbox.fetch(session.known, number + session.offset, limit)
+        return letters, self.mailbox.damaged > damaged
 
     def mail_acked(self, session: Session, number: int) -> None:
         """Note that a client has shown its mail below ``number``. When all that waited is shown, it goes online."""
-        if session.id in self.sessions.by_id:
+        if self.sessions.get(session.id) is not None:
             self.mailbox.acked(session.known, number + session.offset)
             self.announce(session)
 
@@ -1079,6 +1071,10 @@ class Registry:
         for session in self.sessions.live_sessions():
             session.known.seen = wall
             self.mailbox.changed(session.known)
+
+    def prune(self) -> None:
+        """Forget how far the longest silent streams were kept, beyond a limit."""
+        self.mailbox.prune_streams()
 
     def lapse(self, wall: float, days: float) -> list[Known]:
         """Forget every nick that was offline for more than ``days`` (0: never); return those nicks."""

@@ -6,7 +6,7 @@ Rules of this file
   ends each turn with ``settle``, and passes a way to send.
 - Each class below has one subject. It is handed what it needs (the loop, the registry, a way to send, callbacks), and
   uses only what is public of the others. The registry decides about sessions, nicks and mail; it is asked by methods.
-- What must survive a crash is on the disk before a client is told of it.
+- What must survive a crash is on the disk before a client hears of it.
 - A source address may be forged until somebody has answered from there. The server never sends more bytes to such an
   address than came from it.
 - No client waits for another one, and none can fill the memory: every queue and every turn has a limit with a name.
@@ -16,7 +16,7 @@ The parts
 ::
 
     Server          sessions, dispatch, trust, the order of a turn, counters, housekeeping
-    SendQueue          the datagrams of this turn
+    SendQueue       the datagrams of this turn
     ReplyLimit      what may go to an address that may be forged
     Gate            registration: address validation, claims, admission
     Prober          "are you there?": liveness, and moves to another address
@@ -37,12 +37,13 @@ One turn
 --------
 ``settle`` ends it, in this order:
 
-1. keep the messages of this turn, and commit them together with everything else that has changed: one transaction;
-2. answer the saves with acks, or with refusals if the commit has failed;
-3. send mail where there is some and the window of its stream allows it;
-4. answer those who miss some of the table;
-5. send all that;
-6. tell everybody what has changed in the table, in slices: pings, probes and saves go first.
+1. forget the mail streams of sessions that have ended;
+2. keep the messages of this turn, and commit them together with everything else that has changed: one transaction;
+3. answer the saves with acks, or with refusals if the commit has failed;
+4. send mail where there is some and the window of its stream allows it;
+5. answer those who miss some of the table;
+6. send all that;
+7. broadcast what has changed in the table, in slices: pings, probes and saves go first.
 """
 from __future__ import annotations
 
@@ -56,9 +57,9 @@ from typing import NamedTuple
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
 from stream import ReceiveStream, Run, SendStream
-from registry import (ASK, BYE, DAY, EVICTED, GRANTED, NICK_LAPSE, PROBE, REPLACED, SILENCE, TAKEN, UNKNOWN,
-                      ClaimVerdict, Mailbox, Page, Parcel, Registry, Session)
-from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address
+from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, TAKEN, UNKNOWN,
+                      ClaimVerdict, Mailbox, Parcel, Registry, Session)
+from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 
 
 class Drop(Enum):
@@ -78,7 +79,6 @@ class Drop(Enum):
 NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = Drop.NOT_FOR_SERVERS, Drop.NO_COOKIE, Drop.WRONG_COOKIE
 UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = Drop.UNKNOWN_SESSION, Drop.OTHER_ADDRESS, Drop.UNKNOWN_STREAM
 NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = Drop.NO_REPLY, Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
-DROPS = tuple(Drop)
 
 Drops = dict[Drop, int]     # how often each has happened since the start
 
@@ -119,15 +119,13 @@ class ReplyLimit:
 
     def __init__(self, loop: Loop, send_queue: SendQueue, drops: Drops, most: int) -> None:
         self.allowance = 0          # bytes that may still answer the datagram at hand
-        self._loop = loop
-        self._outbox = send_queue
-        self._drops = drops
+        self._loop, self._send_queue, self._drops = loop, send_queue, drops
         self._most = most
         self._second = 0            # the one that is counted, and ...
         self._replies = 0           # ... the answers in it
 
     def allows(self, size: int) -> bool:
-        """Return whether ``size`` bytes may be sent, and count them if so."""
+        """Count ``size`` bytes that are to be sent; return False, and count nothing, if they may not be."""
         second = int(self._loop.now())
         if second != self._second:
             self._second, self._replies = second, 0
@@ -141,16 +139,16 @@ class ReplyLimit:
     def reply(self, datagram: bytes, address: Address) -> None:
         """Answer the datagram at hand, if that is allowed."""
         if self.allows(len(datagram)):
-            self._outbox.put(datagram, address)
+            self._send_queue.put(datagram, address)
 
 
 # --- registration ---------------------------------------------------------------------------------------------
 
-COOKIE_TIME = 30.0        # s that a cookie's secret part lasts; a cookie is good for one to two of these
+COOKIE_TIME = 30.0        # s; the time slot in a cookie: it is valid in its own slot and the next one, 30 to 60 s
 
 
 class Claim(NamedTuple):
-    """The wish for a nick, from an address that is proved."""
+    """A request for a nick, from an address that is proved."""
 
     nick: str
     address: Address
@@ -165,10 +163,10 @@ class Gate:
           reg, padded, without a cookie   -->
                                           <--   cookie: a proof of the address, nothing is remembered
           reg with that cookie            -->   claim: is the nick free, or theirs?
-                                                  ASK      the holder is probed where it was last:
-                                                             no answer  claim again
-                                                             an answer  refused: taken
-                                                  GRANTED  a session is made
+                                                  PROBE_HOLDER  the holder is probed where it was last:
+                                                                  no answer  claim again
+                                                                  an answer  refused: taken
+                                                  GRANTED       a session is made
                                           <--   welcome, or refused (taken, owned, full)
 
     Until the cookie has come back, the server keeps no state for the client: a flood from forged addresses cannot
@@ -179,9 +177,7 @@ class Gate:
                  prober: Prober, boot: int) -> None:
         self.refusals = 0
         self.secret = loop.random.getrandbits(256).to_bytes(32, "big")      # signs the cookies
-        self._loop = loop
-        self._registry = registry
-        self._outbox = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit = limit
         self._drops = drops
         self._prober = prober
@@ -194,12 +190,12 @@ class Gate:
             return
         self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
-            self._limit.reply(encode("cookie", {"id": info["id"], "server": self._registry.mailbox.server_id,
+            self._limit.reply(encode("cookie", {"id": info["id"], "server": self._registry.server_id,
                                                 "cookie": self._cookie(address, 0)}), address)
 
     def _cookie(self, address: Address, age: int) -> bytes:
         """Return a proof of address without state: HMAC over address and time (RFC 9147 §5.1, RFC 9000 §8.1.2)."""
-        import hmac
+        import hmac     # here: only registrations need it, and a start is measured
         text = f"{show_address(address)} {int(self._loop.now() / COOKIE_TIME) - age}"
         return hmac.digest(self.secret, text.encode(), "sha256")[:protocol.SESSION_BYTES]
 
@@ -219,10 +215,10 @@ class Gate:
         verdict = registry.claim(claim.nick, claim.address, claim.token)
         if verdict == GRANTED:
             self._admit(claim)
-        elif verdict == ASK:
+        elif verdict == PROBE_HOLDER:
             holder = registry.holder(claim.nick)
             assert holder is not None
-            probe = self._prober.ask(claim.nick, holder, session)
+            probe = self._prober.probe(claim.nick, holder, session)
             if probe.claim is None:
                 probe.claim = claim
         else:
@@ -237,7 +233,7 @@ class Gate:
         self._welcome(session)
 
     def _welcome(self, session: Session) -> None:
-        self._outbox.put(encode("welcome", {
+        self._send_queue.put(encode("welcome", {
             "id": session.request, "nick": session.nick, "boot": self._boot, "session": session.id,
             "version": session.version}), session.address)
 
@@ -245,14 +241,15 @@ class Gate:
         """Tell the client that it does not get the nick."""
         self.refusals += 1
         log.info("%s refused to %s: %s", claim.nick, show_address(claim.address), verdict.value)
-        self._outbox.put(encode("refused", {"id": claim.request, "nick": claim.nick, "reason": verdict.value}),
-                         claim.address)
+        refused = {"id": claim.request, "nick": claim.nick, "reason": verdict.value}
+        self._send_queue.put(encode("refused", refused), claim.address)
 
 
 # --- probes ---------------------------------------------------------------------------------------------------
 
 PROBE_TIMEOUT = 0.5       # s; a client that does not answer a probe in this time is offline
 PROBE_INTERVAL = 0.1      # s between repetitions inside that time
+PROBE_RECHECK = 0.001     # s until the next look at a probe whose deadline came in a turn that left something unread
 
 
 class Probe:
@@ -280,38 +277,34 @@ class Prober:
 
     There is one probe for each pair of nick and address, however many wait for its answer. The life of one::
 
-        ask ---> ASKING ---- alive, from that address and with that session ----> answered
+        probe -> ASKING ---- alive, from that address and with that session ----> answered
                  repeated     The client is there, perhaps at an address that is new (path validation).
-                 each 0.1 s   A claim to its nick is refused, the senders of saves are told ``exists``.
+                 each 0.1 s   A claim to its nick is refused, the senders of saves get ``exists``.
                    |
                    +-------- 0.5 s without an answer --------------------------> unanswered
                               The client is offline, if that is where it was believed to be.
                               A claim to its nick is considered again, saves are kept when they are repeated.
 
-    To an address that nobody has proved (``ask_at``), a probe is sent only once, and within the limit for replies. A
-    probe ends unanswered only in a turn in which the socket was read empty: otherwise the answer may be waiting there.
+    To an address that nobody has proved (``probe_new_address``), a probe is sent only once, within the limit for
+    replies. A probe ends unanswered only in a turn that read the socket empty: else the answer may be waiting there.
 
-    ``heard`` is called with each session that was heard, ``lost`` with each that does not respond, then ``answered`` or
-    ``unanswered`` with the probe.
+    ``heard`` is called with each session that was heard, ``unresponsive`` with each that does not respond, then
+    ``answered`` or ``unanswered`` with the probe.
     """
 
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit,
-                 heard: Callable[[Session], None], lost: Callable[[Session], None],
+                 heard: Callable[[Session], None], unresponsive: Callable[[Session], None],
                  answered: Callable[[Probe], None], unanswered: Callable[[Probe], None]) -> None:
         self.probes: dict[int, Probe] = {}
         self.answers: dict[str, float] = {}     # nick -> when it last answered, longest ago first
-        self._loop = loop
-        self._registry = registry
-        self._outbox = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit = limit
-        self._heard = heard
-        self._lost = lost
-        self._answered = answered
-        self._unanswered = unanswered
+        self._heard, self._unresponsive = heard, unresponsive
+        self._answered, self._unanswered = answered, unanswered
         self._at: dict[tuple[str, Address], Probe] = {}
-        self._silence_alarm = RestartableTimer(loop, self._probe_silent)
+        self._silence_timer = RestartableTimer(loop, self._probe_silent)
 
-    def ask(self, nick: str, address: Address, session: Session | None) -> Probe:
+    def probe(self, nick: str, address: Address, session: Session | None) -> Probe:
         """Return the probe of ``nick`` at ``address``, where it was before; begin one if there is none."""
         probe = self._at.get((nick, address))
         if probe is None:
@@ -320,7 +313,7 @@ class Prober:
             self._repeat(probe)
         return probe
 
-    def ask_at(self, address: Address, session: Session) -> None:
+    def probe_new_address(self, address: Address, session: Session) -> None:
         """Ask at an address from which somebody speaks for a session that is elsewhere: its client may have moved."""
         if (session.nick, address) not in self._at:
             probe = Probe(new_id(self._loop), session.nick, address, session, self._loop.now())
@@ -328,9 +321,9 @@ class Prober:
             if not self._limit.allows(len(datagram)):
                 return
             self._begin(probe)
-            self._outbox.put(datagram, address)
+            self._send_queue.put(datagram, address)
             self._loop.call_at(probe.deadline, functools.partial(self._repeat, probe))
-        log.info("%s speaks from %s: asking there", session.nick, show_address(address))
+        log.info("%s speaks from %s, a new address: probing it", session.nick, show_address(address))
 
     def _begin(self, probe: Probe) -> None:
         self.probes[probe.id] = self._at[probe.nick, probe.address] = probe
@@ -348,9 +341,9 @@ class Prober:
             self._expire(probe)
             return
         if now < probe.deadline:
-            self._outbox.put(probe.datagram(), probe.address)
+            self._send_queue.put(probe.datagram(), probe.address)
         # the last call is at the deadline; if the socket was not read empty then, there is one more in each turn
-        when = min(now + jittered(self._loop, PROBE_INTERVAL), max(probe.deadline, now + 0.001))
+        when = min(now + jittered(self._loop, PROBE_INTERVAL), max(probe.deadline, now + PROBE_RECHECK))
         self._loop.call_at(when, functools.partial(self._repeat, probe))
 
     def _expire(self, probe: Probe) -> None:
@@ -358,7 +351,7 @@ class Prober:
         session = probe.session
         # a probe at another address, where its client has not moved, says nothing of the session
         if session is not None and session.address == probe.address and self._registry.sessions.is_live(session):
-            self._lost(session)
+            self._unresponsive(session)
         self._unanswered(probe)
 
     def on_alive(self, info: Info, address: Address) -> None:
@@ -374,13 +367,13 @@ class Prober:
         if session is not None and self._registry.sessions.get(session.id) is session:
             if session.address != address:
                 log.info("%s moved to %s", session.nick, show_address(address))
-                self._registry.moved(session, address, self._loop.wall())
+                self._registry.place(session, address, self._loop.wall())
             self._heard(session)
             self._note_answer(session.nick)
         self._answered(probe)
 
     def _on_late_alive(self, info: Info, address: Address) -> None:
-        """An answer that comes late is a sign of life."""
+        """Count a late answer as a sign of life."""
         session = self._registry.sessions.get(info.get("session", b""))
         if session is not None and session.address == address:
             self._heard(session)
@@ -392,7 +385,7 @@ class Prober:
             del self.answers[next(iter(self.answers))]
 
     def has_just_answered(self, nick: str) -> bool:
-        """Return whether ``nick`` has answered so lately that it need not be asked again."""
+        """Return whether ``nick`` has answered a moment ago, and need not be probed again."""
         return self._loop.now() - self.answers.get(nick, -NEVER) < PROBE_TIMEOUT
 
     def forget_old_answers(self) -> None:
@@ -400,19 +393,19 @@ class Prober:
         self.answers = {nick: at for nick, at in self.answers.items() if self._loop.now() - at < PROBE_TIMEOUT}
 
     def watch_silence(self) -> None:
-        """See to it that clients are probed of whom nothing is heard: call this when a session becomes live."""
+        """Probe clients of which nothing is heard from now on: call this when a session becomes live."""
         first = self._registry.sessions.longest_silent()
-        if first is not None and not self._silence_alarm.is_set:
-            self._silence_alarm.set(first.heard + SILENCE)
+        if first is not None and not self._silence_timer.is_set:
+            self._silence_timer.set(first.heard + SILENCE)
 
     def _probe_silent(self) -> None:
         now, sessions = self._loop.now(), self._registry.sessions
         for session in sessions.silent(now):
-            self.ask(session.nick, session.address, session)
+            self.probe(session.nick, session.address, session)
             sessions.put_last(session)
         first = sessions.longest_silent()
         if first is not None:
-            self._silence_alarm.set(max(first.heard + SILENCE, now + PROBE_TIMEOUT))
+            self._silence_timer.set(max(first.heard + SILENCE, now + PROBE_TIMEOUT))
 
 
 # --- messages to be kept --------------------------------------------------------------------------------------
@@ -420,7 +413,7 @@ class Prober:
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
 DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
-STORE_CALM = 1.0          # s without a failure after which the store counts as good again
+STORE_RECOVERY_TIME = 1.0          # s without a failure after which the store counts as good again
 
 
 class Refusal(Enum):
@@ -454,13 +447,13 @@ class Keeper:
 
         on_save   put in order in its stream
         keep      the registry's verdict, once a turn for each stream:
-                    UNKNOWN   refused
-                    PROBE     forgotten, the recipient is asked. The ack moves nothing, so the sender repeats it.
-                                an answer   the sender is told ``exists``, and tries the recipient again
-                                no answer   the recipient is offline: when repeated, the message is kept
-                    KEEP      written to the mailbox as far as there is room. The rest is
-                                recipient online    forgotten: mail is on the way, there will be room
-                                recipient offline   refused: full
+                    UNKNOWN          refused
+                    PROBE_RECIPIENT  forgotten, the recipient is probed. The ack moves nothing: the sender repeats it.
+                                       an answer   the sender gets ``exists``, and tries the recipient again
+                                       no answer   the recipient is offline: when repeated, the message is kept
+                    KEEP             written to the mailbox as far as there is room. The rest is
+                                       recipient online    forgotten: mail is on the way, there will be room
+                                       recipient offline   refused: full
         commit    (the server's)
         answer    committed: acked, and the recipient's mail is sent; else refused: disk
 
@@ -474,9 +467,7 @@ class Keeper:
         self.to_answer: dict[tuple[str, int], SaveStream] = {}  # heard in this turn; answered at its end
         self.early = 0                                          # numbers that wait in ``streams`` ...
         self._with_early: dict[SaveStream, None] = {}           # ... in these; longest silent first
-        self._loop = loop
-        self._registry = registry
-        self._outbox = send_queue
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._drops = drops
         self._prober = prober
         self._mail_waits = mail_waits
@@ -489,7 +480,7 @@ class Keeper:
             return      # the sender will repeat it
         save = self.streams.get(key)
         if save is None:
-            first = self._registry.mailbox.stream_next(*key)
+            first = self._registry.next_number(*key)
             if first is None:
                 self._drops[STORE_UNREADABLE] += 1
                 return      # the sender will repeat it
@@ -505,15 +496,16 @@ class Keeper:
         self.to_answer[key] = save
 
     def keep(self) -> None:
-        """Do with the messages of this turn what the registry says; those that it keeps wait for the commit."""
+        """Apply the registry's verdict to each stream heard in this turn; the commit writes what is kept."""
         for save in self.to_answer.values():
             verdict = self._registry.judge(save.to, save.relay)
-            if verdict == PROBE:
-                self._doubt(save)
+            if verdict == PROBE_RECIPIENT:
+                self._probe_recipient(save)
             elif verdict == UNKNOWN:
                 self._refuse_rest(save, save.stream.next, NO_SUCH_NICK)
             else:
                 for run in save.stream.take():
+                    # a run without items is a skip; after one that did not fit, the later ones must not be kept either
                     if run.items and not self._keep_run(save, run):
                         break
 
@@ -525,24 +517,24 @@ class Keeper:
             self.to_answer = {}
             self._forget_early()
 
-    def tell_exists(self, save: SaveStream, number: int) -> None:
-        """Tell a sender that the recipient has answered, and where it is."""
+    def send_exists(self, save: SaveStream, number: int) -> None:
+        """Tell a sender by an ``exists`` that the recipient has answered, and where it is."""
         entry = self._registry.table.get(save.to)
         if entry is not None:
-            self._outbox.put_for(save.session, encode("exists", {
+            self._send_queue.put_for(save.session, encode("exists", {
                 "stream": save.stream.id, "n": number, "version": entry.version, "entry": entry.row()}))
 
-    def _doubt(self, save: SaveStream) -> None:
-        """Ask a recipient who is believed to be online, or tell the sender that the answer has come already."""
+    def _probe_recipient(self, save: SaveStream) -> None:
+        """Probe a recipient who is believed to be online; if it has just answered, send ``exists`` at once."""
         first, last = save.stream.next, save.stream.reached - 1
         save.stream.give_back(first)
         recipient = self._registry.sessions.of(save.to)
         if last < first or recipient is None:
             return
         if self._prober.has_just_answered(save.to):
-            self.tell_exists(save, first)
+            self.send_exists(save, first)
             return
-        probe = self._prober.ask(save.to, recipient.address, recipient)
+        probe = self._prober.probe(save.to, recipient.address, recipient)
         if len(probe.saves) < MAX_SAVE_STREAMS:
             probe.saves[save.stream.id] = (save, first)
 
@@ -574,6 +566,7 @@ class Keeper:
 
     def _answer(self, save: SaveStream, committed: bool) -> None:
         stream = save.stream
+        # without a commit, and without anything to be kept, neither is done: the ack moves nothing
         if save.kept and not committed:
             self._refuse_rest(save, stream.next, DISK_FAILS)
         elif committed:
@@ -584,7 +577,7 @@ class Keeper:
         save.kept = 0
         self._count(save)
         nacks, save.nacks = save.nacks, []
-        self._outbox.put_for(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
+        self._send_queue.put_for(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
 
     # limits
 
@@ -615,7 +608,7 @@ class Keeper:
 class Committer:
     """When the store is written, and whether it can be.
 
-    What must be on the disk before anybody is told is written at the end of its turn, all of it in one transaction.
+    What must be on the disk before a client hears of it is written at the end of its turn, in one transaction.
     Mail that was acked need not be deleted at once: after a crash it is sent once more, and a client that still runs
     does not show it twice. The log names the first commit that fails, and the first that succeeds a while after the
     last failure; not each of them.
@@ -626,14 +619,14 @@ class Committer:
         self.loop = loop
         self.mailbox = mailbox
         self._failed = NEVER        # when a commit failed last; ``NEVER``: the store counts as good
-        self._deletion_alarm = RestartableTimer(loop, self._delete_acked)
+        self._deletion_timer = RestartableTimer(loop, self._delete_acked)
 
     def commit(self) -> bool:
-        """Write what must be on the disk before it is told; return whether that went well."""
+        """Write what must be on the disk before a client hears of it; return whether that went well."""
         if self.mailbox.urgent:
             return self.commit_all()
-        if self.mailbox.pending and not self._deletion_alarm.is_set:
-            self._deletion_alarm.set(self.loop.now() + DELETION_GAP)
+        if self.mailbox.pending and not self._deletion_timer.is_set:
+            self._deletion_timer.set(self.loop.now() + DELETION_GAP)
         return True
 
     def commit_all(self) -> bool:
@@ -645,9 +638,15 @@ class Committer:
             if self._failed == NEVER:
                 log.error("the store cannot be written: no mail is kept, no owner of a new nick is remembered")
             self._failed = now
-        elif now >= self._failed + STORE_CALM:
+        elif now >= self._failed + STORE_RECOVERY_TIME:
             log.warning("the store can be written again")
             self._failed = NEVER
+        return committed
+
+    def close(self) -> bool:
+        """Write everything and close the store; return whether that went well."""
+        committed = self.commit_all()
+        self.mailbox.close()
         return committed
 
     def _delete_acked(self) -> None:
@@ -665,15 +664,15 @@ MAIL_RETRY = 1.0          # s until mail that could not be read from the store i
 class MailStream:
     """The server's end of the stream of one client's mail. Its numbers are those of the mail in the session."""
 
-    __slots__ = ("session", "stream", "alarm", "last_count")
+    __slots__ = ("session", "stream", "timer", "last_count")
 
-    def __init__(self, session: Session, id_: int, alarm: RestartableTimer) -> None:
+    def __init__(self, session: Session, id_: int, timer: RestartableTimer) -> None:
         frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
                                 "base": protocol.MAX_NUMBER, "items": []})
-        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - 4 - protocol.MAIL_RUN_SIZE
+        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - protocol.ARRAY_GROWTH - protocol.MAIL_RUN_SIZE
         self.session = session
         self.stream = SendStream(id_, capacity)
-        self.alarm = alarm          # calls when something of it is due
+        self.timer = timer          # calls when something of it is due
         self.last_count = 0         # numbers that the postman has counted as in memory
 
 
@@ -692,7 +691,7 @@ class Postman:
         self.loaded = 0                                 # numbers of mail in memory
         self.registry = registry
         self._loop = loop
-        self._outbox = send_queue
+        self._send_queue = send_queue
         self._drops = drops
         self._heard = heard
         self._by_stream: dict[int, MailStream] = {}
@@ -710,9 +709,8 @@ class Postman:
         self.note(session)
 
     def note_version(self, session: Session, version: int) -> None:
-        """Note that a client holds the table up to ``version``: from that of its registration on, it can take mail."""
-        if not session.holds_table and version >= session.version:
-            session.holds_table = True
+        """Note that a client holds the table up to ``version``: it may be able to get mail from now on."""
+        if self.registry.note_table(session, version):
             self.wake(session)
 
     def on_ack(self, info: Info, address: Address) -> None:
@@ -732,7 +730,7 @@ class Postman:
         for session in ended:
             mail = self.streams.pop(session.id, None)
             if mail is not None:
-                mail.alarm.cancel()
+                mail.timer.cancel()
                 self.loaded -= mail.last_count
                 del self._by_stream[mail.stream.id]
 
@@ -762,26 +760,27 @@ class Postman:
         self.loaded += stream.pending - mail.last_count
         mail.last_count = stream.pending
         for packet in stream.poll(self._loop.now()):
-            self._outbox.put_for(session, encode("mail", {
+            self._send_queue.put_for(session, encode("mail", {
                 "to": session.nick, "stream": stream.id, "n": packet.first, "base": stream.base,
                 "items": mail_runs(packet.items)}))
         is_unreadable = not stream.pending and stream.end <= last
-        mail.alarm.set(self._loop.now() + MAIL_RETRY if is_unreadable else stream.due())
+        mail.timer.set(self._loop.now() + MAIL_RETRY if is_unreadable else stream.due())
 
     def _begin(self, session: Session) -> MailStream:
-        alarm = RestartableTimer(self._loop, functools.partial(self.send, session))
-        mail = self.streams[session.id] = MailStream(session, new_id(self._loop), alarm)
+        timer = RestartableTimer(self._loop, functools.partial(self.send, session))
+        mail = self.streams[session.id] = MailStream(session, new_id(self._loop), timer)
         self._by_stream[mail.stream.id] = mail
         return mail
 
     def _load(self, mail: MailStream, step: int) -> None:
         """Load up to ``step`` letters into the stream."""
-        mailbox, stream = self.registry.mailbox, mail.stream
-        damaged = mailbox.damaged
-        letters = self.registry.fetch(mail.session, stream.end, step)
-        if mailbox.damaged > damaged:
+        stream = mail.stream
+        letters, is_damaged = self.registry.fetch(mail.session, stream.end, step)
+        if is_damaged:
             log.error("mail for %s is damaged in the store", mail.session.nick)
-        # the longest letter between the longest nicks is more than that, but fits alone: its run is counted twice
+        # Capacity leaves room for the header of a datagram's first run, and ``mail_sizes`` counts that header in the
+        # letter, too. So the longest letter may exceed capacity by less than one header; it still fits into a datagram
+        # of its own.
         sizes = [min(size, stream.capacity) for size in mail_sizes(letters)]
         stream.queue(letters, sizes, [number for number, letter in enumerate(letters, stream.end) if letter[5]])
 
@@ -791,7 +790,7 @@ class Postman:
 BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
 BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clients would have a wrong table that long
-BROADCAST_DATAGRAMS = 500     # that tell clients of it in one turn
+BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
@@ -799,40 +798,33 @@ PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``,
 
 
 class Announcer:
-    """The table, as clients are told of it.
+    """The table, as it is sent to clients.
 
     *Answers*: a client that misses some of the table says up to which version it holds it. It gets a few pages from
     there, and asks again until it has everything. When many clients come at once, they need the same pages: full ones
     are remembered as they are sent, only the last one still changes.
 
     *Broadcasts*: what has changed since the last one is encoded once, and sent to every live client in slices, one each
-    turn, after all else. A broadcast to 10,000 clients takes a while. So the next one waits until ten times what the
-    last one took is over, and gathers what changes meanwhile.
+    turn, after everything else. A broadcast to 10,000 clients takes a while. So after one, the next waits for ten times
+    as long as it took, and gathers what changes meanwhile.
     """
 
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue,
                  send: Callable[[bytes, Address], None]) -> None:
-        self.told = registry.table.version      # version of the last broadcast
-        self._loop = loop
-        self._registry = registry
-        self._outbox = send_queue
-        self._send = send                       # at once: behind all that was in the send_queue
+        self.announced_version = registry.table.version         # that of the last broadcast
+        self.unsent: Iterator[tuple[Session, bytes]] | None = None      # the rest of a broadcast that is under way
+        self._loop, self._registry, self._send_queue = loop, registry, send_queue
+        self._send = send                       # at once: a broadcast comes behind everything in the queue
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
-        self._sync_alarm = RestartableTimer(loop, lambda: None)         # it makes a turn; its end answers
+        self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
         self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
         self._cached_version = 0                # of the table when the cache was empty
-        self._telling: Iterator[tuple[Session, bytes]] | None = None    # who is still to be told what
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0              # s that the last one took
-        self._broadcast_alarm = RestartableTimer(loop, lambda: None)    # it makes a turn; its end tells
+        self._broadcast_timer = RestartableTimer(loop, wake_up)     # wakes the loop; settle then sends the next slice
 
-    @property
-    def is_telling(self) -> bool:
-        """Return whether a broadcast goes on in the next turn."""
-        return self._telling is not None
-
-    def ask(self, session: Session, version: int) -> None:
-        """Tell a client at the end of the turn what it misses behind ``version``."""
+    def note_sync(self, session: Session, version: int) -> None:
+        """Note that a client holds the table up to ``version``: what it misses is sent at the end of the turn."""
         self._to_sync[session.id] = version
 
     def answer(self) -> None:
@@ -843,19 +835,19 @@ class Announcer:
             version = self._to_sync.pop(id_)
             session = self._registry.sessions.get(id_)
             if session is not None:
-                self._tell_missing(session, version)
+                self._send_missing(session, version)
         if self._to_sync:
-            self._sync_alarm.set(self._loop.now())
+            self._sync_timer.set(self._loop.now())
 
-    def _tell_missing(self, session: Session, since: int) -> None:
+    def _send_missing(self, session: Session, since: int) -> None:
         version = self._registry.table.version
         if since >= version:
-            self._outbox.put_for(session, table_map(version, version, []))      # nothing is missing: that is an answer
+            self._send_queue.put_for(session, table_map(version, version, []))  # nothing is missing: that is an answer
         for _ in range(SYNC_PAGES):
             if since >= version:
                 break
             data, since = self._page_after(since)
-            self._outbox.put_for(session, data)
+            self._send_queue.put_for(session, data)
 
     def _page_after(self, since: int) -> tuple[bytes, int]:
         """Return the page of the table that begins at ``since``, encoded, and the version that it reaches.
@@ -869,7 +861,7 @@ class Announcer:
             self._cached_version = table.version
         if since not in self._page_cache:
             for page in itertools.islice(table.pages(since, PAGE_SIZE), SYNC_PAGES):
-                self._page_cache[page.since] = encoded(page), page.version
+                self._page_cache[page.since] = table_map(*page), page.version
         found = self._page_cache[since]
         if found[1] >= table.version:
             del self._page_cache[since]     # the last page is not full yet
@@ -878,45 +870,40 @@ class Announcer:
     def broadcast(self) -> None:
         """Send a slice of the broadcast that goes on, or begin one if the table has changed and it is time."""
         table = self._registry.table
-        if self._telling is None and table.version <= self.told:
+        if self.unsent is None and table.version <= self.announced_version:
             return
         now = self._loop.now()
-        if self._telling is None:
+        if self.unsent is None:
             rest = min(BROADCAST_SHARE * self._broadcast_cost, BROADCAST_WAIT)
             due = self._broadcast_end + max(BROADCAST_GAP, rest)
             if due > now:
-                self._broadcast_alarm.set(due)
+                self._broadcast_timer.set(due)
                 return
-            self._telling = self._begin()
+            self.unsent = self._begin()
         began = self._loop.clock()
-        is_over = self._tell_slice(self._telling)
+        is_over = self._send_slice(self.unsent)
         self._broadcast_cost += self._loop.clock() - began
         self._broadcast_end = now
         if is_over:
-            self._telling = None
-        self._broadcast_alarm.set(NEVER if is_over and table.version <= self.told else now)
+            self.unsent = None
+        self._broadcast_timer.set(NEVER if is_over and table.version <= self.announced_version else now)
 
     def _begin(self) -> Iterator[tuple[Session, bytes]]:
         table = self._registry.table
-        pages = [encoded(page) for page in table.pages(self.told, PAGE_SIZE)]
-        self.told = table.version
+        pages = [table_map(*page) for page in table.pages(self.announced_version, PAGE_SIZE)]
+        self.announced_version = table.version
         self._broadcast_cost = 0.0
         return itertools.product(self._registry.sessions.live_sessions(), pages)
 
-    def _tell_slice(self, telling: Iterator[tuple[Session, bytes]]) -> bool:
+    def _send_slice(self, unsent: Iterator[tuple[Session, bytes]]) -> bool:
         """Send the next datagrams of a broadcast; return whether it is over."""
         is_live = self._registry.sessions.is_live
         count = 0
-        for session, page in itertools.islice(telling, BROADCAST_DATAGRAMS):
+        for session, page in itertools.islice(unsent, BROADCAST_DATAGRAMS):
             count += 1
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
                 self._send(addressed(session.id, page), session.address)
         return count < BROADCAST_DATAGRAMS
-
-
-def encoded(page: Page) -> bytes:
-    """Return a page of the table as a ``table`` map."""
-    return table_map(page.since, page.version, page.rows)
 
 
 # --- the server -----------------------------------------------------------------------------------------------
@@ -939,18 +926,18 @@ class Server:
         self.registry = registry
         self.nick_lapse = nick_lapse
         self.decoder = Decoder()
-        self.boot = new_id(loop)        # tells this run of the server from an earlier one
-        self.drops: Drops = dict.fromkeys(DROPS, 0)
+        self.boot = new_id(loop)        # another one in each run of the server
+        self.drops: Drops = dict.fromkeys(Drop, 0)
         self.send_queue = SendQueue(send)
         self.limit = ReplyLimit(loop, self.send_queue, self.drops, stranger_replies)
-        self.prober = Prober(loop, registry, self.send_queue, self.limit, self._heard, self._lost, self._answered,
-                             self._unanswered)
+        self.prober = Prober(loop, registry, self.send_queue, self.limit, self._heard, self._unresponsive,
+                             self._answered, self._unanswered)
         self.gate = Gate(loop, registry, self.send_queue, self.limit, self.drops, self.prober, self.boot)
         self.postman = Postman(loop, registry, self.send_queue, self.drops, self._heard)
         self.keeper = Keeper(loop, registry, self.send_queue, self.drops, self.prober, self.postman.note)
         self.committer = Committer(loop, registry.mailbox)
         self.announcer = Announcer(loop, registry, self.send_queue, send)
-        self._notices: deque[Address] = deque()     # who is still to be told that the server is back
+        self._notices: deque[Address] = deque()     # where to say that the server is back
         self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
             "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save}
         self._from_anybody: dict[str, Callable[[Info, Address], None]] = {
@@ -965,9 +952,7 @@ class Server:
 
     def stop(self) -> bool:
         """Write and close the store; return whether that went well."""
-        committed = self.committer.commit_all()
-        self.registry.mailbox.close()
-        return committed
+        return self.committer.close()
 
     def receive(self, datagram: bytes, address: Address) -> None:
         """Handle a datagram from the network."""
@@ -984,7 +969,7 @@ class Server:
 
     def settle(self) -> None:
         """End a turn: commit, then send everything that was decided in it."""
-        self.postman.close(self.registry.sessions.take_ended())
+        self.postman.close(self.registry.sessions.pop_ended())
         self.keeper.keep()
         committed = self.committer.commit()
         self.keeper.answer(committed)
@@ -1000,11 +985,6 @@ class Server:
                 "refusals": self.gate.refusals, "store_failures": self.committer.failures,
                 "drop_invalid": self.decoder.dropped, **{why.value: count for why, count in self.drops.items()}}
 
-    @property
-    def is_busy(self) -> bool:
-        """Return whether something goes on that does not wait for a client: a probe, a save, a broadcast."""
-        return bool(self.prober.probes or self.keeper.to_answer) or self.announcer.is_telling
-
     # sessions
 
     def _session(self, info: Info, address: Address) -> Session | None:
@@ -1016,39 +996,42 @@ class Server:
             return None
         if session.address != address:
             self.drops[OTHER_ADDRESS] += 1
-            self.prober.ask_at(address, session)
+            self.prober.probe_new_address(address, session)
             return None
         self._heard(session)
         return session
 
     def _answer_unknown(self, info: Info, address: Address) -> None:
-        """Tell a client that its session is none: the server was restarted, or the session was replaced or evicted."""
+        """Answer a request whose session is not known: it was replaced, it was evicted, or the server has restarted."""
         how = self.registry.sessions.how_ended(info["session"])
         if how == REPLACED:
+            # the nick is required, and means nothing here
             refused = {"session": info["session"], "nick": "-", "reason": how.value}
             self.limit.reply(encode("refused", refused), address)
         else:
-            self.limit.reply(self._pong(info.get("id", 0), 0 if how == EVICTED else self.boot), address)
+            # Boot 0 makes the client register again: with our own it would believe that its session is good.
+            # BYE: a late copy of a ping, its client has left.
+            self.limit.reply(self._pong(info.get("id", 0), self.boot if how == BYE else 0), address)
 
     def _heard(self, session: Session) -> None:
-        """Note a sign of life, and who comes back with it."""
+        """Note a sign of life, and send a client that comes back with it what it has missed."""
         if self.registry.heard(session, self.loop.now()):
             log.info("%s is back", session.nick)
             self.prober.watch_silence()
             self.postman.wake(session)
 
-    def _lost(self, session: Session) -> None:
-        """Call a client offline that does not answer, and tell it so: if it lives, it says something, and is back."""
-        log.info("%s does not answer: offline", session.nick)
+    def _unresponsive(self, session: Session) -> None:
+        """Mark a client offline that does not answer a probe, and tell it so: if it lives, it pings, and is back."""
+        log.info("%s does not answer a probe: offline", session.nick)
         self.registry.went_offline(session, self.loop.wall())
         self.send_queue.put_for(session, self._pong(0, self.boot, session))
 
     def _answered(self, probe: Probe) -> None:
-        """Tell all who wait for an answer that the client is there."""
+        """Refuse the claim, and send ``exists`` to the senders: the client is there."""
         if probe.claim is not None:
             self.gate.refuse(probe.claim, TAKEN)
         for save, number in probe.saves.values():
-            self.keeper.tell_exists(save, number)
+            self.keeper.send_exists(save, number)
 
     def _unanswered(self, probe: Probe) -> None:
         """Go on with a claim: nobody is there. (Saves need nothing: their senders repeat them.)"""
@@ -1062,7 +1045,7 @@ class Server:
 
     def _on_sync(self, session: Session, info: Info) -> None:
         self.postman.note_version(session, info["version"])
-        self.announcer.ask(session, info["version"])
+        self.announcer.note_sync(session, info["version"])
 
     def _on_dereg(self, info: Info, address: Address) -> None:
         if self.registry.sessions.how_ended(info["session"]) == BYE:
@@ -1075,7 +1058,7 @@ class Server:
             self.send_queue.put(encode("bye", {"session": session.id}), address)
 
     def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
-        return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.told,
+        return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.announced_version,
                                "mail": self.registry.mail_number(session) if session is not None else 0})
 
     # start and housekeeping
@@ -1090,8 +1073,8 @@ class Server:
     def _keep_house(self) -> None:
         wall = self.loop.wall()
         for known in self.registry.lapse(wall, self.nick_lapse):
-            log.warning("%s has lapsed, with %d messages", known.nick, known.messages)
+            log.warning("%s has lapsed: %d messages deleted", known.nick, known.messages)
         self.registry.note_time(wall)
-        self.registry.mailbox.prune_streams()
+        self.registry.prune()
         self.prober.forget_old_answers()
         self.loop.call_at(self.loop.now() + HOUSEKEEPING, self._keep_house)

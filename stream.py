@@ -47,9 +47,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from itertools import accumulate
-from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from protocol import INITIAL_ROOM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple, Protocol
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from editor import Action, ActionKind, EditorScreen, Prompt, StatusRow, Style, text_width
 from loop import (NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean,
-                  rfc3339)
+                  rfc3339, wake_up)
 from protocol import MAX_TEXT, are_short, split_text
 
 
@@ -612,7 +612,7 @@ class Receipts:
         self._observer = observer
         self._names_messages = display.names_messages
         self._on_their_way: dict[str, deque[SentMessage]] = {}
-        self._wait_timer = RestartableTimer(loop, lambda: None)        # the end of the turn shows who waits
+        self._wait_timer = RestartableTimer(loop, wake_up)        # the end of the turn shows who waits
 
     # before a message is queued
 
@@ -1042,7 +1042,7 @@ class Console:
             return      # this very turn has ended the client: what is not read is not lost
         data = self._reader.read()
         if data and self._editor is not None:
-            self._loop.take_signals()       # a read in the background stops the job: whatever continued it comes first
+            self._loop.handle_signals()     # a read in the background stops the job: whatever continued it comes first
             for action in self._editor.type(data):
                 self._act(action)
         elif data is not None:

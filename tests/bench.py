@@ -1,4 +1,4 @@
-"""Measures the program: real processes over loopback, each figure beside a yardstick taken in the same run.
+"""Measure the program: real processes over loopback, each figure beside a yardstick taken in the same run.
 
     python tests/bench.py [NAME ...]        (or python -m tests.bench)
 
@@ -51,9 +51,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from collections.abc import Callable, Iterator, Sequence
 
 import msgpack
 
@@ -99,7 +99,7 @@ class Time:
         self._end = time.monotonic() + ALL_TIME
 
     def left(self, most: float) -> float:
-        """At most so many seconds; raises TimeIsOver where there are none."""
+        """Return the seconds that are left, at most ``most``; raise TimeIsOver if there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeIsOver("the time for everything is over")
@@ -127,7 +127,7 @@ def role(name: str, *arguments: str) -> list[str]:
 
 def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess.DEVNULL,
                 command: Sequence[str] | None = None) -> Process:
-    """Starts the program with its output in a file."""
+    """Start the program with its output in a file."""
     with path.open("wb") as file:
         if command is not None:
             return chat.run(*arguments, stdin=stdin, stdout=file.fileno(), command=command)
@@ -136,7 +136,7 @@ def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess
 
 def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Sequence[str] | None = None,
                   ) -> tuple[Process, int]:
-    """Starts the program with its output in a file; gives it, and the descriptor that leads to its stdin."""
+    """Start the program with its output in a file; return it, and the descriptor that leads to its stdin."""
     read_end, write_end = os.pipe()
     try:
         return run_to_file(chat, path, *arguments, stdin=read_end, command=command), write_end
@@ -150,7 +150,7 @@ def as_client(chat: Chat, nick: str, *options: str, port: int = 0) -> list[str]:
 
 
 def wait_for(chat: Chat, path: Path, text: str) -> None:
-    """Waits until a file contains ``text``."""
+    """Wait until a file contains ``text``."""
     chat.until(lambda: text.encode() in path.read_bytes(), f"{text!r} in {path.name}", TIME.left(PATIENCE))
 
 
@@ -163,7 +163,7 @@ def pour(descriptor: int, *files: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_end(process: Process) -> None:
-    """Waits for the end of a process; it must be a good one."""
+    """Wait for the end of a process; it must be a good one."""
     if hasattr(os, "pidfd_open") and process.popen.poll() is None:
         # ``Popen.wait`` looks every 50 ms: too seldom to measure by
         fd = os.pidfd_open(process.pid)
@@ -239,7 +239,7 @@ def texts(count: int) -> list[str]:
 
 
 def write_lines(path: Path, lines: Sequence[str], start: str = "") -> Path:
-    """Writes a file of lines, each with ``start`` before it."""
+    """Write a file of lines, each with ``start`` before it."""
     path.write_text("".join(f"{start}{line}\n" for line in lines))
     return path
 
@@ -280,7 +280,7 @@ def check_shown(path: Path, wanted: Sequence[str], start: str = "alice: ") -> No
 
 
 def check_receipts(path: Path, receipt: str, count: int) -> None:
-    """There is a receipt for each of so many lines."""
+    """Check that there is a receipt for each line."""
     found = path.read_text().splitlines().count(receipt)
     assert found == count, f"{found} receipts for {count} lines"
 
@@ -427,7 +427,7 @@ ROUNDS = 2_000
 
 
 def bare_echo(arguments: list[str]) -> None:
-    """Decodes every datagram, and sends what was in it back."""
+    """Decode every datagram, and send what was in it back."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((HOST, 0))
     print(sock.getsockname()[1], flush=True)
@@ -437,7 +437,7 @@ def bare_echo(arguments: list[str]) -> None:
 
 
 def bare_loop(arguments: list[str]) -> None:
-    """Sends every line, and writes what comes back for it."""
+    """Send every line, and write what comes back for it."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.connect((HOST, int(arguments[0])))
     while True:
@@ -666,7 +666,7 @@ class Swarm:
     # running
 
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Runs until ``condition()`` or so many seconds are over; gives whether it holds."""
+        """Run until ``condition()`` holds or ``seconds`` are over; return whether it holds."""
         self._now = time.monotonic()
         end, check = self._now + TIME.left(seconds), self._now
         while True:
@@ -771,7 +771,7 @@ class Swarm:
         self._ask(member)
 
     def _ask(self, member: Member) -> None:
-        """Asks for whatever the member needs next."""
+        """Ask for whatever the member needs next."""
         session = member.session
         if session is None:
             if member.attempts >= ATTEMPTS:
@@ -891,7 +891,7 @@ class Swarm:
 
 
 def raise_limit() -> int:
-    """Allows as many descriptors as may be; gives how many members a swarm may have."""
+    """Allow as many descriptors as may be; return how many members a swarm may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 16_384 if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -905,7 +905,7 @@ CROWD_LIMITS = {SMALL_CROWD: 5.0, LARGE_CROWD: 60.0}    # s
 CROWD_PATIENCE = 10.0     # s beyond that until a crowd is given up
 SETTLE = 2.0              # s of rest before something is measured
 IDLE_TIME = 20.0          # s
-CHANGES = {1: 120, 100: 120, 1_000: 30, 10_000: 8}      # of the table, told to so many clients
+CHANGES = {1: 120, 100: 120, 1_000: 30, 10_000: 8}      # clients -> changes of the table that are sent to them
 
 
 TABLE_SIZE = 95           # bytes of a datagram that tells one change
@@ -938,7 +938,7 @@ def measure_crowd(swarm: Swarm, server: Process, count: int) -> Row:
 
 
 def measure_idle(swarm: Swarm, server: Process) -> tuple[Row, float]:
-    """All are registered and ping; also gives the part of a core that this takes."""
+    """Measure clients that only ping; return the row, and the part of a core that the server needs for them."""
     swarm.until(lambda: False, SETTLE)
     began, used = time.monotonic(), processor_time(server)
     swarm.until(lambda: False, IDLE_TIME)
@@ -992,7 +992,7 @@ def bare_sends(members: Sequence[Member]) -> float:
 
 
 def table_rows(costs: dict[int, Cost]) -> Iterator[Row]:
-    """What the table costs, from the costs with so many clients."""
+    """What the table costs, from the costs with each number of clients."""
     own = costs.pop(1).seconds
     counts = ", ".join(f"{count:,}" for count in costs)
     sizes = [cost.sent for cost in costs.values()]
@@ -1042,7 +1042,7 @@ TURN_LIMIT = 0.05         # s
 
 
 def watched(arguments: list[str]) -> None:
-    """Runs the program; writes the longest turn of its loop (seconds by the clock, and of the processor) to a file."""
+    """Run the program; write the longest turn of its loop (seconds by the clock, and of the processor) to a file."""
     longest = [0.0, 0.0]
     woken: list[tuple[float, float]] = []
 
@@ -1077,7 +1077,7 @@ def rounds(process: Process, go_on: Callable[[int], bool]) -> list[float]:
 
 
 def watched_server(chat: Chat) -> tuple[Process, int]:
-    """Starts a server whose turns are timed; gives it and its port."""
+    """Start a server whose turns are timed; return it and its port."""
     server = chat.run("server", "0", "--host", HOST, "--store", str(chat.store),
                       command=role("--watched", str(chat.directory / "server-turns")))
     return server, int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
@@ -1153,12 +1153,12 @@ class Link:
         self._serial = 0
 
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
-        """Calls ``callback`` at a time."""
+        """Call ``callback`` at a time."""
         self._serial += 1
         heapq.heappush(self._calls, (when, self._serial, callback))
 
     def send(self, size: int, arrived: Callable[[], None]) -> None:
-        """Sends so many bytes across."""
+        """Send that many bytes across."""
         waiting = max(0.0, self._free - self.now) * RATE
         if waiting + size > LINK_QUEUE:
             return
@@ -1167,12 +1167,12 @@ class Link:
             self.call_at(self._free + DELAY, arrived)
 
     def answer(self, arrived: Callable[[], None]) -> None:
-        """Sends a small datagram back, where nothing queues."""
+        """Send a small datagram back, where nothing queues."""
         if self.random.random() >= LOSS:
             self.call_at(self.now + DELAY, arrived)
 
     def run(self, until: float) -> None:
-        """Lets time pass."""
+        """Let time pass."""
         while self._calls and self._calls[0][0] <= until:
             self.now, _, callback = heapq.heappop(self._calls)
             callback()
@@ -1193,7 +1193,7 @@ class Flow:
         self._wake = NEVER
 
     def poll(self) -> None:
-        """Sends what is due, and comes back when more is."""
+        """Send what is due, and come back when more is."""
         now, conversation = self._link.now, self._conversation
         if conversation.pending < QUEUE_LIMIT:
             conversation.send(now, self._texts, now)
@@ -1224,7 +1224,7 @@ class Flow:
 
 
 def simulate(flows: int, seed: int) -> list[float]:
-    """Bytes of text a second that each of so many senders gets through."""
+    """Bytes of text a second that each of that many senders gets through."""
     TIME.left(0.0)
     link = Link(seed)
     senders = [Flow(link, number + 1) for number in range(flows)]
@@ -1276,7 +1276,7 @@ def measured(measure: Callable[[set[str]], Iterator[Row]], names: set[str]) -> I
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Prints the table."""
+    """Print the table."""
     lines: list[Sequence[str]] = [TITLES, *((*row[:5], "yes" if row.met else "NO") for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -1285,7 +1285,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures what was asked for, or all; gives 0."""
+    """Measure what was asked for, or all; return 0."""
     unknown = [name for name in arguments if name not in MEASURES]
     if unknown:
         print(f"no such measure: {', '.join(unknown)}; there are {', '.join(MEASURES)}")

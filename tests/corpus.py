@@ -7,8 +7,8 @@ numbers. Both take everything from a seed.
 from __future__ import annotations
 
 import functools
-from random import Random
 from collections.abc import Callable, Iterator, Sequence
+from random import Random
 from typing import Any
 
 import msgpack

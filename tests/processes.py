@@ -20,10 +20,10 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from re import Pattern
-from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "udpchat.py")]

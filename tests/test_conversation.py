@@ -4,8 +4,8 @@ What needs chance takes it from a seed (``Random``) or from hypothesis. No test 
 """
 from __future__ import annotations
 
-from random import Random
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import termios
 import unicodedata
-from pathlib import Path
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyte

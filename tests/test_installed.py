@@ -15,8 +15,8 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 

@@ -7,8 +7,8 @@ import re
 import signal
 import stat
 import sys
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import udpchat
-from server import DROPS, Server
+from server import Drop, Server
 from loop import ERROR, Random, Scheduler, SystemRandom, json_line
 from protocol import encode, padded
 from registry import Mailbox, Registry
@@ -120,7 +120,7 @@ def test_log_that_cannot_be_opened_anew_stays_where_it_is(chat: Chat) -> None:
     server = chat.server("--log-file", str(log))
     directory.rename(moved)
     server.signal(signal.SIGHUP)
-    wait_for_log(chat, moved / "server.log", "ERROR cannot open the log anew")
+    wait_for_log(chat, moved / "server.log", "ERROR cannot reopen the log")
     chat.absent("bob")
 
 
@@ -266,7 +266,7 @@ def test_every_counter_of_the_server_is_a_number_and_named_once() -> None:
     counters = server.counters()
     assert all(type(count) is int and count == 0 for count in counters.values())
     assert all(re.fullmatch("[a-z_]+", name) for name in counters)
-    assert {why.value for why in DROPS} <= set(counters)
+    assert {why.value for why in Drop} <= set(counters)
 
 
 # --- start and end --------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import msgpack
@@ -24,9 +24,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import protocol
 import registry
-from registry import (ASK, BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
-                      OWNED, PROBE, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror, Page, Parcel, Registry,
-                      Session, State, StoredLetter, StoreError, Table)
+from registry import (BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
+                      OWNED, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror,
+                      Page, Parcel, Registry, Session, State, StoredLetter, StoreError, Table)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
@@ -244,14 +244,14 @@ def test_the_table_of_a_restarted_server_comes_into_force_when_it_is_whole() -> 
     mirror, before, after = Mirror(), filled(4), filled(2)
     after.set("nick-1", "192.0.2.9", 9, ONLINE)
     after.set("new", "192.0.2.1", 9, ONLINE)
-    mirror.register(1, before.version)
+    mirror.begin_session(1, before.version)
     assert not mirror.is_whole and not mirror.is_of_this_boot
     for page in before.pages(0, EVERYTHING):
         assert mirror.apply(page) == [f"nick-{number}" for number in range(4)]
     assert mirror.is_whole and mirror.is_of_this_boot and contents(mirror.table) == contents(before)
-    mirror.register(1, before.version)
+    mirror.begin_session(1, before.version)
     assert mirror.is_whole and mirror.is_of_this_boot, "another session, the same server"
-    mirror.register(2, after.version)
+    mirror.begin_session(2, after.version)
     pages = list(after.pages(0, 1))
     assert len(pages) == len(after) and mirror.version == 0
     assert mirror.apply(pages[1]) is None, "the one before it is missing"
@@ -264,7 +264,7 @@ def test_the_table_of_a_restarted_server_comes_into_force_when_it_is_whole() -> 
 
 def test_a_mirror_knows_when_it_is_behind() -> None:
     mirror, table = Mirror(), filled(3)
-    mirror.register(1, table.version)
+    mirror.begin_session(1, table.version)
     assert mirror.expect(table.version)
     for page in table.pages(0, EVERYTHING):
         mirror.apply(page)
@@ -279,11 +279,12 @@ def test_a_mirror_knows_when_it_is_behind() -> None:
 
 def test_a_table_that_is_not_to_be_trusted_has_everybody_offline() -> None:
     mirror, table = Mirror(), filled(4)
-    mirror.register(1, table.version)
+    mirror.begin_session(1, table.version)
     for page in table.pages(0, EVERYTHING):
         mirror.apply(page)
-    mirror.register(2, 9)
-    assert mirror.distrust() == ["nick-1", "nick-3"] and mirror.distrust() == [], "those who were online"
+    mirror.begin_session(2, 9)
+    assert mirror.mark_all_offline() == ["nick-1", "nick-3"], "those who were online"
+    assert mirror.mark_all_offline() == []
     assert [entry.state for entry in mirror.table.entries.values()] == [OFFLINE] * 4
 
 
@@ -1065,7 +1066,7 @@ def test_a_new_nick_is_granted_and_online_where_it_registered(reg: Registry) -> 
 
 def test_a_nick_in_use_is_asked_for_at_its_holder_first(reg: Registry) -> None:
     register(reg, "bob", A)
-    assert reg.claim("bob", B, None) == ASK
+    assert reg.claim("bob", B, None) == PROBE_HOLDER
     assert reg.claim("bob", A, None) == GRANTED
     assert reg.claim("eve", B, None) == GRANTED
 
@@ -1075,7 +1076,7 @@ def test_a_nick_whose_holder_went_offline_or_left_is_granted_elsewhere(reg: Regi
     reg.went_offline(session, WALL)
     assert reg.holder("bob") is None and reg.claim("bob", B, None) == GRANTED
     reg.heard(session, 1.0)
-    assert reg.claim("bob", B, None) == ASK
+    assert reg.claim("bob", B, None) == PROBE_HOLDER
     reg.deregister(session, WALL)
     assert reg.holder("bob") is None and reg.claim("bob", B, None) == GRANTED
 
@@ -1086,7 +1087,7 @@ def test_a_nick_registered_with_a_token_is_refused_without_it(reg: Registry) -> 
         assert reg.claim("bob", address, None) == OWNED
         assert reg.claim("bob", address, b"another one") == OWNED
         assert reg.claim("bob", address, b"") == OWNED
-    assert reg.claim("bob", B, b"token of bob") == ASK
+    assert reg.claim("bob", B, b"token of bob") == PROBE_HOLDER
     reg = restarted(reg)
     assert reg.claim("bob", B, b"another one") == OWNED
     assert reg.claim("bob", A, b"token of bob") == GRANTED
@@ -1124,7 +1125,7 @@ def test_after_a_restart_a_nick_that_was_online_may_still_be_held(path: Path) ->
         reg = Registry(open_box(path))
         assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*A, OFFLINE), (*B, OFFLINE))
         assert (reg.holder("bob"), reg.holder("eve")) == (A, None)
-        assert reg.claim("bob", B, None) == ASK
+        assert reg.claim("bob", B, None) == PROBE_HOLDER
         assert reg.claim("bob", A, None) == GRANTED
         assert reg.claim("eve", A, None) == GRANTED
     register(reg, "bob", A)
@@ -1146,7 +1147,7 @@ def test_a_server_full_of_live_clients_admits_nobody_new() -> None:
     register(reg, "eve", B)
     assert reg.claim("zoe", C, None) == FULL
     assert reg.claim("bob", A, None) == GRANTED, "who is there already takes no new place"
-    assert reg.claim("bob", C, None) == ASK
+    assert reg.claim("bob", C, None) == PROBE_HOLDER
 
 
 def test_a_full_server_evicts_the_oldest_session_of_somebody_offline() -> None:
@@ -1322,7 +1323,7 @@ def test_an_address_has_one_nick_even_if_the_one_before_is_heard_there_again(reg
 
 def test_an_address_that_was_left_can_be_taken_without_harm_to_who_left_it(reg: Registry) -> None:
     bob = register(reg, "bob", A)
-    reg.moved(bob, B, WALL)
+    reg.place(bob, B, WALL)
     register(reg, "eve", A)
     assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*B, ONLINE), (*A, ONLINE))
 
@@ -1394,7 +1395,7 @@ def test_an_ack_of_somebody_offline_announces_nobody(reg: Registry) -> None:
 
 def test_who_moves_is_online_there(reg: Registry) -> None:
     bob, eve = register(reg, "bob", A), register(reg, "eve", B)
-    reg.moved(bob, B, WALL)
+    reg.place(bob, B, WALL)
     assert (state_of(reg, "bob"), state_of(reg, "eve")) == ((*B, ONLINE), (*B, OFFLINE))
     assert bob.address == B and reg.holder("bob") == B and eve.id not in reg.sessions.live
     again = restarted(reg)
@@ -1405,7 +1406,7 @@ def test_who_moves_before_the_mail_is_acked_stays_offline_there(reg: Registry) -
     reg.deregister(register(reg, "bob", A), WALL)
     save(reg, "bob", "one")
     session = register(reg, "bob", A)
-    reg.moved(session, B, WALL)
+    reg.place(session, B, WALL)
     assert state_of(reg, "bob") == (*B, OFFLINE)
     reg.mail_acked(session, 2)
     assert state_of(reg, "bob") == (*B, ONLINE)
@@ -1415,7 +1416,7 @@ def test_who_comes_back_from_another_address_gets_the_mail_first_too(reg: Regist
     session = register(reg, "bob", A)
     reg.went_offline(session, WALL)
     save(reg, "bob", "one")
-    reg.moved(session, B, WALL)
+    reg.place(session, B, WALL)
     assert state_of(reg, "bob") == (*B, OFFLINE)
     assert reg.heard(session, 1.0)
     assert state_of(reg, "bob") == (*B, OFFLINE)
@@ -1441,7 +1442,7 @@ def test_the_silent_are_named_longest_first_and_only_after_the_whole_time(reg: R
 def test_messages_are_kept_for_who_is_offline_probed_for_who_is_online_and_refused_for_a_stranger(
         reg: Registry) -> None:
     session = register(reg, "bob", A)
-    assert [reg.judge("bob", relay) for relay in (False, True)] == [PROBE, KEEP]
+    assert [reg.judge("bob", relay) for relay in (False, True)] == [PROBE_RECIPIENT, KEEP]
     reg.went_offline(session, WALL)
     assert [reg.judge("bob", relay) for relay in (False, True)] == [KEEP, KEEP]
     assert [reg.judge("eve", relay) for relay in (False, True)] == [UNKNOWN, UNKNOWN]
@@ -1453,7 +1454,7 @@ def test_messages_are_kept_while_the_mail_of_who_came_back_is_on_its_way(reg: Re
     session = register(reg, "bob", A)
     assert reg.judge("bob", False) == KEEP
     reg.mail_acked(session, 2)
-    assert reg.judge("bob", False) == PROBE
+    assert reg.judge("bob", False) == PROBE_RECIPIENT
 
 
 def test_a_mailbox_takes_as_many_messages_as_its_limit_and_none_more() -> None:
@@ -1594,7 +1595,7 @@ class Deciding(RuleBasedStateMachine):
     def register(self, nick: str, address: Address) -> None:
         before = dict(self.reg.sessions.by_id)
         verdict = self.reg.claim(nick, address, None)
-        if verdict == ASK:                      # nobody answers there
+        if verdict == PROBE_HOLDER:                      # nobody answers there
             holder = self.reg.sessions.by_nick.get(nick)
             if holder is not None and holder.id in self.reg.sessions.live:
                 self.reg.went_offline(holder, self.wall)
@@ -1641,7 +1642,7 @@ class Deciding(RuleBasedStateMachine):
     @rule(which=WHICH, address=ADDRESSES)
     def move(self, which: int, address: Address) -> None:
         session = self.session(which)
-        self.reg.moved(session, address, self.wall)
+        self.reg.place(session, address, self.wall)
         self.hear(session)
 
     @rule(nick=NICKS, relay=st.booleans())

@@ -15,8 +15,8 @@ import stat
 import struct
 import sys
 import termios
-from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyte

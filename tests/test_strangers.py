@@ -21,9 +21,9 @@ import stat
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -624,7 +624,7 @@ def test_many_sessions_that_speak_from_an_unproven_address_are_asked_there_for_n
 
 
 def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
-    """Give a session to a client that has not started yet; forget what it sent for that."""
+    """Start a client and give it a session; forget what it sent for that."""
     client.start()
     info = maps_of(sent[-1][0])[0][1]
     client.receive(encode("welcome", {"id": info["id"], "nick": client.nick, "boot": 1, "session": b"s" * 16,
@@ -794,6 +794,28 @@ def test_one_source_that_registers_without_end_fills_nothing_beyond_the_limits(
         assert desk.say(home(2), ping(bob))[0][0] == "pong"
         desk.wait(0.1)
     assert kept["closed"] == 30 and kept["known"] == 40
+
+
+def test_a_client_whose_session_ended_so_long_ago_that_nobody_remembers_it_is_made_to_register_again(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_ENDED", 1)
+    desk = Desk()
+    asleep = desk.register("alice", home(1))
+    desk.registry.went_offline(desk.registry.sessions.by_nick["alice"], EPOCH)
+    desk.register("alice", home(2))
+    assert [tag for tag, _ in desk.say(home(1), ping(asleep))] == ["refused"]
+    for number in (3, 4):
+        desk.say(home(number), encode("dereg", {"session": desk.register(f"eve{number}", home(number))}))
+    (tag, info), = desk.say(home(1), ping(asleep))
+    assert (tag, info["id"], info["boot"]) == ("pong", 5, 0), "with the boot of its welcome it would think all is well"
+
+
+def test_a_late_copy_of_a_ping_of_somebody_who_has_left_makes_nobody_register() -> None:
+    desk = Desk()
+    session = desk.register("alice", home(1))
+    desk.say(home(1), encode("dereg", {"session": session}))
+    (tag, info), = desk.say(home(1), ping(session))
+    assert (tag, info["boot"]) == ("pong", desk.server.boot)
 
 
 def test_numbers_that_nobody_completes_hold_up_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ What needs chance takes it from a seed (``Random``) or from hypothesis. No test 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from random import Random
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
