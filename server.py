@@ -669,9 +669,9 @@ class MailStream:
     def __init__(self, session: Session, id_: int, timer: RestartableTimer) -> None:
         frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
                                 "base": protocol.MAX_NUMBER, "items": []})
-        capacity = protocol.MAX_DATAGRAM - protocol.FOR_SIZE - len(frame) - protocol.ARRAY_GROWTH - protocol.MAIL_RUN_SIZE
+        header = protocol.FOR_SIZE + len(frame) + protocol.ARRAY_GROWTH + protocol.MAIL_RUN_SIZE
         self.session = session
-        self.stream = SendStream(id_, capacity)
+        self.stream = SendStream(id_, protocol.MAX_DATAGRAM - header)
         self.timer = timer          # calls when something of it is due
         self.last_count = 0         # numbers that the postman has counted as in memory
 
