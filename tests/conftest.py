@@ -1,5 +1,7 @@
 """What all tests share: fixtures, how many processes run them, and how many random examples they try.
 
+A fixture that is about a class of one test file stands in that file, with the class; all others stand here.
+
 A test marked ``storm`` is long and random. ``python -m pytest`` leaves storms out; ``python -m pytest -m storm`` runs
 them, and with them every test of hypothesis, with many more examples than by default.
 """
@@ -15,7 +17,8 @@ from hypothesis import settings
 
 from tests.processes import Chat
 
-WORKERS_PER_CORE = 2      # tests with real processes mostly wait, so two share a core well
+WORKERS_PER_CORE = 3      # tests with real processes wait for two thirds of their time
+MAX_WORKERS = 16          # beyond that, another one takes longer to start than it saves
 EXAMPLES, STORM_EXAMPLES = 50, 500
 
 # a machine that is busy with other tests is no fault of the code: no deadline; and every run tries the same examples
@@ -51,7 +54,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
         return 0                        # a few tests have ended before other processes would have started
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return WORKERS_PER_CORE * cores
+    return min(WORKERS_PER_CORE * cores, MAX_WORKERS)
 
 
 @pytest.fixture(scope="session", autouse=True)

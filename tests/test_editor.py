@@ -16,7 +16,7 @@ from typing import Any
 
 import pyte
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from editor import (DEFAULT_SIZE, EDIT_LIMIT, HISTORY_FILE_LINES, HISTORY_LINES, HISTORY_LINE_LIMIT, NAME_COLORS,
@@ -574,7 +574,6 @@ def result(parts: Sequence[bytes]) -> tuple[list[Action], str, int]:
 
 
 @given(INPUTS, st.data())
-@settings(max_examples=150, deadline=None)
 def test_no_bytes_raise_and_it_makes_no_difference_where_they_are_cut(data: bytes, draw: st.DataObject) -> None:
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=6)))
     whole = result([data])
@@ -623,7 +622,6 @@ EDITS = ["left", "right", "home", "end", "backspace", "delete", "kill-start", "k
 
 
 @given(st.lists(st.one_of(st.sampled_from(UNITS), st.sampled_from(EDITS)), max_size=60))
-@settings(max_examples=150, deadline=None)
 def test_editing_works_like_a_list_of_characters(keys: list[str]) -> None:
     editor, line = new_editor(), Line()
     for key in keys:
@@ -986,7 +984,6 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=25))
-@settings(max_examples=150, deadline=None)
 def test_the_screen_shows_the_messages_in_order_and_below_them_exactly_the_area(steps: list[Any]) -> None:
     columns, glass, expected = 10, Glass(10, 6), Expected(6)
     for number, (kind, *arguments) in enumerate(steps):

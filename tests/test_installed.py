@@ -15,7 +15,6 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,6 @@ SOURCES = {*MODULES, "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "s
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 STRAY = "raise SystemExit('not a module of the program')\n"
 NOT_OURS = {".venv/lib/stray.py", "build/lib/protocol.py"}     # the second: as an older version has left it
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
-    with Chat(tmp_path) as world:
-        yield world
 
 
 # --- building and installing ------------------------------------------------------------------------------------

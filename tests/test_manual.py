@@ -7,7 +7,6 @@ import re
 import signal
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,9 +75,8 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    with Chat(tmp_path) as world:
-        yield Shell(world)
+def shell(chat: Chat) -> Shell:
+    return Shell(chat)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------
