@@ -840,8 +840,11 @@ class Client:
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Address,
                  proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
-                 stay: bool = False, observer: Observer | None = None) -> None:
-        """``proof``: see ``ServerLink``; ``ack_timeout``: s; ``stay``: go on receiving at the end of stdin."""
+                 stay: bool = False, is_typed: bool = False, observer: Observer | None = None) -> None:
+        """``proof``: see ``ServerLink``; ``ack_timeout``: s; ``stay``: go on receiving at the end of stdin.
+
+        ``is_typed``: stdin is a terminal.
+        """
         self.nick = nick
         self.decoder = Decoder()
         self.display = display
@@ -852,7 +855,7 @@ class Client:
         self.receipts = Receipts(loop, display, self.outbox.goes_direct, observer)
         self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
-        self.shell = Shell(self, display, self.receipts, self.sending.queue)
+        self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
         self._loop = loop

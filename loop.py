@@ -464,12 +464,14 @@ class Reader:
         except OSError:     # closed
             self.fd = self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.is_terminal = os.isatty(fd)
+        self.error = ""     # why it cannot be read any more, after ``read`` has returned b"" for that
 
     def read(self) -> bytes | None:
         """Return at most ``READ_SIZE`` bytes, b"" at the end, None if there is nothing now."""
         try:
             return read_some(self._own)
-        except OSError:
+        except OSError as error:
+            self.error = error.strerror or str(error)
             return b""
 
 

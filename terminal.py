@@ -50,6 +50,8 @@ from protocol import MAX_TEXT, are_short, split_text
 LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the rest is only counted
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot encode
+SPACED_SEND = r"[ \t]*send[ \t]+([^ \t]+)[ \t](.*)"      # one blank or tab behind NICK; the rest is MESSAGE, as it is
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"        # U+FEFF in UTF-8
 REF_LIMIT = 256                         # characters of a ``ref``
 COMMAND_MARK = "/"                      # what a command begins with during a talk
 BLOCK_PREFIX = r"/?send {1,8}\S{1,64} "  # behind it, each line that is pasted at a terminal is a text for the same nick
@@ -148,7 +150,7 @@ def group_sends(text: str) -> list[str]:
     end = text.find(" ", 5) + 1
     if end > 6 and text.startswith("send "):
         start = text[:end]
-        if "\n" not in start and text.count("\n" + start) == text.count("\n"):
+        if "\n" not in start and "\t" not in start and text.count("\n" + start) == text.count("\n"):
             block = Block(start)
             block.texts = text[end:].split("\n" + start)
             return [block]
@@ -159,7 +161,8 @@ class CommandReader:
     """Turns stdin into commands: bytes or lines go in, commands come out, in order.
 
     During a ``talk`` every line is a text for that nick; commands then begin with a slash, and a text that begins with
-    one has two. With ``reads_json``, a line may also be a JSON object.
+    one has two. With ``reads_json``, a line may also be a JSON object. A line ends with LF or CRLF, and a byte order
+    mark at the start is no part of the first one: editors of other systems leave both.
     """
 
     def __init__(self, reads_json: bool = False) -> None:
@@ -169,7 +172,9 @@ class CommandReader:
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
-        self._skipped = 0           # bytes beyond the limit, of a line that has not ended
+        self._skipped = 0           # bytes beyond the limit, of a line that has not ended, ...
+        self._last_skipped = b""    # ... and the last of them
+        self._is_at_start = True    # of stdin: what has come so far may be a part of a byte order mark
 
     @property
     def prompt(self) -> str:
@@ -185,22 +190,44 @@ class CommandReader:
 
     def feed(self, data: bytes) -> None:
         """Accept what was read from stdin; b"" at its end."""
+        if self._is_at_start:
+            data, is_end = self._buffer + data, not data
+            self._buffer = b""
+            if not is_end and BYTE_ORDER_MARK.startswith(data) and data != BYTE_ORDER_MARK:
+                self._buffer = data
+                return
+            self._is_at_start = False
+            data = data.removeprefix(BYTE_ORDER_MARK)
+            if is_end and data:         # so few bytes that they might have become a mark
+                self.feed(data)
+                data = b""
+            elif not data and not is_end:
+                return
         head, newline, tail = data.rpartition(b"\n")
         if newline:
-            self._add_lines(self._buffer + head)
+            self._add_lines(self._buffer + head, is_whole=True)
             self._buffer, self._skipped = tail, 0
         elif data:
             self._buffer += data
         else:
             self.ended = True
             if self._buffer or self._skipped:
-                self._add_lines(self._buffer)
+                self._add_lines(self._buffer, is_whole=False)
             self._buffer, self._skipped = b"", 0
         if len(self._buffer) > self._limit:
             self._skipped += len(self._buffer) - self._limit
+            self._last_skipped = self._buffer[-1:]
             self._buffer = self._buffer[:self._limit]
 
-    def _add_lines(self, data: bytes) -> None:
+    def _add_lines(self, data: bytes, is_whole: bool) -> None:
+        """Note lines, without the last line feed; ``is_whole``: there was one."""
+        if is_whole and self._skipped and data[len(self._buffer):].partition(b"\n")[0] == b"":
+            if self._last_skipped == b"\r":
+                self._skipped -= 1      # the line feed comes in a read of its own
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+            if is_whole and data.endswith(b"\r"):
+                data = data[:-1]
         starts_long = len(data) > self._limit and data.find(b"\n", 0, self._limit + 1) < 0
         if self._skipped or starts_long:
             first, newline, data = data.partition(b"\n")      # only the first can be so long: it began in other reads
@@ -251,12 +278,12 @@ class CommandReader:
         if self.talk:
             return self._meaning_in_talk(line)
         words = line.split(" ", 2)
-        if words[0] == "send" and len(words) == 3 and words[1]:
+        if words[0] == "send" and len(words) == 3 and words[1] and "\t" not in words[1]:
             _, nick, text = words
             if isinstance(line, Block):
                 return Command(SendCommand(nick, line.texts))
             return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
-        return Command(words=line.split())
+        return spaced_command(line, line)
 
     def _meaning_in_talk(self, line: str) -> Command:
         if isinstance(line, Block):
@@ -264,15 +291,20 @@ class CommandReader:
             self.waiting.extendleft(reversed(others))
             return self._meaning_in_talk(first)
         if line.startswith("/") and not line.startswith("//"):
-            name, _, rest = line[1:].partition(" ")
-            nick, blank, text = rest.partition(" ")
-            if name == "send" and nick and blank:
-                return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
-            return Command(words=line[1:].split())
+            return spaced_command(line, line[1:])
         if not line:
             return Command()
         text = line[1:] if line.startswith("//") else line
         return Command(SendCommand(self.talk, [text], None, _size_before_cut(line, text)))
+
+
+def spaced_command(line: str, command: str) -> Command:
+    """Return what ``command``, all or the end of ``line``, asks for, however its words are spaced."""
+    found = re.fullmatch(SPACED_SEND, command, re.DOTALL)
+    if found is None:
+        return Command(words=command.split())
+    nick, text = found.groups()
+    return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
 
 
 def _size_before_cut(line: str, text: str) -> int:
@@ -780,15 +812,16 @@ class ChatClient(Protocol):
 class Shell:
     """The command language: understands commands, and carries them out by calling the client.
 
-    ``has_failed``: a line was no command; it may have been meant as a message.
+    ``has_failed``: a line was no command, and nobody has seen that: it may have been meant as a message.
     """
 
     def __init__(self, client: ChatClient, display: Display, receipts: Receipts,
-                 queue: Callable[[SendCommand], bool]) -> None:
+                 queue: Callable[[SendCommand], bool], is_typed: bool) -> None:
         """``queue``: queues as many texts for a known nick as there is room for, and removes them from the command;
-        returns False if none could be queued now.
+        returns False if none could be queued now. ``is_typed``: somebody types at a terminal, and sees what is wrong.
         """
         self.has_failed = False
+        self._is_typed = is_typed
         self.has_ended = False      # nothing more will come from stdin
         self._client = client
         self._display = display
@@ -850,7 +883,7 @@ class Shell:
                 if not self._do_send(command.send):
                     return
             elif command.invalid:
-                self.has_failed = True
+                self._note_failure()
                 self._display.tell("object", line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
@@ -876,7 +909,7 @@ class Shell:
         if self._client.is_offline and (spec is None or not spec.works_offline):
             self._display.tell("command-while-offline", usage=self._way_back())
         elif spec is None or (spec.only_in_talk and not slash):
-            self.has_failed = self.has_failed or bool(slash)      # it may have been meant as a text
+            self._note_failure()
             self._display.tell("command", name=clean(slash + name), help=slash + "help")
         else:
             self._carry_out(name, words)
@@ -885,9 +918,19 @@ class Shell:
         """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
         usage = COMMANDS[name].usage
         if name == "send" or len(words) + 1 != len(usage.split()):      # a ``send`` that is complete is no word here
+            self._note_failure()
             self._display.tell("usage", usage=self._reader.slash + usage)
         else:
             self._methods[name](*words)
+
+    def _note_failure(self) -> None:
+        """Note that a line was no command."""
+        self.has_failed = self.has_failed or not self._is_typed
+
+    def reading_failed(self, reason: str) -> None:
+        """Report that stdin cannot be read any more: what should have come is missing."""
+        self.has_failed = True
+        self._display.errors.write(f"udpchat: cannot read stdin: {reason}\n".encode())
 
     def _way_back(self) -> str:
         """Return what to say to come online."""
@@ -899,7 +942,7 @@ class Shell:
     def _do_talk(self, word: str) -> None:
         nick = unicodedata.normalize("NFC", word)
         if not self._client.knows(nick):
-            self.has_failed = True      # the lines that follow would go to nobody
+            self._note_failure()        # the lines that follow would go to nobody
             self._display.tell("talk-unknown", nick=clean(nick))
         else:
             self._reader.talk = nick
@@ -1047,6 +1090,8 @@ class Console:
                 self._act(action)
         elif data is not None:
             self._is_open = bool(data)
+            if self._reader.error:
+                self._shell.reading_failed(self._reader.error)
             self._shell.feed(data)
 
     def _act(self, action: Action) -> None:

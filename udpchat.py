@@ -506,7 +506,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     proof = functools.partial(token_for, secret) if secret is not None else None
-    client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay)
+    client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay,
+                    reader.is_terminal)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)
     port.receive = client.receive

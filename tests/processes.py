@@ -202,11 +202,11 @@ class Process:
 
     def roster(self) -> dict[str, tuple[str, str]]:
         """Return what the client says to ``who``: nick -> (address, state). It must be online."""
-        self.feed("who\nend-of-who\n")
+        self.feed("who\nreg end-of-who\n")
         found: dict[str, tuple[str, str]] = {}
         while True:
             line = self.next_line()
-            if line == "[Unknown command end-of-who, try help.]":
+            if line.startswith("[You can only register as "):
                 return found
             match = WHO.fullmatch(line)
             if match is not None:
@@ -218,8 +218,8 @@ class Process:
 
     def sync(self) -> None:
         """Wait until the client has carried out all commands so far. (It must be able to: not while one waits.)"""
-        self.feed("end-of-lines\n")
-        self.see("[Unknown command end-of-lines, try help.]")
+        self.feed("reg end-of-lines\n")      # a command that is understood and refused: it changes nothing
+        self.see_match(r"\[You can only register as .*\.\]")
 
     # the end
 

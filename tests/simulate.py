@@ -186,7 +186,7 @@ class Ledger:
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
         exited = life.lines[-1:] == ["[Exiting]"]
         unanswered = exited and "[Server not responding]" in life.lines     # 1 only if a command asked for it
-        mistyped = any(line.startswith("[Unknown command /") for line in life.lines)    # maybe meant as a text
+        mistyped = any(line.startswith(("[Unknown command ", "[Usage: ")) for line in life.lines)   # maybe a text
         unseen = life.speech == "talk" and life.is_cut_off                  # whether that line would have come
         if not (unanswered or unseen or life.screen.gone) and (
                 (life.exit_code == 0) != (not failed and not exited and not mistyped)):

@@ -8,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -517,15 +518,79 @@ def test_empty_lines_are_ignored(chat: Chat) -> None:
     ("dance", "[Unknown command dance, try help.]"),
     ("SEND bob hello", "[Unknown command SEND, try help.]"),
     ("sendbob hello", "[Unknown command sendbob, try help.]"),
+    ("talk nobody", "[Unknown client nobody.]"),
+])
+def test_line_that_is_no_command_is_answered_and_makes_the_exit_code_1(chat: Chat, line: str, answer: str) -> None:
+    chat.server(store=":memory:")
+    alice = chat.client("alice")
+    alice.feed(line + "\n")
+    assert alice.finish() == 1, "it may have been meant as a message"
+    assert alice.events == [WELCOME, answer, OFFLINE]
+
+
+@pytest.mark.parametrize("line, answer", [
     ("dereg bob", "[You can only deregister yourself.]"),
     ("reg bob", "[You can only register as alice.]"),
+    ("reg alice", "[You are registered already.]"),
 ])
-def test_wrong_command_is_answered_and_changes_nothing(chat: Chat, line: str, answer: str) -> None:
+def test_command_that_is_refused_is_answered_and_changes_nothing(chat: Chat, line: str, answer: str) -> None:
     chat.server(store=":memory:")
     alice = chat.client("alice")
     alice.feed(line + "\n")
     assert alice.finish() == 0
     assert alice.events == [WELCOME, answer, OFFLINE]
+
+
+@pytest.mark.parametrize("data", [
+    b"\xef\xbb\xbfsend bob hello\n", b"send bob hello\r\n", b"\xef\xbb\xbf\r\n\r\nsend bob hello\r\n",
+    b"send  bob hello\n", b" \t send\tbob\thello\r\n", b"talk bob\r\n\r\nhello\r\n", b"talk bob\n/ \tsend  bob hello\n",
+])
+def test_first_lines_and_line_ends_of_other_systems_are_no_part_of_a_text(chat: Chat, data: bytes) -> None:
+    chat.server(store=":memory:")
+    alice, bob = chat.clients("alice", "bob")
+    alice.feed(data)
+    assert alice.finish() == 0
+    assert bob.finish() == 0
+    assert [line for line in bob.events if line.startswith("alice: ")] == ["alice: hello"]
+
+
+def test_message_is_all_that_follows_one_blank_behind_the_nick(chat: Chat) -> None:
+    chat.server(store=":memory:")
+    alice, bob = chat.clients("alice", "bob")
+    alice.feed("send bob  two blanks \nsend bob\t\ttabs\t\nsend bob \ntalk bob\n  as it is\n")
+    assert alice.finish() == 0
+    assert bob.finish() == 0
+    texts = [line.removeprefix("alice: ") for line in bob.events if line.startswith("alice: ")]
+    assert texts == [" two blanks ", "\ttabs\t", "", "  as it is"]
+
+
+FAULTY_STDIN = """\
+import errno, os, sys
+import loop, udpchat
+
+def read(fd, work=loop.read_some, reads=[]):
+    data = work(fd)
+    reads.extend([data] * bool(data))
+    if len(reads) > 1:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return data
+
+loop.read_some = read
+sys.exit(udpchat.main())
+"""
+
+
+def test_stdin_that_cannot_be_read_any_more_is_one_line_and_exit_1(chat: Chat) -> None:
+    chat.server(store=":memory:")
+    bob = chat.client("bob")
+    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=[sys.executable, "-c", FAULTY_STDIN],
+                     environment={"PYTHONPATH": str(ROOT)})
+    alice.feed("send bob hello\n")
+    alice.see(received("bob"))
+    alice.feed("send bob this is on a disk that has gone\n")
+    assert alice.wait() == 1
+    assert alice.errors == ["udpchat: cannot read stdin: Input/output error"]
+    assert bob.finish() == 0 and "alice: hello" in bob.events
 
 
 def test_while_deregistered_only_reg_help_and_quit_work(chat: Chat) -> None:
@@ -540,7 +605,7 @@ def test_while_deregistered_only_reg_help_and_quit_work(chat: Chat) -> None:
     alice.see("[You can only register as alice.]", "[Usage: reg NICK]")
     assert alice.next_line().startswith("send NICK MESSAGE")
     alice.feed("quit\n")
-    assert alice.wait() == 0
+    assert alice.wait() == 1, "reg without a nick is no command; the others were refused, and do not count"
     assert OFFLINE not in alice.lines[alice.lines.index(OFFLINE) + 1:]
     bob.finish()
     assert bob.events == [WELCOME, OFFLINE]
