@@ -2,8 +2,7 @@
 
 Rules of this file
 ------------------
-- Nothing impure but what it is handed: the loop, a way to send datagrams, a display; beside that it writes to the log.
-  So the tests run the same client in a simulated world.
+- Nothing impure but what it is handed (loop, sending, display) and the log: the tests run it in a simulated world.
 - A part is handed what it needs, and reports to its owner, the ``Client``, what others must hear of.
 - Nothing from the network is believed without a reason: see ``Client.receive``.
 
@@ -16,9 +15,8 @@ The parts
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
     Leaving       the order in which things end: sends, then what is to be written, then the registration
-    Shell         (in ``terminal``) the command language
-    Receipts      (in ``terminal``) what became of each message, as lines; what is handed back at the end
-    Display       (in ``terminal``) stdout and stderr
+
+Three are in ``terminal``: ``Shell`` (the command language), ``Receipts`` (what became of each message), ``Display``.
 """
 from __future__ import annotations
 

@@ -2,13 +2,10 @@
 
 Rules of this file
 ------------------
-- It does not decide what a command does: ``Shell`` understands the words and calls the client. Nor does it decide when
-  an event happens: it only says how an event is told.
-- Nothing blocks. Only ``Console`` touches the world.
-- Whatever bytes arrive, however they are cut: nothing raises, and the cuts change nothing.
-- It knows nothing of datagrams and sessions. Of streams it knows only that (stream, number) names a message.
-- It is imported at every start of the program, which must be quick: what only a terminal or JSON needs is imported
-  when it is used, and a pattern is compiled when it is first used (``re`` caches it).
+- It decides neither what a command does (the client does) nor when an event happens: it says how an event is told.
+- Nothing blocks, and only ``Console`` touches the world. However bytes are cut, nothing raises, and all means the same.
+- It knows nothing of datagrams and sessions, and of streams only that (stream, number) names a message.
+- Starts are measured: what only JSON needs is imported, and a pattern compiled (``re`` caches it), when it is used.
 
 How it works
 ------------
@@ -20,8 +17,7 @@ How it works
     an event ──> Display ──> TextFormatter or JsonFormatter ──> stdout, or stderr for complaints
                     └──────> Prompt                             what stands below the last line of a terminal
 
-``EVENT_FORMATS`` names every event and how it is told. On a terminal, lines go above what is being typed: the display
-erases the prompt, writes whole lines, and draws the prompt again, in one write.
+On a terminal, lines go above what is typed: the prompt is erased, whole lines are written, the prompt is drawn again.
 """
 from __future__ import annotations
 
@@ -303,8 +299,7 @@ def spaced_command(line: str, command: str) -> Command:
     found = re.fullmatch(SPACED_SEND, command, re.DOTALL)
     if found is None:
         return Command(words=command.split())
-    nick, text = found.groups()
-    return Command(SendCommand(nick, [text], None, _size_before_cut(line, text)))
+    return Command(SendCommand(found[1], [found[2]], None, _size_before_cut(line, found[2])))
 
 
 def _size_before_cut(line: str, text: str) -> int:
@@ -607,9 +602,6 @@ class Observer:
     def on_event(self, nick: str, event: Event) -> None:
         """Something has happened to messages for ``nick``; its lines follow."""
 
-    def on_told(self, nick: str) -> None:
-        """The lines of that event were shown."""
-
     def on_unknown(self, nick: str, count: int) -> None:
         """``count`` texts were refused before they were queued: the recipient is not known."""
 
@@ -699,8 +691,6 @@ class Receipts:
         else:
             for sent in self._meant(nick, event):
                 self._display.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(event, sent))
-        if self._observer is not None:
-            self._observer.on_told(nick)
 
     def _meant(self, nick: str, event: Event) -> list[SentMessage]:
         """Return the messages that an event is about; forget those that it closes."""
