@@ -38,10 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Make the tests of hypothesis storms where storms are asked for."""
+    """Make the tests of hypothesis storms where storms are asked for; its state machines carry its marker."""
     if is_storm(config):
         for item in items:
-            if getattr(getattr(item, "function", None), "is_hypothesis_test", False):
+            is_given = getattr(getattr(item, "function", None), "is_hypothesis_test", False)
+            if is_given or item.get_closest_marker("hypothesis") is not None:
                 item.add_marker("storm")
 
 
