@@ -467,7 +467,7 @@ class Conversation:
         self._silent_since = NEVER
         self._silence_limit = self.ack_timeout if route is DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
         self._server_is_silent = False
-        self.stuck = now >= self._progress_at + STUCK_TIMEOUT
+        self.stuck = self.pending > 0 and now >= self._progress_at + STUCK_TIMEOUT
 
     # events
 

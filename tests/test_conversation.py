@@ -13,8 +13,8 @@ from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, Conversation, Event, EventKind, Outbox, Place,
-                          Route)
+                          RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind,
+                          Outbox, Place, Route)
 from protocol import Address, Map, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
@@ -443,6 +443,16 @@ def test_a_late_ack_before_the_new_route_was_used_does_not_make_its_datagrams_to
     world.ack(11, DIRECT)
     world.send("y" * 690)
     assert texts_of(world.poll()) == ["x" * 690, "y" * 690]
+
+
+def test_a_refusal_that_comes_when_nothing_is_pending_makes_nothing_stuck() -> None:
+    world = World()
+    world.send("a")
+    world.poll()
+    world.ack(2, DIRECT)
+    world.run(STUCK_TIMEOUT + 1)
+    world.conversation.on_nack(world.now, 2, 2, "not-me", DIRECT)
+    assert not world.conversation.stuck and not world.conversation.pending
 
 
 TEXT = st.builds(str.__mul__, st.sampled_from(LETTERS), st.sampled_from([0, 1, 5, 200, 700, 2500]))
