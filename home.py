@@ -13,13 +13,57 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import time
 
 
-def state_home() -> str:
-    """Return our directory in the user's directory for state (XDG_STATE_HOME, or ~/.local/state)."""
-    return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "udpchat")
+def home_directory() -> str | None:
+    """Return the user's home, None for a user without one: a container may run us under a number that has no name."""
+    home = os.environ.get("HOME")
+    if not home:
+        import pwd      # here: a user without HOME is rare, and the start of the program is measured
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            return None
+    return home if os.path.isabs(home) else None
 
 
+def state_home() -> str | None:
+    """Return our directory in the user's directory for state (XDG_STATE_HOME, or ~/.local/state), None without a home.
+
+    A relative XDG_STATE_HOME is ignored, as the XDG Base Directory Specification says.
+    """
+    state, home = os.environ.get("XDG_STATE_HOME", ""), home_directory()
+    if not os.path.isabs(state):
+        if home is None:
+            return None
+        state = os.path.join(home, ".local", "state")
+    return os.path.join(state, "udpchat")
+
+
+def make_private(path: str) -> None:
+    """Make sure that ``path``, which may not exist yet, is a file that its owner alone can read. Raise OSError.
+
+    A regular file that belongs to somebody else stays as it is.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return      # a link to a file that is still to be made
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077:
+            os.chmod(path, stat.S_IMODE(status.st_mode) & 0o700)
+
+
+def is_private(path: str) -> bool:
+    """Return whether nobody but its owner may read the file ``path``. Raise OSError."""
+    return not stat.S_IMODE(os.stat(path).st_mode) & 0o077
+
+
+LOCK_ATTEMPTS = 40        # 50 ms apart: a process that makes an identity takes much less, one that was killed for ever
 SECRET_BYTES = 32         # of randomness: nobody guesses it
 
 
@@ -49,9 +93,34 @@ def load_secret(path: str) -> bytes:
             file.write(os.urandom(SECRET_BYTES).hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)        # fails if another process was faster: then its secret is ours
-    except FileExistsError:
-        pass
+        publish(draft, path)
     finally:
         os.unlink(draft)
     return load_secret(path)
+
+
+def publish(draft: str, path: str) -> None:
+    """Give a whole file the name ``path``, unless there is one: another process was faster, and its secret is ours.
+
+    A hard link does that in one step. Where the file system has none (exFAT, many shared folders), a directory is the
+    lock under which the file is renamed. Raise OSError.
+    """
+    try:
+        os.link(draft, path)
+        return
+    except FileExistsError:
+        return
+    except OSError:
+        lock = path + ".lock"
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            os.mkdir(lock)
+            break
+        except FileExistsError:
+            time.sleep(0.05)
+    try:
+        if not os.path.exists(path):
+            os.rename(draft, path)
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600))   # for whoever removes the draft
+    finally:
+        os.rmdir(lock)

@@ -423,6 +423,7 @@ READ_SIZE = 65536         # bytes read from stdin in one turn
 WRITE_SIZE = 65536        # bytes offered to stdout at once
 OUTPUT_LIMIT = 65536      # bytes of backlog at which no more messages are shown
 CHUNK_LIMIT = 4096        # calls of ``write`` in the backlog at which no more are shown: empty ones wait, too
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"    # U+FEFF in UTF-8: some editors begin a file with it
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 

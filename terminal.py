@@ -36,8 +36,8 @@ from typing import Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from editor import Action, ActionKind, EditorScreen, Prompt, StatusRow, Style, text_width
-from loop import (NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer, clean,
-                  rfc3339, wake_up)
+from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop,
+                  Writer, clean, rfc3339, wake_up)
 from protocol import MAX_TEXT, are_short, split_text
 
 
@@ -47,7 +47,6 @@ LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the res
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot encode
 SPACED_SEND = r"[ \t]*send[ \t]+([^ \t]+)[ \t](.*)"      # one blank or tab behind NICK; the rest is MESSAGE, as it is
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"        # U+FEFF in UTF-8
 REF_LIMIT = 256                         # characters of a ``ref``
 COMMAND_MARK = "/"                      # what a command begins with during a talk
 BLOCK_PREFIX = r"/?send {1,8}\S{1,64} "  # behind it, each line that is pasted at a terminal is a text for the same nick
@@ -843,9 +842,9 @@ class Shell:
         if not self._is_closed:
             self._reader.enter(lines, pasted)
 
-    def put(self, nick: str, text: str) -> None:
-        """Accept one text for one nick, as if it had come in by ``feed``."""
-        self._reader.put(SendCommand(nick, [text]))
+    def put(self, nick: str, text: str, size: int) -> None:
+        """Accept one text for one nick, as if it had come in by ``feed``; ``size``: see ``SendCommand``."""
+        self._reader.put(SendCommand(nick, [text], None, size))
 
     def close(self, forget: bool) -> None:
         """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""

@@ -35,9 +35,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket, Writer, clean,
-                  json_line, log, read_some, show_address, unmapped)
-from home import load_secret, state_home, token_for
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
+                  Writer, clean, json_line, log, read_some, show_address, unmapped)
+from home import is_private, load_secret, make_private, state_home, token_for
 from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 if TYPE_CHECKING:
     from editor import Prompt, Style
@@ -332,19 +332,31 @@ def announce(line: str) -> None:
 
 
 def default_store(port: int) -> str:
-    """Return where the store of the server at ``port`` is."""
-    return os.path.join(state_home(), f"server-{port}.db")
+    """Return where the store of the server at ``port`` is. Raise Usage without a home."""
+    state = state_home()
+    if state is None:
+        raise Usage("there is no home directory: say with --store where the store is")
+    return os.path.join(state, f"server-{port}.db")
 
 
 def open_store(path: str) -> Mailbox:
     """Open or make the store at ``path``, and its directory if it is ours. Raise Failure."""
-    from registry import Mailbox, StoreError
+    from registry import Mailbox, StoreError, check_file
+    state = state_home()
     try:
-        if os.path.dirname(path) == state_home():
-            os.makedirs(state_home(), mode=0o700, exist_ok=True)
+        if state is not None and os.path.dirname(path) == state:
+            os.makedirs(state, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot make {state}: {error.strerror}") from None
+    try:
+        if path != ":memory:":
+            check_file(path)            # what is not ours is left as it is
+            for file in (path, path + "-wal"):
+                if file == path or os.path.exists(file):
+                    make_private(file)
         return Mailbox(path, os.urandom(SESSION_BYTES))
     except OSError as error:
-        raise Failure(f"cannot make {state_home()}: {error.strerror}") from None
+        raise Failure(f"cannot open the store {path}: {error.strerror}") from None
     except StoreError as error:
         raise Failure(str(error)) from None
 
@@ -371,9 +383,16 @@ def secret_of(options: argparse.Namespace) -> bytes | None:
     """Return the user's secret, None for an anonymous client. Raise Usage."""
     if options.anonymous:
         return None
-    path = options.identity or os.path.join(state_home(), "identity")
+    state = state_home()
+    if options.identity is None and state is None:
+        log.warning("no identity (there is no home directory): anonymous, the nick is nobody's")
+        return None
+    path = options.identity or os.path.join(state or "", "identity")
     try:
-        return load_secret(path)
+        secret = load_secret(path)
+        if not is_private(path):
+            log.warning("the identity %s can be read by others, who can take your nicks: chmod 600 it", path)
+        return secret
     except OSError as error:
         if options.identity or error.errno == errno.EINVAL:     # a broken one: nobody should lose a nick unawares
             raise Usage(f"the identity {path}: {error.strerror}") from None
@@ -442,16 +461,17 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
     return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal)
 
 
-def text_to_send(options: argparse.Namespace, end: float) -> str:
-    """Return what ``udpchat send`` sends: its arguments, or all of stdin but the line feeds at its end.
+def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
+    """Return what ``udpchat send`` sends: its arguments, or all of stdin but the line ends at its end.
 
-    ``end``: when that must be there, by the monotonic clock. Raise Failure.
+    Behind it the bytes of a text that is too long to be kept, else 0. ``end``: when the text must be there, by the
+    monotonic clock. Raise Failure.
     """
-    if options.text:
-        return " ".join(options.text).encode("utf-8", "replace").decode()
-    data = b""
+    if options.text:        # an argument that is no UTF-8 comes as surrogates (PEP 383)
+        return " ".join(options.text).encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 0
+    data, size, line_feeds = b"", 0, 0
     try:
-        while len(data) <= STDIN_LIMIT:
+        while True:
             left = end - time.monotonic()
             if left <= 0:
                 raise Failure("nothing was sent: the text did not come in time")
@@ -459,10 +479,16 @@ def text_to_send(options: argparse.Namespace, end: float) -> str:
                 more = read_some(STDIN)
                 if more == b"":
                     break
-                data += more or b""
+                if more:
+                    data += more[:STDIN_LIMIT - len(data)]
+                    size += len(more)
+                    text = more.rstrip(b"\n")
+                    line_feeds = len(more) - len(text) if text else line_feeds + len(more)
     except OSError as error:
         raise Failure(f"nothing was sent: cannot read stdin: {error.strerror}") from None
-    return data.decode("utf-8", "replace").rstrip("\n")
+    text = data.removeprefix(BYTE_ORDER_MARK)
+    whole = re.sub(r"(\r?\n)+\Z", "", text.decode("utf-8", "replace"))
+    return whole, size - line_feeds if size > STDIN_LIMIT else 0
 
 
 def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style,
@@ -478,7 +504,8 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
         return None
     if is_dumb:
         return Prompt()
-    history = History(os.path.join(state_home(), "history"))
+    state = state_home()
+    history = History(os.path.join(state, "history") if state is not None else None)
     editor = Editor(history, complete, BLOCK_PREFIX, COMMAND_MARK)
     return EditorScreen(output.write, output.flush, Tty(STDIN, STDOUT), style, editor)
 
@@ -491,7 +518,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     nick = own_nick(options.nick)
     family, server = resolve(*server_of(options))
     end = time.monotonic() + (options.timeout or NEVER)
-    text = text_to_send(options, end) if options.mode == "send" else ""
+    text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
     secret = secret_of(options)
     loop = SelectorLoop()
     try:
@@ -515,7 +542,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     end_in_order_on_signals(loop, client.leaving.interrupt)
     if options.mode == "send":
         for recipient in options.nicks:
-            client.shell.put(recipient, text)
+            client.shell.put(recipient, text, size)
         client.shell.feed(b"")
     if end < NEVER:
         loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.leaving.time_is_over)
