@@ -606,6 +606,12 @@ def rfc3339(at: float) -> str:
         return "1970-01-01T00:00:00.000Z"
 
 
+def as_json(value: dict[str, Any]) -> str:
+    """Return one line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
+    import json
+    return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
+
+
 def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
     """Return a record of the log for people, in local time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

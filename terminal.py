@@ -32,13 +32,14 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
-from editor import Action, ActionKind, EditorScreen, Prompt, StatusRow, Style, text_width
-from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, UNSAFE, Loop, Output, Reader, RestartableTimer, SelectorLoop,
-                  Writer, clean, rfc3339, wake_up)
+from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop,
+                  Writer, as_json, clean, rfc3339, wake_up)
 from protocol import MAX_TEXT, are_short, split_text
+if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
+    from editor import Action, EditorScreen, Prompt, StatusRow, Style
 
 
 # --- commands in ----------------------------------------------------------------------------------------------
@@ -336,21 +337,14 @@ def json_command(line: str) -> Command:
 
 # --- events out -----------------------------------------------------------------------------------------------
 
-class Tone(Enum):
-    """What an event means to its reader."""
-
-    NEWS = "news"
-    FAILURE = "failure"
-
-
-NEWS, FAILURE = Tone.NEWS, Tone.FAILURE
+NEWS, FAILURE = False, True     # what an event is to its reader
 
 
 class EventFormat(NamedTuple):
     """How an event is told: ``line`` to people (with fields in it), ``type`` and ``reason`` to programs."""
 
     line: str
-    tone: Tone
+    is_failure: bool
     type: str
     reason: str | None = None
 
@@ -404,12 +398,6 @@ def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
         return "at an unknown time"
 
 
-def as_json(value: dict[str, Any]) -> str:
-    """Return one line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
-    import json
-    return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
-
-
 class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
@@ -419,13 +407,16 @@ class TextFormatter:
 
     is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
 
-    def __init__(self, style: Style = Style(False), wall: Callable[[], float] | None = None,
+    def __init__(self, style: Style | None = None, wall: Callable[[], float] | None = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
-        self._style = style
+        self._error: Callable[[str], str] = str if style is None else style.error
+        self._dim: Callable[[str], str] = str if style is None else style.dim
+        self._name: Callable[[str], str] = str if style is None else style.name
         self._wall = wall
         self._hidden = hidden
         self._bell = "\a" if bell else ""
-        self._is_plain = wall is None and not (style.enabled or bell)   # nothing is added to a line
+        is_styled = style is not None and style.enabled
+        self._is_plain = wall is None and not (is_styled or bell)       # nothing is added to a line
 
     def event(self, name: str, /, **fields: Any) -> str:
         """Return what has happened; an empty string where that is not told."""
@@ -435,16 +426,16 @@ class TextFormatter:
         line = form.line.format(**fields)
         if self._is_plain:
             return line + "\n"
-        styled = self._style.error(line) if form.tone is FAILURE else self._style.dim(line)
+        styled = self._error(line) if form.is_failure else self._dim(line)
         return f"{self._clock()}{styled}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
         """Return what has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
         form = EVENT_FORMATS[name]
-        return clean(form.line.format(**fields)) + "\n" if form.tone is FAILURE and form.line else ""
+        return clean(form.line.format(**fields)) + "\n" if form.is_failure and form.line else ""
 
     def _clock(self) -> str:
-        return "" if self._wall is None else self._style.dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
+        return "" if self._wall is None else self._dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
     def messages(self, received: Delivery, via: str) -> str:
         """Return what somebody has sent; ``via``: the route that it came by."""
@@ -452,16 +443,17 @@ class TextFormatter:
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
         sender = received.sender
-        start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._style.name(sender)}: "
+        start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._name(sender)}: "
         if received.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
     def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
         """Return the known clients, (nick, address, state) each, as aligned lines."""
+        from editor import text_width
         wide = max((text_width(nick) for nick, _, _ in entries), default=0)
         far = max((len(address) for _, address, _ in entries), default=0)
-        return "".join([f"{self._style.name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
+        return "".join([f"{self._name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
                         for nick, address, state in entries])
 
     def help(self, text: str) -> str:
@@ -1026,8 +1018,12 @@ class Console:
         self._reader = reader
         self._writer = writer
         self._errors = errors
-        self._status = display.prompt if isinstance(display.prompt, StatusRow) else None
-        self._editor = display.prompt if isinstance(display.prompt, EditorScreen) else None
+        self._status: StatusRow | None = None
+        self._editor: EditorScreen | None = None
+        if display.prompt is not None:
+            import editor
+            self._status = display.prompt if isinstance(display.prompt, editor.StatusRow) else None
+            self._editor = display.prompt if isinstance(display.prompt, editor.EditorScreen) else None
         self._is_open = True                    # the terminal, as long as it has not hung up
         self._watched = (False, False, False)   # stdin, stdout and stderr
 
@@ -1084,6 +1080,7 @@ class Console:
             self._shell.feed(data)
 
     def _act(self, action: Action) -> None:
+        from editor import ActionKind
         if action.kind is ActionKind.SUBMIT:
             self._shell.enter(action.lines, action.pasted)
         elif action.kind is ActionKind.INTERRUPT:

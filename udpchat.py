@@ -443,7 +443,7 @@ def server_argument(text: str) -> tuple[str, int]:
 
 
 def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
-                  style: Style) -> TextFormatter:
+                  style: Style | None) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
     from terminal import FOR_PEOPLE, ROUTINE, STATUS, JsonFormatter, TextFormatter
     hidden: frozenset[str] = frozenset()
@@ -491,17 +491,29 @@ def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
     return whole, size - line_feeds if size > STDIN_LIMIT else 0
 
 
-def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style,
+def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
+    """Return how texts are set off, None for scripts."""
+    if not is_terminal and options.color != "always":
+        return None
+    from editor import Style, wants_color
+    return Style(wants_color(options.color, is_terminal, os.environ))
+
+
+def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style | None,
                complete: Callable[[str], tuple[int, list[str]]]) -> Prompt | None:
     """Return what stands at the bottom of the terminal, if anything does. ``is_terminal``: stdin is one, too."""
-    from editor import Editor, EditorScreen, History, Prompt, StatusRow, Tty
-    from terminal import BLOCK_PREFIX, COMMAND_MARK
     is_dumb = os.environ.get("TERM") == "dumb"
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
-        return StatusRow(output.write, Tty(STDIN, STDOUT), style) if is_shown else None
-    if not is_terminal:
+    else:
+        is_shown = is_terminal
+    if not is_shown:
         return None
+    from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty
+    from terminal import BLOCK_PREFIX, COMMAND_MARK
+    style = Style(False) if style is None else style
+    if options.mode == "send":
+        return StatusRow(output.write, Tty(STDIN, STDOUT), style)
     if is_dumb:
         return Prompt()
     state = state_home()
@@ -513,7 +525,6 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
-    from editor import Style, wants_color
     from terminal import Console, Display
     nick = own_nick(options.nick)
     family, server = resolve(*server_of(options))
@@ -528,7 +539,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
-    style = Style(wants_color(options.color, is_terminal, os.environ))
+    style = style_for(options, is_terminal)
     # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
