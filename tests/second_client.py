@@ -1,0 +1,340 @@
+"""A second client of UdpChat, written from docs/protocol.md alone ("§" names its sections): proof that it suffices.
+
+It makes the simple choices that the page allows: one number at a time is in flight to each recipient, numbers that
+come early are dropped, no token is sent. It is made for tests on loopback: it checks no fields (§3), but drops a map
+that it cannot handle, knows IPv4 and one address of the server, and leaves out what matters only after half a minute.
+"""
+from __future__ import annotations
+
+import re
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from math import inf
+from typing import Any
+
+import msgpack
+
+Address = tuple[str, int]
+PAD = bytes(184)        # with it, each request is large enough (§7, §8)
+CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")      # §17
+FROM_SERVER = {"cookie", "welcome", "refused", "pong", "probe", "bye"}                              # §6
+BEHIND_FOR = {"table", "ack", "nack", "exists", "mail"}
+FROM_PEER = {"chat", "ack", "nack"}
+ACTS_ON = {"registering": {"cookie", "welcome", "refused", "probe"} | FROM_PEER, "leaving": {"bye", "refused", "probe"},
+           "in session": {"refused", "pong", "probe"} | FROM_PEER | BEHIND_FOR, "offline": set[str]()}
+
+
+class Incoming:
+    """A stream that comes in: a peer's chat, or the mail (§11). It is held while hold is above next (§12)."""
+
+    def __init__(self) -> None:
+        self.next, self.shown = 1, set[int]()
+        self.pieces: list[str] = []         # of the text that begins at next
+        self.hold, self.since = 0, 0.0
+        self.mail = -1                      # the hold waits for this number; -1: the server has not named it yet
+
+    def take(self, n: int, text: str, goes_on: bool) -> str | None:
+        """Take a number if it is the next one. Return the text that it completes."""
+        if n != self.next + len(self.pieces):
+            return None
+        self.pieces.append(text)
+        return None if goes_on and len(self.pieces) < 86 else "".join(self.pieces)
+
+    def move(self, to: int, *shown: int) -> None:
+        """Note numbers that were shown. Move next to a number, and on over all that were."""
+        self.shown.update(shown)
+        while to in self.shown:
+            to += 1
+        if to != self.next:
+            self.next, self.pieces = to, []
+
+
+class Outgoing:
+    """What is on its way to one recipient (§14)."""
+
+    def __init__(self, nick: str) -> None:
+        self.nick, self.stream, self.base, self.sent = nick, secrets.randbits(63), 1, 0
+        self.pieces: list[tuple[str, float, bool]] = []     # from base on: text, time, whether it goes on
+        self.addresses: list[Address] = []                  # sent to; the last one is the present one
+
+    def change(self, route: str, *address: Address, is_retry: bool = False) -> None:
+        """Take another route, of which nothing is known yet. is_retry: it is the one try after exists."""
+        self.route, self.is_retry, self.window_end = route, is_retry, self.base + 4096
+        self.flight, self.due, self.timeout = 0, 0.0, 0.1       # the number on its way, when to repeat it
+        self.silence = inf                                      # when the first datagram since the last ack was sent
+        self.have: list[list[int]] = []
+        self.addresses = [*self.addresses, *address][-4:]
+
+
+class SecondClient:
+    """One client. It registers at once. Call step again and again, send texts, and leave. show writes a line."""
+
+    def __init__(self, nick: str, server: Address, show: Callable[[str], None]) -> None:
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.nick, self.server, self.session, self.boot = nick, server, b"", -1
+        self.show: Callable[[str], None] = lambda line: show(CONTROL.sub(lambda found: ascii(found[0])[1:-1], line))
+        self.table: dict[str, list[Any]] = {}       # in force (§10)
+        self.draft = self.table                     # of the present boot, up to the version held
+        self.held = self.target = 0
+        self.has_table = self.may_send = self.silent = False
+        self.now, self.synced, self.sync_due, self.pinged = time.monotonic(), 0.0, inf, 0.0
+        self.incoming: dict[tuple[str, int], Incoming] = {}
+        self.outgoing: dict[str, Outgoing] = {}
+        self.register()
+
+    def register(self) -> None:
+        """Begin a registration (§7). The table and the streams stay."""
+        self.state, self.attempts, self.due, self.id = "registering", 0, 0.0, secrets.randbits(63)
+        self.cookie: dict[str, bytes] = {}
+        self.pings: dict[int, float] = {}       # when each was sent
+        self.mail, self.mail_stream, self.cookies = Incoming(), -1, 0
+
+    def leave(self) -> None:
+        """Ask the server to be offline (§9). What is not closed stays open."""
+        self.state, self.attempts, self.due, self.may_send = "leaving", 0, 0.0, False
+
+    def send(self, nick: str, text: str) -> bool:
+        """Send a text. Return whether that is possible."""
+        rest, goes_on = text.encode(), True
+        if not self.may_send or self._entry(nick)[2] == "gone" or len(rest) > 65536:
+            return False
+        out = self.outgoing.setdefault(nick, Outgoing(nick))
+        if not out.pieces:
+            self._choose_route(out)
+        while goes_on:
+            piece = rest[:768].decode(errors="ignore")          # without a part of a character
+            rest = rest[len(piece.encode()):]
+            goes_on = rest != b""
+            out.pieces.append((piece, time.time(), goes_on))
+        return True
+
+    def step(self, seconds: float) -> None:
+        """Wait for datagrams, and act on them and on the time."""
+        select.select([self.socket], [], [], seconds)
+        self.now = time.monotonic()
+        with suppress(OSError):         # until there are no more
+            for _ in range(100):
+                self._take(*self.socket.recvfrom(65535))
+        if self.state != "offline":
+            self._tick()
+
+    def _end(self, line: str) -> None:
+        self.state, self.session, self.may_send = "offline", b"", False
+        self.show(line)
+
+    def _transmit(self, tag: str, info: dict[str, Any], address: Address | None = None) -> None:
+        with suppress(OSError):
+            self.socket.sendto(msgpack.packb({"tag": tag, "info": info}), address or self.server)
+
+    def _later(self, seconds: float) -> float:
+        return self.now + secrets.SystemRandom().uniform(0.75, 1.25) * seconds      # §7
+
+    def _sync_soon(self) -> None:
+        self.sync_due = min(self.sync_due, max(self.now, self.synced + 0.2))
+
+    def _entry(self, nick: str) -> tuple[str, int, str]:
+        _, host, port, state = self.table.get(nick, ["", "", 0, "gone"])
+        return host, port, state
+
+    def _take(self, data: bytes, source: Address) -> None:
+        unpacker = msgpack.Unpacker(max_array_len=1024, max_map_len=32)
+        unpacker.feed(data)
+        counts, self.allowance = FROM_SERVER if source == self.server else FROM_PEER, len(data)
+        with suppress(ValueError, msgpack.UnpackException):         # it cannot be decoded: the rest is dropped (§2)
+            for i, found in enumerate(unpacker):
+                with suppress(AttributeError, LookupError, TypeError, ValueError):      # a wrong field: one map is
+                    tag, info = found["tag"], found["info"]
+                    if (i, tag, source) == (0, "for", self.server) and info["session"] == self.session[:8]:
+                        counts, self.silent = FROM_SERVER | BEHIND_FOR, False
+                    if tag in counts & ACTS_ON[self.state]:
+                        self._act(tag, info, source, "mail" in counts)
+
+    def _act(self, tag: str, info: dict[str, Any], source: Address, behind_for: bool) -> None:
+        match tag, info:        # a map without a required field matches nothing
+            case "cookie", {"id": self.id, "cookie": cookie} if self.cookies < 3:
+                self.cookies, self.cookie = self.cookies + 1, {"cookie": cookie}
+                self._transmit("reg", {"id": self.id, "nick": self.nick, "pad": PAD, **self.cookie})
+            case "welcome", {"id": self.id, "nick": self.nick}:
+                self._begin(info["boot"], info["session"], info["version"])
+            case "refused", {"id": self.id, "reason": reason} if self.state == "registering":
+                self._end(f"[Refused: {reason}]")
+            case ("refused" | "bye"), {"session": self.session} if self.state != "registering":
+                self._end("[Offline]") if self.state == "leaving" else self.register()
+            case "pong", {"id": ping, "boot": boot, "version": version, "mail": mail} if ping in self.pings:
+                self._pong(self.pings.pop(ping), boot, version, mail)
+            case "pong", _ if not self.attempts:                # a hint
+                self.due = min(self.due, max(self._later(0.5), self.pinged + 1))
+            case "probe", {"id": probe, "to": self.nick} if self.session:
+                proof = {"session": self.session} if behind_for else {}
+                self._transmit("alive", {"id": probe, "nick": self.nick, **proof})
+            case "table", {"version": version, "set": entries}:
+                self._apply(info.get("since", version - 1), version, entries)
+            case "chat", {"stream": stream} if self.session:
+                self._chat(stream, info, source)
+            case "mail", {"to": self.nick, "stream": stream} if self.table is self.draft:
+                self._mail(stream, info["n"], info["base"], info["items"])
+            case ("ack" | "nack" | "exists"), {"stream": stream}:
+                for out in self.outgoing.values():
+                    if out.stream == stream and out.pieces and (behind_for or source in out.addresses):
+                        self._answer(out, tag, info, behind_for)
+
+    def _begin(self, boot: int, session: bytes, version: int) -> None:      # a session (§7)
+        self.state, self.session, self.target = "in session", session, version
+        self.has_table, self.silent, self.attempts, self.due = False, False, 0, self._later(15)
+        for peer in self.incoming.values():
+            peer.mail, peer.since = -1, self.now
+        if boot != self.boot:
+            self.boot, self.held, self.draft = boot, 0, {}
+        self._apply(self.held, self.held, [])
+
+    def _pong(self, pinged: float, boot: int, version: int, mail: int) -> None:
+        self.silent, self.attempts = False, 0
+        if boot != self.boot:
+            self.register()
+            return
+        for peer in self.incoming.values():
+            if peer.mail < 0 and pinged >= peer.since:
+                peer.mail, peer.since = mail, self.now
+        is_asking = any(peer.hold > peer.next and peer.mail < 0 for peer in self.incoming.values())
+        self.due = self._later(0.5 if is_asking or self._entry(self.nick)[2] != "online" else 15)
+        self._apply(version, version, [])
+
+    def _apply(self, since: int, version: int, entries: list[list[Any]]) -> None:       # changes of the table (§10)
+        self.target = max(self.target, version)
+        if since <= self.held < version:
+            self.draft.update((entry[0], entry) for entry in entries)
+            self.held, self.sync_due = version, self._later(0.27)
+        if self.held < self.target:
+            self._sync_soon()
+            return
+        self.table, self.sync_due = self.draft, inf
+        is_online = self._entry(self.nick)[2] == "online"
+        if not self.has_table or not is_online and entries:
+            self.has_table, self.due = True, self.now           # ping
+        if is_online and not self.may_send:
+            self.may_send = True
+            self.show("[Online]")
+
+    def _chat(self, stream: int, info: dict[str, Any], source: Address) -> None:        # §12
+        sender, n, texts = info["from"], info["n"], info["text"]
+        if info["to"] != self.nick:
+            self.allowance -= 75        # the bytes of the longest nack
+            if self.allowance >= 0:
+                last = n + len(texts) - 1
+                self._transmit("nack", {"stream": stream, "first": n, "last": last, "reason": "not-me"}, source)
+        elif self._entry(sender) != (*source, "online"):
+            self._sync_soon()
+        else:
+            peer = self.incoming.setdefault((sender, stream), Incoming())
+            for n, text in enumerate(texts, n):
+                whole = peer.take(n, text, n in info.get("more", []))
+                if whole is not None:
+                    self.show(f"{sender}: {whole}")
+                    peer.move(peer.next, *range(peer.next, n + 1))
+            if info["base"] > peer.next >= peer.hold:
+                peer.hold, peer.since, peer.mail, self.due = info["base"], self.now, -1, self.now       # ping
+            self._ack(stream, peer, source)
+
+    def _mail(self, stream: int, n: int, base: int, runs: list[list[Any]]) -> None:     # §13
+        if stream != self.mail_stream:
+            self.mail, self.mail_stream = Incoming(), stream
+        self.mail.move(max(self.mail.next, base))
+        for sender, peer_stream, first, at, texts, more in runs:
+            peer = self.incoming.setdefault((sender, peer_stream), Incoming())
+            for number, text in enumerate(texts, first):
+                begin = number - len(self.mail.pieces)
+                whole = self.mail.take(n, text, number in more)
+                if whole is not None and begin not in peer.shown:
+                    self.show(f"{sender}: <{time.ctime(at)}> {whole}")
+                    peer.move(peer.next, *range(begin, number + 1))
+                if whole is not None:
+                    self.mail.move(n + 1)
+                n += 1
+        self._ack(stream, self.mail, self.server)
+
+    def _ack(self, stream: int, incoming: Incoming, address: Address) -> None:
+        have = [[incoming.next, incoming.next + len(incoming.pieces) - 1]] if incoming.pieces else []
+        self._transmit("ack", {"stream": stream, "next": incoming.next, "have": have, "room": 4096}, address)
+
+    def _choose_route(self, out: Outgoing) -> None:
+        host, port, state = self._entry(out.nick)
+        out.change("direct", (host, port)) if state == "online" else out.change("save")
+
+    def _answer(self, out: Outgoing, tag: str, info: dict[str, Any], by_server: bool) -> None:
+        on_route, below, what = by_server == (out.route != "direct"), out.base, "kept" if by_server else "received"
+        match tag, info:
+            case "ack", {"next": number, "have": have, "room": room} if number <= out.sent + 1:
+                below = number
+                if on_route:
+                    out.silence, out.have = inf, have if number >= out.base else []
+                    out.window_end = max(out.window_end, number + room)
+            case "nack", {"first": first, "last": last, "reason": reason} if on_route and first <= out.base <= last:
+                if by_server:
+                    below, what = min(last, out.sent) + 1, f"refused ({reason})"
+                elif reason == "not-me":
+                    out.change("relay" if out.is_retry else "save")
+            case "exists", {"n": n, "entry": [out.nick, host, port, _]} if out.route == "save" and n <= out.sent:
+                out.change("direct", (host, port), is_retry=True)
+        while out.base < below <= out.base + len(out.pieces) and out.pieces[below - out.base - 1][2]:
+            below -= 1          # it stood inside a text
+        while out.base < below:
+            out.base, (_, _, goes_on) = out.base + 1, out.pieces.pop(0)
+            if not goes_on:
+                self.show(f"[Message {what} {'by' if what == 'received' else 'for'} {out.nick}.]")
+
+    def _drive(self, out: Outgoing) -> None:        # send, repeat, change the route (§11, §14)
+        if out.route == "direct" and self.now - out.silence >= 0.5:
+            out.change("relay" if out.is_retry else "save")
+        elif out.route == "direct" and not out.is_retry and self._entry(out.nick) != (*out.addresses[-1], "online"):
+            self._choose_route(out)
+        numbers = range(out.base, min(out.base + len(out.pieces), out.window_end))
+        n = next((n for n in numbers if not any(first <= n <= last for first, last in out.have)), out.base)
+        if out.route != "direct" and self.state != "in session" or n == out.flight and self.now < out.due:
+            return
+        if n != out.flight:
+            out.timeout = 0.1
+        else:       # no answer
+            is_slow = out.route == "direct" or self.now - out.silence > 2.5
+            n, out.have, out.timeout = out.base, [], min(2 * out.timeout, 5.0 if is_slow else 0.5)
+        out.sent, out.flight, out.due = max(out.sent, n), n, self.now + out.timeout
+        out.silence = min(out.silence, self.now)
+        text, at, goes_on = out.pieces[n - out.base]
+        info = {"to": out.nick, "stream": out.stream, "n": n, "base": out.base, "text": [text], "more": [n] * goes_on}
+        if out.route == "direct":
+            self._transmit("chat", {"from": self.nick, **info}, out.addresses[-1])
+        else:
+            self._transmit("save", {"session": self.session, "at": [at], "relay": out.route == "relay", **info})
+
+    def _tick(self) -> None:
+        if self.now >= self.due:
+            self._request()
+        if self.state == "in session" and self.now >= self.sync_due:
+            self.synced, self.sync_due = self.now, self._later(2 if self.silent else 0.27)
+            self._transmit("sync", {"session": self.session, "version": self.held, "pad": PAD})
+        for peer in self.incoming.values():         # go on: the mail was shown, or it is late
+            if peer.hold > peer.next and (self.mail.next > peer.mail >= 0 or self.now - peer.since >= 5):
+                peer.move(peer.hold)
+        for out in self.outgoing.values():
+            if out.pieces and self.may_send:
+                self._drive(out)
+
+    def _request(self) -> None:         # five attempts (§7, §8, §9)
+        if self.attempts == 5:
+            if not self.silent:
+                self.show("[The server does not respond]")
+            self.attempts, self.due, self.silent = 0, self._later(2), True
+            return self._end("[Offline]") if self.state == "leaving" or not self.session else None
+        self.attempts, self.due, self.cookies = self.attempts + 1, self._later(0.5), 0
+        if self.state == "registering":
+            self._transmit("reg", {"id": self.id, "nick": self.nick, "pad": PAD, **self.cookie})
+        elif self.state == "leaving":
+            self._transmit("dereg", {"session": self.session, "pad": PAD})
+        else:
+            self.pinged, ping = self.now, secrets.randbits(63)
+            self.pings = dict([*self.pings.items(), (ping, self.now)][-20:])
+            self._transmit("ping", {"id": ping, "session": self.session, "version": self.held, "pad": PAD})
