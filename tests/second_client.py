@@ -35,7 +35,6 @@ class Incoming:
         self.next, self.shown = 1, set[int]()
         self.pieces: list[str] = []         # of the text that begins at next
         self.hold, self.since = 0, 0.0
-        self.mail = -1                      # the hold waits for this number; -1: the server has not named it yet
 
     def take(self, n: int, text: str, goes_on: bool) -> str | None:
         """Take a number if it is the next one. Return the text that it completes."""
@@ -82,17 +81,16 @@ class SecondClient:
         self.draft = self.table                     # of the present boot, up to the version held
         self.held = self.target = 0
         self.has_table = self.may_send = self.silent = False
-        self.now, self.synced, self.sync_due, self.pinged = time.monotonic(), 0.0, inf, 0.0
-        self.incoming: dict[tuple[str, int], Incoming] = {}
-        self.outgoing: dict[str, Outgoing] = {}
+        self.now, self.sync_due, self.pinged = time.monotonic(), 0.0, 0.0
+        self.incoming, self.outgoing = dict[tuple[str, int], Incoming](), dict[str, Outgoing]()
         self.register()
 
     def register(self) -> None:
         """Begin a registration (§7). The table and the streams stay."""
         self.state, self.attempts, self.due, self.id = "registering", 0, 0.0, secrets.randbits(63)
-        self.cookie: dict[str, bytes] = {}
-        self.pings: dict[int, float] = {}       # when each was sent
-        self.mail, self.mail_stream, self.cookies = Incoming(), -1, 0
+        self.cookie, self.pings = dict[str, bytes](), dict[int, float]()        # pings: when each was sent
+        self.mail, self.mail_stream = Incoming(), -1
+        self.asked, self.last_mail = 0.0, 0     # when the ping was sent that was answered last, its answer
 
     def leave(self) -> None:
         """Ask the server to be offline (§9). What is not closed stays open."""
@@ -134,8 +132,10 @@ class SecondClient:
     def _later(self, seconds: float) -> float:
         return self.now + secrets.SystemRandom().uniform(0.75, 1.25) * seconds      # §7
 
-    def _sync_soon(self) -> None:
-        self.sync_due = min(self.sync_due, max(self.now, self.synced + 0.2))
+    def _sync(self) -> None:
+        if self.now >= self.sync_due:
+            self.sync_due = self._later(2 if self.silent else 0.27)
+            self._transmit("sync", {"session": self.session, "version": self.held, "pad": PAD})
 
     def _entry(self, nick: str) -> tuple[str, int, str]:
         _, host, port, state = self.table.get(nick, ["", "", 0, "gone"])
@@ -156,17 +156,25 @@ class SecondClient:
 
     def _act(self, tag: str, info: dict[str, Any], source: Address, behind_for: bool) -> None:
         match tag, info:        # a map without a required field matches nothing
-            case "cookie", {"id": self.id, "cookie": cookie} if self.cookies < 3:
-                self.cookies, self.cookie = self.cookies + 1, {"cookie": cookie}
-                self._transmit("reg", {"id": self.id, "nick": self.nick, "pad": PAD, **self.cookie})
-            case "welcome", {"id": self.id, "nick": self.nick}:
-                self._begin(info["boot"], info["session"], info["version"])
+            case "cookie", {"id": self.id, "cookie": cookie}:
+                self.cookie, self.due = {"cookie": cookie}, self.now    # the next attempt is due
+            case "welcome", {"id": self.id, "nick": self.nick, "boot": boot, "session": session, "version": version}:
+                self.state, self.session, self.target = "in session", session, version
+                self.has_table, self.silent, self.attempts, self.due = False, False, 0, self._later(15)
+                if boot != self.boot:
+                    self.boot, self.held, self.draft = boot, 0, {}
+                for peer in self.incoming.values():
+                    peer.since = self.now       # what they wait for has other numbers now
+                self._apply(self.held, self.held, [])
             case "refused", {"id": self.id, "reason": reason} if self.state == "registering":
                 self._end(f"[Refused: {reason}]")
             case ("refused" | "bye"), {"session": self.session} if self.state != "registering":
                 self._end("[Offline]") if self.state == "leaving" else self.register()
             case "pong", {"id": ping, "boot": boot, "version": version, "mail": mail} if ping in self.pings:
-                self._pong(self.pings.pop(ping), boot, version, mail)
+                self.asked, self.last_mail, self.silent, self.attempts = self.pings.pop(ping), mail, False, 0
+                is_holding = any(peer.hold > peer.next for peer in self.incoming.values())
+                self.due = self._later(0.5 if is_holding or self._entry(self.nick)[2] != "online" else 15)
+                self.register() if boot != self.boot else self._apply(version, version, [])
             case "pong", _ if not self.attempts:                # a hint
                 self.due = min(self.due, max(self._later(0.5), self.pinged + 1))
             case "probe", {"id": probe, "to": self.nick} if self.session:
@@ -183,36 +191,14 @@ class SecondClient:
                     if out.stream == stream and out.pieces and (behind_for or source in out.addresses):
                         self._answer(out, tag, info, behind_for)
 
-    def _begin(self, boot: int, session: bytes, version: int) -> None:      # a session (§7)
-        self.state, self.session, self.target = "in session", session, version
-        self.has_table, self.silent, self.attempts, self.due = False, False, 0, self._later(15)
-        for peer in self.incoming.values():
-            peer.mail, peer.since = -1, self.now
-        if boot != self.boot:
-            self.boot, self.held, self.draft = boot, 0, {}
-        self._apply(self.held, self.held, [])
-
-    def _pong(self, pinged: float, boot: int, version: int, mail: int) -> None:
-        self.silent, self.attempts = False, 0
-        if boot != self.boot:
-            self.register()
-            return
-        for peer in self.incoming.values():
-            if peer.mail < 0 and pinged >= peer.since:
-                peer.mail, peer.since = mail, self.now
-        is_asking = any(peer.hold > peer.next and peer.mail < 0 for peer in self.incoming.values())
-        self.due = self._later(0.5 if is_asking or self._entry(self.nick)[2] != "online" else 15)
-        self._apply(version, version, [])
-
     def _apply(self, since: int, version: int, entries: list[list[Any]]) -> None:       # changes of the table (§10)
         self.target = max(self.target, version)
         if since <= self.held < version:
             self.draft.update((entry[0], entry) for entry in entries)
-            self.held, self.sync_due = version, self._later(0.27)
+            self.held = version
         if self.held < self.target:
-            self._sync_soon()
             return
-        self.table, self.sync_due = self.draft, inf
+        self.table = self.draft
         is_online = self._entry(self.nick)[2] == "online"
         if not self.has_table or not is_online and entries:
             self.has_table, self.due = True, self.now           # ping
@@ -228,7 +214,7 @@ class SecondClient:
                 last = n + len(texts) - 1
                 self._transmit("nack", {"stream": stream, "first": n, "last": last, "reason": "not-me"}, source)
         elif self._entry(sender) != (*source, "online"):
-            self._sync_soon()
+            self._sync()
         else:
             peer = self.incoming.setdefault((sender, stream), Incoming())
             for n, text in enumerate(texts, n):
@@ -237,7 +223,7 @@ class SecondClient:
                     self.show(f"{sender}: {whole}")
                     peer.move(peer.next, *range(peer.next, n + 1))
             if info["base"] > peer.next >= peer.hold:
-                peer.hold, peer.since, peer.mail, self.due = info["base"], self.now, -1, self.now       # ping
+                peer.hold, peer.since, self.due = info["base"], self.now, self.now      # ping
             self._ack(stream, peer, source)
 
     def _mail(self, stream: int, n: int, base: int, runs: list[list[Any]]) -> None:     # §13
@@ -266,7 +252,8 @@ class SecondClient:
         out.change("direct", (host, port)) if state == "online" else out.change("save")
 
     def _answer(self, out: Outgoing, tag: str, info: dict[str, Any], by_server: bool) -> None:
-        on_route, below, what = by_server == (out.route != "direct"), out.base, "kept" if by_server else "received"
+        on_route, below = by_server == (out.route != "direct"), out.base
+        what = "kept for" if by_server else "received by"
         match tag, info:
             case "ack", {"next": number, "have": have, "room": room} if number <= out.sent + 1:
                 below = number
@@ -275,7 +262,7 @@ class SecondClient:
                     out.window_end = max(out.window_end, number + room)
             case "nack", {"first": first, "last": last, "reason": reason} if on_route and first <= out.base <= last:
                 if by_server:
-                    below, what = min(last, out.sent) + 1, f"refused ({reason})"
+                    below, what = min(last, out.sent) + 1, f"refused ({reason}) for"
                 elif reason == "not-me":
                     out.change("relay" if out.is_retry else "save")
             case "exists", {"n": n, "entry": [out.nick, host, port, _]} if out.route == "save" and n <= out.sent:
@@ -285,7 +272,7 @@ class SecondClient:
         while out.base < below:
             out.base, (_, _, goes_on) = out.base + 1, out.pieces.pop(0)
             if not goes_on:
-                self.show(f"[Message {what} {'by' if what == 'received' else 'for'} {out.nick}.]")
+                self.show(f"[Message {what} {out.nick}.]")
 
     def _drive(self, out: Outgoing) -> None:        # send, repeat, change the route (§11, §14)
         if out.route == "direct" and self.now - out.silence >= 0.5:
@@ -299,8 +286,8 @@ class SecondClient:
         if n != out.flight:
             out.timeout = 0.1
         else:       # no answer
-            is_slow = out.route == "direct" or self.now - out.silence > 2.5
-            n, out.have, out.timeout = out.base, [], min(2 * out.timeout, 5.0 if is_slow else 0.5)
+            longest = 5.0 if out.route == "direct" or self.silent else 0.5
+            n, out.have, out.timeout = out.base, [], min(2 * out.timeout, longest)
         out.sent, out.flight, out.due = max(out.sent, n), n, self.now + out.timeout
         out.silence = min(out.silence, self.now)
         text, at, goes_on = out.pieces[n - out.base]
@@ -313,11 +300,11 @@ class SecondClient:
     def _tick(self) -> None:
         if self.now >= self.due:
             self._request()
-        if self.state == "in session" and self.now >= self.sync_due:
-            self.synced, self.sync_due = self.now, self._later(2 if self.silent else 0.27)
-            self._transmit("sync", {"session": self.session, "version": self.held, "pad": PAD})
+        if self.state == "in session" and self.held < self.target:
+            self._sync()
         for peer in self.incoming.values():         # go on: the mail was shown, or it is late
-            if peer.hold > peer.next and (self.mail.next > peer.mail >= 0 or self.now - peer.since >= 5):
+            is_shown = self.asked >= peer.since and self.mail.next > self.last_mail
+            if peer.hold > peer.next and (is_shown or self.now - peer.since >= 5):
                 peer.move(peer.hold)
         for out in self.outgoing.values():
             if out.pieces and self.may_send:
@@ -328,8 +315,10 @@ class SecondClient:
             if not self.silent:
                 self.show("[The server does not respond]")
             self.attempts, self.due, self.silent = 0, self._later(2), True
-            return self._end("[Offline]") if self.state == "leaving" or not self.session else None
-        self.attempts, self.due, self.cookies = self.attempts + 1, self._later(0.5), 0
+            if self.state == "leaving" or not self.session:
+                self._end("[Offline]")
+            return
+        self.attempts, self.due = self.attempts + 1, self._later(0.5)
         if self.state == "registering":
             self._transmit("reg", {"id": self.id, "nick": self.nick, "pad": PAD, **self.cookie})
         elif self.state == "leaving":
