@@ -39,8 +39,10 @@ DEADLINE = 60.0           # s; only for a test that hangs: what comes does so lo
 READ_SIZE = 65536         # bytes
 PIPE = subprocess.PIPE
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # as a shell leaves it to what runs in its background:
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # the programs under test would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # as a shell leaves it to what runs in its background, and
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup SIGHUP: the programs under test would inherit it
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 WELCOME = "[Welcome, You are registered.]"
 UPDATED = "[Client table updated.]"
