@@ -95,8 +95,19 @@ def load_secret(path: str) -> bytes:
             os.fsync(file.fileno())
         publish(draft, path)
     finally:
-        os.unlink(draft)
+        remove_quietly(draft)
     return load_secret(path)
+
+
+def remove_quietly(path: str) -> None:
+    """Remove a file, or an empty directory, if it is still there. Raise OSError."""
+    try:
+        if os.path.isdir(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def publish(draft: str, path: str) -> None:
@@ -121,6 +132,5 @@ def publish(draft: str, path: str) -> None:
     try:
         if not os.path.exists(path):
             os.rename(draft, path)
-            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600))   # for whoever removes the draft
     finally:
-        os.rmdir(lock)
+        remove_quietly(lock)        # two that waited in vain for a lock, left by a killed process, both come here

@@ -187,18 +187,15 @@ class CommandReader:
     def feed(self, data: bytes) -> None:
         """Accept what was read from stdin; b"" at its end."""
         if self._is_at_start:
-            data, is_end = self._buffer + data, not data
-            self._buffer = b""
-            if not is_end and BYTE_ORDER_MARK.startswith(data) and data != BYTE_ORDER_MARK:
-                self._buffer = data
+            start = self._buffer + data
+            if data and start != BYTE_ORDER_MARK and BYTE_ORDER_MARK.startswith(start):
+                self._buffer = start        # it may become a mark; at the end of stdin, it is the last line
                 return
             self._is_at_start = False
-            data = data.removeprefix(BYTE_ORDER_MARK)
-            if is_end and data:         # so few bytes that they might have become a mark
-                self.feed(data)
-                data = b""
-            elif not data and not is_end:
-                return
+            if data:
+                self._buffer, data = b"", start.removeprefix(BYTE_ORDER_MARK)
+                if not data:
+                    return
         head, newline, tail = data.rpartition(b"\n")
         if newline:
             self._add_lines(self._buffer + head, is_whole=True)

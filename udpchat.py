@@ -482,13 +482,12 @@ def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
                 if more:
                     data += more[:STDIN_LIMIT - len(data)]
                     size += len(more)
-                    text = more.rstrip(b"\n")
-                    line_feeds = len(more) - len(text) if text else line_feeds + len(more)
+                    rest = more.rstrip(b"\n")
+                    line_feeds = len(more) - len(rest) if rest else line_feeds + len(more)
     except OSError as error:
         raise Failure(f"nothing was sent: cannot read stdin: {error.strerror}") from None
-    text = data.removeprefix(BYTE_ORDER_MARK)
-    whole = re.sub(r"(\r?\n)+\Z", "", text.decode("utf-8", "replace"))
-    return whole, size - line_feeds if size > STDIN_LIMIT else 0
+    text = data.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace")
+    return re.sub(r"(\r?\n)+\Z", "", text), size - line_feeds if size > STDIN_LIMIT else 0
 
 
 def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
