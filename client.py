@@ -123,12 +123,8 @@ class ServerLink:
         self.server = server                    # where it is asked,
         self.other_server = server              # and where it is asked next, if it is silent
         self._given_server = server             # where it was said to be: registrations begin there
-        self._loop = loop
-        self._send = send
-        self._nick = nick
-        self._owner = owner
-        self._proof = proof
-        self._table_version = table_version
+        self._loop, self._send, self._nick, self._owner = loop, send, nick, owner
+        self._proof, self._table_version = proof, table_version
         self._server_id: bytes | None = None
         self._cookie: bytes | None = None
         self._cookies_left = 0
@@ -402,10 +398,7 @@ class TableSync(Mirror):
         super().__init__()
         self.has_news = False                   # that the user has not heard of
         self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
-        self._loop = loop
-        self._nick = nick
-        self._link = link
-        self._on_changed = on_changed
+        self._loop, self._nick, self._link, self._on_changed = loop, nick, link, on_changed
         self._on_own_state = on_own_state
         self._shows_us = False                  # online, in the table of the server as it runs now
         self._is_confirmed = False              # in this session, the table was whole
@@ -520,12 +513,8 @@ class Sending:
     def __init__(self, loop: Loop, send: Send, link: ServerLink, outbox: Outbox, receipts: Receipts,
                  place_of: Callable[[str], Place | None]) -> None:
         """``place_of``: returns where a nick can be reached, see ``TableSync``."""
-        self.outbox = outbox
-        self._place_of = place_of
-        self._loop = loop
-        self._send = send
-        self._link = link
-        self._receipts = receipts
+        self.outbox, self._place_of, self._loop, self._send = outbox, place_of, loop, send
+        self._link, self._receipts = link, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
 
     def queue(self, command: SendCommand) -> bool:
@@ -587,10 +576,7 @@ class Receiving:
     def __init__(self, loop: Loop, send: Send, link: ServerLink, inbox: Inbox, display: Display) -> None:
         self.inbox = inbox
         self.accepts = True                     # messages; not any more once the client is about to leave
-        self._loop = loop
-        self._send = send
-        self._link = link
-        self._display = display
+        self._loop, self._send, self._link, self._display = loop, send, link, display
         self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
         self._is_greeted = False                # "[You have messages]" was shown for this coming online
         self._hold_timer = RestartableTimer(loop, self._look_after_holds)
@@ -705,16 +691,9 @@ class Leaving:
         self._result = 0                        # the exit code that it will be
         self._deadline = NEVER
         self._is_interrupted = False
-        self._loop = loop
-        self._link = link
-        self._table = table
-        self._sending = sending
-        self._receipts = receipts
-        self._receiving = receiving
-        self._display = display
-        self._shell = shell
-        self._stay = stay
-        self._may_end = may_end
+        self._loop, self._link, self._table, self._sending = loop, link, table, sending
+        self._receipts, self._receiving, self._display, self._shell = receipts, receiving, display, shell
+        self._stay, self._may_end = stay, may_end
 
     @property
     def is_under_way(self) -> bool:
@@ -856,8 +835,7 @@ class Client:
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
-        self._loop = loop
-        self._send = send
+        self._loop, self._send = loop, send
         self._may_read = False                  # stdin, as of the end of the last turn
         self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
         self._next_turn = RestartableTimer(loop, wake_up)

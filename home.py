@@ -7,7 +7,7 @@ Rules of this file
 - A file appears whole or not at all, and only its owner can read it.
 
 A nick belongs to the first user who registered it. The proof is a token, made of the user's secret for one server and
-one nick: a server that learns it can use it nowhere else. The server keeps only a hash of it (see ``registry``).
+one nick: a server that learns it can use it nowhere else. The server keeps only a hash of it.
 """
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
     """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
     import hmac     # here: only registrations need it, and a start is measured
     return hmac.digest(secret, server_id + nick.encode(), "sha256")
+
+
+def hash_of(token: bytes) -> bytes:
+    """Return what the store keeps of a token."""
+    import hashlib      # here: only registrations need it, and a start is measured
+    return hashlib.sha256(token).digest()
+
+
+def is_hash_of(owner: bytes, token: bytes) -> bool:
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
+    import hmac
+    return hmac.compare_digest(owner, hash_of(token))
 
 
 def load_secret(path: str) -> bytes:

@@ -39,6 +39,8 @@ from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from home import hash_of, is_hash_of
+
 if TYPE_CHECKING:
     import json
     import sqlite3
@@ -798,18 +800,6 @@ OWNED, FULL = ClaimVerdict.OWNED, ClaimVerdict.FULL
 KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
 
-def hash_of(token: bytes) -> bytes:
-    """Return what the store keeps of a token."""
-    import hashlib      # here: only registrations need it, and a start is measured
-    return hashlib.sha256(token).digest()
-
-
-def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
-    import hmac
-    return hmac.compare_digest(owner, hash_of(token))
-
-
 class IdleNicks:
     """Which nick is forgotten if there are too many: one that is not in use and has no mail.
 
@@ -819,8 +809,7 @@ class IdleNicks:
     """
 
     def __init__(self, known: dict[str, Known], is_in_use: Callable[[Known], bool]) -> None:
-        self._known = known
-        self._is_in_use = is_in_use
+        self._known, self._is_in_use = known, is_in_use
         self._heap = sorted(map(self._rank, known.values()))    # outdated ranks stay in it until they surface
 
     @staticmethod

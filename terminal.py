@@ -97,10 +97,7 @@ class SendCommand:
     __slots__ = ("nick", "texts", "ref", "size")
 
     def __init__(self, nick: str, texts: list[str], ref: object = None, size: int = 0) -> None:
-        self.nick = nick
-        self.texts = texts
-        self.ref = ref
-        self.size = size
+        self.nick, self.texts, self.ref, self.size = nick, texts, ref, size
 
     def take(self, most: int) -> list[str]:
         """Remove and return the first ``most`` texts."""
@@ -409,8 +406,7 @@ class TextFormatter:
         self._error: Callable[[str], str] = str if style is None else style.error
         self._dim: Callable[[str], str] = str if style is None else style.dim
         self._name: Callable[[str], str] = str if style is None else style.name
-        self._wall = wall
-        self._hidden = hidden
+        self._wall, self._hidden = wall, hidden
         self._bell = "\a" if bell else ""
         is_styled = style is not None and style.enabled
         self._is_plain = wall is None and not (is_styled or bell)       # nothing is added to a line
@@ -618,10 +614,7 @@ class Receipts:
         """``goes_direct``: returns whether the messages for a nick go straight there at present."""
         self.has_failed = False         # some message was neither delivered nor kept
         self.undelivered = 0            # messages handed back
-        self._loop = loop
-        self._display = display
-        self._goes_direct = goes_direct
-        self._observer = observer
+        self._loop, self._display, self._goes_direct, self._observer = loop, display, goes_direct, observer
         self._names_messages = display.names_messages
         self._on_their_way: dict[str, deque[SentMessage]] = {}
         self._wait_timer = RestartableTimer(loop, wake_up)        # the end of the turn shows who waits
@@ -801,10 +794,7 @@ class Shell:
         self.has_failed = False
         self._is_typed = is_typed
         self.has_ended = False      # nothing more will come from stdin
-        self._client = client
-        self._display = display
-        self._receipts = receipts
-        self._queue = queue
+        self._client, self._display, self._receipts, self._queue = client, display, receipts, queue
         self._is_closed = False
         self._reader = CommandReader(display.formatter.is_for_programs)
         self.waiting = self._reader.waiting     # what was read and not carried out
@@ -1007,14 +997,8 @@ class Console:
 
     def __init__(self, loop: SelectorLoop, client: RunningClient, leaving: LeavingClient, shell: Shell,
                  display: Display, reader: Reader, writer: Writer, errors: Writer) -> None:
-        self._loop = loop
-        self._client = client
-        self._leaving = leaving
-        self._shell = shell
-        self._display = display
-        self._reader = reader
-        self._writer = writer
-        self._errors = errors
+        self._loop, self._client, self._leaving, self._shell = loop, client, leaving, shell
+        self._display, self._reader, self._writer, self._errors = display, reader, writer, errors
         self._status: StatusRow | None = None
         self._editor: EditorScreen | None = None
         if display.prompt is not None:
