@@ -22,8 +22,10 @@ import pytest
 from tests.processes import PROGRAM, ROOT, WELCOME, Chat, received
 
 MODULES = {path.name for path in ROOT.glob("*.py")}
-SOURCES = {*MODULES, "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg",
-           *(str(path.relative_to(ROOT)) for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("docs/**/*.*")))}
+FOLDERS = ("tests/*.py", "docs/**/*.*", "contrib/*.*")
+PAGES = {path.name for path in ROOT.glob("*.md")}
+SOURCES = {*MODULES, *PAGES, "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.cfg",
+           *(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(folder))}
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 STRAY = "raise SystemExit('not a module of the program')\n"
 NOT_OURS = {".venv/lib/stray.py", "build/lib/protocol.py"}     # the second: as an older version has left it

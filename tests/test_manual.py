@@ -1,4 +1,4 @@
-"""README against the program: its screens are real ones, its recipes run as they stand there, no option is left out."""
+"""The pages against the program: screens are real ones, recipes run as they stand there, no option is left out."""
 from __future__ import annotations
 
 import json
@@ -12,27 +12,25 @@ from pathlib import Path
 import pytest
 
 import udpchat
-from tests.cast import cast
+from terminal import EVENT_FORMATS
+from tests.cast import PICTURE, cast, picture, text_of
+from tests.pages import PAGES, block, blocks, prose, section
 from tests.processes import ROOT, SAVED, Chat, Process, is_offline
 
-README = (ROOT / "README.md").read_text()
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+FOR_USERS = ("README.md", "terminal.md", "scripting.md", "server.md", "security.md")
+OF_OTHERS = {"--seed", "--seeds", "--start", "--trace", "--now", "--strict"}    # of the simulation, systemctl, mypy
 CLOSED_PORT = 9           # of the discard protocol: nobody answers there
 
 
-def section(title: str) -> str:
-    """Return what stands under a heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def blocks(title: str, language: str = "") -> list[str]:
-    """Return the fenced blocks of a section that are in ``language``."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == language]
-
-
-REPORT, LOG, COLLECT, FILTER = blocks("For scripts", "sh")
-CRONTAB, = blocks("For scripts")
+CRONTAB = blocks("scripting.md", "One message")[0]
+REPORT = block("scripting.md", "A job that tells two people how it ended", "sh")
+LOG = block("scripting.md", "Follow a log", "sh")
+COLLECT, FILTER = blocks("scripting.md", "Collect messages", "sh")
+WAIT = block("scripting.md", "Wait for one message", "sh")
+FETCH = block("scripting.md", "Fetch mail and end", "sh")
+ONLINE = block("scripting.md", "Who is online", "sh")
+SEND_FILE, TAKE_FILE = blocks("scripting.md", "Send a file", "sh")
 
 
 def executable(path: Path, script: str) -> None:
@@ -83,9 +81,34 @@ def shell(chat: Chat) -> Shell:
 
 def test_the_screens_in_readme_are_what_the_program_draws() -> None:
     alice, carol = cast()
-    shown_to_alice, shown_to_carol = blocks("Two minutes, three terminals")
-    assert alice == shown_to_alice
-    assert carol == shown_to_carol
+    assert PICTURE.read_text() == picture(alice)
+    assert block("README.md", "Two minutes, three terminals") == text_of(carol)
+
+
+def test_readme_can_be_read_in_five_minutes() -> None:
+    assert PAGES["README.md"].count("\n") <= 150
+    assert len(section("README.md", "Limits").strip().splitlines()) == 5
+    assert len(re.findall(r"(?m)^- ", section("README.md", "Security"))) == 5
+
+
+def test_what_readme_shows_of_scripts_is_what_the_page_for_scripts_says() -> None:
+    assert block("README.md", "From a script") == CRONTAB
+    assert block("README.md", "From a script", "sh") == LOG
+    assert block("README.md", "From a script", "python") == block("scripting.md", "A bot", "python")
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_to_files_and_headings_that_are_there(page: str) -> None:
+    folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else folder / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", prose(file.name))
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
 # --- recipes --------------------------------------------------------------------------------------------------
@@ -216,23 +239,84 @@ def knows_archive(client: Process) -> bool:
     return any(json.loads(line).get("nick") == "archive" for line in client.lines)
 
 
+def test_one_message_is_waited_for(shell: Shell) -> None:
+    job = shell.run(WAIT)
+    alice = shell.chat.client("alice")
+    alice.wait_for("waiter")
+    alice.feed("send waiter it is done\nsend waiter this as well\n")
+    assert job.wait() == 0
+    assert job.lines == ["alice: it is done"]
+
+
+def test_mail_is_fetched_and_the_client_ends(shell: Shell) -> None:
+    shell.chat.absent("alice")
+    assert shell.run("udpchat send --quiet alice for later", UDPCHAT_NICK="bob").wait() == 0
+    job = shell.run(FETCH)
+    assert job.wait() == 0
+    mail, = job.lines
+    assert re.fullmatch(r"bob: <[\d: -]+> for later", mail)
+
+
+def test_a_script_learns_who_is_online(shell: Shell) -> None:
+    shell.chat.absent("carol")
+    shell.chat.clients("alice", "bob")
+    job = shell.run(ONLINE)
+    assert job.wait() == 0
+    assert job.lines == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("was_away", [False, True], ids=["online", "away"])
+def test_a_file_is_sent_and_taken(shell: Shell, was_away: bool) -> None:
+    directory = shell.chat.directory
+    photo = os.urandom(200_000)
+    (directory / "photo.jpg").write_bytes(photo)
+    (directory / "bobs").mkdir()
+    take = f"cd bobs; {TAKE_FILE}"
+    if was_away:
+        shell.chat.absent("bob")
+    else:
+        taker = shell.run(take)
+        shell.chat.client("carol").wait_for("bob")
+    assert shell.run(SEND_FILE).wait() == 0
+    if was_away:
+        taker = shell.run(take)
+    assert taker.wait() == 0
+    assert (directory / "bobs" / "photo.jpg").read_bytes() == photo
+
+
+def test_a_job_has_a_nick_beside_ones_own(shell: Shell) -> None:
+    own, = re.findall(r"(?m)^UDPCHAT_NICK=(alice-.+)$", "".join(blocks("scripting.md", "One message")))
+    alice = shell.chat.client("alice")
+    bob = shell.chat.client("bob")
+    assert shell.run("udpchat send --quiet bob done", UDPCHAT_NICK=own).wait() == 0
+    bob.see(f"{own}: done")
+    assert alice.popen.poll() is None
+
+
 # --- options --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", sorted(udpchat.MODES))
-def test_every_option_is_named_in_readme(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_is_named_in_the_pages(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         udpchat.parse([mode, "--help"])
     options = set(OPTION.findall(capsys.readouterr().out)) - {"--help"}
     assert len(options) > 5
-    assert sorted(options - set(OPTION.findall(README))) == []
+    assert sorted(options - set(OPTION.findall("".join(PAGES[page] for page in FOR_USERS)))) == []
 
 
-def test_readme_names_no_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"--version"}
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_page_names_no_option_that_is_not_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"--version", "--help"}
     for mode in udpchat.MODES:
         with pytest.raises(SystemExit):
             udpchat.parse([mode, "--help"])
         known |= set(OPTION.findall(capsys.readouterr().out))
-    prose = re.sub(r"^```\w*\n.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    others = {"--seeds", "--now"}       # of the simulation and of systemctl
-    assert sorted(set(OPTION.findall(prose)) - known - others) == []
+    assert sorted(set(OPTION.findall(prose(page))) - known - OF_OTHERS) == []
+
+
+def test_every_line_of_the_program_is_in_the_page_for_scripts() -> None:
+    lines = {form.line for form in EVENT_FORMATS.values() if form.line}
+    assert len(lines) > 20
+    page = PAGES["scripting.md"]
+    for line in lines:
+        assert re.search(r"`" + re.sub(r"\\\{\w+\\\}", "[^`]+", re.escape(line)) + "`", page), line

@@ -20,6 +20,7 @@ from server import Drop, Server
 from loop import ERROR, Random, Scheduler, SystemRandom, json_line
 from protocol import encode, padded
 from registry import Mailbox, Registry
+from tests.pages import section
 from tests.processes import DEADLINE, ROOT, SAVED, WELCOME, Chat, Process, received
 
 TEXT_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) (.*)")
@@ -380,7 +381,7 @@ def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
         assert server.wait() == 0 and not server.err.data, server.err.data
 
 
-# --- what the README says of it ---------------------------------------------------------------------------------
+# --- what the manual says of it -------------------------------------------------------------------------------
 
 def test_store_of_a_stopped_server_is_one_file_that_can_be_copied(chat: Chat) -> None:
     server = chat.server()
@@ -397,50 +398,80 @@ def test_store_of_a_stopped_server_is_one_file_that_can_be_copied(chat: Chat) ->
     chat.client("bob").see_match("alice: <.*> for later")
 
 
-def test_every_counter_is_in_the_readme() -> None:
+def test_every_counter_is_in_the_manual() -> None:
     server = Server(StoppedLoop(0.0), lambda datagram, address: None, Registry(Mailbox(":memory:", bytes(16))))
-    told = set(re.findall("`([a-z_]+)`", (ROOT / "README.md").read_text()))
+    told = set(re.findall("`([a-z_]+)`", section("server.md", "Counters")))
     assert {"uptime", "datagrams_in", "bytes_in", "datagrams_out", "bytes_out", "not_sent"} <= told
     assert set(server.counters()) <= told
 
 
-# --- the unit file of the README ------------------------------------------------------------------------------
+# --- the files for systemd and logrotate ------------------------------------------------------------------------
 
 HARDENING = ["NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes",
              "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX", "CapabilityBoundingSet=",
-             "SystemCallFilter=@system-service", "MemoryDenyWriteExecute=yes", "LockPersonality=yes",
-             "Restart=on-failure", "DynamicUser=yes", "StateDirectory=udpchat", "LogsDirectory=udpchat"]
+             "SystemCallFilter=@system-service", "MemoryDenyWriteExecute=yes", "LockPersonality=yes", "DynamicUser=yes"]
+UNITS = ("udpchat.service", "udpchat-inbox.service")
 
 
-def unit_file() -> str:
-    """Return the unit in the README."""
-    found = re.search(r"```ini\n(\[Unit\]\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found is not None
-    return found.group(1)
+def lines_of(name: str) -> list[str]:
+    """Return the lines of a file in contrib."""
+    return (ROOT / "contrib" / name).read_text().splitlines()
 
 
-def test_unit_file_is_hardened_and_keeps_its_store_where_it_may_write() -> None:
-    lines = unit_file().splitlines()
-    assert [line for line in HARDENING if line not in lines] == []
-    [start] = [line for line in lines if line.startswith("ExecStart=")]
-    assert "--store %S/udpchat/server.db" in start and "--log-file %L/udpchat/server.log" in start
-    assert "ExecReload=kill -HUP $MAINPID" in lines
+def program_of(unit: str) -> list[str]:
+    """Return the arguments with which a unit starts the program."""
+    [start] = [line for line in lines_of(unit) if line.startswith("ExecStart=")]
+    return start.split(" ")[1:]
 
 
-def test_unit_file_starts_the_server_with_options_that_it_has(chat: Chat) -> None:
-    [start] = [line for line in unit_file().splitlines() if line.startswith("ExecStart=")]
-    words = start.split(" ")[1:]
-    assert words[0] == "server"
-    shown = chat.complete("server", "--help").out.data.decode()
+@pytest.mark.parametrize("unit", UNITS)
+def test_unit_files_are_hardened(unit: str) -> None:
+    assert [line for line in HARDENING if line not in lines_of(unit)] == []
+
+
+def test_unit_file_of_the_server_keeps_its_store_where_it_may_write() -> None:
+    words = program_of("udpchat.service")
+    assert words[words.index("--store") + 1] == "%S/udpchat/server.db"
+    assert words[words.index("--log-file") + 1] == "%L/udpchat/server.log"
+    assert {"Restart=on-failure", "StateDirectory=udpchat", "LogsDirectory=udpchat",
+            "ExecReload=kill -HUP $MAINPID"} <= set(lines_of("udpchat.service"))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_unit_files_start_the_program_with_options_that_it_has(chat: Chat, unit: str) -> None:
+    mode, *words = program_of(unit)
+    shown = chat.complete(mode, "--help").out.data.decode()
     assert all(word in shown for word in words if word.startswith("--"))
 
 
-def test_unit_file_is_one_for_systemd(tmp_path: Path) -> None:
+def test_unit_of_the_inbox_appends_what_is_sent_to_it(chat: Chat) -> None:
+    words = [word.replace("%S", str(chat.directory)) for word in program_of("udpchat-inbox.service")]
+    assert {"StandardInput=null", "StandardOutput=append:%S/udpchat-inbox/inbox.jsonl"} <= set(
+        lines_of("udpchat-inbox.service"))
+    inbox = chat.run(*words, stdin=subprocess.DEVNULL,
+                     environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}"})
+    alice = chat.client("alice")
+    alice.wait_for("inbox")
+    alice.feed("send inbox hello\n")
+    alice.see(received("inbox"))
+    assert [json.loads(line)["text"] for line in inbox.lines] == ["hello"]
+    inbox.signal(signal.SIGTERM)
+    assert inbox.wait() == 0
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_unit_files_are_such_for_systemd(tmp_path: Path, name: str) -> None:
     try:
         subprocess.run(["systemd-analyze", "--version"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no systemd-analyze on this machine")
-    unit = tmp_path / "udpchat.service"
-    unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", unit_file()))
+    unit = tmp_path / name
+    text = (ROOT / "contrib" / name).read_text()
+    unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", text))
     checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
     assert checked.returncode == 0 and str(unit) not in checked.stderr, checked.stderr
+
+
+def test_log_of_the_unit_is_rotated_and_the_server_told() -> None:
+    lines = [line.strip() for line in lines_of("udpchat.logrotate")]
+    assert "/var/log/udpchat/*.log {" in lines and "systemctl reload udpchat" in lines

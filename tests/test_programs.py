@@ -1,6 +1,6 @@
-"""What programs get: JSON events and commands, ``--quiet``, ``udpchat send``, the bots of the README; real processes.
+"""What programs get: JSON events and commands, ``--quiet``, ``udpchat send``, the bots of the manual; real processes.
 
-``Program`` runs a client with ``--json``: each of its events must be as the schema in the README says.
+``Program`` runs a client with ``--json``: each of its events must be as docs/events.schema.json says.
 """
 from __future__ import annotations
 
@@ -21,23 +21,15 @@ import pytest
 
 from protocol import MAX_TEXT
 from terminal import ROUTINE, EVENT_FORMATS, JsonFormatter
+from tests.pages import block, section
 from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat, Process,
                              is_offline, has_ipv6, received, sends)
 
-README = (ROOT / "README.md").read_text()
 PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
 Event = dict[str, Any]
 
 
-def block(heading: str, language: str) -> str:
-    """Return the code in ``language`` below a heading of the README."""
-    section = re.split(r"(?m)^#+ ", README.split(f"\n{heading}\n", 1)[1])[0]
-    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert found is not None, f"the README has {language} under {heading}"
-    return found.group(1)
-
-
-SCHEMA = json.loads(block("### The events", "json"))
+SCHEMA = json.loads((ROOT / "docs" / "events.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
@@ -132,9 +124,9 @@ def test_the_schema_is_one_and_lets_nothing_in_that_is_not_in_it() -> None:
     assert not VALIDATOR.is_valid({**left, "type": "gone"}) and not VALIDATOR.is_valid({"type": "table"})
 
 
-def test_the_schema_and_the_table_of_the_readme_have_every_event() -> None:
-    section = README.split("\n### The events\n", 1)[1]
-    table = "\n".join(line for line in section.split("\n") if line.startswith("|"))
+def test_the_schema_and_the_table_of_the_page_have_every_event() -> None:
+    lines = section("scripting.md", "The events").split("\n")
+    table = "\n".join(line for line in lines if line.startswith("|"))
     for type_, reason in ALL:
         assert f"`{type_}`" in table and (reason is None or f"`{reason}`" in table)
     cases = json.dumps(SCHEMA["oneOf"])
@@ -632,7 +624,7 @@ def test_scripts_are_not_told_that_the_server_is_back(chat: Chat) -> None:
     assert [line for line in alice.lines if line != UPDATED][2:] == [is_offline("bob"), NOT_RESPONDING, SAVED]
 
 
-# --- the bots of the README -----------------------------------------------------------------------------------
+# --- the bots of the manual -----------------------------------------------------------------------------------
 
 def install(chat: Chat) -> dict[str, str]:
     """Return the environment of somebody who has installed the program."""
@@ -644,12 +636,12 @@ def install(chat: Chat) -> dict[str, str]:
 
 
 def start_echo(chat: Chat) -> Process:
-    code = block("### A bot", "python")
+    code = block("scripting.md", "A bot", "python")
     assert len(code.strip().split("\n")) <= 10
     return chat.run("-c", code, command=[sys.executable], environment=install(chat))
 
 
-def test_the_echo_of_the_readme_says_it_again_and_leaves_in_order(chat: Chat) -> None:
+def test_the_echo_of_the_manual_says_it_again_and_leaves_in_order(chat: Chat) -> None:
     bot = start_echo(chat)
     alice = Program(chat, "alice")
     alice.knows("echo")
@@ -660,7 +652,7 @@ def test_the_echo_of_the_readme_says_it_again_and_leaves_in_order(chat: Chat) ->
     alice.knows("echo", "offline")
 
 
-def test_the_echo_of_the_readme_withstands_a_flood(chat: Chat) -> None:
+def test_the_echo_of_the_manual_withstands_a_flood(chat: Chat) -> None:
     start_echo(chat)
     alice = chat.client("alice")
     alice.wait_for("echo")
@@ -670,8 +662,8 @@ def test_the_echo_of_the_readme_withstands_a_flood(chat: Chat) -> None:
     assert [line[6:] for line in alice.lines if line.startswith("echo: ")] == texts
 
 
-def test_the_clock_of_the_readme_tells_the_time(chat: Chat) -> None:
-    bot = chat.run("-c", block("### A bot", "sh"), command=["sh"], environment=install(chat))
+def test_the_clock_of_the_manual_tells_the_time(chat: Chat) -> None:
+    bot = chat.run("-c", block("scripting.md", "A bot", "sh"), command=["sh"], environment=install(chat))
     alice = chat.client("alice")
     alice.wait_for("clock")
     alice.feed("send clock time?\nsend clock what else?\nsend clock time?\n")

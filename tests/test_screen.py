@@ -151,6 +151,19 @@ class Window:
             rows.pop()
         return rows
 
+    def styles(self, y: int) -> list[tuple[str, bool]]:
+        """Return the colour of each character in a row of the picture (``dim``, too), and whether it is bold.
+
+        The cursor, which the picture shows as a character of its own, has the colour of what is typed.
+        """
+        line, styles = self.glass.buffer[y], []
+        for x in range(self.glass.columns):
+            if (x, y) == (self.glass.cursor.x, self.glass.cursor.y):
+                styles.append(("default", False))
+            if line[x].data:        # a wide character has an empty cell behind it
+                styles.append(("dim" if line[x].blink else line[x].fg, line[x].bold))
+        return styles
+
     @property
     def rows(self) -> list[str]:
         """The rows that were ever seen, from the first one on, without the cursor."""
