@@ -1,4 +1,4 @@
-"""What lies in the user's directories: where state is kept, and the secret that proves whose a nick is.
+"""What lies in the user's directories: state, settings, and the secret that proves whose a nick is.
 
 Rules of this file
 ------------------
@@ -15,6 +15,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Sequence
 
 
 def home_directory() -> str | None:
@@ -34,12 +35,69 @@ def state_home() -> str | None:
 
     A relative XDG_STATE_HOME is ignored, as the XDG Base Directory Specification says.
     """
-    state, home = os.environ.get("XDG_STATE_HOME", ""), home_directory()
-    if not os.path.isabs(state):
+    return _directory("XDG_STATE_HOME", ".local", "state")
+
+
+def config_home() -> str | None:
+    """Return our directory in the user's one for settings (XDG_CONFIG_HOME, or ~/.config), None without a home."""
+    return _directory("XDG_CONFIG_HOME", ".config")
+
+
+def _directory(variable: str, *default: str) -> str | None:
+    above, home = os.environ.get(variable, ""), home_directory()
+    if not os.path.isabs(above):
         if home is None:
             return None
-        state = os.path.join(home, ".local", "state")
-    return os.path.join(state, "udpchat")
+        above = os.path.join(home, *default)
+    return os.path.join(above, "udpchat")
+
+
+CONFIG_SIZE = 65536       # bytes that a file with settings may have
+
+
+def read_settings(path: str, section: str, sections: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return the settings of a section of an INI file: key, value, and where it stands, as ``PATH:LINE``.
+
+    ``sections``: all that the file may have. Raise OSError if it cannot be read, ValueError if something is wrong in
+    it, with one line that says what and where.
+    """
+    import configparser     # here: most users have no such file, and the start of the program is measured
+    with open(path, "rb") as file:
+        data = file.read(CONFIG_SIZE + 1)
+    if len(data) > CONFIG_SIZE:
+        raise ValueError(f"{path} is longer than {CONFIG_SIZE} bytes")
+    text = data.decode("utf-8-sig", "replace")
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    try:
+        parser.read_string(text)
+    except configparser.MissingSectionHeaderError as error:
+        raise ValueError(f"{path}:{error.lineno}: a setting belongs below a [section]") from None
+    except configparser.ParsingError as error:
+        raise ValueError(f"{path}:{error.errors[0][0]}: neither a [section] nor key = value") from None
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        raise ValueError(f"{path}:{error.lineno}: this was said before") from None
+    lines = _lines_of_settings(text)
+    for name in parser.sections():
+        if name not in sections:
+            raise ValueError(f"{path}:{lines.get((name, ''), 1)}: there is no section [{name}], only "
+                             + ", ".join(f"[{one}]" for one in sections))
+    if section not in parser:
+        return []
+    return [(key, value, f"{path}:{lines.get((section, key), 1)}") for key, value in parser[section].items()]
+
+
+def _lines_of_settings(text: str) -> dict[tuple[str, str], int]:
+    """Return the number of the line of each section, (name, ""), and of each key in one."""
+    found: dict[tuple[str, str], int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            section = line[1:].partition("]")[0]
+            found.setdefault((section, ""), number)
+        elif "=" in line:
+            found.setdefault((section, line.partition("=")[0].strip().lower()), number)
+    return found
 
 
 def make_private(path: str) -> None:

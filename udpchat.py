@@ -37,8 +37,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
                   Writer, clean, json_line, log, read_some, show_address, unmapped)
-from home import is_private, load_secret, make_private, state_home, token_for
-from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
+from home import config_home, is_private, load_secret, make_private, read_settings, state_home, token_for
+try:
+    from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__" or missing.name != "msgpack":
+        raise
+    sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from registry import Mailbox
@@ -54,6 +59,7 @@ VERSION = "1.0.0"
 EXIT_FAILED, EXIT_USAGE = 1, 2
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
+SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
 
@@ -78,10 +84,17 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and that knows its long options by their names."""
 
     def __init__(self, **options: Any) -> None:
+        self.long_options: dict[str, argparse.Action] = {}
         super().__init__(formatter_class=Formatter, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument, see argparse."""
+        action = super().add_argument(*names, **options)
+        self.long_options.update((name[2:], action) for name in action.option_strings if name.startswith("--"))
+        return action
 
     def error(self, message: str) -> NoReturn:
         """Raise Usage."""
@@ -97,13 +110,16 @@ def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
     return parse
 
 
-def add_log_options(parser: Parser) -> None:
+def add_common_options(parser: Parser) -> None:
     """Add the arguments that every mode has."""
     parser.add_argument("--log-level", default="warning", choices=LEVELS,
-                        help="lowest level that is logged (default: %(default)s)")
-    parser.add_argument("--log-file", metavar="PATH", help="append the log to this file (default: it goes to stderr)")
+                        help="lowest level of the diagnostics (default: %(default)s)")
+    parser.add_argument("--log-file", metavar="PATH",
+                        help="append the diagnostics to this file (default: they go to stderr)")
     parser.add_argument("--log-format", default="text", choices=("text", "json"),
-                        help="format of the log (default: %(default)s)")
+                        help="format of the diagnostics (default: %(default)s)")
+    path = (config_path() or "none, there is no home directory").replace("%", "%%")
+    parser.add_argument("--config", metavar="PATH", help=f"file with settings (default: {path})")
 
 
 def nick_argument(text: str) -> str:
@@ -119,18 +135,21 @@ def nicks_argument(text: str) -> list[str]:
     return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
 
 
-def build_parser(mode: str = "") -> Parser:
-    """Return the parser of the command line; only the arguments of ``mode`` are there, to start sooner."""
+def build_parser(mode: str = "") -> tuple[Parser, Parser]:
+    """Return the parser of the command line, and that of ``mode``: only its arguments are there, to start sooner."""
     parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
-                    epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client.")
-    parser.add_argument("--version", action="version", version=f"udpchat {VERSION}")
+                    epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client."
+                    " udpchat MODE --help says more of each mode.")
+    parser.add_argument("-V", "--version", action="version", version=f"udpchat {VERSION}")
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True, prog="udpchat")
+    of_mode = parser
     for name, (purpose, add_options) in MODES.items():
         options = modes.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
         if name == mode:
+            of_mode = options
             add_options(options)
-            add_log_options(options)
-    return parser
+            add_common_options(options)
+    return parser, of_mode
 
 
 def add_server_options(server: Parser) -> None:
@@ -161,9 +180,10 @@ def add_server_options(server: Parser) -> None:
 
 def add_client_options(client: Parser) -> None:
     """Add the arguments of ``udpchat client``."""
-    client.add_argument("nick", nargs="?", metavar="NICK", help="default: UDPCHAT_NICK, or the login name")
+    client.add_argument("own_nick", nargs="?", type=nick_argument, metavar="NICK",
+                        help="default: UDPCHAT_NICK, or the login name")
     client.add_argument("server_host", nargs="?", metavar="SERVER-HOST",
-                        help="default: UDPCHAT_SERVER (HOST[:PORT]), or 127.0.0.1")
+                        help="HOST or HOST:PORT (default: UDPCHAT_SERVER, or 127.0.0.1)")
     client.add_argument("server_port", nargs="?", type=whole_number(1, 65535, "a port"), metavar="SERVER-PORT",
                         help=f"default: {DEFAULT_PORT}")
     client.add_argument("client_port", nargs="?", type=whole_number(0, 65535, "a port"), default=0,
@@ -173,7 +193,7 @@ def add_client_options(client: Parser) -> None:
                         help="show the time of day before each line (default: on a terminal)")
     client.add_argument("--no-time", action="store_false", dest="time", help="do not show the time")
     client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
-    client.set_defaults(server=None, timeout=None)
+    client.set_defaults(timeout=None)
     add_chat_options(client)
 
 
@@ -181,20 +201,23 @@ def add_send_options(send: Parser) -> None:
     """Add the arguments of ``udpchat send``."""
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
-    send.add_argument("--server", metavar="HOST[:PORT]", help="default: UDPCHAT_SERVER, or 127.0.0.1")
-    send.add_argument("--nick", metavar="NICK", help="your nick; default: UDPCHAT_NICK, or the login name")
-    send.add_argument("--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
+    send.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
                       help="give up after this time; what is not closed counts as not delivered"
                       " (default: none)")
-    send.set_defaults(server_host=None, client_port=0, stay=False, time=False, bell=False)
+    send.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, stay=False, time=False,
+                      bell=False)
     add_chat_options(send)
 
 
 def add_chat_options(parser: Parser) -> None:
     """Add the arguments that ``client`` and ``send`` share."""
     from conversation import ACK_TIMEOUT
+    parser.add_argument("--server", type=server_argument, metavar="HOST[:PORT]",
+                        help="default: UDPCHAT_SERVER, or 127.0.0.1")
+    parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
+                        help="your nick (default: UDPCHAT_NICK, or the login name)")
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
-    parser.add_argument("--quiet", action="store_true", help="show messages only, no status lines")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show messages only, no status lines")
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
                         help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
@@ -214,11 +237,24 @@ SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the command line as options. Raise Usage."""
+    """Return the command line, and behind it the file with settings, as options. Raise Usage."""
     words = list(arguments)
     if words and words[0] in SHORT_FORMS:
         words[0] = SHORT_FORMS[words[0]]
-    options, rest = build_parser(words[0] if words else "").parse_known_args(words)
+    if words and words[0] == "help":
+        words = [*words[1:2], "--help"]
+    mode = words[0] if words else ""
+    if mode not in MODES and not mode.startswith("-"):
+        raise Usage(f"there is no mode {mode!r}, only {', '.join(MODES)} (udpchat help says more)")
+    parser, of_mode = build_parser(mode)
+    options, rest = parser.parse_known_args(words)
+    for one, other, what in (("own_nick", "nick", "NICK"), ("server_host", "server", "SERVER-HOST")):
+        if getattr(options, one, None) is not None and getattr(options, other) is not None:
+            raise Usage(f"either {what} or --{other}, not both")
+    settings = settings_of(options.mode, of_mode, options.config)
+    if settings:
+        of_mode.set_defaults(**settings)
+        options, rest = parser.parse_known_args(words)
     if options.mode == "send":      # argparse finds no TEXT behind an option
         end = rest.index("--") if "--" in rest else len(rest)
         if not any(word.startswith("-") for word in rest[:end]):
@@ -226,6 +262,56 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         raise Usage(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+ENVIRONMENT = {"server": "UDPCHAT_SERVER", "nick": "UDPCHAT_NICK", "color": "NO_COLOR"}   # they win over the file
+NO_SETTINGS = frozenset({"help", "config", "forget"})       # options that mean one call
+
+
+def config_path() -> str | None:
+    """Return where the file with settings is looked for, None without a home."""
+    config = config_home()
+    return os.path.join(config, "config") if config is not None else None
+
+
+def settings_of(mode: str, parser: Parser, given: str | None) -> dict[str, Any]:
+    """Return what the file with settings says for ``mode``, by the names that ``parser`` has for it. Raise Usage.
+
+    ``given``: the path of the file; None: it is where such files are, and need not be there.
+    """
+    path = given if given is not None else config_path()
+    if path is None or (given is None and not os.path.exists(path)):
+        return {}
+    settings = {}
+    try:
+        for key, text, where in read_settings(path, mode, tuple(MODES)):
+            action = parser.long_options.get(key)
+            if action is None or key in NO_SETTINGS:
+                raise Usage(f"{where}: udpchat {mode} has no setting {key!r}")
+            try:
+                value = setting(action, text)
+            except argparse.ArgumentTypeError as error:
+                raise Usage(f"{where}: {key}: {error}") from None
+            if not os.environ.get(ENVIRONMENT.get(key, "")):
+                settings[action.dest] = value
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    except OSError as error:
+        raise Usage(f"cannot read {path}: {error.strerror}") from None
+    return settings
+
+
+def setting(action: argparse.Action, text: str) -> Any:
+    """Return the value that an option gets by ``text`` in the file with settings. Raise ArgumentTypeError."""
+    if action.nargs == 0:       # an option without a value: on or off
+        if text.lower() not in SWITCH:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+        return action.const if SWITCH[text.lower()] else action.default
+    if action.choices is not None and text not in action.choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(action.choices)}")
+    if action.metavar == "PATH":
+        return os.path.expanduser(text)
+    return action.type(text) if callable(action.type) else text
 
 
 def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.AddressFamily, Address]:
@@ -409,24 +495,35 @@ def login_name() -> str:
         raise Usage("your login name is not a nick: give one") from None
 
 
-def own_nick(given: str | None) -> str:
+def own_nick(options: argparse.Namespace) -> str:
     """Return our nick: as given, as UDPCHAT_NICK says, or the login name. Raise Usage if that is none."""
-    wanted = given if given is not None else os.environ.get("UDPCHAT_NICK") or None
+    given = options.own_nick if options.own_nick is not None else options.nick
+    if given is not None:
+        return str(given)
+    wanted = os.environ.get("UDPCHAT_NICK")
     try:
-        return nick_argument(wanted) if wanted is not None else login_name()
+        return nick_argument(wanted) if wanted else login_name()
     except argparse.ArgumentTypeError as error:
-        raise Usage(str(error)) from None
+        raise Usage(f"UDPCHAT_NICK: {error}") from None
 
 
-def server_of(options: argparse.Namespace) -> tuple[str, int]:
+def server_of(options: argparse.Namespace) -> Address:
     """Return where the server is: as given, as UDPCHAT_SERVER says (HOST[:PORT]), or here. Raise Usage."""
-    if options.server_host is not None:
-        return options.server_host, DEFAULT_PORT if options.server_port is None else options.server_port
-    return server_argument(options.server or os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
+    if options.server_host is not None and options.server_port is not None:
+        return options.server_host, options.server_port
+    if options.server_host is None and options.server is not None:
+        return options.server[0], options.server[1]
+    name, text = "SERVER-HOST", options.server_host
+    if text is None:
+        name, text = "UDPCHAT_SERVER", os.environ.get("UDPCHAT_SERVER") or "127.0.0.1"
+    try:
+        return server_argument(text)
+    except argparse.ArgumentTypeError as error:
+        raise Usage(f"{name}: {error}") from None
 
 
-def server_argument(text: str) -> tuple[str, int]:
-    """Return host and port of ``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address. Raise Usage."""
+def server_argument(text: str) -> Address:
+    """Return host and port of ``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address: an argument type."""
     parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
     if parts is None:
         return text, DEFAULT_PORT       # an IPv6 address
@@ -434,12 +531,7 @@ def server_argument(text: str) -> tuple[str, int]:
         host, port = parts.group(1), parts.group(2)
     else:
         host, port = parts.group(3) or "", parts.group(4)
-    if port is None:
-        return host, DEFAULT_PORT
-    try:
-        return host, whole_number(1, 65535, "a port")(port)
-    except argparse.ArgumentTypeError as error:
-        raise Usage(str(error)) from None
+    return host, DEFAULT_PORT if port is None else whole_number(1, 65535, "a port")(port)
 
 
 def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
@@ -525,7 +617,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
     from terminal import Console, Display
-    nick = own_nick(options.nick)
+    nick = own_nick(options)
     family, server = resolve(*server_of(options))
     end = time.monotonic() + (options.timeout or NEVER)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
@@ -628,7 +720,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
-        complain("usage: udpchat server|client|send ... (see --help)")
+        os.write(STDERR, build_parser()[0].format_help().encode())
         return EXIT_USAGE
     end_at_once_on_signals(sends=words[0] == "send")
     try:

@@ -279,7 +279,9 @@ class Chat:
         self.directory = directory
         self.state = directory / "state"
         self.store = directory / "store.db"
-        self.environment = dict(os.environ, XDG_STATE_HOME=str(self.state), HOME=str(directory))
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("UDPCHAT_")}
+        self.environment |= {"XDG_STATE_HOME": str(self.state), "XDG_CONFIG_HOME": str(directory / "config"),
+                             "HOME": str(directory)}
         self.processes: list[Process] = []
         self.proxies: list[Proxy] = []
         self._server: Process | None = None

@@ -33,7 +33,6 @@ def assert_one_complaint(process: Process, code: int) -> None:
 
 
 WRONG_ARGUMENTS: list[list[str | bytes]] = [
-    [],
     ["--"],
     ["talk"],
     ["--bogus"],
