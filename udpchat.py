@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
                   Writer, clean, json_line, log, read_some, show_address, unmapped)
-from home import config_home, is_private, load_secret, make_private, read_settings, state_home, token_for
+from home import (config_home, is_private, load_secret, make_private, read_settings, remember_nicks, state_home,
+                  token_for)
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 except ModuleNotFoundError as missing:
@@ -84,17 +85,22 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and that knows its long options by their names."""
+    """A parser whose errors are one line, and that says which arguments it has."""
 
     def __init__(self, **options: Any) -> None:
-        self.long_options: dict[str, argparse.Action] = {}
+        self.arguments: list[argparse.Action] = []
         super().__init__(formatter_class=Formatter, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an argument, see argparse."""
-        action = super().add_argument(*names, **options)
-        self.long_options.update((name[2:], action) for name in action.option_strings if name.startswith("--"))
-        return action
+        self.arguments.append(super().add_argument(*names, **options))
+        return self.arguments[-1]
+
+    @property
+    def long_options(self) -> dict[str, argparse.Action]:
+        """The options by their long names, without the dashes."""
+        return {name[2:]: action for action in self.arguments for name in action.option_strings
+                if name.startswith("--")}
 
     def error(self, message: str) -> NoReturn:
         """Raise Usage."""
@@ -157,12 +163,13 @@ def add_server_options(server: Parser) -> None:
     from registry import MAILBOX_LIMIT, MAX_CLIENTS, MAX_KNOWN, NICK_LAPSE
     from server import STRANGER_REPLIES
     server.add_argument("port", nargs="?", type=whole_number(0, 65535, "a port"), default=DEFAULT_PORT, metavar="PORT",
-                        help="default: %(default)s; 0: any")
-    server.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="the address to listen at (default: all)")
+                        help="UDP port (default: %(default)s; 0: any that is free)")
+    server.add_argument("--host", default="0.0.0.0", metavar="ADDR",
+                        help="the address to listen at (default: all of IPv4; ::, all of IPv6, too)")
     server.add_argument("--store", metavar="PATH", help="SQLite file (default: in the user's state directory);"
                         " :memory: keeps nothing")
     server.add_argument("--max-clients", type=whole_number(1, 10 ** 6, "a number"), default=MAX_CLIENTS, metavar="N",
-                        help="default: %(default)s")
+                        help="most clients at a time (default: %(default)s)")
     server.add_argument("--mailbox-limit", type=whole_number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT,
                         metavar="N", help="most messages kept for one recipient (default: %(default)s)")
     server.add_argument("--max-nicks", type=whole_number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
@@ -181,13 +188,13 @@ def add_server_options(server: Parser) -> None:
 def add_client_options(client: Parser) -> None:
     """Add the arguments of ``udpchat client``."""
     client.add_argument("own_nick", nargs="?", type=nick_argument, metavar="NICK",
-                        help="default: UDPCHAT_NICK, or the login name")
+                        help="your nick (default: UDPCHAT_NICK, or the login name)")
     client.add_argument("server_host", nargs="?", metavar="SERVER-HOST",
-                        help="HOST or HOST:PORT (default: UDPCHAT_SERVER, or 127.0.0.1)")
+                        help="the server, HOST or HOST:PORT (default: UDPCHAT_SERVER, or 127.0.0.1)")
     client.add_argument("server_port", nargs="?", type=whole_number(1, 65535, "a port"), metavar="SERVER-PORT",
-                        help=f"default: {DEFAULT_PORT}")
+                        help=f"port of the server (default: {DEFAULT_PORT})")
     client.add_argument("client_port", nargs="?", type=whole_number(0, 65535, "a port"), default=0,
-                        metavar="CLIENT-PORT", help="default: %(default)s, any")
+                        metavar="CLIENT-PORT", help="your own UDP port (default: any that is free)")
     client.add_argument("--stay", action="store_true", help="go on receiving at the end of stdin, until a signal")
     client.add_argument("--time", action="store_true", default=None,
                         help="show the time of day before each line (default: on a terminal)")
@@ -213,7 +220,7 @@ def add_chat_options(parser: Parser) -> None:
     """Add the arguments that ``client`` and ``send`` share."""
     from conversation import ACK_TIMEOUT
     parser.add_argument("--server", type=server_argument, metavar="HOST[:PORT]",
-                        help="default: UDPCHAT_SERVER, or 127.0.0.1")
+                        help="the server (default: UDPCHAT_SERVER, or 127.0.0.1)")
     parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
                         help="your nick (default: UDPCHAT_NICK, or the login name)")
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
@@ -222,7 +229,8 @@ def add_chat_options(parser: Parser) -> None:
                         help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(ACK_TIMEOUT * 1000),
-                        help="after which a message goes to the server (default: %(default)s)")
+                        help="time without an answer after which a message goes to the server"
+                        " (default: %(default)s)")
     parser.add_argument("--identity", metavar="PATH", help="file with the secret that proves that a nick is yours"
                         " (default: in the user's state directory)")
     parser.add_argument("--anonymous", action="store_true", help="do not own the nick: it is free when you are offline")
@@ -284,8 +292,9 @@ def settings_of(mode: str, parser: Parser, given: str | None) -> dict[str, Any]:
         return {}
     settings = {}
     try:
+        known = parser.long_options
         for key, text, where in read_settings(path, mode, tuple(MODES)):
-            action = parser.long_options.get(key)
+            action = known.get(key)
             if action is None or key in NO_SETTINGS:
                 raise Usage(f"{where}: udpchat {mode} has no setting {key!r}")
             try:
@@ -655,6 +664,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     finally:
         console.close()
         loop.close()
+    if is_terminal:
+        remember_nicks([known.nick for known in client.clients()])
     return client.leaving.exit_code or 0
 
 
