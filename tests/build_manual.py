@@ -267,7 +267,7 @@ def zsh() -> str:
 _udpchat_nicks() {{
     local -a nicks
     nicks=(${{(f)"$(cat "{NICKS}" 2> /dev/null)"}})
-    _values -s , nick $nicks
+    (($#nicks)) && _sequence compadd - $nicks
 }}
 
 _udpchat() {{
