@@ -54,6 +54,8 @@ VERSION = "1.0.0"
 EXIT_FAILED, EXIT_USAGE = 1, 2
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
+CALLED_AS = {"udpchat.py": "python udpchat.py", "udpchat.pyz": "python3 udpchat.pyz",     # other names: "udpchat"
+             "__main__.py": "python -m udpchat"}
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
 
@@ -303,8 +305,8 @@ def is_at_terminal() -> bool:
 
 
 def how_to_join(where: Address) -> str:
-    """Return what to type on another machine, in one line."""
-    program = "python udpchat.py" if sys.argv[0].endswith(".py") else "udpchat"
+    """Return what to type on another machine, in one line: the program as it was called here."""
+    program = CALLED_AS.get(os.path.basename(sys.argv[0]), "udpchat")
     return f"[Join with: {program} client NICK {reachable(where[0])} {where[1]}]\n"
 
 
@@ -619,6 +621,9 @@ def import_mode(mode: str) -> None:
         import server   # noqa: F401
     else:
         import client   # noqa: F401
+        if not os.path.exists(__file__):
+            # It is in an archive. Once that is replaced by another, Python finds no module in it: none is read later.
+            import editor   # noqa: F401
     gc.freeze()
     gc.enable()
 

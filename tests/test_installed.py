@@ -1,4 +1,4 @@
-"""How the program is packed, and that it runs wherever it is started: installed, and from a checkout.
+"""How the program is packed, and that it runs wherever it is started: installed, from a checkout, and as one file.
 
 The source distribution and the wheel are built once, from a copy of the checkout, and the wheel is installed into an
 environment of its own. Nothing comes from the network: setuptools, pip and msgpack are those that run the tests.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.build_zipapp import archive
 from tests.processes import PROGRAM, ROOT, WELCOME, Chat, received
 
 MODULES = {path.name for path in ROOT.glob("*.py")}
@@ -74,6 +75,7 @@ class Workshop:
         self.sdist = folder / "sdist"
         self.wheel = folder / "wheel"
         self.environment = folder / "environment"
+        self.zipapp = folder / "udpchat.pyz"
         self._done = folder / "done"
 
     def prepare(self) -> None:
@@ -88,6 +90,7 @@ class Workshop:
                 (self.source / name).write_text(STRAY)
         build("sdist", self.source, self.sdist)
         Environment(self.environment).install(build("wheel", self.source, self.wheel))
+        self.zipapp.write_bytes(archive())
         self._done.touch()
 
     @property
@@ -155,12 +158,13 @@ def test_installation_adds_a_folder_its_metadata_and_a_command_and_all_of_that_c
 
 # --- running ----------------------------------------------------------------------------------------------------
 
-WAYS = ("command", "module", "checkout")
+WAYS = ("command", "module", "checkout", "one file")
 
 
 def way_to_run(workshop: Workshop, way: str) -> list[str]:
-    """Return the words that start the program: as it is installed (in two ways), or from a checkout."""
-    return {"command": [workshop.script], "module": [workshop.python, "-m", "udpchat"], "checkout": PROGRAM}[way]
+    """Return the words that start the program: as it is installed (in two ways), from a checkout, or as one file."""
+    return {"command": [workshop.script], "module": [workshop.python, "-m", "udpchat"], "checkout": PROGRAM,
+            "one file": [workshop.python, str(workshop.zipapp)]}[way]
 
 
 def put_strays(folder: Path) -> None:
@@ -222,7 +226,7 @@ def test_another_folder_of_the_name_udpchat_does_not_matter(workshop: Workshop, 
 @pytest.mark.parametrize("way", WAYS)
 def test_ctrl_c_while_modules_are_imported_ends_it_without_a_traceback(
         workshop: Workshop, chat: Chat, way: str) -> None:
-    (chat.directory / "msgpack.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    (chat.directory / "argparse.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     alice = chat.run("client", "alice", command=way_to_run(workshop, way),
                      environment={"PYTHONPATH": str(chat.directory)})
     assert alice.wait() == -signal.SIGINT and not alice.err.data
