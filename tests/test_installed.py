@@ -24,6 +24,7 @@ from tests.processes import PROGRAM, ROOT, WELCOME, Chat, received
 
 MODULES = {path.name for path in ROOT.glob("*.py")}
 SOURCES = {*MODULES, "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg",
+           ".ci/run", ".github/workflows/ci.yml",
            *(str(path.relative_to(ROOT)) for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("docs/**/*.*")))}
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 STRAY = "raise SystemExit('not a module of the program')\n"
