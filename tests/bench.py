@@ -17,8 +17,6 @@ are measured in turn, and processor time is counted instead of the clock's where
 - memory     the peak of each process while lines are piped through. The yardstick: Python with the same modules.
 - start      from the call to the end of ``--help``, and to the first welcome of a client, of the installed program; and
              of ``python udpchat.py``, a script, which Python compiles at each start.
-- zipapp     the program as one file (tests/build_zipapp.py), where msgpack is not compiled: its start, lines through a
-             pipe, and one message. The yardstick, in turn with it: the installed program.
 - crowd      many clients register at once; until all hold the whole table.
 - idle       10,000 clients are registered and do nothing but ping: the server's processor time and memory.
 - table      bytes and processor time of the server for each change of the table and each client that is told. What
@@ -28,6 +26,8 @@ are measured in turn, and processor time is counted instead of the clock's where
              the loop (from the selector's return to its next call) of server and client, the latency of the pair.
 - loss       one stream, then two, through a simulated link on a virtual clock: 10 Mbit/s, 20 ms and 2 % random loss
              each way, a queue of 64 KiB.
+- zipapp     the program as one file (tests/build_zipapp.py), where msgpack is not compiled: its start, lines through a
+             pipe, and one message. The yardstick, in turn with it: the installed program.
 
 Many clients are a ``Swarm``: one process with a socket for each, that registers, fetches the table, pings and answers
 probes like a client, but of the table remembers only up to which version it holds it (three members keep all of it,
@@ -1298,9 +1298,9 @@ def measure_loss(names: set[str]) -> Iterator[Row]:
 # --- the table ------------------------------------------------------------------------------------------------
 
 MEASURES: dict[str, Callable[[set[str]], Iterator[Row]]] = {
-    "piped": measure_piped, "latency": measure_latency, "start": measure_start, "zipapp": measure_zipapp,
-    "keep": measure_mail, "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss,
-    "timers": measure_timers, "crowd": measure_many, "idle": measure_many, "table": measure_many}
+    "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
+    "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
+    "crowd": measure_many, "idle": measure_many, "table": measure_many, "zipapp": measure_zipapp}
 ROLES: dict[str, Callable[[list[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
     "--watched": watched}
