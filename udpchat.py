@@ -21,6 +21,8 @@ import os
 import signal
 import sys
 if __name__ == "__main__":
+    if sys.version_info < (3, 10):      # as in __main__.py
+        sys.exit("udpchat: Python 3.10 or newer is needed, this is %d.%d" % sys.version_info[:2])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports prints no traceback
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # with PYTHONSAFEPATH it is not there

@@ -105,7 +105,7 @@ def test_another_version_of_python_runs_it_from_the_sources(pyz: Path, chat: Cha
 
 
 def test_a_python_that_is_too_old_is_told_so(pyz: Path) -> None:
-    for path in pyz, ROOT:
+    for path in pyz, ROOT, ROOT / "udpchat.py":
         shown = subprocess.run([sys.executable, "-c", OLDER_PYTHON, str(path)], stderr=subprocess.PIPE)
         assert shown.returncode == 1
         assert shown.stderr == b"udpchat: Python 3.10 or newer is needed, this is 3.9\n"
