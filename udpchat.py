@@ -21,6 +21,8 @@ import os
 import signal
 import sys
 if __name__ == "__main__":
+    if sys.version_info < (3, 10):      # as in __main__.py
+        sys.exit("udpchat: Python 3.10 or newer is needed, this is %d.%d" % sys.version_info[:2])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports prints no traceback
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # with PYTHONSAFEPATH it is not there
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 gc.freeze()
 gc.enable()
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 # --- the command line -----------------------------------------------------------------------------------------
@@ -61,6 +63,8 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
 SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+CALLED_AS = {"udpchat.py": "python udpchat.py", "udpchat.pyz": "python3 udpchat.pyz",     # other names: "udpchat"
+             "__main__.py": "python -m udpchat"}
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
 
@@ -398,8 +402,8 @@ def is_at_terminal() -> bool:
 
 
 def how_to_join(where: Address) -> str:
-    """Return what to type on another machine, in one line."""
-    program = "python udpchat.py" if sys.argv[0].endswith(".py") else "udpchat"
+    """Return what to type on another machine, in one line: the program as it was called here."""
+    program = CALLED_AS.get(os.path.basename(sys.argv[0]), "udpchat")
     return f"[Join with: {program} client NICK {reachable(where[0])} {where[1]}]\n"
 
 
@@ -722,6 +726,9 @@ def import_mode(mode: str) -> None:
         import server   # noqa: F401
     else:
         import client   # noqa: F401
+        if not os.path.exists(__file__):
+            # It is in an archive. Once that is replaced by another, Python finds no module in it: none is read later.
+            import editor   # noqa: F401
     gc.freeze()
     gc.enable()
 

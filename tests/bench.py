@@ -26,6 +26,8 @@ are measured in turn, and processor time is counted instead of the clock's where
              the loop (from the selector's return to its next call) of server and client, the latency of the pair.
 - loss       one stream, then two, through a simulated link on a virtual clock: 10 Mbit/s, 20 ms and 2 % random loss
              each way, a queue of 64 KiB.
+- zipapp     the program as one file (tests/build_zipapp.py), where msgpack is not compiled: its start, lines through a
+             pipe, and one message. The yardstick, in turn with it: the installed program.
 
 Many clients are a ``Swarm``: one process with a socket for each, that registers, fetches the table, pings and answers
 probes like a client, but of the table remembers only up to which version it holds it (three members keep all of it,
@@ -69,7 +71,8 @@ from protocol import FOR_SIZE, Decoder, Info, addressed, encode, letters_of, pad
 from registry import ONLINE, Page, Table    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
 from terminal import show_time    # noqa: E402
-from tests.processes import SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
+from tests.build_zipapp import archive    # noqa: E402
+from tests.processes import PROGRAM, SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
 
 HOST = "127.0.0.1"
 ALL_TIME = 215.0          # s; what is not measured by then is not measured
@@ -112,9 +115,9 @@ TIME = Time()
 # --- processes ------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def world() -> Iterator[Chat]:
-    """A directory with processes of its own; both are gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="udpchat-bench-") as name, Chat(Path(name)) as chat:
+def world(program: Sequence[str] = PROGRAM) -> Iterator[Chat]:
+    """A directory with processes of its own, started by the words ``program``; all are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="udpchat-bench-") as name, Chat(Path(name), program) as chat:
         # like an installed program: what is imported was compiled before
         chat.environment.update(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(chat.directory / "compiled"))
         yield chat
@@ -129,9 +132,7 @@ def run_to_file(chat: Chat, path: Path, *arguments: str, stdin: int = subprocess
                 command: Sequence[str] | None = None) -> Process:
     """Start the program with its output in a file."""
     with path.open("wb") as file:
-        if command is not None:
-            return chat.run(*arguments, stdin=stdin, stdout=file.fileno(), command=command)
-        return chat.run(*arguments, stdin=stdin, stdout=file.fileno())
+        return chat.run(*arguments, stdin=stdin, stdout=file.fileno(), command=command)
 
 
 def run_with_pipe(chat: Chat, path: Path, *arguments: str, command: Sequence[str] | None = None,
@@ -285,9 +286,9 @@ def check_receipts(path: Path, receipt: str, count: int) -> None:
     assert found == count, f"{found} receipts for {count} lines"
 
 
-def through_chat(lines: Sequence[str]) -> float:
+def through_chat(lines: Sequence[str], program: Sequence[str] = PROGRAM) -> float:
     """Lines a second from alice's stdin to bob's stdout."""
-    with world() as chat:
+    with world(program) as chat:
         out, receipts = chat.directory / "out", chat.directory / "receipts"
         source = write_lines(chat.directory / "lines", lines, "send bob ")
         run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
@@ -483,11 +484,7 @@ def one_core() -> Iterator[None]:
 def measure_latency(names: set[str]) -> Iterator[Row]:
     """What one message takes."""
     with world() as chat, one_core():
-        out, line = chat.directory / "out", texts(1)[0]
-        run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
-        wait_for(chat, out, UPDATED)
-        alice = chat.client("alice")
-        alice.see(UPDATED)
+        line, alice = texts(1)[0], alice_and_bob(chat)
         echo = chat.run(command=role("--echo"))
         bare = chat.run(command=role("--bare", echo.next_line()))
         chats, bares = [], []
@@ -535,10 +532,15 @@ def ended(chat: Chat, *arguments: str, command: Sequence[str]) -> float:
     return time.monotonic() - began
 
 
+def shown_help(chat: Chat) -> float:
+    """Seconds that ``--help`` takes."""
+    return ended(chat, "--help", command=chat.program)
+
+
 def welcomed(chat: Chat) -> float:
     """Seconds from the start of a client to its welcome."""
     began = time.monotonic()
-    client = chat.run("client", "alice", HOST, str(chat.port), stdin=subprocess.DEVNULL, command=INSTALLED)
+    client = chat.run("client", "carol", HOST, str(chat.port), stdin=subprocess.DEVNULL)
     assert client.out.fd is not None
     seen = b""
     while WELCOME.encode() not in seen:
@@ -552,14 +554,13 @@ def welcomed(chat: Chat) -> float:
 
 def measure_start(names: set[str]) -> Iterator[Row]:
     """How long the program takes to be there."""
-    with world() as chat:
-        program = [sys.executable, str(ROOT / "udpchat.py")]
+    with world(INSTALLED) as chat:
         modules = [sys.executable, "-c", "import msgpack, argparse, selectors, socket"]
         chat.absent("alice")        # what is imported is compiled from now on
         trip = round_trip(chat)
-        ended(chat, "--help", command=INSTALLED)
-        times = [(ended(chat, command=modules), ended(chat, "--help", command=INSTALLED), welcomed(chat),
-                  ended(chat, "--help", command=program)) for _ in range(STARTS)]
+        shown_help(chat)
+        times = [(ended(chat, command=modules), shown_help(chat), welcomed(chat),
+                  ended(chat, "--help", command=PROGRAM)) for _ in range(STARTS)]
     bare, shown, welcome, script = (statistics.median(column) for column in zip(*times))
     yard = f"{bare * 1e3:.0f} ms: the imports"
     yield Row("start", f"--help {shown * 1e3:.0f} ms", yard, f"{shown / bare:.2f}", "<= 1.5 times",
@@ -569,6 +570,52 @@ def measure_start(names: set[str]) -> Iterator[Row]:
               f"{welcome / bare:.2f}", f"<= {limit * 1e3:.0f} ms: 1.5 times + 3 round trips", welcome <= limit)
     yield Row("start", f"--help of the script {script * 1e3:.0f} ms", yard, f"{script / bare:.2f}", "<= 1.5 times",
               script <= 1.5 * bare)
+
+
+# --- one file -------------------------------------------------------------------------------------------------
+
+ZIPAPP_LINES = 100_000
+ZIPAPP_ROUNDS = 3         # of lines through a pipe
+ZIPAPP_MESSAGES = 500
+
+
+def one_message(senders: Sequence[Process], count: int) -> list[float]:
+    """Seconds from a line for bob to its receipt, of each sender in turn; the medians."""
+    line = f"send bob {texts(1)[0]}\n"
+    rounds = [[one_round(sender, line, received("bob")) for sender in senders] for _ in range(count)]
+    return [statistics.median(column) for column in zip(*rounds)]
+
+
+def alice_and_bob(chat: Chat) -> Process:
+    """Start both; return alice, who knows bob."""
+    out = chat.directory / "out"
+    run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
+    wait_for(chat, out, UPDATED)
+    alice = chat.client("alice")
+    alice.see(UPDATED)
+    return alice
+
+
+def measure_zipapp(names: set[str]) -> Iterator[Row]:
+    """What it costs to run the program as one file."""
+    lines = texts(ZIPAPP_LINES)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="udpchat-bench-")))
+        (folder / "udpchat.pyz").write_bytes(archive())
+        programs = INSTALLED, [sys.executable, str(folder / "udpchat.pyz")]
+        rates = [[through_chat(lines, program) for program in programs] for _ in range(ZIPAPP_ROUNDS)]
+        stack.enter_context(one_core())
+        worlds = [stack.enter_context(world(program)) for program in programs]
+        took = one_message([alice_and_bob(chat) for chat in worlds], ZIPAPP_MESSAGES)
+        starts = [[measure(chat) for chat in worlds for measure in (shown_help, welcomed)] for _ in range(STARTS)]
+    plain_rate, rate = (statistics.median(column) for column in zip(*rates))
+    plain_help, plain_welcome, shown, welcome = (statistics.median(column) * 1e3 for column in zip(*starts))
+    for figure, yardstick, ratio in (
+            (f"--help {shown:.0f} ms", f"{plain_help:.0f} ms", shown / plain_help),
+            (f"welcome {welcome:.0f} ms", f"{plain_welcome:.0f} ms", welcome / plain_welcome),
+            (f"{rate:,.0f} lines/s", f"{plain_rate:,.0f} lines/s", rate / plain_rate),
+            (f"p50 {took[1] * 1e6:,.0f} us", f"{took[0] * 1e6:,.0f} us", took[1] / took[0])):
+        yield Row("zipapp", figure, f"{yardstick}: installed", f"{ratio:.2f}", "none", True)
 
 
 # --- the swarm ------------------------------------------------------------------------------------------------
@@ -1253,7 +1300,7 @@ def measure_loss(names: set[str]) -> Iterator[Row]:
 MEASURES: dict[str, Callable[[set[str]], Iterator[Row]]] = {
     "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
     "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
-    "crowd": measure_many, "idle": measure_many, "table": measure_many}
+    "crowd": measure_many, "idle": measure_many, "table": measure_many, "zipapp": measure_zipapp}
 ROLES: dict[str, Callable[[list[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
     "--watched": watched}

@@ -275,8 +275,9 @@ class Process:
 class Chat:
     """The world of one test: a directory, a server (started when one is needed), clients, proxies."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, program: Sequence[str] = PROGRAM) -> None:
         self.directory = directory
+        self.program = program      # the words that start it, where a call says no others
         self.state = directory / "state"
         self.store = directory / "store.db"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("UDPCHAT_")}
@@ -303,7 +304,7 @@ class Chat:
     # starting
 
     def run(self, *arguments: str | bytes, stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE,
-            environment: dict[str, str] | None = None, command: Sequence[str] = PROGRAM,
+            environment: dict[str, str] | None = None, command: Sequence[str] | None = None,
             terminal: int | None = None) -> Process:
         """Start the program. ``terminal``: a descriptor of the one that is to be its own."""
         def take_terminal() -> None:
@@ -311,7 +312,8 @@ class Chat:
             if terminal is not None:
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
-        popen = subprocess.Popen([*command, *arguments], stdin=stdin, stdout=stdout, stderr=stderr, bufsize=0,
+        words = self.program if command is None else command
+        popen = subprocess.Popen([*words, *arguments], stdin=stdin, stdout=stdout, stderr=stderr, bufsize=0,
                                  env=dict(self.environment, **(environment or {})), cwd=self.directory,
                                  preexec_fn=take_terminal if terminal is not None else None)
         ends: list[int | None] = []
@@ -338,7 +340,7 @@ class Chat:
         return process
 
     def complete(self, *arguments: str | bytes, environment: dict[str, str] | None = None,
-                 command: Sequence[str] = PROGRAM) -> Process:
+                 command: Sequence[str] | None = None) -> Process:
         """Run the program with nothing to read until it ends."""
         process = self.run(*arguments, stdin=subprocess.DEVNULL, environment=environment, command=command)
         process.wait()

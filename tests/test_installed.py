@@ -1,4 +1,4 @@
-"""How the program is packed, and that it runs wherever it is started: installed, and from a checkout.
+"""How the program is packed, and that it runs wherever it is started: installed, from a checkout, and as one file.
 
 The source distribution and the wheel are built once, from a copy of the checkout, and the wheel is installed into an
 environment of its own. Nothing comes from the network: setuptools, pip and msgpack are those that run the tests.
@@ -19,13 +19,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.build_zipapp import archive
 from tests.processes import PROGRAM, ROOT, WELCOME, Chat, received
 
 MODULES = {path.name for path in ROOT.glob("*.py")}
-FOLDERS = ("tests/*.py", "docs/**/*.*", "contrib/*.*")
-PAGES = {path.name for path in ROOT.glob("*.md")}
-SOURCES = {*MODULES, *PAGES, "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.cfg",
-           *(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(folder))}
+FOLDERS = (".ci", ".github", "contrib", "docs")
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("tests/*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*"))]
+SOURCES = {*MODULES, "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.cfg",
+           *(str(path.relative_to(ROOT)) for path in FILES if path.is_file())}
+SHARED = {"share/man/man1/udpchat.1", "share/bash-completion/completions/udpchat", "share/zsh/site-functions/_udpchat",
+          "share/fish/vendor_completions.d/udpchat.fish"}
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 STRAY = "raise SystemExit('not a module of the program')\n"
 NOT_OURS = {".venv/lib/stray.py", "build/lib/protocol.py"}     # the second: as an older version has left it
@@ -76,6 +79,7 @@ class Workshop:
         self.sdist = folder / "sdist"
         self.wheel = folder / "wheel"
         self.environment = folder / "environment"
+        self.zipapp = folder / "udpchat.pyz"
         self._done = folder / "done"
 
     def prepare(self) -> None:
@@ -90,6 +94,7 @@ class Workshop:
                 (self.source / name).write_text(STRAY)
         build("sdist", self.source, self.sdist)
         Environment(self.environment).install(build("wheel", self.source, self.wheel))
+        self.zipapp.write_bytes(archive())
         self._done.touch()
 
     @property
@@ -127,10 +132,11 @@ def names_in(wheel: Path) -> set[str]:
         return set(file.namelist())
 
 
-def test_wheel_holds_the_modules_in_one_folder_and_nothing_else(workshop: Workshop) -> None:
-    metadata = f"udpchat-{workshop.version}.dist-info/"
+def test_wheel_holds_the_modules_in_one_folder_the_manual_and_the_completions(workshop: Workshop) -> None:
+    metadata, data = f"udpchat-{workshop.version}.dist-info/", f"udpchat-{workshop.version}.data/data/"
     names = names_in(next(workshop.wheel.iterdir()))
-    assert {name for name in names if not name.startswith(metadata)} == {f"udpchat/{name}" for name in MODULES}
+    assert {name for name in names if not name.startswith(metadata)} == {
+        *(f"udpchat/{name}" for name in MODULES), *(data + name for name in SHARED)}
 
 
 def test_source_distribution_is_enough_to_build_the_same_wheel(workshop: Workshop, tmp_path: Path) -> None:
@@ -150,19 +156,22 @@ def test_installation_adds_a_folder_its_metadata_and_a_command_and_all_of_that_c
     modules, commands = environment.contents()
     assert modules - before[0] == {"udpchat", f"udpchat-{workshop.version}.dist-info"}
     assert commands - before[1] == {"udpchat"}
+    shared = [environment.commands.parent / name for name in SHARED]
+    assert all(path.is_file() for path in shared)
     assert chat.complete("--help", command=[str(environment.commands / "udpchat")]).wait() == 0
     environment.pip("uninstall", "-y", "udpchat")
-    assert environment.contents() == before
+    assert environment.contents() == before and not any(path.exists() for path in shared)
 
 
 # --- running ----------------------------------------------------------------------------------------------------
 
-WAYS = ("command", "module", "checkout")
+WAYS = ("command", "module", "checkout", "one file")
 
 
 def way_to_run(workshop: Workshop, way: str) -> list[str]:
-    """Return the words that start the program: as it is installed (in two ways), or from a checkout."""
-    return {"command": [workshop.script], "module": [workshop.python, "-m", "udpchat"], "checkout": PROGRAM}[way]
+    """Return the words that start the program: as it is installed (in two ways), from a checkout, or as one file."""
+    return {"command": [workshop.script], "module": [workshop.python, "-m", "udpchat"], "checkout": PROGRAM,
+            "one file": [workshop.python, str(workshop.zipapp)]}[way]
 
 
 def put_strays(folder: Path) -> None:
@@ -224,7 +233,7 @@ def test_another_folder_of_the_name_udpchat_does_not_matter(workshop: Workshop, 
 @pytest.mark.parametrize("way", WAYS)
 def test_ctrl_c_while_modules_are_imported_ends_it_without_a_traceback(
         workshop: Workshop, chat: Chat, way: str) -> None:
-    (chat.directory / "msgpack.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    (chat.directory / "argparse.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     alice = chat.run("client", "alice", command=way_to_run(workshop, way),
                      environment={"PYTHONPATH": str(chat.directory)})
     assert alice.wait() == -signal.SIGINT and not alice.err.data

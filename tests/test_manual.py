@@ -304,7 +304,7 @@ def test_every_option_is_named_in_the_pages(mode: str, capsys: pytest.CaptureFix
     assert sorted(options - set(OPTION.findall("".join(PAGES[page] for page in FOR_USERS)))) == []
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"CHANGELOG.md"}))    # it names those of the past, too
 def test_a_page_names_no_option_that_is_not_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     known = {"--version", "--help"}
     for mode in udpchat.MODES:

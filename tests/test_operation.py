@@ -305,6 +305,7 @@ def test_without_a_way_out_the_address_is_the_loopback(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("called, program", [
     ("udpchat.py", "python udpchat.py"), ("/opt/chat/udpchat.py", "python udpchat.py"),
+    ("/opt/chat/udpchat.pyz", "python3 udpchat.pyz"), ("/opt/chat/__main__.py", "python -m udpchat"),
     ("/usr/bin/udpchat", "udpchat"), ("-c", "udpchat")])
 def test_the_program_to_join_with_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch, called: str,
                                                              program: str) -> None:
