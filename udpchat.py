@@ -87,6 +87,11 @@ class Parser(argparse.ArgumentParser):
         """Raise Usage."""
         raise Usage(message)
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Write the help or the version. (Python itself would print a traceback where that is not possible.)"""
+        if not announce(message):
+            sys.exit(EXIT_FAILED)
+
 
 def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
     """Return an argument type: a whole number in [low, high]."""
@@ -323,12 +328,20 @@ def reachable(host: str) -> str:
     return "127.0.0.1"
 
 
-def announce(line: str) -> None:
-    """Write a line to stdout, whatever that is."""
+def announce(lines: str) -> bool:
+    """Write lines to stdout, whatever that is; return whether that was possible."""
+    writer = Writer(STDOUT)
     try:
-        os.write(STDOUT, line.encode())
+        if writer.is_file:
+            writer.put(lines.encode())
+        else:
+            os.write(STDOUT, lines.encode())    # which waits for a slow reader
+        return True
+    except ConnectionError:
+        pass        # nobody reads it
     except OSError as error:
         complain(f"cannot write to stdout: {error.strerror}")
+    return False
 
 
 def default_store(port: int) -> str:
@@ -563,6 +576,11 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     finally:
         console.close()
         loop.close()
+    try:
+        if not output.broken:
+            writer.check()
+    except OSError as error:
+        raise Failure(f"cannot write to stdout: {error.strerror}") from None
     return client.leaving.exit_code or 0
 
 
@@ -576,7 +594,7 @@ def end_in_order_on_signals(loop: SelectorLoop, interrupt: Callable[[], None]) -
 def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output]:
     """Set up the log; return stderr and its backlog. Raise Failure if the log file cannot be opened."""
     writer = Writer(STDERR)
-    output = Output(writer.put)
+    output = Output(writer.put_later if options.mode == "server" else writer.put)
     log.level, log.output = LEVELS.index(options.log_level), output
     if options.log_format == "json":
         log.line = json_line
