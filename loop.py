@@ -557,8 +557,8 @@ class Writer:
         self.is_terminal = os.isatty(self.fd)
         self.is_pipe = stat.S_ISFIFO(mode)
         self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
-        self.is_file = stat.S_ISREG(mode)
-        self._put: Callable[[bytes], int] | None = LineFile(fd).put if self.is_file else None
+        self._is_file = stat.S_ISREG(mode)
+        self._put: Callable[[bytes], int] | None = LineFile(fd).put if self._is_file else None
         if stat.S_ISSOCK(mode):
             sock = socket.socket(fileno=os.dup(fd))
             self._put = lambda data: sock.send(data, socket.MSG_DONTWAIT)
@@ -592,7 +592,7 @@ class Writer:
 
     def check(self) -> None:
         """Raise OSError if a file system has lost what it had accepted: NFS, for one, says so only at a close."""
-        if self.is_file:
+        if self._is_file:
             os.close(os.dup(self.fd))
 
 

@@ -30,13 +30,14 @@ import functools
 import re
 import select
 import socket
+import stat
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
-                  Writer, clean, json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LineFile, LogFile, Output, Reader, SelectorLoop,
+                  UdpSocket, Writer, clean, json_line, log, read_some, show_address, unmapped)
 from home import is_private, load_secret, make_private, state_home, token_for
 from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 if TYPE_CHECKING:
@@ -329,13 +330,13 @@ def reachable(host: str) -> str:
 
 
 def announce(lines: str) -> bool:
-    """Write lines to stdout, whatever that is; return whether that was possible."""
-    writer = Writer(STDOUT)
+    """Write lines to stdout, whatever that is, and wait for a slow reader; return whether that was possible."""
+    data = lines.encode()
     try:
-        if writer.is_file:
-            writer.put(lines.encode())
-        else:
-            os.write(STDOUT, lines.encode())    # which waits for a slow reader
+        is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        put = LineFile(STDOUT).put if is_file else functools.partial(os.write, STDOUT)
+        while data:
+            data = data[put(data):]
         return True
     except ConnectionError:
         pass        # nobody reads it

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
-                             Process, is_offline, no_ack, received, sends)
+from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, NO_BYTECODE, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED,
+                             WELCOME, Chat, Process, is_offline, no_ack, received, sends)
 
 STALL = 30.0              # s without progress after which messages go to the server
 MEMORY = 10 * 2 ** 20     # bytes; more than all that may be queued anywhere, less than what is piped in
@@ -310,7 +310,8 @@ def limit_files(process: Process, size: int) -> None:
 
 def client_with_a_full_disk(chat: Chat, path: Path) -> Process:
     """Start alice, who writes to ``path``; only a part of another line has room there."""
-    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=closed(f">> {path}"))
+    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=closed(f">> {path}"),
+                     environment=NO_BYTECODE)
     chat.until(lambda: path.exists() and UPDATED in path.read_text(), "the client to be online")
     limit_files(alice, path.stat().st_size + 3)
     return alice
@@ -379,7 +380,7 @@ def test_terminal_that_hangs_up_is_a_reader_that_goes_away(chat: Chat) -> None:
 def test_log_of_a_server_on_a_full_disk_goes_on_when_there_is_room_again(chat: Chat) -> None:
     path = chat.directory / "log"
     server = chat.run("server", "0", "--host", "127.0.0.1", "--store", ":memory:", "--log-level", "info",
-                      command=closed(f"2>> {path}"))
+                      command=closed(f"2>> {path}"), environment=NO_BYTECODE)
     port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
     limit_files(server, path.stat().st_size + 20)
     assert chat.client("alice", port=port).finish() == 0
@@ -421,7 +422,7 @@ def test_file_that_may_not_grow_gets_whole_messages_and_those_that_are_missing_l
 
     def start(limit: str, *more: str) -> Process:
         script = f'ulimit -f {limit}; exec "$@" {redirection} {path}'
-        return chat.run(*options, *more, command=["sh", "-c", script, "sh", *PROGRAM])
+        return chat.run(*options, *more, command=["sh", "-c", script, "sh", *PROGRAM], environment=NO_BYTECODE)
 
     def keep() -> None:
         lines = path.read_text().split("\n")
