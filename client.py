@@ -665,7 +665,7 @@ class Reason(Enum):
     QUIT = "quit"
     END_OF_INPUT = "end of stdin"
     SIGNAL = "signal"
-    READER_GONE = "nobody reads stdout"
+    READER_GONE = "nobody reads stdout, or it cannot be written"
 
 
 class Leaving:
@@ -690,7 +690,7 @@ class Leaving:
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
         self._deadline = NEVER
-        self._is_interrupted = False
+        self._is_interrupted = self._is_reader_gone = False
         self._loop, self._link, self._table, self._sending = loop, link, table, sending
         self._receipts, self._receiving, self._display, self._shell = receipts, receiving, display, shell
         self._stay, self._may_end = stay, may_end
@@ -746,6 +746,8 @@ class Leaving:
         if not self.is_over:
             self._conclude()
         self._display.flush()
+        if self._display.output.broken and self.reader_is_gone():
+            self._display.flush()
         self.exit_code = self._result
 
     def interrupt(self) -> None:
@@ -762,11 +764,14 @@ class Leaving:
             self._end(Reason.SIGNAL, 0.0)
 
     def reader_is_gone(self) -> bool:
-        """End, because nobody reads stdout; return False if that was known."""
-        if self.ending is Reason.READER_GONE:
+        """End, because nobody reads stdout or it cannot be written; return False if that was known."""
+        if self._is_reader_gone:
             return False
-        self._receipts.has_failed = True
-        if not self.is_over:
+        self._is_reader_gone = self._receipts.has_failed = True
+        self._display.report_error()
+        if self.is_over:
+            self._result = 1        # it was the last line that could not be written
+        else:
             self._end(Reason.READER_GONE, END_TIME)
         return True
 

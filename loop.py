@@ -476,8 +476,77 @@ class Reader:
             return b""
 
 
+def read_back(fd: int, size: int, at: int) -> bytes:
+    """Return ``size`` bytes at ``at`` of the regular file that ``fd`` writes, b"" where they cannot be read."""
+    import fcntl        # here: only files need it
+    path: str | bytes = f"/proc/self/fd/{fd}"       # opened again: a shell opens files for writing only
+    try:
+        if hasattr(fcntl, "F_GETPATH"):     # macOS
+            path = fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")
+        own = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:    # another file may have the name by now
+            return os.pread(own, size, at) if os.path.samestat(os.fstat(own), os.fstat(fd)) else b""
+        finally:
+            os.close(own)
+    except OSError:
+        return b""
+
+
+class LineFile:
+    """A regular file that gets whole lines, though a full disk accepts only a part of what is written.
+
+    The part of a line is cut off again, but nothing that others may have written: it must be the end of the file, and
+    be read back. Where that fails it stays, and the next line begins behind a line end, as behind any such line.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._has_begun = False     # the last write has ended a line
+
+    def put(self, lines: bytes) -> int:
+        """Write whole lines; return how many bytes of them were taken. Raise OSError if that is not even one line."""
+        data = lines if self._has_begun or self._is_at_line_start() else b"\n" + lines
+        added, done = len(data) - len(lines), 0
+        self._has_begun = True
+        try:
+            while done < len(data):     # behind a part, the next write says what is wrong
+                taken = os.write(self._fd, data[done:])
+                if not taken:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                done += taken
+            return len(lines)
+        except OSError:
+            self._has_begun = False
+            end = data.rfind(b"\n", 0, done) + 1
+            if end <= added:
+                self._take_back(data[:done])
+                raise
+            self._take_back(data[end:done])
+            return end - added
+
+    def _is_at_line_start(self) -> bool:
+        """Return whether the next write begins a line, False where that cannot be seen."""
+        import fcntl        # here: only files need it
+        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
+            at = os.fstat(self._fd).st_size
+        else:
+            at = os.lseek(self._fd, 0, os.SEEK_CUR)
+        return at == 0 or read_back(self._fd, 1, at - 1) == b"\n"
+
+    def _take_back(self, part: bytes) -> None:
+        """Cut ``part`` off, the last that was written, if it is still the end of the file."""
+        try:
+            end = os.lseek(self._fd, 0, os.SEEK_CUR)        # of that write, also where the file is appended to
+            start = end - len(part)
+            if part and end == os.fstat(self._fd).st_size and read_back(self._fd, len(part), start) == part:
+                os.ftruncate(self._fd, start)
+                os.lseek(self._fd, start, os.SEEK_SET)
+        except OSError:
+            pass        # it stays: see above
+
+
 class Writer:
-    """A standard stream of any kind, written to without blocking."""
+    """A standard stream of any kind, written to without blocking; a regular file gets whole lines."""
 
     def __init__(self, fd: int) -> None:
         try:
@@ -487,14 +556,21 @@ class Writer:
             self.fd, mode = fd, 0
         self.is_terminal = os.isatty(self.fd)
         self.is_pipe = stat.S_ISFIFO(mode)
-        self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
         self._may_block = self.fd == fd and (self.is_pipe or self.is_terminal)
+        self._is_file = stat.S_ISREG(mode)
+        self._put: Callable[[bytes], int] | None = LineFile(fd).put if self._is_file else None
+        if stat.S_ISSOCK(mode):
+            sock = socket.socket(fileno=os.dup(fd))
+            self._put = lambda data: sock.send(data, socket.MSG_DONTWAIT)
 
     def put(self, data: bytes) -> int:
-        """Write; return how many bytes were taken, 0 if none can be now. Raise OSError if the reader is gone."""
+        """Write; return how many bytes were taken, 0 if none can be now. Raise OSError.
+
+        That is a ConnectionError if the reader is gone.
+        """
         try:
-            if self._socket is not None:
-                return self._socket.send(data, socket.MSG_DONTWAIT)
+            if self._put is not None:
+                return self._put(data)
             if not self._may_block:
                 return os.write(self.fd, data)
             if select.select([], [self.fd], [], 0)[1]:
@@ -503,13 +579,28 @@ class Writer:
         except OSError as error:
             if error.errno in TRANSIENT:
                 return 0
+            if error.errno == errno.EIO and self.is_terminal:       # it has hung up
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
             raise
+
+    def put_later(self, data: bytes) -> int:
+        """Write like ``put``, but return 0 where that fails, so that it is tried again."""
+        try:
+            return self.put(data)
+        except OSError:
+            return 0
+
+    def check(self) -> None:
+        """Raise OSError if a file system has lost what it had accepted: NFS, for one, says so only at a close."""
+        if self._is_file:
+            os.close(os.dup(self.fd))
 
 
 class Output:
     """The backlog of one stream, in order, and who is called when some of it is written.
 
-    ``put`` gets bytes and returns how many it took. ``broken``: the reader is gone.
+    ``put`` gets bytes and returns how many it took. ``broken``: nothing can be written any more; ``error`` says why,
+    and is empty if the reader is gone.
     """
 
     def __init__(self, put: Callable[[bytes], int]) -> None:
@@ -517,6 +608,7 @@ class Output:
         self._chunks: deque[tuple[bytes, Callable[[int], None] | None]] = deque()
         self.pending = 0        # bytes
         self.broken = False
+        self.error = ""
 
     def write(self, data: bytes, written: Callable[[int], None] | None = None) -> None:
         """Append ``data``; call ``written`` with the number of further lines each time some are written.
@@ -532,9 +624,9 @@ class Output:
         """Return whether messages may be written: the backlog is not too long."""
         return self.pending < OUTPUT_LIMIT and len(self._chunks) < CHUNK_LIMIT
 
-    def give_up(self) -> None:
-        """Drop the backlog and everything that comes later: nobody reads it."""
-        self.broken = True
+    def give_up(self, error: str = "") -> None:
+        """Drop the backlog and everything that comes later: nobody reads it, or it cannot be written."""
+        self.broken, self.error = True, error
         self._chunks.clear()
         self.pending = 0
 
@@ -547,8 +639,8 @@ class Output:
             if data:
                 try:
                     taken = self._put(data)
-                except OSError:
-                    self.give_up()
+                except OSError as error:
+                    self.give_up("" if isinstance(error, ConnectionError) else error.strerror or str(error))
                     return
                 self.pending -= taken
             complete = taken == len(data)
@@ -631,24 +723,25 @@ class LogFile:
     def __init__(self, path: str) -> None:
         """Open or make the file. Raise OSError."""
         self._path = os.path.abspath(path)
-        self._fd = self._open()
+        self._fd, self._put = self._open()
 
-    def _open(self) -> int:
+    def _open(self) -> tuple[int, Callable[[bytes], int]]:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o666)
+        fd = os.open(self._path, flags, 0o666)
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        return fd, LineFile(fd).put if is_file else lambda data: os.write(fd, data)
 
     def put(self, data: bytes) -> int:
         """Write; return how many bytes were taken."""
         try:
-            return os.write(self._fd, data)
+            return self._put(data)
         except OSError:
             return 0
 
     def reopen(self) -> None:
         """Open the file of that name again: it may be another one by now. Raise OSError; the old one then stays."""
-        fd = self._open()
-        os.close(self._fd)
-        self._fd = fd
+        old, (self._fd, self._put) = self._fd, self._open()
+        os.close(old)
 
 
 class Log:

@@ -563,6 +563,11 @@ class Display:
         self.output.flush()
         self.errors.flush()
 
+    def report_error(self) -> None:
+        """Say why stdout cannot be written, unless it only has no reader any more."""
+        if self.output.error:
+            self.errors.write(f"udpchat: cannot write to stdout: {self.output.error}\n".encode())
+
     def draw(self, notices: Callable[[], Sequence[str]], prompt: str, is_ending: bool) -> None:
         """On a terminal, once all lines are written: draw the notices, and ask for the next command."""
         row = self.prompt

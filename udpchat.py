@@ -32,13 +32,14 @@ import functools
 import re
 import select
 import socket
+import stat
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
-                  Writer, clean, json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LineFile, LogFile, Output, Reader, SelectorLoop,
+                  UdpSocket, Writer, clean, json_line, log, read_some, show_address, unmapped)
 from home import (config_home, is_private, load_secret, make_private, read_settings, remember_nicks, state_home,
                   token_for)
 try:
@@ -109,6 +110,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise Usage."""
         raise Usage(message)
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Write the help or the version. (Python itself would print a traceback where that is not possible.)"""
+        if not announce(message):
+            sys.exit(EXIT_FAILED)
 
 
 def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
@@ -422,12 +428,20 @@ def reachable(host: str) -> str:
     return "127.0.0.1"
 
 
-def announce(line: str) -> None:
-    """Write a line to stdout, whatever that is."""
+def announce(lines: str) -> bool:
+    """Write lines to stdout, whatever that is, and wait for a slow reader; return whether that was possible."""
+    data = lines.encode()
     try:
-        os.write(STDOUT, line.encode())
+        is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        put = LineFile(STDOUT).put if is_file else functools.partial(os.write, STDOUT)
+        while data:
+            data = data[put(data):]
+        return True
+    except ConnectionError:
+        pass        # nobody reads it
     except OSError as error:
         complain(f"cannot write to stdout: {error.strerror}")
+    return False
 
 
 def default_store(port: int) -> str:
@@ -670,6 +684,11 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         loop.close()
     if is_terminal:
         remember_nicks([known.nick for known in client.clients()])
+    try:
+        if not output.broken:
+            writer.check()
+    except OSError as error:
+        raise Failure(f"cannot write to stdout: {error.strerror}") from None
     return client.leaving.exit_code or 0
 
 
@@ -683,7 +702,7 @@ def end_in_order_on_signals(loop: SelectorLoop, interrupt: Callable[[], None]) -
 def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output]:
     """Set up the log; return stderr and its backlog. Raise Failure if the log file cannot be opened."""
     writer = Writer(STDERR)
-    output = Output(writer.put)
+    output = Output(writer.put_later if options.mode == "server" else writer.put)
     log.level, log.output = LEVELS.index(options.log_level), output
     if options.log_format == "json":
         log.line = json_line

@@ -35,6 +35,8 @@ sys.path[0] = {str(ROOT)!r}
 import udpchat
 sys.exit(udpchat.main())
 """]
+# for a program that has little room for its files: Python itself would leave compiled modules there that are cut off
+NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
 DEADLINE = 60.0           # s; only for a test that hangs: what comes does so long before, on the slowest machine
 READ_SIZE = 65536         # bytes
 PIPE = subprocess.PIPE

@@ -114,6 +114,34 @@ def test_help_names_every_argument_and_its_default(chat: Chat, mode: list[str], 
     assert [word for word in words if word not in text] == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["send", "--help"]])
+def test_what_cannot_be_written_of_the_help_is_one_line_on_stderr_and_exit_1(chat: Chat, arguments: list[str]) -> None:
+    buffered = {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "wb") as full:
+        process = chat.run(*arguments, stdout=full.fileno(), environment=buffered)
+    assert process.wait() == 1
+    assert process.errors == ["udpchat: cannot write to stdout: No space left on device"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = chat.run(*arguments, stdout=writer, environment=buffered)
+    os.close(writer)
+    assert process.wait() == 1 and not process.err.data
+
+
+@pytest.mark.parametrize("before", ["", "whole\n", "torn"])
+def test_first_line_of_the_server_is_a_line_of_its_own_in_a_file(chat: Chat, before: str) -> None:
+    path = chat.directory / "output"
+    path.write_text(before)
+    with path.open("ab") as file:
+        server = chat.run("server", "0", "--host", "127.0.0.1", "--store", ":memory:", stdout=file.fileno())
+    chat.until(lambda: path.read_text().endswith("]\n"), "the server to be ready")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    *others, line = path.read_text().splitlines()
+    assert others == before.splitlines() and line.startswith("[Server listening on 127.0.0.1:")
+
+
 def test_short_forms_are_the_same_modes(chat: Chat) -> None:
     server = chat.run("-s", "0", "--store", ":memory:")
     port = server.see_match(r"\[Server listening on 0\.0\.0\.0:(\d+)\]").group(1)

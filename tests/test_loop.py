@@ -1,21 +1,24 @@
 """The loop, its timers and its outputs: a clock that is set by hand, and writes that take what they like."""
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
+import resource
 import selectors
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loop import (COMPACT_TIMERS, ERROR, INFO, MAX_TURN_TIME, OUTPUT_LIMIT, Log, Output, RestartableTimer, SelectorLoop,
-                  TimerHeap, UdpSocket)
+from loop import (COMPACT_TIMERS, ERROR, INFO, MAX_TURN_TIME, OUTPUT_LIMIT, LineFile, Log, LogFile, Output,
+                  RestartableTimer, SelectorLoop, TimerHeap, UdpSocket, Writer)
 
 
 class Paper:
@@ -284,7 +287,215 @@ def test_an_output_whose_reader_is_gone_takes_nothing_more() -> None:
     output.write(b"lost\n", told.append)
     output.flush()
     output.write(b"more\n", told.append)
-    assert output.broken and not output.pending and not told
+    assert output.broken and not output.pending and not told and output.error == ""
+
+
+def test_an_output_that_cannot_be_written_knows_why() -> None:
+    def put(data: bytes) -> int:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    output = Output(put)
+    told: list[int] = []
+    output.write(b"lost\n", told.append)
+    output.flush()
+    assert output.broken and not output.pending and not told and output.error == "Disk quota exceeded"
+
+
+# --- files on a full disk -------------------------------------------------------------------------------------
+
+APPENDING = pytest.mark.parametrize("flags", [0, os.O_APPEND], ids=["written", "appended to"])
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Let no file grow beyond ``size`` bytes, as on a full disk: a write accepts a part, the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class OpenFile:
+    """A file that is open for writing only, as a shell leaves it to a program."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = -1
+        self.lines = LineFile(-1)
+
+    def open(self, flags: int = 0, content: bytes = b"", at: int | None = None) -> LineFile:
+        """Open it with that content, to be written ``at`` a byte (by default behind the last one)."""
+        self.path.write_bytes(content)
+        self.fd = os.open(self.path, os.O_WRONLY | flags)
+        os.lseek(self.fd, len(content) if at is None else at, os.SEEK_SET)
+        self.lines = LineFile(self.fd)
+        return self.lines
+
+    @property
+    def content(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@pytest.fixture(name="file")
+def file_that_is_written(tmp_path: Path) -> Iterator[OpenFile]:
+    file = OpenFile(tmp_path / "file")
+    yield file
+    if file.fd >= 0:
+        os.close(file.fd)
+
+
+@APPENDING
+def test_a_full_disk_gets_whole_lines_and_the_rest_when_there_is_room_again(file: OpenFile, flags: int) -> None:
+    lines = file.open(flags)
+    with room_for(10):
+        assert lines.put(b"one\ntwo\nthree\n") == len(b"one\ntwo\n") and file.content == b"one\ntwo\n"
+        with pytest.raises(OSError, match="File too large"):
+            lines.put(b"three\n")
+        assert file.content == b"one\ntwo\n"
+    assert lines.put(b"three\n") == len(b"three\n") and file.content == b"one\ntwo\nthree\n"
+
+
+@APPENDING
+def test_a_line_is_taken_back_with_the_line_end_before_it(file: OpenFile, flags: int) -> None:
+    lines = file.open(flags, b"torn")
+    for size in range(4, 8):
+        with room_for(size), pytest.raises(OSError, match="File too large"):
+            lines.put(b"one\n")
+        assert file.content == b"torn"
+    lines.put(b"one\n")
+    assert file.content == b"torn\none\n"
+
+
+@APPENDING
+@pytest.mark.parametrize("content,at,before", [
+    (b"", 0, b""), (b"whole\n", 6, b""), (b"torn", 4, b"\n"), (b"a\nb\n", 2, b""), (b"a\nb\n", 3, b"\n"),
+    (b"whole\n", 8, b"\n")], ids=["an empty file", "behind a line", "behind a torn line", "over a line",
+                                  "inside a line", "behind the end"])
+def test_a_line_begins_where_the_one_before_it_has_ended(file: OpenFile, flags: int, content: bytes, at: int,
+                                                         before: bytes) -> None:
+    lines = file.open(flags, content, at)
+    if flags:
+        before, at = b"\n" if content == b"torn" else b"", len(content)
+    lines.put(b"one\n")
+    lines.put(b"two\n")
+    shown = before + b"one\ntwo\n"
+    assert file.content == content[:at].ljust(at, b"\0") + shown + content[at + len(shown):]
+
+
+@APPENDING
+def test_where_a_file_cannot_be_read_a_line_end_comes_first_and_nothing_is_taken_back(
+        file: OpenFile, flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loop.read_back", lambda *_: b"")
+    lines = file.open(flags, b"whole\n")
+    with room_for(9), pytest.raises(OSError, match="File too large"):
+        lines.put(b"one\n")
+    lines.put(b"one\n")
+    assert file.content == b"whole\n\non\none\n"
+    os.close(file.fd)
+    file.open(flags).put(b"one\n")
+    assert file.content == b"one\n", "an empty file has nothing to be seen"
+
+
+def when_full(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have somebody else ``act`` as soon as a write fails; then there is room again."""
+    write = os.write
+
+    def fail(fd: int, data: bytes) -> int:
+        try:
+            return write(fd, data)
+        except OSError:
+            monkeypatch.setattr("loop.os.write", write)
+            resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+            act()
+            raise
+    monkeypatch.setattr("loop.os.write", fail)
+
+
+@pytest.mark.parametrize("theirs", [b"theirs\n", b"theirs"], ids=["a line", "a part of a line"])
+def test_what_others_append_to_a_file_is_never_cut_off(file: OpenFile, monkeypatch: pytest.MonkeyPatch,
+                                                       theirs: bytes) -> None:
+    def append() -> None:
+        with file.path.open("ab") as other:
+            other.write(theirs)
+    lines = file.open(os.O_APPEND)
+    when_full(monkeypatch, append)
+    with room_for(6):
+        assert lines.put(b"one\ntwo\n") == len(b"one\n")
+    lines.put(b"two\n")
+    assert file.content == b"one\ntwtheirs\ntwo\n"
+
+
+def test_what_others_write_with_our_own_descriptor_is_never_cut_off(file: OpenFile,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs of one shell, as in ``(a & b) > file``: each writes where the other has ended."""
+    lines = file.open()
+    when_full(monkeypatch, lambda: os.write(file.fd, b"theirs\n"))
+    with room_for(2), pytest.raises(OSError, match="File too large"):
+        lines.put(b"one\n")
+    lines.put(b"one\n")
+    assert file.content == b"ontheirs\none\n"
+
+
+@pytest.mark.parametrize("flags,content", [(0, b"\0\0\0\0\0\0\ntwo\n"), (os.O_APPEND, b"two\n")],
+                         ids=["written", "appended to"])
+def test_a_file_may_be_emptied_while_it_is_written(file: OpenFile, monkeypatch: pytest.MonkeyPatch, flags: int,
+                                                   content: bytes) -> None:
+    lines = file.open(flags)
+    when_full(monkeypatch, lambda: os.truncate(file.path, 0))
+    with room_for(6):
+        assert lines.put(b"one\ntwo\n") == len(b"one\n")
+    lines.put(b"two\n")
+    assert file.content == content
+
+
+def test_a_file_that_accepts_nothing_without_an_error_is_a_full_disk(file: OpenFile,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = file.open()
+    monkeypatch.setattr("loop.os.write", lambda fd, data: 0)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        lines.put(b"one\n")
+
+
+def test_a_message_that_is_only_in_part_in_a_file_does_not_count_as_written(file: OpenFile) -> None:
+    file.open()
+    told: list[int] = []
+    output = Output(Writer(file.fd).put)
+    with room_for(9):
+        output.write(b"one\ntwo\n", told.append)
+        output.write(b"three\n", told.append)      # all of it would fit but its end
+        output.flush()
+        assert sum(told) == 2 and not output.broken
+        output.flush()
+    assert sum(told) == 2 and output.error == os.strerror(errno.EFBIG)
+    assert file.content == b"one\ntwo\n"
+
+
+def test_a_record_of_the_log_is_never_a_part_of_a_line_on_a_full_disk(tmp_path: Path) -> None:
+    path, logs = tmp_path / "log", []
+    for start in range(3):
+        logs.append(a_log())
+        logs[-1].write_to(LogFile(str(path)))
+        with room_for(start * 200 + 150):
+            for number in range(4):
+                logs[-1].info("start %d record %d %s", start, number, "x" * 10)
+    lines = path.read_text().split("\n")
+    assert lines.pop() == "" and 3 <= len(lines) < 12
+    assert all(re.fullmatch(r"\S+ \S+ INFO start \d record \d x{10}", line) for line in lines)
+    logs[-1].flush()
+    assert path.read_text().split("\n")[-2].endswith("start 2 record 3 xxxxxxxxxx")
+
+
+def test_a_log_on_a_standard_stream_goes_on_when_there_is_room_again(file: OpenFile) -> None:
+    file.open(os.O_APPEND)
+    log = a_log()
+    log.output = Output(Writer(file.fd).put_later)
+    with room_for(60):
+        for number in range(3):
+            log.info("record %d", number)
+    log.flush()
+    assert [line.split("INFO ")[1] for line in file.content.decode().splitlines()] == [
+        "record 0", "record 1", "record 2"]
 
 
 def test_a_log_that_nobody_reads_blocks_nothing_and_does_not_grow() -> None:

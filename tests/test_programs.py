@@ -22,8 +22,8 @@ import pytest
 from protocol import MAX_TEXT
 from terminal import ROUTINE, EVENT_FORMATS, JsonFormatter
 from tests.pages import block, section
-from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat, Process,
-                             is_offline, has_ipv6, received, sends)
+from tests.processes import (EXITING, NO_BYTECODE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME,
+                             Chat, Process, is_offline, has_ipv6, received, sends)
 
 PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
 Event = dict[str, Any]
@@ -672,3 +672,32 @@ def test_the_clock_of_the_manual_tells_the_time(chat: Chat) -> None:
     bot.feed("")
     (chat.directory / "answers").write_text("quit\n")
     assert bot.wait() == 0
+
+
+@pytest.mark.parametrize("restart", ["at once", "when there is room again"])
+def test_the_collector_of_the_readme_keeps_every_message_on_a_full_disk(chat: Chat, restart: str) -> None:
+    """What it writes is what the other script of the README reads, whatever the disk has accepted in between."""
+    scripts = re.findall(r"```sh\n((?:[^`]*\n)?[^`]*inbox\.jsonl.*\n)```", README)
+    collect, take_out = next(s for s in scripts if ">> inbox.jsonl" in s), next(s for s in scripts if "< inbox" in s)
+    environment, inbox = {**install(chat), **NO_BYTECODE}, chat.directory / "inbox.jsonl"
+
+    def collector(limit: str) -> Process:
+        """Start it on a disk that has room for a file of so many blocks."""
+        return chat.run("-c", f"ulimit -f {limit}\nexec {collect.strip()}", command=["sh"], environment=environment)
+    texts = [f"text {number} {'x' * (number * 37 % 200)} ä" for number in range(300)]
+    bot, bob = collector("16"), chat.client("bob")
+    bob.wait_for("archive")
+    bob.feed(sends("archive", texts))
+    assert bot.wait() == 1
+    assert bot.errors == ["udpchat: cannot write to stdout: File too large"]
+    for _ in range(3 if restart == "at once" else 0):
+        bot = collector("16")
+        assert bot.wait() == 1 and len(bot.errors) == 1
+    assert bob.finish() == 0
+    bot = collector("unlimited")
+    chat.until(lambda: texts[-1] in inbox.read_text(), "all to be collected")
+    bot.signal(signal.SIGTERM)
+    assert bot.wait() == 0
+    assert chat.run("-c", take_out, command=["sh"]).wait() == 0
+    shown = (chat.directory / "bob.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in shown] == texts

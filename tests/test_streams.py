@@ -1,9 +1,13 @@
 """Standard streams of every kind, readers that stall or go away, processes that are stopped or killed."""
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, OFFLINE, PROGRAM, SAVED, UPDATED, WELCOME, Chat,
-                             is_offline, no_ack, received, sends)
+from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, NO_BYTECODE, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED,
+                             WELCOME, Chat, Process, is_offline, no_ack, received, sends)
 
 STALL = 30.0              # s without progress after which messages go to the server
 MEMORY = 10 * 2 ** 20     # bytes; more than all that may be queued anywhere, less than what is piped in
@@ -268,13 +272,211 @@ def test_output_to_nowhere_is_written(chat: Chat) -> None:
     assert (alice.finish(), bob.finish()) == (0, 0)
 
 
-@pytest.mark.parametrize("redirection", [">&-", pytest.param(">/dev/full", marks=pytest.mark.skipif(
-    not os.path.exists("/dev/full"), reason="no /dev/full on this machine"))])
-def test_output_that_cannot_be_written_ends_the_client_with_1(chat: Chat, redirection: str) -> None:
-    chat.absent("bob")
-    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=closed(redirection))
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
+NO_SPACE = "udpchat: cannot write to stdout: No space left on device"
+
+
+@pytest.mark.parametrize("redirection,complaints", [
+    (">&-", ["udpchat: cannot write to stdout: Bad file descriptor"]), (">&- 2>&-", []),
+    pytest.param(">/dev/full", [NO_SPACE], marks=needs_full),
+    pytest.param(">/dev/full 2>/dev/full", [], marks=needs_full)])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["lines", "JSON"])
+def test_output_that_cannot_be_written_is_named_and_ends_the_client_with_1(
+        chat: Chat, options: list[str], redirection: str, complaints: list[str]) -> None:
+    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), "--stay", *options, command=closed(redirection))
     assert alice.wait() == 1
+    assert alice.errors == complaints
     assert chat.client("alice").finish() == 0
+
+
+@needs_full
+def test_send_whose_receipt_cannot_be_written_ends_with_1(chat: Chat) -> None:
+    bob = chat.client("bob")
+    arguments = ["send", "bob", "hello", "--server", f"127.0.0.1:{chat.port}", "--nick", "alice"]
+    alice = chat.run(*arguments, command=closed(">/dev/full"))
+    assert alice.wait() == 1 and alice.errors == [NO_SPACE]
+    bob.see("alice: hello")
+    assert chat.run(*arguments, "--quiet", command=closed(">/dev/full")).wait() == 0
+
+
+needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"),
+                                   reason="only Linux changes the limits of another process")
+
+
+def limit_files(process: Process, size: int) -> None:
+    """Let no file of a process grow beyond ``size`` bytes, as on a full disk (-1: there is room again)."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def client_with_a_full_disk(chat: Chat, path: Path) -> Process:
+    """Start alice, who writes to ``path``; only a part of another line has room there."""
+    alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), command=closed(f">> {path}"),
+                     environment=NO_BYTECODE)
+    chat.until(lambda: path.exists() and UPDATED in path.read_text(), "the client to be online")
+    limit_files(alice, path.stat().st_size + 3)
+    return alice
+
+
+@needs_prlimit
+def test_last_line_that_cannot_be_written_makes_the_exit_code_1(chat: Chat) -> None:
+    path = chat.directory / "output"
+    alice = client_with_a_full_disk(chat, path)
+    before = path.read_bytes()
+    assert alice.finish() == 1
+    assert alice.errors == ["udpchat: cannot write to stdout: File too large"] and path.read_bytes() == before
+
+
+@needs_prlimit
+def test_every_line_is_carried_out_or_handed_back_when_the_output_cannot_be_written(chat: Chat) -> None:
+    bob = chat.client("bob")
+    alice = client_with_a_full_disk(chat, chat.directory / "output")
+    texts = numbered(5000)
+    alice.feed(sends("bob", texts))
+    chat.until(lambda: alice.popen.poll() is not None, "the end of the client")
+    assert alice.wait() == 1
+    assert bob.finish() == 0
+    assert alice.errors[0] == "udpchat: cannot write to stdout: File too large"
+    handed_back = [line.removeprefix("send bob ") for line in alice.errors if line.startswith("send bob ")]
+    accounted = {*texts_of(bob.lines), *handed_back}
+    assert accounted and accounted == set(texts[:len(accounted)]), "what was not read is not handed back"
+
+
+FAULTY_CLOSE = """\
+import errno, os, sys
+import udpchat
+
+def copy(fd, work=os.dup):
+    if fd == 1:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    return work(fd)
+
+os.dup = copy
+sys.exit(udpchat.main())
+"""
+
+
+def test_file_system_that_loses_what_was_written_says_so_at_the_end(chat: Chat) -> None:
+    chat.server()
+    with (chat.directory / "output").open("wb") as file:
+        alice = chat.run("client", "alice", "127.0.0.1", str(chat.port), stdout=file.fileno(),
+                         command=[sys.executable, "-c", FAULTY_CLOSE], environment={"PYTHONPATH": str(ROOT)})
+    assert alice.finish() == 1
+    assert alice.errors == [f"udpchat: cannot write to stdout: {os.strerror(errno.EDQUOT)}"]
+
+
+def test_terminal_that_hangs_up_is_a_reader_that_goes_away(chat: Chat) -> None:
+    master, slave = os.openpty()
+    alice = chat.start("alice", "--stay", stdin=subprocess.DEVNULL, stdout=slave)
+    os.close(slave)
+    assert os.read(master, 1)
+    os.close(master)
+    bob = chat.client("bob")
+    bob.feed("send alice hello\n")
+    assert alice.wait() == 1 and not alice.err.data
+    bob.see(SAVED)
+
+
+@needs_prlimit
+def test_log_of_a_server_on_a_full_disk_goes_on_when_there_is_room_again(chat: Chat) -> None:
+    path = chat.directory / "log"
+    server = chat.run("server", "0", "--host", "127.0.0.1", "--store", ":memory:", "--log-level", "info",
+                      command=closed(f"2>> {path}"), environment=NO_BYTECODE)
+    port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
+    limit_files(server, path.stat().st_size + 20)
+    assert chat.client("alice", port=port).finish() == 0
+    limit_files(server, -1)
+    assert chat.client("bob", port=port).finish() == 0
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    lines = path.read_text().split("\n")
+    assert lines.pop() == "" and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
+    assert [nick for line in lines for nick in re.findall(r"INFO (alice|bob) .*", line)][:1] == ["alice"]
+
+
+# --- a disk that is full, and has room again ------------------------------------------------------------------
+
+def messages_in(lines: list[str], form: str) -> list[str]:
+    """Return the messages of alice in a file of bob's. Fail if a line cannot be read."""
+    if form == "JSON":
+        events = [json.loads(line) for line in lines]
+        return [event["text"] for event in events if event["type"] == "message" and event["from"] == "alice"]
+    for line in lines:
+        assert SHOWN.fullmatch(line) or line in (WELCOME, UPDATED, MAIL_NOTICE, OFFLINE), line
+    return texts_of(lines)
+
+
+FORMS = pytest.mark.parametrize("form", ["lines", "JSON"])
+
+
+def of_all_sizes(count: int) -> list[str]:
+    return [f"text {number} {'x' * (number * 37 % 200)}" for number in range(count)]
+
+
+@FORMS
+@pytest.mark.parametrize("redirection", [">>", ">"])
+def test_file_that_may_not_grow_gets_whole_messages_and_those_that_are_missing_later(chat: Chat, form: str,
+                                                                                     redirection: str) -> None:
+    texts, path = of_all_sizes(400), chat.directory / "output"
+    options = ["client", "bob", "127.0.0.1", str(chat.port), *["--json"] * (form == "JSON")]
+    shown: list[str] = []
+
+    def start(limit: str, *more: str) -> Process:
+        script = f'ulimit -f {limit}; exec "$@" {redirection} {path}'
+        return chat.run(*options, *more, command=["sh", "-c", script, "sh", *PROGRAM], environment=NO_BYTECODE)
+
+    def keep() -> None:
+        lines = path.read_text().split("\n")
+        assert lines.pop() == "", "the file ends with a line end"
+        if redirection == ">":
+            shown.extend(lines)
+        else:
+            shown[:] = lines
+    bob, alice = start("16", "--stay"), chat.client("alice")
+    alice.wait_for("bob")
+    alice.feed(sends("bob", texts))
+    for limit in ("32", "48"):
+        assert bob.wait() == 1
+        assert bob.errors == ["udpchat: cannot write to stdout: File too large"]
+        keep()
+        bob = start(limit, "--stay")
+    assert bob.wait() == 1
+    keep()
+    assert alice.finish() == 0
+    assert start("unlimited").finish() == 0
+    keep()
+    assert messages_in(shown, form) == texts
+
+
+IN_A_SMALL_FILE_SYSTEM = """\
+mount -t tmpfs -o size=256k none "$0" || exit 77
+cd "$0" && head -c 232000 /dev/zero > ballast && printf 'a line that somebody left without an end' > output || exit 77
+"$@" --stay >> output; echo "ended $?" >&2
+"$@" >> output; echo "ended $?" >&2
+rm ballast
+"$@" >> output; echo "ended $?" >&2
+cat output
+"""
+
+
+@FORMS
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no mount namespaces on this machine")
+def test_full_file_system_gets_whole_messages_and_the_rest_when_there_is_room_again(chat: Chat, form: str) -> None:
+    chat.absent("bob")
+    texts, disk = of_all_sizes(400), chat.directory / "disk"
+    alice = chat.client("alice")
+    alice.feed(sends("bob", texts))
+    assert alice.finish() == 0
+    disk.mkdir()
+    own = "-m" if os.geteuid() == 0 else "-rm"
+    bob = chat.run("client", "bob", "127.0.0.1", str(chat.port), *["--json"] * (form == "JSON"),
+                   stdin=subprocess.DEVNULL,
+                   command=["unshare", own, "sh", "-c", IN_A_SMALL_FILE_SYSTEM, str(disk), *PROGRAM])
+    code = bob.wait()
+    if not bob.errors or not bob.errors[-1].startswith("ended"):
+        pytest.skip(f"no file system may be mounted here (exit {code})")
+    assert bob.errors == [NO_SPACE, "ended 1"] * 2 + ["ended 0"]
+    assert bob.lines[0] == "a line that somebody left without an end" and bob.out.data.endswith(b"\n")
+    assert messages_in(bob.lines[1:], form) == texts
 
 
 def test_closed_error_output_changes_nothing(chat: Chat) -> None:
@@ -284,8 +486,9 @@ def test_closed_error_output_changes_nothing(chat: Chat) -> None:
     assert alice.events == [WELCOME, "[Unknown client nobody.]", OFFLINE]
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-def test_server_runs_with_closed_streams(chat: Chat, redirection: str) -> None:
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", "<&- >&- 2>&-",
+                                         pytest.param(">/dev/full 2>/dev/full", marks=needs_full)])
+def test_server_runs_with_closed_or_full_streams(chat: Chat, redirection: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
