@@ -650,19 +650,25 @@ def test_a_job_waits_for_a_server_that_is_not_up_yet(chat: Chat) -> None:
     assert sent.wait() == 0 and sent.lines == [is_offline("bob"), SAVED]
 
 
-def test_a_job_outlives_a_restart_of_the_server_and_says_nothing_of_it(chat: Chat) -> None:
-    bob, server = chat.client("bob"), chat.processes[0]
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_job_outlives_a_restart_of_the_server_and_says_nothing_of_it(chat: Chat, options: Sequence[str]) -> None:
+    server = chat.server("--log-level", "info")
+    bob = chat.client("bob")
     bob.signal(signal.SIGSTOP)
-    sent = job(chat, "bob", "hello", "--timeout", "60", *PATIENT, "--log-level", "info")
-    chat.rest(1)
+    sent = job(chat, "bob", "hello", "--timeout", "600", "--log-level", "info", *options)
+    wait_for_log(chat, server, "carl registered")
     server.kill()
     server.wait()
-    chat.rest(4)
-    assert not sent.lines and sent.popen.poll() is None
+    wait_for_log(chat, sent, "the server does not respond: trying again")
     chat.restart()
     bob.signal(signal.SIGCONT)
-    assert sent.wait() == 0 and NOT_RESPONDING not in sent.lines
-    bob.see("carl: hello")
+    assert sent.wait() == 0
+    if options:
+        assert not {"server-silent", "server-back"} & {event["type"] for event in events_of(sent)}
+    else:
+        assert NOT_RESPONDING not in sent.lines
+    assert bob.finish() == 0
+    assert sum(line.endswith(" hello") for line in bob.lines) == 1
 
 
 def test_a_job_gives_up_a_silent_server_when_its_time_is_over(chat: Chat) -> None:

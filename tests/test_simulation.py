@@ -729,6 +729,39 @@ def test_with_a_time_limit_a_job_says_at_its_end_that_the_server_has_gone_while_
     assert said(job) == [JOB_DONE[0], SILENT, *LOST] and job.exit_code == 1
 
 
+@pytest.mark.parametrize("gets_in", [True, False])
+def test_at_its_end_a_job_names_what_it_waits_for_then_and_not_what_it_has_waited_for_before(gets_in: bool) -> None:
+    world, (bob, alice) = start("bob", "alice")
+    assert world.server is not None
+    bob.end_input()
+    world.network.filter = losing("ack", source="server")
+    job = world.job("alice", "send bob hello", 20)
+    world.run(3)
+    if gets_in:
+        alice.end_input()
+        world.run(3)
+        assert is_ready(job)
+    world.server.crash()
+    world.run(20)
+    assert job.lines[-3:] == [SILENT, *LOST] and TAKEN not in job.lines
+
+
+def test_a_job_whose_message_gets_through_while_the_server_is_gone_succeeds_and_names_the_silence_at_its_end() -> None:
+    world, (bob,) = start_without("alice", "bob")
+    assert world.server is not None
+    bob.screen.set_rate(0)
+    world.job("carol", "send bob more-than-a-pipe-holds " + "x" * 60000)
+    world.run(2)
+    job = world.job("alice", "send bob hello " + "y" * 10000, 200)
+    world.run(2)
+    world.server.crash()
+    world.run(24)
+    assert job.client.link.is_silent and said(job) == []
+    bob.screen.set_rate(1e6)
+    world.run_until(lambda: not job.alive, 30)
+    assert said(job) == ["[Message received by bob.]", SILENT, "[Exiting]"] and job.exit_code == 0
+
+
 @pytest.mark.parametrize("is_mended", [True, False])
 def test_with_a_time_limit_a_job_waits_for_a_place_on_a_full_server(is_mended: bool) -> None:
     world, (bob,) = start("bob")
