@@ -26,7 +26,7 @@ from enum import Enum
 from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
-from loop import NEVER, Address, Loop, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
+from loop import NEVER, Address, Loop, Patience, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, padded, since_of
 from registry import ONLINE, Mirror, Page
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
@@ -42,6 +42,7 @@ COOKIES_PER_ATTEMPT = 3         # cookies accepted for one attempt to register
 HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
 PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
 PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
+REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts to register, after refusals that may pass
 
 
 class LinkState(Enum):
@@ -96,22 +97,24 @@ class ServerLink:
            │                                           └──────────> LEAVING <──────────────┘ (also from ONLINE)
            └───────────────────bye, or session unknown─────────────────┘
 
-    - OFFLINE: nothing is sent or accepted. REGISTERING: only ``reg`` is sent, for a cookie, then for a session.
+    - OFFLINE: nothing is sent or accepted. REGISTERING: only ``reg`` is sent, for a cookie, then for a session. As long
+      as ``Patience`` lasts, it begins again after a refusal that may pass; silence is waited out by an endless one.
     - SYNCING: there is a session; the table comes, then the mail that waited. No command is carried out before the
-      table shows us online, so that a script never races its own start. Silence of the server ends a client here.
+      table shows us online, so that a script never races its own start. Silence ends a client here that is not patient.
     - ONLINE: everything works. A ping every 15 s keeps the session and the NAT's mapping alive.
     - RETURNING: the server has called us offline, or has restarted and does not know the session. A new one is asked
       for as long as it takes; the user's commands and the chat with peers go on meanwhile.
     - LEAVING: ``dereg`` is sent until ``bye`` comes. In every state, ``close`` leads to OFFLINE at once.
 
-    An outage (``is_silent``) is no state: it may begin and pass in each of the last four.
+    An outage (``is_silent``) is no state: it may begin and pass in all but OFFLINE.
 
     The server may answer from another of its addresses than the one that was asked: one that listens on all of them
     cannot choose. In a session it is asked where it answered; while it is silent, at both in turn.
     """
 
     def __init__(self, loop: Loop, send: Send, nick: str, server: Address, owner: LinkOwner,
-                 table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None) -> None:
+                 table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None,
+                 patience: Patience) -> None:
         """``table_version``: returns up to which version the server's table is here.
 
         ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
@@ -124,7 +127,7 @@ class ServerLink:
         self.other_server = server              # and where it is asked next, if it is silent
         self._given_server = server             # where it was said to be: registrations begin there
         self._loop, self._send, self._nick, self._owner = loop, send, nick, owner
-        self._proof, self._table_version = proof, table_version
+        self._proof, self._table_version, self.patience = proof, table_version, patience
         self._server_id: bytes | None = None
         self._cookie: bytes | None = None
         self._cookies_left = 0
@@ -160,11 +163,11 @@ class ServerLink:
         self._go(LINK_REGISTERING)
         self._register()
 
-    def _register(self) -> None:
+    def _register(self, wait: float = 0.0) -> None:
         self.server = self.other_server = self._given_server
         self._reg_id = new_id(self._loop)
         self._cookie = None
-        self._registration.start()
+        self._registration.start(wait)
 
     def _send_reg(self, cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         self._cookies_left = cookies_left
@@ -189,6 +192,7 @@ class ServerLink:
         if info["id"] != self._reg_id or not self._registration.is_running or info["nick"] != self._nick:
             return
         self._registration.stop()
+        self.patience.renew()
         self.heard(is_same=False)
         self.session = info["session"]
         self._pings.clear()         # a late answer to one of an earlier session says nothing of this one
@@ -198,10 +202,11 @@ class ServerLink:
         self._owner.on_registered(info["session"], info["boot"], info["version"])
 
     def _reg_unanswered(self) -> None:
-        """End a client that starts; one that was online tries again."""
-        if self.is_starting:
+        """End a client that starts, unless it is patient; one that was online tries again."""
+        if self.is_starting and not self.patience.is_endless:
             self._owner.on_unanswered()
         else:
+            self.patience.reason = None
             self.announce_silence()
             self._register()
 
@@ -218,16 +223,22 @@ class ServerLink:
             self._session_is_gone()
             return
         self._registration.stop()
-        if reason == "full" and not self.is_starting:
-            wait = jittered(self._loop, OUTAGE_PING_INTERVAL)
-            self._loop.call_at(self._loop.now() + wait, self._try_again)
+        # after a restart of the server its clients wait for a place as long as it takes
+        limits = {"taken": self.patience.limit, "full": 0.0 if self.is_starting else NEVER}
+        wait = self.patience.wait_after(reason, REFUSAL_INTERVALS.get(reason, 0.0), limits.get(reason, 0.0))
+        if wait:
+            self._register(wait)
         else:
             self._owner.on_refused(reason)
 
-    def _try_again(self) -> None:
-        """Register, if that is still wanted: the server that restarted was full."""
-        if self.has_joined and not self._registration.is_running:
-            self._register()
+    def lose_patience(self) -> None:
+        """End over the silence or the refusal that is waited out, if there is one."""
+        self.patience.end()
+        if self.is_starting or self.has_joined:
+            if self.patience.reason is not None:
+                self._owner.on_refused(self.patience.reason)
+            elif self.is_silent:
+                self._owner.on_unanswered()
 
     def on_own_state(self, is_online: bool) -> None:
         """Note whether the table shows us online."""
@@ -287,7 +298,7 @@ class ServerLink:
         return True
 
     def _ping_unanswered(self) -> None:
-        if self.is_starting:
+        if self.is_starting and not self.patience.is_endless:
             self._owner.on_unanswered()
             return
         self.announce_silence()
@@ -761,6 +772,7 @@ class Leaving:
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
         if not self.ending or self._deadline == NEVER:
+            self._link.lose_patience()
             self._end(Reason.SIGNAL, 0.0)
 
     def reader_is_gone(self) -> bool:
@@ -778,7 +790,7 @@ class Leaving:
     def unanswered(self) -> None:
         """End, because the server is silent: a failure, unless we deregister and no command has asked for that."""
         is_failure = self._link.state is not LINK_LEAVING or self.command is not None
-        self._link.announce_silence(always=is_failure)
+        self._link.announce_silence(always=self._link.patience.end() or is_failure)
         self.give_up(int(is_failure))
 
     def give_up(self, code: int) -> None:
@@ -822,17 +834,19 @@ class Client:
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Address,
                  proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
-                 stay: bool = False, is_typed: bool = False, observer: Observer | None = None) -> None:
+                 stay: bool = False, is_typed: bool = False, observer: Observer | None = None,
+                 patience: Patience | None = None) -> None:
         """``proof``: see ``ServerLink``; ``ack_timeout``: s; ``stay``: go on receiving at the end of stdin.
 
-        ``is_typed``: stdin is a terminal.
+        ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
         """
+        patience = patience or Patience(loop)
         self.nick = nick
         self.decoder = Decoder()
         self.display = display
-        self.outbox = Outbox(nick, ack_timeout=ack_timeout)
+        self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox()
-        self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version, proof)
+        self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version, proof, patience)
         self.table_sync = TableSync(loop, nick, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, self.outbox.goes_direct, observer)
         self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
@@ -934,8 +948,11 @@ class Client:
         self.table_sync.end_session()
 
     def on_server_silent(self, is_news: bool) -> None:
-        """Tell of an outage; what waits for the server is stuck."""
-        self.display.tell("silent")
+        """Tell of an outage, unless it is waited out; what waits for the server is stuck."""
+        if self.link.patience.is_endless:
+            log.info("the server does not respond: trying again")
+        else:
+            self.display.tell("silent")
         if is_news:
             self.outbox.server_is_silent = True
             self.table_sync.interval = OUTAGE_PING_INTERVAL
@@ -944,7 +961,8 @@ class Client:
         """Tell that an outage has passed."""
         self.outbox.server_is_silent = False
         self.table_sync.interval = SYNC_INTERVAL
-        if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
+        # who is patient was not told of the outage; people see the welcome that comes next
+        if not self.link.patience.is_endless and (is_same or self.display.formatter.is_for_programs):
             self.display.tell("back")
 
     def on_pong(self, asked: float, version: int, mail: int) -> None:

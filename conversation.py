@@ -506,12 +506,13 @@ class Outbox:
     (``offline``), is stuck: it has a backlog of its own, so that it does not keep messages to others from being queued.
     """
 
-    def __init__(self, me: str, ack_timeout: float = ACK_TIMEOUT) -> None:
+    def __init__(self, me: str, ack_timeout: float = ACK_TIMEOUT, is_patient: bool = False) -> None:
+        """``is_patient``: nothing counts as stuck, because the owner has a limit for everything together."""
         self.conversations: dict[str, Conversation] = {}    # by recipient
         self.with_events: dict[str, Conversation] = {}      # whose events, or numbers pending, are to be looked at
         self.awaiting_recount: dict[str, Conversation] = {}     # whose events were taken, for ``recount``
         self._me = me
-        self._ack_timeout = ack_timeout
+        self._ack_timeout, self._is_patient = ack_timeout, is_patient
         self._session = bytes(SESSION_BYTES)
         self._server_is_silent = False
         self._offline = False
@@ -561,7 +562,8 @@ class Outbox:
     # how much is pending
 
     def _is_stuck(self, conversation: Conversation, route: Route) -> bool:
-        return conversation.stuck or self._offline or (self._server_is_silent and route is not DIRECT)
+        return (conversation.stuck or self._offline
+                or (self._server_is_silent and route is not DIRECT)) and not self._is_patient
 
     def is_stuck(self, now: float, nick: str) -> bool:
         """Return whether a message for ``nick`` (a conversation is open) does not move, if it is queued now."""

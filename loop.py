@@ -384,10 +384,13 @@ class Request:
         """Whether an answer is awaited."""
         return self._timer.is_set
 
-    def start(self) -> None:
-        """Ask for the first time."""
+    def start(self, wait: float = 0.0) -> None:
+        """Ask for the first time, in ``wait`` seconds; until then an answer counts as awaited, too."""
         self._attempts = 0
-        self._again()
+        if wait:
+            self._timer.set(self._loop.now() + wait)
+        else:
+            self._again()
 
     def stop(self) -> None:
         """Stop asking: the answer is here, or nobody wants it any more."""
@@ -402,6 +405,44 @@ class Request:
             self._unanswered()
         else:       # the answer may be in the socket still
             self._timer.set(self._loop.now())
+
+
+class Patience:
+    """For how long a request that was refused is made again.
+
+    ``is_endless``: until its owner calls ``end``. Otherwise ``limit`` says for how long, in s since the first refusal.
+    """
+
+    def __init__(self, loop: Loop, is_endless: bool = False, limit: float = 0.0) -> None:
+        self.is_endless, self.limit = is_endless, limit
+        self._loop = loop
+        self.renew()
+
+    def renew(self) -> None:
+        """Count from the next refusal on: the request was granted."""
+        self.reason: str | None = None      # of the refusal that is waited out
+        self._until = NEVER
+
+    def end(self) -> bool:
+        """Be endless no more; return whether it was."""
+        was_endless, self.is_endless = self.is_endless, False
+        return was_endless
+
+    def wait_after(self, reason: str, interval: float, limit: float) -> float:
+        """Return the seconds until the request is made again after a refusal, 0.0 if that is final.
+
+        ``interval``: s between attempts, if the reason may pass, else 0.0. ``limit``: s since the first refusal, unless
+        the patience is endless; the last attempt is made when they are over.
+        """
+        now = self._loop.now()
+        self._until = min(self._until, now + limit)
+        wait = jittered(self._loop, interval)
+        if not self.is_endless:
+            wait = max(0.0, min(wait, self._until - now))
+        if wait and reason != self.reason:
+            log.info("refused (%s): trying again", reason)
+        self.reason = reason if wait else None
+        return wait
 
 
 JITTER = 0.25             # part by which every repeated request varies, up and down: nobody stays in step with others

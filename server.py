@@ -211,7 +211,10 @@ class Gate:
             self._welcome(session)      # the same request again: its answer was lost
             return
         if sessions.is_spent(claim.request):
-            return      # a copy that was delayed by the network: the client who sent it has gone on since
+            # A copy that was delayed by the network: the client who sent it has gone on since, and ignores this. Or the
+            # welcome was lost, and somebody else has got the nick meanwhile: that client must begin again.
+            self.refuse(claim, TAKEN)
+            return
         verdict = registry.claim(claim.nick, claim.address, claim.token)
         if verdict == GRANTED:
             self._admit(claim)
@@ -219,8 +222,8 @@ class Gate:
             holder = registry.holder(claim.nick)
             assert holder is not None
             probe = self._prober.probe(claim.nick, holder, session)
-            if probe.claim is None:
-                probe.claim = claim
+            if claim.address in probe.claims or len(probe.claims) < CLAIMS_PER_PROBE:
+                probe.claims[claim.address] = claim
         else:
             self.refuse(claim, verdict)
 
@@ -249,13 +252,14 @@ class Gate:
 
 PROBE_TIMEOUT = 0.5       # s; a client that does not answer a probe in this time is offline
 PROBE_INTERVAL = 0.1      # s between repetitions inside that time
+CLAIMS_PER_PROBE = 64     # claims to one nick that wait for the same answer; others are repeated
 PROBE_RECHECK = 0.001     # s until the next look at a probe whose deadline came in a turn that left something unread
 
 
 class Probe:
     """One question "are you there?", and all who wait for its answer."""
 
-    __slots__ = ("id", "nick", "address", "session", "deadline", "saves", "claim")
+    __slots__ = ("id", "nick", "address", "session", "deadline", "saves", "claims")
 
     def __init__(self, id_: int, nick: str, address: Address, session: Session | None, now: float) -> None:
         self.id = id_
@@ -264,7 +268,7 @@ class Probe:
         self.session = session      # None: the nick was online there before the server was restarted
         self.deadline = now + PROBE_TIMEOUT
         self.saves: dict[int, tuple[SaveStream, int]] = {}    # stream -> who waits, for which number
-        self.claim: Claim | None = None
+        self.claims: dict[Address, Claim] = {}
 
     def datagram(self) -> bytes:
         """Return the question as it is sent."""
@@ -279,11 +283,11 @@ class Prober:
 
         probe -> ASKING ---- alive, from that address and with that session ----> answered
                  repeated     The client is there, perhaps at an address that is new (path validation).
-                 each 0.1 s   A claim to its nick is refused, the senders of saves get ``exists``.
+                 each 0.1 s   Claims to its nick are refused, the senders of saves get ``exists``.
                    |
                    +-------- 0.5 s without an answer --------------------------> unanswered
                               The client is offline, if that is where it was believed to be.
-                              A claim to its nick is considered again, saves are kept when they are repeated.
+                              Claims to its nick are considered again, saves are kept when they are repeated.
 
     To an address that nobody has proved (``probe_new_address``), a probe is sent only once, within the limit for
     replies. A probe ends unanswered only in a turn that read the socket empty: else the answer may be waiting there.
@@ -1027,17 +1031,18 @@ class Server:
         self.send_queue.put_for(session, self._pong(0, self.boot, session))
 
     def _answered(self, probe: Probe) -> None:
-        """Refuse the claim, and send ``exists`` to the senders: the client is there."""
-        if probe.claim is not None:
-            self.gate.refuse(probe.claim, TAKEN)
+        """Refuse the claims, and send ``exists`` to the senders: the client is there."""
+        for claim in probe.claims.values():
+            self.gate.refuse(claim, TAKEN)
         for save, number in probe.saves.values():
             self.keeper.send_exists(save, number)
 
     def _unanswered(self, probe: Probe) -> None:
-        """Go on with a claim: nobody is there. (Saves need nothing: their senders repeat them.)"""
-        if probe.claim is not None:
+        """Go on with the claims: nobody is there. (Saves need nothing: their senders repeat them.)"""
+        if probe.claims:
             self.registry.not_there(probe.nick, probe.address)
-            self.gate.consider(probe.claim)
+        for claim in probe.claims.values():     # the first one gets the nick, and is probed for the others
+            self.gate.consider(claim)
 
     def _on_ping(self, session: Session, info: Info) -> None:
         self.send_queue.put(self._pong(info["id"], self.boot, session), session.address)

@@ -38,8 +38,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LineFile, LogFile, Output, Reader, SelectorLoop,
-                  UdpSocket, Writer, clean, json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LineFile, LogFile, Output, Patience, Reader,
+                  SelectorLoop, UdpSocket, Writer, clean, json_line, log, read_some, show_address, unmapped)
 from home import (config_home, is_private, load_secret, make_private, read_settings, remember_nicks, state_home,
                   token_for)
 try:
@@ -61,6 +61,8 @@ VERSION = "1.1.0"
 # --- the command line -----------------------------------------------------------------------------------------
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+NICK_PATIENCE = 10.0           # s for which ``send`` waits for a nick that is in use, without ``--timeout``
+LOOKUP_INTERVAL = 1.0          # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
 SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
@@ -72,6 +74,10 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; 
 
 class Usage(Exception):
     """The arguments are wrong; the text says how, in one line. Exit 2."""
+
+
+class NotNow(Usage):
+    """A name cannot be looked up at present: no name server answers, say."""
 
 
 class Failure(Exception):
@@ -219,8 +225,8 @@ def add_send_options(send: Parser) -> None:
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
     send.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
-                      help="give up after this time; what is not closed counts as not delivered"
-                      " (default: none)")
+                      help="wait for everything so long: the server, a nick in use, the recipient; what is not closed"
+                      " then counts as not delivered (default: none)")
     send.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, stay=False, time=False,
                       bell=False)
     add_chat_options(send)
@@ -334,15 +340,28 @@ def setting(action: argparse.Action, text: str) -> Any:
 
 
 def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.AddressFamily, Address]:
-    """Return the first address of ``host``, and its family. Raise Usage if it has none."""
+    """Return the first address of ``host``, and its family. Raise Usage if it has none, NotNow if it may have one."""
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
         found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
         family, _, _, _, address = found[0]
         return family, (str(address[0]), int(address[1]))
-    except (OSError, UnicodeError, IndexError):
-        raise Usage(f"cannot resolve {clean(host) or repr(host)}") from None
+    except (OSError, UnicodeError, IndexError) as error:
+        is_passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        raise (NotNow if is_passing else Usage)(f"cannot resolve {clean(host) or repr(host)}") from None
+
+
+def resolve_patiently(host: str, port: int, end: float) -> tuple[socket.AddressFamily, Address]:
+    """Return the same as ``resolve``; try until ``end``, by the monotonic clock, if the name may have an address."""
+    while True:
+        try:
+            return resolve(host, port)
+        except NotNow as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise Failure(f"nothing was sent: {error}") from None
+            time.sleep(min(left, LOOKUP_INTERVAL))
 
 
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
@@ -644,9 +663,9 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
     from terminal import Console, Display
-    nick = own_nick(options)
-    family, server = resolve(*server_of(options))
     end = time.monotonic() + (options.timeout or NEVER)
+    nick, where = own_nick(options), server_of(options)
+    family, server = resolve_patiently(*where, end) if end < NEVER else resolve(*where)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
     secret = secret_of(options)
     loop = SelectorLoop()
@@ -662,8 +681,10 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     proof = functools.partial(token_for, secret) if secret is not None else None
+    # a nick without proof of ownership may be a stranger's: it is not waited for
+    limit = NICK_PATIENCE if options.mode == "send" and proof is not None else 0.0
     client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal)
+                    reader.is_terminal, patience=Patience(loop, end < NEVER, limit))
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)
     port.receive = client.receive

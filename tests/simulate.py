@@ -40,13 +40,14 @@ import msgpack
 import protocol
 from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
+from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Patience, Random, Scheduler, clean, log
 from protocol import Address, encode
 from home import token_for
 from registry import Mailbox, Registry, State
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
+from udpchat import NICK_PATIENCE
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -540,7 +541,7 @@ class Life(Node):
     """A process that runs a client, with a standard input that somebody types into."""
 
     def __init__(self, world: World, nick: str, address: Address, secret: bytes | None, stay: bool = False,
-                 name: str = "", speech: str = "plain") -> None:
+                 name: str = "", speech: str = "plain", timeout: float = NEVER, nick_patience: float = 0.0) -> None:
         self.nick: str = nick
         self.speech = speech                # "json": objects, to and fro; "talk": commands begin with a slash
         self.outcomes: dict[int, str] = {}  # what the closing object of a message said, by its ``ref``
@@ -570,8 +571,11 @@ class Life(Node):
         formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
-        self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self))
+        self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self),
+                             patience=Patience(self.loop, timeout < NEVER, nick_patience))
         self.client.inbox.on_release = self.note_release
+        if timeout < NEVER:
+            self.loop.call_at(self.loop.now() + timeout, self.client.leaving.time_is_over)
         self.client.start()
         if speech == "talk":
             self._put_in(f"talk {nick}")
@@ -658,6 +662,14 @@ class Life(Node):
         elif self._eof and not self._eof_read:
             self._eof_read = True
             client.shell.feed(b"")
+
+    def read_all(self) -> None:
+        """Hand on all that was typed, and its end, although the client does not read yet."""
+        self.fed += len(self._stdin)
+        self.client.shell.feed(bytes(self._stdin))
+        self.client.shell.feed(b"")
+        self._stdin.clear()
+        self._eof = self._eof_read = True
 
     def receive(self, datagram: bytes, source: Address) -> None:
         """Hand a datagram to the client."""
@@ -884,6 +896,11 @@ class Shown:
 
 # --- the world ------------------------------------------------------------------------------------------------
 
+def own_secret(nick: str) -> bytes:
+    """Return the secret of the user who owns ``nick``."""
+    return zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
+
+
 class World:
     """Virtual time, and everything that happens in it."""
 
@@ -949,9 +966,16 @@ class World:
     def client(self, nick: str, address: Address | None = None, stay: bool = False,
                secret: bytes | None = None, name: str = "", speech: str = "plain") -> Life:
         """Start a client; its secret is the nick's own unless another one is given."""
-        own = zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
-        return Life(self, nick, address or self.new_address(), secret if secret is not None else own, stay, name,
-                    speech)
+        return Life(self, nick, address or self.new_address(), secret if secret is not None else own_secret(nick),
+                    stay, name, speech)
+
+    def job(self, nick: str, line: str, timeout: float = NEVER) -> Life:
+        """Start what ``udpchat send`` is: a client that carries out one line, and ends. ``timeout``: s."""
+        life = Life(self, nick, self.new_address(), own_secret(nick), timeout=timeout,
+                    nick_patience=NICK_PATIENCE)
+        life.type(line)
+        life.read_all()
+        return life
 
     def running(self) -> Iterator[Life]:
         """Return the clients that run, in the order of their start."""

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import termios
 import time
@@ -536,6 +537,179 @@ def test_send_waits_no_longer_than_its_timeout(chat: Chat, who: str) -> None:
     stopped.signal(signal.SIGCONT)
     assert "[1 message not delivered.]" in sent.lines
     assert [json.loads(line) for line in sent.errors] == [{"send": "bob", "text": "two\nlines"}]
+
+
+# --- what ``udpchat send`` waits for --------------------------------------------------------------------------
+
+CARL_TAKEN, ONE_LOST = "[Nickname carl is taken.]", "[1 message not delivered.]"
+# a resolver that has no answer at first, and finds the servers of "later" at 127.0.0.1 when the file ``found`` is there
+PATCHY_NAMES = [sys.executable, "-c", f"""
+import os, socket, sys
+look_up = socket.getaddrinfo
+def answer(name, *arguments, **options):
+    if name == b"later" and not os.path.exists("found"):
+        open("asked", "w").close()
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    if name == b"never":
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return look_up(b"127.0.0.1" if name == b"later" else name, *arguments, **options)
+socket.getaddrinfo = answer
+sys.path[0] = {str(ROOT)!r}
+import udpchat
+sys.exit(udpchat.main())
+"""]
+
+
+def job(chat: Chat, *arguments: str, server: str = "", command: Sequence[str] = PROGRAM) -> Process:
+    """Start ``udpchat send`` as carl."""
+    environment = {"UDPCHAT_SERVER": server or f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"}
+    return chat.run("send", *arguments, stdin=subprocess.DEVNULL, environment=environment, command=command)
+
+
+def result_of(process: Process) -> tuple[int, list[str], list[str]]:
+    process.wait()
+    return result(process)
+
+
+def wait_for_log(chat: Chat, process: Process, text: str) -> None:
+    chat.until(lambda: text.encode() in process.err.data, f"{text!r} in the log")
+
+
+@pytest.mark.parametrize("jobs", [5, 10])
+def test_jobs_that_start_at_the_same_minute_with_one_nick_all_deliver(chat: Chat, jobs: int) -> None:
+    bob = chat.client("bob")
+    sent = [job(chat, "bob", f"number {number}") for number in range(jobs)]
+    assert [process.wait() for process in sent] == [0] * jobs
+    assert [process.lines for process in sent] == [[received("bob")]] * jobs
+    assert not any(process.errors for process in sent)
+    assert bob.finish() == 0
+    assert sorted(line for line in bob.lines if line.startswith("carl: ")) == sorted(
+        f"carl: number {number}" for number in range(jobs))
+
+
+def test_jobs_with_a_nick_that_nobody_had_before_all_deliver(chat: Chat) -> None:
+    chat.absent("bob")
+    sent = [job(chat, "bob", "hello", "--identity", str(chat.directory / "new")) for _ in range(4)]
+    assert [process.wait() for process in sent] == [0] * 4
+    assert [process.lines for process in sent] == [[is_offline("bob"), SAVED]] * 4
+
+
+@pytest.mark.parametrize("timeout", [(), ("--timeout", "60")])
+def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat, timeout: Sequence[str]) -> None:
+    chat.absent("bob")
+    carl = chat.client("carl")
+    sent = job(chat, "bob", "hello", "--log-level", "info", *timeout)
+    wait_for_log(chat, sent, "refused (taken): trying again")
+    chat.rest(1)
+    assert not sent.lines and sent.popen.poll() is None
+    assert carl.finish() == 0
+    assert sent.wait() == 0 and sent.lines == [is_offline("bob"), SAVED]
+
+
+def test_a_job_whose_nick_stays_in_use_gives_up_when_its_time_is_over(chat: Chat) -> None:
+    carl = chat.client("carl")
+    began = time.monotonic()
+    sent, told = job(chat, "carl", "hello", "--timeout", "3"), job(chat, "carl", "hello", "--timeout", "3", "--json")
+    quiet = job(chat, "carl", "hello", "--timeout", "3", "--quiet")
+    assert (sent.wait(), told.wait(), quiet.wait()) == (1, 1, 1)
+    assert time.monotonic() - began >= 3
+    assert result(sent)[1:] == ([CARL_TAKEN, ONE_LOST, EXITING], ["send carl hello"])
+    assert [kind(event) for event in events_of(told)] == [
+        ("refused", "taken"), ("failed", "not-delivered"), ("undelivered", None), ("exiting", None)]
+    assert result(quiet)[1:] == ([], [CARL_TAKEN, "send carl hello", ONE_LOST])
+    assert carl.finish() == 0
+
+
+def test_a_job_without_a_time_limit_waits_ten_seconds_for_its_nick_and_an_anonymous_one_does_not(chat: Chat) -> None:
+    carl, eve = chat.client("carl"), chat.client("eve", "--anonymous")
+    began = time.monotonic()
+    sent, hasty = job(chat, "carl", "hello"), job(chat, "carl", "hello", "--anonymous", "--nick", "eve")
+    assert hasty.wait() == 1 and hasty.lines == ["[Nickname eve is taken.]", ONE_LOST, EXITING]
+    assert sent.popen.poll() is None
+    assert sent.wait() == 1 and sent.lines == [CARL_TAKEN, ONE_LOST, EXITING]
+    assert time.monotonic() - began >= 9.5
+    assert (carl.finish(), eve.finish()) == (0, 0)
+
+
+def test_a_job_waits_for_a_server_that_is_not_up_yet(chat: Chat) -> None:
+    chat.absent("bob")
+    chat.processes[0].signal(signal.SIGTERM)
+    chat.processes[0].wait()
+    sent, hasty = job(chat, "bob", "hello", "--timeout", "60"), job(chat, "bob", "hello")
+    assert hasty.wait() == 1 and hasty.lines == [NOT_RESPONDING, ONE_LOST, EXITING]
+    assert not sent.lines and sent.popen.poll() is None
+    chat.restart()
+    assert sent.wait() == 0 and sent.lines == [is_offline("bob"), SAVED]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_job_outlives_a_restart_of_the_server_and_says_nothing_of_it(chat: Chat, options: Sequence[str]) -> None:
+    server = chat.server("--log-level", "info")
+    bob = chat.client("bob")
+    bob.signal(signal.SIGSTOP)
+    sent = job(chat, "bob", "hello", "--timeout", "600", "--log-level", "info", *options)
+    wait_for_log(chat, server, "carl registered")
+    server.kill()
+    server.wait()
+    wait_for_log(chat, sent, "the server does not respond: trying again")
+    chat.restart()
+    bob.signal(signal.SIGCONT)
+    assert sent.wait() == 0
+    if options:
+        assert not {"server-silent", "server-back"} & {event["type"] for event in events_of(sent)}
+    else:
+        assert NOT_RESPONDING not in sent.lines
+    assert bob.finish() == 0
+    assert sum(line.endswith(" hello") for line in bob.lines) == 1
+
+
+def test_a_job_gives_up_a_silent_server_when_its_time_is_over(chat: Chat) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        sent = job(chat, "bob", "hello", "--timeout", "5", server=f"127.0.0.1:{nobody.getsockname()[1]}")
+        assert sent.wait() == 1
+        assert time.monotonic() - began >= 4.9
+    assert result(sent)[1:] == ([NOT_RESPONDING, ONE_LOST, EXITING], ["send bob hello"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["nick", "silence"])
+def test_a_signal_ends_a_job_that_waits_and_its_message_is_handed_back(chat: Chat, number: int, what: str) -> None:
+    chat.absent("carl")
+    if what == "nick":
+        chat.client("carl")
+    else:
+        chat.processes[0].kill()
+    sent = job(chat, "bob", "hello", "--timeout", "600", "--log-level", "info")
+    wait_for_log(chat, sent, "refused (taken)" if what == "nick" else "the server does not respond")
+    sent.signal(number)
+    assert sent.wait() == 1
+    assert sent.lines == [ONE_LOST] and "send bob hello" in sent.errors
+
+
+def test_a_job_waits_for_a_name_that_cannot_be_looked_up_just_now(chat: Chat) -> None:
+    chat.absent("bob")
+    server = f"later:{chat.port}"
+    sent, hasty = (job(chat, "bob", "hello", *timeout, server=server, command=PATCHY_NAMES)
+                   for timeout in (("--timeout", "60"), ()))
+    assert result_of(hasty) == (2, [], ["udpchat: cannot resolve later"])
+    chat.until((chat.directory / "asked").exists, "a look-up")
+    assert sent.popen.poll() is None
+    (chat.directory / "found").touch()
+    assert result_of(sent) == (0, [is_offline("bob"), SAVED], [])
+
+
+def test_a_job_gives_up_a_name_that_does_not_exist_at_once_and_one_without_an_answer_in_time(chat: Chat) -> None:
+    never = job(chat, "bob", "hello", "--timeout", "600", server="never", command=PATCHY_NAMES)
+    assert result_of(never) == (2, [], ["udpchat: cannot resolve never"])
+    later = job(chat, "bob", "hello", "--timeout", "2", server="later", command=PATCHY_NAMES)
+    assert result_of(later) == (1, [], ["udpchat: nothing was sent: cannot resolve later"])
+    interrupted = job(chat, "bob", "hello", "--timeout", "600", server="later", command=PATCHY_NAMES)
+    (chat.directory / "asked").unlink()
+    chat.until((chat.directory / "asked").exists, "a look-up")
+    interrupted.signal(signal.SIGINT)
+    assert result_of(interrupted) == (1, [], ["udpchat: nothing was sent: interrupted"])
 
 
 def test_arguments_win_over_the_environment(chat: Chat) -> None:

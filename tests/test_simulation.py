@@ -16,7 +16,9 @@ import protocol
 import registry
 from client import OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 from protocol import encode
+from stream import NEVER
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
+from udpchat import NICK_PATIENCE
 
 SEEDS = 300
 CHUNK, STORM_CHUNK = 5, 20    # seeds in one test
@@ -564,6 +566,248 @@ def test_a_client_that_was_replaced_while_it_was_stopped_ends_when_it_goes_on() 
     bob.type("send alice hello")
     world.run(1)
     assert count(other, "bob: hello") == 1
+
+
+# --- jobs: what `udpchat send` is ---------------------------------------------------------------------------------
+
+TAKEN, FULL, SILENT = "[Nickname alice is taken.]", "[The server is full.]", "[Server not responding]"
+LOST = ["[1 message not delivered.]", "[Exiting]"]
+JOB_DONE = ["[bob is offline, message sent to server.]", "[Messages received by the server and saved]"]
+
+
+def start_without(nick: str, *nicks: str) -> tuple[World, list[Life]]:
+    """Return what ``start`` does; ``nick`` is known, and offline."""
+    world, (absent, *lives) = start(nick, *nicks)
+    absent.end_input()
+    world.run(2)
+    assert absent.exit_code == 0
+    return world, lives
+
+
+def said(life: Life) -> list[str]:
+    """Return what a job has said, but what ``udpchat send`` does not show."""
+    return [line for line in life.lines if line not in (
+        "[Welcome, You are registered.]", "[Client table updated.]", "[You are Offline. Bye.]")]
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.1])
+@pytest.mark.parametrize("jobs", [5, 10])
+def test_jobs_that_start_at_the_same_instant_with_one_nick_all_deliver_and_none_throws_out_another(
+        jobs: int, loss: float) -> None:
+    for seed in range(10):
+        world = World(seed)
+        world.start_server()
+        bob = world.client("bob")
+        world.run(3)
+        world.network.weather = Weather(loss=loss)
+        lives = [world.job("alice", f"send bob number-{number}") for number in range(jobs)]
+        world.run_until(lambda: not any(life.alive for life in lives), 20)
+        assert [life.exit_code for life in lives] == [0] * jobs
+        assert sorted(line for line in bob.lines if line.startswith("alice: ")) == sorted(
+            f"alice: number-{number}" for number in range(jobs))
+        if not loss:
+            assert all(count(life, "[Welcome, You are registered.]") == 1 for life in lives), "nobody was replaced"
+
+
+def test_a_job_whose_nick_runs_for_ever_gives_up_after_ten_seconds_and_hands_its_message_back() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    began = world.now
+    job = world.job("alice", "send bob hello")
+    world.run(NICK_PATIENCE - 0.1)
+    assert job.lines == [] and job.alive
+    assert NICK_PATIENCE <= job.sent <= 2 * NICK_PATIENCE / (0.5 * 0.75), "it asks at a moderate pace"
+    world.run_until(lambda: not job.alive, 1)
+    assert world.now - began < NICK_PATIENCE + 0.5
+    assert (job.exit_code, job.lines, job.complaints) == (1, [TAKEN, *LOST], ["send bob hello"])
+    assert alice.alive and not ends(alice, "taken.]")
+
+
+@pytest.mark.parametrize("timeout", [NEVER, 30.0])
+def test_a_job_gets_in_as_soon_as_the_holder_of_its_nick_has_left(timeout: float) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    job = world.job("alice", "send bob hello", timeout)
+    world.run(3)
+    alice.end_input()
+    world.run_until(lambda: alice.exit_code == 0, 2)
+    world.run(1.5)
+    assert job.exit_code == 0 and said(job) == ["[Message received by bob.]"] and count(bob, "alice: hello") == 1
+
+
+def test_with_a_time_limit_a_job_waits_for_its_nick_until_that_is_over_and_not_beyond() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    job = world.job("alice", "send bob hello", 25)
+    world.run(24.9)
+    assert job.lines == [] and job.alive
+    world.run(0.2)
+    assert (job.exit_code, job.lines, job.complaints) == (1, [TAKEN, *LOST], ["send bob hello"])
+
+
+def test_a_nick_that_is_another_ones_is_not_waited_for() -> None:
+    world, (bob,) = start("bob")
+    thief = Life(world, "bob", world.new_address(), bytes(32), timeout=60, nick_patience=NICK_PATIENCE)
+    world.run(1)
+    assert thief.lines == ["[Nickname bob belongs to someone else.]", "[Exiting]"] and thief.exit_code == 1
+
+
+def test_a_job_that_was_replaced_while_it_was_stopped_waits_for_its_nick_again_and_delivers_once() -> None:
+    world, (bob,) = start_without("alice", "bob")
+    world.network.filter = losing("chat", "save", source="alice")
+    first = world.job("alice", "send bob one", 90)
+    world.run(2)
+    assert is_ready(first)
+    first.stop_for(3)
+    second = world.job("alice", "send bob two", 90)
+    world.run(2)
+    assert is_ready(second)
+    world.run(2 * PING_INTERVAL)
+    assert first.alive and not ends(first, "taken.]")
+    world.network.filter = None
+    world.run_until(lambda: not first.alive and not second.alive, 30)
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert (count(first, "[Welcome, You are registered.]"), count(second, "[Welcome, You are registered.]")) == (2, 1)
+    assert sorted(line for line in bob.lines if line.startswith("alice: ")) == ["alice: one", "alice: two"]
+
+
+@pytest.mark.parametrize("late", [1.0, 4.0, 20.0])
+def test_with_a_time_limit_a_job_waits_for_a_server_that_is_not_up_yet_and_says_nothing_of_it(late: float) -> None:
+    world, _ = start_without("bob")
+    assert world.server is not None
+    world.server.crash()
+    job = world.job("alice", "send bob hello", 30)
+    world.run(late)
+    assert job.alive and job.lines == []
+    world.start_server()
+    world.run(3)
+    assert job.exit_code == 0 and said(job) == JOB_DONE
+
+
+def test_with_a_time_limit_a_job_gives_up_a_silent_server_when_that_is_over() -> None:
+    world = World(1)
+    job = world.job("alice", "send bob hello", 12)
+    world.run(11.9)
+    assert job.alive and job.lines == []
+    world.run(0.2)
+    assert (job.exit_code, len(job.complaints)) == (1, 1)
+    assert job.lines == [SILENT, *LOST]
+
+
+def test_without_a_time_limit_a_job_gives_up_a_silent_server_as_soon_as_a_client_does() -> None:
+    world = World(1)
+    job, client = world.job("alice", "send bob hello"), world.client("carol")
+    world.run(2.5 * 1.25)
+    assert job.lines == [SILENT, *LOST] and client.lines == [SILENT, "[Exiting]"]
+
+
+@pytest.mark.parametrize("lost", ["cookie", "welcome", "table", "ack"])
+@pytest.mark.parametrize("outage", [1.0, 8.0, 100.0])
+def test_with_a_time_limit_a_job_outlives_a_restart_of_the_server_at_any_of_its_steps(lost: str, outage: float) -> None:
+    world, _ = start_without("bob")
+    assert world.server is not None
+    world.network.filter = losing(lost, source="server")
+    job = world.job("alice", "send bob hello", 300)
+    world.run(1)
+    world.server.crash()
+    world.run(outage)
+    assert job.alive and SILENT not in job.lines
+    world.network.filter = None
+    world.start_server()
+    world.run_until(lambda: not job.alive, 30)
+    assert job.exit_code == 0 and said(job) == JOB_DONE
+    assert len(world.ledger.messages) == 1
+
+
+def test_with_a_time_limit_a_job_says_at_its_end_that_the_server_has_gone_while_it_was_online() -> None:
+    world, _ = start_without("bob")
+    assert world.server is not None
+    world.network.filter = losing("ack", source="server")
+    job = world.job("alice", "send bob hello", 20)
+    world.run(1)
+    world.server.crash()
+    world.run(18.9)
+    assert job.alive and said(job) == JOB_DONE[:1]
+    world.run(0.2)
+    assert said(job) == [JOB_DONE[0], SILENT, *LOST] and job.exit_code == 1
+
+
+@pytest.mark.parametrize("gets_in", [True, False])
+def test_at_its_end_a_job_names_what_it_waits_for_then_and_not_what_it_has_waited_for_before(gets_in: bool) -> None:
+    world, (bob, alice) = start("bob", "alice")
+    assert world.server is not None
+    bob.end_input()
+    world.network.filter = losing("ack", source="server")
+    job = world.job("alice", "send bob hello", 20)
+    world.run(3)
+    if gets_in:
+        alice.end_input()
+        world.run(3)
+        assert is_ready(job)
+    world.server.crash()
+    world.run(20)
+    assert job.lines[-3:] == [SILENT, *LOST] and TAKEN not in job.lines
+
+
+def test_a_job_whose_message_gets_through_while_the_server_is_gone_succeeds_and_names_the_silence_at_its_end() -> None:
+    world, (bob,) = start_without("alice", "bob")
+    assert world.server is not None
+    bob.screen.set_rate(0)
+    world.job("carol", "send bob more-than-a-pipe-holds " + "x" * 60000)
+    world.run(2)
+    job = world.job("alice", "send bob hello " + "y" * 10000, 200)
+    world.run(2)
+    world.server.crash()
+    world.run(24)
+    assert job.client.link.is_silent and said(job) == []
+    bob.screen.set_rate(1e6)
+    world.run_until(lambda: not job.alive, 30)
+    assert said(job) == ["[Message received by bob.]", SILENT, "[Exiting]"] and job.exit_code == 0
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_with_a_time_limit_a_job_waits_for_a_place_on_a_full_server(is_mended: bool) -> None:
+    world, (bob,) = start("bob")
+    assert world.server is not None
+    world.server.server.registry.max_clients = 1
+    hasty, job = world.job("alice", "send bob early"), world.job("alice", "send bob hello", 20)
+    world.run(10)
+    assert hasty.lines == [FULL, *LOST] and job.lines == []
+    if is_mended:
+        world.server.server.registry.max_clients = 2
+    world.run(10.5)
+    assert said(job) == (["[Message received by bob.]"] if is_mended else [FULL, *LOST])
+    assert job.exit_code == (0 if is_mended else 1)
+
+
+def test_with_a_time_limit_a_job_waits_also_for_a_recipient_who_takes_nothing_for_minutes() -> None:
+    world, (bob,) = start("bob", mailbox=1)
+    bob.screen.set_rate(0)
+    for number in range(2):     # one for the pipe that nobody reads, and one for the mailbox
+        world.job("carol", f"send bob {number} " + "x" * 60000)
+        world.run(40)
+    hasty, job = world.job("dave", "send bob early", NEVER), world.job("alice", "send bob hello", 400)
+    world.run(200)
+    assert job.alive and hasty.exit_code == 1 and hasty.complaints == ["send bob early"]
+    bob.screen.set_rate(1e6)
+    world.run_until(lambda: not job.alive, 60)
+    assert job.exit_code == 0 and ends(bob, " hello") == 1
+
+
+@pytest.mark.parametrize("what", ["silence", "nick", "outage"])
+def test_a_signal_ends_a_job_within_two_seconds_whatever_it_waits_for(what: str) -> None:
+    world, lives = start("bob", "alice") if what == "nick" else start_without("bob")
+    assert world.server is not None
+    if what == "silence":
+        world.server.crash()
+    elif what == "outage":
+        world.network.filter = losing("ack", source="server")
+    job = world.job("alice", "send bob hello", 60)
+    world.run(2)
+    if what == "outage":
+        world.server.crash()
+        world.run(5)
+    job.interrupt()
+    world.run(2)
+    assert job.exit_code == 1 and job.complaints == ["send bob hello"]
+    assert "[1 message not delivered.]" in job.lines
 
 
 def test_a_nick_belongs_to_its_first_owner_also_while_nobody_runs_with_it() -> None:

@@ -39,7 +39,8 @@ from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, 
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
 from terminal import Display
-from server import BROADCAST_WAIT, COOKIE_TIME, HOUSEKEEPING, STRANGER_REPLIES, Server
+from server import (BROADCAST_WAIT, CLAIMS_PER_PROBE, COOKIE_TIME, HOUSEKEEPING, PROBE_TIMEOUT, STRANGER_REPLIES,
+                    Server)
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
@@ -1251,6 +1252,40 @@ def test_of_two_processes_with_one_identity_the_running_one_keeps_the_nick_and_a
     third = world.client("bob")
     world.run(3)
     assert third.lines[0] == WELCOME and third.client.table_sync.table.is_online("bob")
+
+
+def test_all_who_ask_for_a_nick_while_its_holder_is_probed_are_answered_and_one_gets_it_if_that_is_gone() -> None:
+    for is_there in (True, False):
+        desk = Desk()
+        session = desk.register("bob", home(1), b"b" * 32)
+        for number in range(2, 2 + CLAIMS_PER_PROBE + 1):
+            assert ("welcome" not in dict(desk.ask_for("bob", home(number), b"b" * 32)))
+        probe, = desk.server.prober.probes.values()
+        assert len(probe.claims) == CLAIMS_PER_PROBE, "the last one is to ask again"
+        before = len(desk.sent)
+        if is_there:
+            desk.say(home(1), encode("alive", {"id": probe.id, "nick": "bob", "session": session}))
+        else:
+            desk.wait(PROBE_TIMEOUT + 0.01)
+            probe, = desk.server.prober.probes.values()
+            assert probe.address == home(2) and len(probe.claims) == CLAIMS_PER_PROBE - 1, "the first one has it now"
+            assert probe.session is not None
+            desk.say(home(2), encode("alive", {"id": probe.id, "nick": "bob", "session": probe.session.id}))
+        answers = {to: info["reason"] for datagram, to in desk.sent[before:] for tag, info in maps_of(datagram)
+                   if tag == "refused"}
+        assert answers == {home(number): "taken" for number in range(2 if is_there else 3, 2 + CLAIMS_PER_PROBE)}
+
+
+def test_somebody_who_has_lost_a_nick_before_the_welcome_came_is_told_when_they_ask_again() -> None:
+    desk = Desk()
+    request = padded("reg", {"id": 7, "nick": "bob", "cookie": desk.cookie(home(1)), "token": b"b" * 32},
+                     protocol.REG_SIZE)
+    assert [tag for tag, _ in desk.say(home(1), request)] == ["welcome"], "which is lost"
+    desk.ask_for("bob", home(2), b"b" * 32)
+    desk.wait(PROBE_TIMEOUT + 0.01)
+    assert desk.registry.holder("bob") == home(2)
+    (tag, info), = desk.say(home(1), request)
+    assert (tag, info["id"], info["reason"]) == ("refused", 7, "taken")
 
 
 def test_a_nick_whose_owner_stays_away_lapses() -> None:

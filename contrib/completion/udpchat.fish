@@ -46,7 +46,7 @@ complete -c udpchat -n '__fish_seen_subcommand_from send' -l log-level -x -a 'de
 complete -c udpchat -n '__fish_seen_subcommand_from send' -s n -l nick -x -d 'your nick (default: UDPCHAT_NICK, or the login name)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -s q -l quiet -d 'show messages only, no status lines'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l server -x -d 'the server (default: UDPCHAT_SERVER, or 127.0.0.1)'
-complete -c udpchat -n '__fish_seen_subcommand_from send' -s t -l timeout -x -d 'give up after this time; what is not closed counts as not delivered (default: none)'
+complete -c udpchat -n '__fish_seen_subcommand_from send' -s t -l timeout -x -d 'wait for everything so long: the server, a nick in use, the recipient; what is not closed then counts as not delivered (default: none)'
 function __udpchat_nicks
     set -l state $XDG_STATE_HOME
     test -n "$state"; or set state $HOME/.local/state
