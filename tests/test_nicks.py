@@ -1,6 +1,6 @@
 """Nicks that look alike: which count as the same, who gets them, and how a user may spell them.
 
-First the rules on arguments alone, then the table and the registry, then real processes.
+First the rules on arguments alone, then the table and the registry, the simulated world, and real processes.
 """
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hypothesis import given, strategies as st
 from protocol import Decoder, Spellings, encode, folded, is_nick, mixes_scripts
 from registry import (DAY, FULL, GONE, GRANTED, OFFLINE, ONLINE, OWNED, PROBE_HOLDER, Mailbox, Mirror, Registry,
                       SaveVerdict, Table)
-from tests.processes import (EXITING, MAIL_NOTICE, OFFLINE as BYE_LINE, SAVED, WELCOME, Chat, Process, is_offline,
-                             received)
+from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE as BYE_LINE, SAVED, WELCOME, Chat, Process,
+                             is_offline, received)
 from tests.second_client import SecondClient
+from tests.simulate import Weather, World
 
 WALL = 1_700_000_000.0
 A, B = ("192.0.2.1", 5000), ("192.0.2.2", 5000)
@@ -209,6 +210,27 @@ def test_a_server_without_room_refuses_what_looks_alike_for_that_reason_first() 
 
 def test_a_message_for_another_spelling_is_for_nobody_on_the_wire() -> None:
     assert new_registry("bob").judge("BOB", relay=True) is SaveVerdict.UNKNOWN
+
+
+# --- the simulated world --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_owner_gets_the_registered_spelling_though_the_network_loses_and_repeats(seed: int) -> None:
+    world = World(seed)
+    world.start_server()
+    secret = b"b" * 32
+    world.client("bob", secret=secret).end_input()
+    world.run(5)
+    world.network.weather = Weather(loss=0.2, repeat=0.3, late=0.2, lateness=1.0)
+    life = world.client("BOB", secret=secret, stay=True)
+    world.run(20)
+    if not life.alive:                      # it was unlucky five times
+        assert life.lines == [NOT_RESPONDING, EXITING]
+        return
+    world.network.weather = Weather()
+    world.run(20)
+    assert world.server is not None and set(world.server.server.registry.table.entries) == {"bob"}
+    assert life.client.nick == "bob" and life.client.table_sync.table.is_online("bob")
 
 
 # --- real processes -------------------------------------------------------------------------------------------
