@@ -27,7 +27,8 @@ from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
 from loop import NEVER, Address, Loop, Patience, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
-from protocol import PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, padded, since_of
+from protocol import (PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, folded, padded,
+                      since_of)
 from registry import ONLINE, Mirror, Page
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
@@ -79,7 +80,7 @@ class LinkOwner(Protocol):
     def on_server_back(self, is_same: bool) -> None: ...    # is_same: it still knows the session
     # the answer to a ping sent at ``asked``: the version of the server's table, the number of the last mail
     def on_pong(self, asked: float, version: int, mail: int) -> None: ...
-    def on_refused(self, reason: str) -> None: ...
+    def on_refused(self, reason: str, spelling: str) -> None: ...   # spelling: in which the nick is registered
     def on_unanswered(self) -> None: ...                    # no answer to a start or to a dereg: the client ends
     def on_left(self) -> None: ...
 
@@ -126,7 +127,8 @@ class ServerLink:
         self.server = server                    # where it is asked,
         self.other_server = server              # and where it is asked next, if it is silent
         self._given_server = server             # where it was said to be: registrations begin there
-        self._loop, self._send, self._nick, self._owner = loop, send, nick, owner
+        self.nick = nick                        # under which we register, or are registered
+        self._loop, self._send, self._owner = loop, send, owner
         self._proof, self._table_version, self.patience = proof, table_version, patience
         self._server_id: bytes | None = None
         self._cookie: bytes | None = None
@@ -171,11 +173,11 @@ class ServerLink:
 
     def _send_reg(self, cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         self._cookies_left = cookies_left
-        info: Info = {"id": self._reg_id, "nick": self._nick}
+        info: Info = {"id": self._reg_id, "nick": self.nick}
         if self._cookie is not None and self._server_id is not None:
             info["cookie"] = self._cookie
             if self._proof is not None:
-                info["token"] = self._proof(self._server_id, self._nick)
+                info["token"] = self._proof(self._server_id, self.nick)
         self._send(padded("reg", info, REG_SIZE), self.server)
 
     def on_cookie(self, info: Info, address: Address) -> None:
@@ -189,7 +191,7 @@ class ServerLink:
 
     def on_welcome(self, info: Info) -> None:
         """Begin a session."""
-        if info["id"] != self._reg_id or not self._registration.is_running or info["nick"] != self._nick:
+        if info["id"] != self._reg_id or not self._registration.is_running or info["nick"] != self.nick:
             return
         self._registration.stop()
         self.patience.renew()
@@ -229,14 +231,14 @@ class ServerLink:
         if wait:
             self._register(wait)
         else:
-            self._owner.on_refused(reason)
+            self._owner.on_refused(reason, info.get("spelling", self.nick))
 
     def lose_patience(self) -> None:
         """End over the silence or the refusal that is waited out, if there is one."""
         self.patience.end()
         if self.is_starting or self.has_joined:
             if self.patience.reason is not None:
-                self._owner.on_refused(self.patience.reason)
+                self._owner.on_refused(self.patience.reason, self.nick)
             elif self.is_silent:
                 self._owner.on_unanswered()
 
@@ -350,8 +352,8 @@ class ServerLink:
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
-        if info["to"] == self._nick and self.session is not None and (self.has_joined or self.state is LINK_LEAVING):
-            answer: Info = {"id": info["id"], "nick": self._nick}
+        if info["to"] == self.nick and self.session is not None and (self.has_joined or self.state is LINK_LEAVING):
+            answer: Info = {"id": info["id"], "nick": self.nick}
             if is_trusted:
                 answer["session"] = self.session
             self._send(encode("alive", answer), self.server)
@@ -403,13 +405,13 @@ class TableSync(Mirror):
     until the new one is whole, for 30 s at most; then everybody in it counts as offline, and messages go to the server.
     """
 
-    def __init__(self, loop: Loop, nick: str, link: ServerLink, on_changed: Callable[[Sequence[str]], None],
+    def __init__(self, loop: Loop, link: ServerLink, on_changed: Callable[[Sequence[str]], None],
                  on_own_state: Callable[[bool, bool], None]) -> None:
         """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
         super().__init__()
         self.has_news = False                   # that the user has not heard of
         self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
-        self._loop, self._nick, self._link, self._on_changed = loop, nick, link, on_changed
+        self._loop, self._link, self._on_changed = loop, link, on_changed
         self._on_own_state = on_own_state
         self._shows_us = False                  # online, in the table of the server as it runs now
         self._is_confirmed = False              # in this session, the table was whole
@@ -508,11 +510,11 @@ class TableSync(Mirror):
             return
         self.has_news = True
         self._on_changed(nicks)
-        if self._nick in nicks:
+        if self._link.nick in nicks:
             self._refresh_own_state()
 
     def _refresh_own_state(self) -> None:
-        was_online, self._shows_us = self._shows_us, self.table.is_online(self._nick) and self.is_of_this_boot
+        was_online, self._shows_us = self._shows_us, self.table.is_online(self._link.nick) and self.is_of_this_boot
         self._on_own_state(self._shows_us, was_online)
 
 
@@ -847,7 +849,7 @@ class Client:
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox()
         self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version, proof, patience)
-        self.table_sync = TableSync(loop, nick, self.link, self._on_table_changed, self._on_own_state)
+        self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, self.outbox.goes_direct, observer)
         self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
@@ -937,7 +939,8 @@ class Client:
     # what the link and the table report
 
     def on_registered(self, session: bytes, boot: int, version: int) -> None:
-        """Begin a session."""
+        """Begin a session; the nick may be spelled in another way than we were given it, see ``on_refused``."""
+        self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
         self.outbox.register(self._loop.now(), session)
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)
@@ -970,8 +973,18 @@ class Client:
         self.inbox.answer(asked, mail)
         self.table_sync.on_version(version)
 
-    def on_refused(self, reason: str) -> None:
-        """End: the server does not want us."""
+    def on_refused(self, reason: str, spelling: str) -> None:
+        """End: the server does not want us. But if our nick is registered in another spelling, ask once for that.
+
+        Only a client that starts does so: to others, one that was online before is known as it is. And the server may
+        say what it likes: only what counts as the same nick is ours.
+        """
+        is_first = self.link.nick == self.nick and not self.table_sync.boot
+        if reason == "owned" and is_first and spelling != self.nick and folded(spelling) == folded(self.nick):
+            log.info("%s is registered as %s", self.nick, spelling)
+            self.link.nick = spelling
+            self.link.start()
+            return
         self.display.tell({"full": "server-full", "owned": "owned"}.get(reason, "taken"), nick=self.nick)
         self.leaving.give_up(1)
 
@@ -1035,9 +1048,10 @@ class Client:
         return [KnownClient(entry.nick, show_address((entry.host, entry.port)), entry.state, entry.state == ONLINE)
                 for entry in sorted(self.table_sync.table.entries.values())]
 
-    def knows(self, nick: str) -> bool:
-        """Return whether there is such a client."""
-        return nick in self.table_sync.table.entries
+    def spelling_of(self, nick: str) -> str | None:
+        """Return how ``nick`` is registered, see ``Table``; None: there is no such client."""
+        table = self.table_sync.table
+        return nick if nick in table.entries else table.spelling_of(nick)      # most are: for them, one call is enough
 
     @property
     def wants_input(self) -> bool:

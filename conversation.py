@@ -511,7 +511,7 @@ class Outbox:
         self.conversations: dict[str, Conversation] = {}    # by recipient
         self.with_events: dict[str, Conversation] = {}      # whose events, or numbers pending, are to be looked at
         self.awaiting_recount: dict[str, Conversation] = {}     # whose events were taken, for ``recount``
-        self._me = me
+        self.me = me
         self._ack_timeout, self._is_patient = ack_timeout, is_patient
         self._session = bytes(SESSION_BYTES)
         self._server_is_silent = False
@@ -609,7 +609,7 @@ class Outbox:
 
     def open(self, now: float, nick: str, place: Place | None, stream: int) -> None:
         """Begin a conversation with a recipient that has none; ``stream`` is a random id."""
-        conversation = Conversation(self._me, nick, stream, self._ack_timeout)
+        conversation = Conversation(self.me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
         conversation.session = self._session
         self._forget_idle()

@@ -9,8 +9,8 @@ Rules of this module
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
   types and bounds of ``SCHEMA``.
 - Bytes from the network never raise. What is not valid is dropped and counted.
-- Sizes and numbers that both ends must agree on are defined here. Times are defined beside the timer that they govern;
-  docs/protocol.md lists all of them, and a test compares it.
+- Sizes and numbers that both ends must agree on are defined here, and which nicks count as the same. Times are defined
+  beside the timer that they govern; docs/protocol.md lists all of them, and a test compares it.
 
 How it works
 ------------
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -225,7 +225,7 @@ REQUIRED: dict[str, dict[str, Check]] = {
 }
 OPTIONAL: dict[str, dict[str, Check]] = {
     "reg": {"token": TOKEN, "cookie": SESSION},
-    "refused": {"id": COUNT, "session": SESSION},
+    "refused": {"id": COUNT, "session": SESSION, "spelling": NICK},
     "table": {"since": COUNT},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS},
@@ -357,6 +357,87 @@ class Decoder:
             self.dropped += 1
             self._unpacker = self._new_unpacker()       # the old one would read the next datagram as the rest of this
         return maps
+
+
+# --- nicks that count as the same -----------------------------------------------------------------------------
+
+# letters that ``str.lower`` leaves apart: both forms of sigma, of which Σ becomes the final one only at the end of a
+# word; and the Hangul fillers, which are letters that nobody sees
+FOLDED = str.maketrans({"\u03c2": "\u03c3", "\u115f": None, "\u1160": None})
+
+
+def folded(nick: str) -> str:
+    """Return what is the same for all spellings of a nick: those that only differ in case, width or composition.
+
+    That is the UsernameCaseMapped profile of RFC 8265: width mapping, toLowerCase, NFC. The profile excludes characters
+    with another compatibility mapping (as of 𝐛𝐨𝐛, ﬁ, µ), and nicks may have them: NFKC makes them what they look like,
+    and does the same as the profile with all others.
+    """
+    if nick.isascii():
+        return nick.lower()
+    lower = unicodedata.normalize("NFKC", nick).lower()
+    return unicodedata.normalize("NFKC", lower.translate(FOLDED))
+
+
+# The scripts of a character are told by the first word of its name: ``unicodedata`` has no other way. Of these words,
+# some name a script that is written together with others (UTS 39 §5.1, augmented script sets: Japanese, Korean, Chinese
+# with Bopomofo), some are another name for one, and MODIFIER LETTER APOSTROPHE and the like are of every script.
+SCRIPTS: dict[str, frozenset[str]] = {
+    "CJK": frozenset(("JAPANESE", "KOREAN", "BOPOMOFO")), "IDEOGRAPHIC": frozenset(("JAPANESE", "KOREAN", "BOPOMOFO")),
+    "HIRAGANA": frozenset(("JAPANESE",)), "KATAKANA": frozenset(("JAPANESE",)), "HENTAIGANA": frozenset(("JAPANESE",)),
+    "HANGUL": frozenset(("KOREAN",)), "BOPOMOFO": frozenset(("BOPOMOFO",)), "MODIFIER": frozenset(),
+}
+WITH_ASCII_DIGITS = frozenset(("LATIN", "GREEK", "CYRILLIC"))   # beside them, the zero of another script is an "o"
+
+
+def mixes_scripts(nick: str) -> bool:
+    """Return whether there are letters of different scripts in a nick: it may look like one that has only one of them.
+
+    UTS 39, "single script": Latin, Greek and Cyrillic never mix; Han, Hiragana and Katakana do, and so do Han and
+    Hangul, and Han and Bopomofo. Digits are of no script, but Latin, Greek and Cyrillic letters go with ASCII ones.
+    """
+    if nick.isascii():
+        return False
+    characters = set(unicodedata.normalize("NFKC", nick))
+    words = {unicodedata.name(c, "UNNAMED").replace("-", " ").split(" ", 1)[0] for c in characters if c.isalpha()}
+    scripts = [found for found in (SCRIPTS.get(word, frozenset((word,))) for word in words) if found]
+    if not scripts:
+        return False
+    shared = frozenset.intersection(*scripts)
+    has_other_digits = any(c.isdecimal() and not c.isascii() for c in characters)
+    return not shared or (has_other_digits and shared <= WITH_ASCII_DIGITS)
+
+
+class Spellings:
+    """Nicks by what is the same for all spellings of each, see ``folded``."""
+
+    def __init__(self, nicks: Iterable[str]) -> None:
+        self._alike: dict[str, list[str]] = {}
+        for nick in nicks:
+            self.add(nick)
+
+    def add(self, nick: str) -> None:
+        """Add a nick that is not here yet."""
+        self._alike.setdefault(folded(nick), []).append(nick)
+
+    def remove(self, nick: str) -> None:
+        """Remove a nick that is here."""
+        key = folded(nick)
+        self._alike[key].remove(nick)
+        if not self._alike[key]:
+            del self._alike[key]
+
+    def of(self, nick: str) -> Sequence[str]:
+        """Return the nicks here that count as the same as ``nick``, itself included, in the order of their coming."""
+        return self._alike.get(folded(nick), ())
+
+    def only(self, nick: str) -> str | None:
+        """Return the only one of those, None if there are none or several; composed alike is the same spelling."""
+        alike = self.of(nick)
+        if len(alike) == 1:
+            return alike[0]
+        composed = unicodedata.normalize("NFC", nick)
+        return composed if composed in alike else None
 
 
 # --- texts ----------------------------------------------------------------------------------------------------

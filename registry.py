@@ -26,7 +26,9 @@ offline, what happens to a message that should be kept.
 
 A nick belongs to its first owner: a client that registers it with a token (see ``home.token_for``) owns it, and the
 store keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the
-next client that registers it.
+next client that registers it. Nicks that only differ in case, width or composition are one nick: the spelling that was
+registered first counts, another one is refused, and so is a new nick that mixes scripts. A nick that the store has from
+the time before that rule keeps working.
 """
 from __future__ import annotations
 
@@ -40,6 +42,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from home import hash_of, is_hash_of
+from protocol import MAX_NICK, MAX_PIECE, Spellings, mixes_scripts
 
 if TYPE_CHECKING:
     import json
@@ -99,6 +102,7 @@ class Table:
         self.entries: dict[str, Entry] = {}
         self._gone: dict[str, Entry] = {}
         self._log: list[Entry] = []     # by version; entries that changed again are stale
+        self._spellings: Spellings | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -111,6 +115,17 @@ class Table:
         """Return whether ``nick`` is known and online."""
         entry = self.entries.get(nick)
         return entry is not None and entry.state == ONLINE
+
+    @property
+    def spellings(self) -> Spellings:
+        """The nicks here, by what is the same for all spellings of each; made when somebody first asks for it."""
+        if self._spellings is None:
+            self._spellings = Spellings(self.entries)
+        return self._spellings
+
+    def spelling_of(self, nick: str) -> str | None:
+        """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
+        return nick if nick in self.entries else self.spellings.only(nick)
 
     def set(self, nick: str, host: str, port: int, state: State) -> bool:
         """Change one entry; return whether that changed anything (and so used a new version)."""
@@ -129,16 +144,26 @@ class Table:
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
-            self.entries.pop(entry.nick, None)
+            self._remove(entry.nick)
             self._gone[entry.nick] = entry
             if len(self._gone) > MAX_TOMBSTONES:
                 del self._gone[next(iter(self._gone))]
         else:
             self._gone.pop(entry.nick, None)
-            self.entries[entry.nick] = entry
+            self._replace(entry)
         self._log.append(entry)
         if len(self._log) > 2 * (len(self.entries) + len(self._gone)) + 64:
             self._log = [kept for kept in self._log if self._is_current(kept)]
+
+    def _replace(self, entry: Entry) -> None:
+        if self._spellings is not None and entry.nick not in self.entries:
+            self._spellings.add(entry.nick)
+        self.entries[entry.nick] = entry
+
+    def _remove(self, nick: str) -> None:
+        del self.entries[nick]
+        if self._spellings is not None:
+            self._spellings.remove(nick)
 
     def _is_current(self, entry: Entry) -> bool:
         return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
@@ -177,9 +202,9 @@ class Table:
             if self._says(nick, host, port, state):
                 continue
             if state == GONE:
-                del self.entries[nick]
+                self._remove(nick)
             else:
-                self.entries[nick] = Entry(nick, host, port, state, page.version)
+                self._replace(Entry(nick, host, port, state, page.version))
             changed.append(nick)
         return changed
 
@@ -256,9 +281,6 @@ MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without m
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
-# as in protocol, which this module does not import; a test compares them
-MAX_PIECE_SIZE = 768            # bytes of text that one number can have
-MAX_NICK_SIZE = 32              # characters
 NICK_LAPSE = 90.0               # days offline after which a nick is forgotten
 DAY = 86400.0                   # s
 
@@ -348,7 +370,7 @@ class Parcel(NamedTuple):
         if continued and not set(continued) <= set(range(n, n + numbers)):
             raise ValueError("nobody knows which texts go together")
         encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
-        if max(map(len, encoded)) > MAX_PIECE_SIZE:
+        if max(map(len, encoded)) > MAX_PIECE:
             raise ValueError("a piece is too long")
         return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
 
@@ -526,7 +548,7 @@ class Mailbox:
         """Return whether ``text``, which was read from the disk, can be a nick."""
         if type(text) is not str:
             return False
-        return text in self.known or (0 < len(text) <= MAX_NICK_SIZE and all(c.isalnum() or c in "_.-" for c in text))
+        return text in self.known or (0 < len(text) <= MAX_NICK and all(c.isalnum() or c in "_.-" for c in text))
 
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
@@ -783,7 +805,7 @@ class ClaimVerdict(Enum):
     GRANTED = "granted"
     PROBE_HOLDER = "probe holder"   # ask whether its holder is there: no answer grants the nick, an answer refuses it
     TAKEN = "taken"         # its holder has answered
-    OWNED = "owned"         # it has an owner, and this is not their token
+    OWNED = "owned"         # it has an owner, and this is not their token; or it looks like another one
     FULL = "full"           # there are too many clients, or too many nicks
 
 
@@ -872,6 +894,8 @@ class Registry:
         if known is not None and known.owner is not None:
             if token is None or not is_hash_of(known.owner, token):
                 return OWNED
+        if known is None and (self.table.spellings.of(nick) or mixes_scripts(nick)):
+            return OWNED
         if self.holder(nick) not in (None, address):
             return PROBE_HOLDER
         sessions = self.sessions
@@ -996,7 +1020,7 @@ class Registry:
         """Return how many numbers of ``parcel`` still fit into the mailbox of ``to``; no text is cut."""
         known = self.mailbox.known[to]
         messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
-        if len(parcel.texts) <= messages and len(parcel.texts) * MAX_PIECE_SIZE <= size:
+        if len(parcel.texts) <= messages and len(parcel.texts) * MAX_PIECE <= size:
             return len(parcel.texts)
         fitting = 0
         for index, text in enumerate(parcel.texts):

@@ -244,7 +244,10 @@ class Gate:
         """Tell the client that it does not get the nick."""
         self.refusals += 1
         log.info("%s refused to %s: %s", claim.nick, show_address(claim.address), verdict.value)
-        refused = {"id": claim.request, "nick": claim.nick, "reason": verdict.value}
+        refused: Info = {"id": claim.request, "nick": claim.nick, "reason": verdict.value}
+        spelling = self._registry.table.spelling_of(claim.nick)
+        if spelling not in (None, claim.nick):
+            refused["spelling"] = spelling      # their nick, perhaps: the proof of that is made for this spelling
         self._send_queue.put(encode("refused", refused), claim.address)
 
 

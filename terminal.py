@@ -28,7 +28,6 @@ import selectors
 import signal
 import sys
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
@@ -37,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop,
                   Writer, as_json, clean, rfc3339, wake_up)
-from protocol import MAX_TEXT, are_short, split_text
+from protocol import MAX_TEXT, are_short, folded, split_text
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
     from editor import Action, EditorScreen, Prompt, StatusRow, Style
 
@@ -400,6 +399,7 @@ class TextFormatter:
     """
 
     is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
+    nick = ""                   # our own
 
     def __init__(self, style: Style | None = None, wall: Callable[[], float] | None = None,
                  hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
@@ -465,7 +465,7 @@ class JsonFormatter(TextFormatter):
 
     def __init__(self, nick: str, wall: Callable[[], float], hidden: Collection[str] = ()) -> None:
         super().__init__(hidden=hidden)
-        self._nick = nick
+        self.nick = nick
         self._now = wall
 
     def _object(self, type_: str, **fields: object) -> str:
@@ -486,7 +486,7 @@ class JsonFormatter(TextFormatter):
         """Return what somebody has sent, an object each; ``via``: the route that it came by."""
         sent: Sequence[str | None] = [rfc3339(at) for at in received.times] or [None] * len(received.texts)
         return "".join([
-            self._object("message", **{"from": received.sender}, to=self._nick, text=text,
+            self._object("message", **{"from": received.sender}, to=self.nick, text=text,
                          id=f"{received.stream}:{number}", via=via, sent=at)
             for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
@@ -782,7 +782,7 @@ class ChatClient(Protocol):
     def reg(self) -> None: ...                              # come online
     def quit(self) -> None: ...                             # go offline, and end
     def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
-    def knows(self, nick: str) -> bool: ...
+    def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
 
 
 class Shell:
@@ -826,9 +826,24 @@ class Shell:
         if not self._is_closed:
             self._reader.enter(lines, pasted)
 
-    def put(self, nick: str, text: str, size: int) -> None:
-        """Accept one text for one nick, as if it had come in by ``feed``; ``size``: see ``SendCommand``."""
-        self._reader.put(SendCommand(nick, [text], None, size))
+    def put(self, nicks: Sequence[str], text: str, size: int) -> None:
+        """Accept one text for each of ``nicks``, as if it had come in by ``feed``; ``size``: see ``SendCommand``.
+
+        Two of them may turn out to be spellings of one nick: it gets the text once.
+        """
+        queue, served = self._queue, set[str]()
+
+        def queue_once(send: SendCommand) -> bool:
+            if send.nick in served:
+                send.texts = []
+            elif not queue(send):
+                return False
+            served.add(send.nick)
+            return True
+
+        self._queue = queue_once
+        for nick in nicks:
+            self._reader.put(SendCommand(nick, [text], None, size))
 
     def close(self, forget: bool) -> None:
         """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""
@@ -867,11 +882,11 @@ class Shell:
             for text in send.texts:
                 self._display.tell("send-while-offline", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
             return True
-        if not self._client.knows(send.nick):
-            send.nick = unicodedata.normalize("NFC", send.nick)
-            if not self._client.knows(send.nick):
-                self._receipts.tell_unknown(send)
-                return True
+        nick = self._client.spelling_of(send.nick)
+        if nick is None:
+            self._receipts.tell_unknown(send)
+            return True
+        send.nick = nick
         is_done = self._queue(send)
         if send.texts:
             self._reader.put_back(send)
@@ -910,13 +925,13 @@ class Shell:
         return f"{self._reader.slash}reg {self._client.nick}"
 
     def _is_own_nick(self, word: str) -> bool:
-        return unicodedata.normalize("NFC", word) == self._client.nick
+        return self._client.nick in (word, self._client.spelling_of(word))
 
     def _do_talk(self, word: str) -> None:
-        nick = unicodedata.normalize("NFC", word)
-        if not self._client.knows(nick):
+        nick = self._client.spelling_of(word)
+        if nick is None:
             self._note_failure()        # the lines that follow would go to nobody
-            self._display.tell("talk-unknown", nick=clean(nick))
+            self._display.tell("talk-unknown", nick=clean(word))
         else:
             self._reader.talk = nick
 
@@ -972,11 +987,12 @@ class Shell:
         spec = COMMANDS.get(words[0][len(slash):]) if words[0].startswith(slash) else None
         if len(words) > 1 or spec is None or spec.completes is None:
             return start, []
-        if spec.completes is Completion.SELF:
-            return start, [nick for nick in [self._client.nick] if nick.startswith(word)]
-        others = [known for known in self._client.clients() if known.nick != self._client.nick]
-        others.sort(key=lambda known: not known.is_online)      # a stable sort: the order of the nicks stays
-        return start, [known.nick for known in others if known.nick.startswith(word)]
+        nicks = [self._client.nick]
+        if spec.completes is Completion.PEERS:
+            others = [known for known in self._client.clients() if known.nick != self._client.nick]
+            others.sort(key=lambda known: not known.is_online)      # a stable sort: the order of the nicks stays
+            nicks = [known.nick for known in others]
+        return start, [nick for nick in nicks if nick.startswith(word) or folded(nick).startswith(folded(word))]
 
 
 # --- the console ----------------------------------------------------------------------------------------------

@@ -500,11 +500,13 @@ def forget(options: argparse.Namespace) -> int:
     if not os.path.exists(path):
         raise Failure(f"there is no store {path}")
     mailbox = open_store(path)
-    known = mailbox.known.get(options.forget)
-    done = known is not None and Registry(mailbox).forget(options.forget) and mailbox.commit(time.time())
+    registry = Registry(mailbox)
+    known = mailbox.known.get(registry.table.spelling_of(options.forget) or "")
+    done = known is not None and registry.forget(known.nick) and mailbox.commit(time.time())
     mailbox.close()
     if known is None:
-        raise Failure(f"{options.forget} is not known")
+        alike = " or ".join(registry.table.spellings.of(options.forget))
+        raise Failure(f"{options.forget} is not known" + (f": is it {alike}?" if alike else ""))
     if not done:
         raise Failure(f"the store {path} cannot be written")
     log.warning("%s is forgotten, with %d messages", known.nick, known.messages)
@@ -691,8 +693,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     end_in_order_on_signals(loop, client.leaving.interrupt)
     if options.mode == "send":
-        for recipient in options.nicks:
-            client.shell.put(recipient, text, size)
+        client.shell.put(options.nicks, text, size)
         client.shell.feed(b"")
     if end < NEVER:
         loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.leaving.time_is_over)

@@ -22,7 +22,7 @@ import pytest
 
 from protocol import MAX_TEXT
 from terminal import ROUTINE, EVENT_FORMATS, JsonFormatter
-from tests.pages import block, section
+from tests.pages import block, blocks, section
 from tests.processes import (EXITING, NO_BYTECODE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME,
                              Chat, Process, is_offline, has_ipv6, received, sends)
 
@@ -849,10 +849,9 @@ def test_the_clock_of_the_manual_tells_the_time(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("restart", ["at once", "when there is room again"])
-def test_the_collector_of_the_readme_keeps_every_message_on_a_full_disk(chat: Chat, restart: str) -> None:
-    """What it writes is what the other script of the README reads, whatever the disk has accepted in between."""
-    scripts = re.findall(r"```sh\n((?:[^`]*\n)?[^`]*inbox\.jsonl.*\n)```", README)
-    collect, take_out = next(s for s in scripts if ">> inbox.jsonl" in s), next(s for s in scripts if "< inbox" in s)
+def test_the_collector_of_the_manual_keeps_every_message_on_a_full_disk(chat: Chat, restart: str) -> None:
+    """What it writes is what the other script of the page reads, whatever the disk has accepted in between."""
+    collect, take_out = blocks("scripting.md", "Collect messages", "sh")
     environment, inbox = {**install(chat), **NO_BYTECODE}, chat.directory / "inbox.jsonl"
 
     def collector(limit: str) -> Process:

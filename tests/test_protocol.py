@@ -20,7 +20,7 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION},
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9},
-    "refused": {"nick": "bob", "reason": "taken", "id": ID, "session": SESSION},
+    "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob"},
     "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]]},
     "sync": {"session": SESSION, "version": 9},

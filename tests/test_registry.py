@@ -24,9 +24,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import protocol
 import registry
-from registry import (BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, MAX_PIECE_SIZE, OFFLINE, ONLINE,
-                      OWNED, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror,
-                      Page, Parcel, Registry, Session, State, StoredLetter, StoreError, Table)
+from protocol import MAX_PIECE
+from registry import (BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, OFFLINE, ONLINE, OWNED, PROBE_HOLDER,
+                      PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror, Page, Parcel,
+                      Registry, Session, State, StoredLetter, StoreError, Table)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
@@ -1482,12 +1483,12 @@ def test_a_text_of_several_pieces_counts_as_one_message_and_fits_whole_or_not_at
     assert reg.fitting("bob", parcel_of(6, "c")) == 0
 
 
-@pytest.mark.parametrize("left, fitting", [(3 * MAX_PIECE_SIZE, 3), (3 * MAX_PIECE_SIZE - 1, 1), (MAX_PIECE_SIZE, 1),
-                                           (MAX_PIECE_SIZE - 1, 0), (0, 0)])
+@pytest.mark.parametrize("left, fitting", [(3 * MAX_PIECE, 3), (3 * MAX_PIECE - 1, 1), (MAX_PIECE, 1),
+                                           (MAX_PIECE - 1, 0), (0, 0)])
 def test_a_mailbox_takes_texts_up_to_its_last_byte(reg: Registry, left: int, fitting: int) -> None:
     register(reg, "bob", A)
     reg.mailbox.known["bob"].size = MAILBOX_SIZE - left
-    texts = ["x" * MAX_PIECE_SIZE, "y" * MAX_PIECE_SIZE, "ü" * (MAX_PIECE_SIZE // 2)]
+    texts = ["x" * MAX_PIECE, "y" * MAX_PIECE, "ü" * (MAX_PIECE // 2)]
     assert reg.fitting("bob", Parcel(1, texts, [WALL] * 3, [2])) == fitting
 
 
