@@ -9,11 +9,15 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 import loop
+from client import ServerLink, TableSync
 from loop import Address, AnsweringSocket, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
+from registry import ONLINE
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, has_ipv6, received)
 
@@ -24,8 +28,9 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
 LOOPBACK = socket.if_nametoindex("lo" if sys.platform == "linux" else "lo0")
 
 # a strict client: a connected socket hears nothing but what comes from the address that it asks
-ASK = """
+ASK = f"""
 import socket, sys
+sys.path[0] = {str(ROOT)!r}
 from protocol import REG_SIZE, padded
 for host in sys.argv[2:]:
     family, _, _, _, address = socket.getaddrinfo(host, int(sys.argv[1]), type=socket.SOCK_DGRAM)[0]
@@ -33,14 +38,14 @@ for host in sys.argv[2:]:
         sock.connect(address)
         sock.settimeout(0.3)
         for _ in range(50):
-            sock.send(padded("reg", {"id": 7, "nick": "eve"}, REG_SIZE))
+            sock.send(padded("reg", dict(id=7, nick="eve"), REG_SIZE))
             try:
                 assert b"cookie" in sock.recv(2000)
                 break
             except TimeoutError:
                 pass
         else:
-            sys.exit(f"no answer from {host}")
+            sys.exit("no answer from " + host)
 """
 
 
@@ -72,8 +77,7 @@ def machine() -> Iterator[Maker]:
 def test_a_server_on_all_addresses_answers_from_the_one_that_was_asked(chat: Chat, host: str) -> None:
     chat.server(host=host)
     asked = ["127.0.0.1", "127.0.0.2", "127.0.0.3"] + ["::1"] * (host == "::")
-    done = chat.complete(str(chat.port), *asked, command=[sys.executable, "-c", ASK],
-                         environment={"PYTHONPATH": str(ROOT)})
+    done = chat.complete(str(chat.port), *asked, command=[sys.executable, "-c", ASK])
     assert done.popen.returncode == 0, done.errors
 
 
@@ -238,6 +242,25 @@ def test_only_a_link_local_address_carries_its_interface(told: tuple[object, ...
 @pytest.mark.parametrize("told", [("::1", 5), ("::ffff:192.0.2.1", 5), ("fe80::1", 5, 0, 2), ("fe80::1", 5)])
 def test_an_ipv6_socket_gets_an_address_back_as_it_has_told_it(told: tuple[object, ...]) -> None:
     assert for_ipv6_socket(unmapped(told)) == told
+
+
+@pytest.mark.parametrize("server, host, reached", [
+    ("192.0.2.1", "192.0.2.2", "192.0.2.2"), ("192.0.2.1", "2001:db8::2", None), ("192.0.2.1", "fe80::2", None),
+    ("2001:db8::1", "2001:db8::2", "2001:db8::2"), ("2001:db8::1", "192.0.2.2", None), ("2001:db8::1", "fe80::2", None),
+    ("fe80::1%2", "fe80::2", "fe80::2%2"), ("fe80::1%2", "2001:db8::2", "2001:db8::2"),
+    ("fe80::1%2", "192.0.2.2", None), ("fe80::1%2", "fe80::2%3", None)])
+def test_a_client_reaches_link_local_peers_on_the_link_of_its_server(server: str, host: str,
+                                                                     reached: str | None) -> None:
+    link = cast(ServerLink, SimpleNamespace(server=(server, 4119)))
+    selector_loop = SelectorLoop()
+    table = TableSync(selector_loop, "alice", link, lambda nicks: None, lambda is_online, was_online: None)
+    table.table.set("bob", host, 5000, ONLINE)
+    place = table.place_of("bob")
+    assert place is not None and place.address == ((reached, 5000) if reached is not None else None)
+    if reached is not None:
+        assert table.is_at("bob", (reached, 5000)) and not table.is_at("bob", (reached, 5001))
+    assert not table.is_at("bob", ("fe80::2%4", 5000))      # the same on another of our links
+    selector_loop.close()
 
 
 def test_an_interface_is_shown_by_its_name_as_long_as_it_has_one() -> None:
