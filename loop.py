@@ -840,7 +840,7 @@ MAX_ASKED = 65536               # peers of which a server remembers at which of 
 WILDCARDS = ("0.0.0.0", "::")   # a socket bound to one of them receives at every address of the machine
 IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform, 0)       # the socket module has it from Python 3.12 on
 PKTINFO_SPACE = socket.CMSG_SPACE(20)   # bytes of the larger of the two structures below
-SOURCE_GONE = (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENODEV)     # the address, or its interface, is gone
+BUFFER_FULL = (*TRANSIENT, errno.ENOBUFS)          # from another address, it would not be sent either
 Asked = tuple[bytes, list[tuple[int, int, bytes]]]  # what came with a datagram, and what goes with the answers to it
 
 
@@ -849,13 +849,13 @@ def asked_at(info: bytes) -> Asked:
     """Return ``info``, and the control messages that make the address in it the source of a datagram.
 
     ``info`` came with a datagram: struct in_pktinfo of ip(7), (interface, local address, destination), or in6_pktinfo
-    of RFC 3542 §6, (destination, interface). The interface goes back only with a link-local address: or routes decide.
+    of RFC 3542 §6, (destination, interface). The interface goes back only with a link-local one: else, routes decide.
     """
     if len(info) == 12:         # the local address differs from the destination if that is a broadcast address
         ipv4 = info[4:8]
     elif info.startswith(b"\0" * 10 + b"\xff" * 2):    # IPv4-mapped
         ipv4 = info[12:16]
-    elif info[0] == 0xFF:       # a multicast address is nobody's source: the kernel chooses
+    elif len(info) < 20 or info[0] == 0xFF:     # a multicast address is nobody's source: the kernel chooses
         return info, []
     else:
         interface = info[16:] if info[0] == 0xFE and info[1] & 0xC0 == 0x80 else bytes(4)
@@ -868,7 +868,7 @@ class AnsweringSocket(UdpSocket):
 
     The kernel chooses by the route to the peer, and another one when routes or addresses change: a client would hear
     from an address that it does not know. So it is remembered to which address the last datagram of a peer came, for
-    ``MAX_ASKED`` peers. For others, and on systems that do not tell, the kernel chooses.
+    ``MAX_ASKED`` peers. For others, where that address is gone, and on systems that do not tell, the kernel chooses.
     """
 
     def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
@@ -907,8 +907,7 @@ class AnsweringSocket(UdpSocket):
             self.datagrams_out += 1
             self.bytes_out += len(datagram)
         except OSError as error:
-            if error.errno in SOURCE_GONE:      # a temporary address (RFC 8981) has expired, say
-                del self._asked[address]
-                super().send(datagram, address)
-            else:
+            if error.errno in BUFFER_FULL:
                 self._note_not_sent(address, error)
+            else:       # that address is gone: a temporary one (RFC 8981) has expired, say
+                super().send(datagram, address)
