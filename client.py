@@ -26,7 +26,8 @@ from enum import Enum
 from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
-from loop import NEVER, Address, Loop, Patience, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
+from loop import (NEVER, Address, Loop, Patience, Request, RestartableTimer, is_link_local, jittered, log, new_id,
+                  show_address, wake_up)
 from protocol import (PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, folded, padded,
                       since_of)
 from registry import ONLINE, Mirror, Page
@@ -109,8 +110,8 @@ class ServerLink:
 
     An outage (``is_silent``) is no state: it may begin and pass in all but OFFLINE.
 
-    The server may answer from another of its addresses than the one that was asked: one that listens on all of them
-    cannot choose. In a session it is asked where it answered; while it is silent, at both in turn.
+    The server may answer from another of its addresses than the one that was asked: its system may not tell it which
+    that is, or the address is gone. In a session it is asked where it answered; while it is silent, at both in turn.
     """
 
     def __init__(self, loop: Loop, send: Send, nick: str, server: Address, owner: LinkOwner,
@@ -428,13 +429,20 @@ class TableSync(Mirror):
         return Place(entry.state == ONLINE, self.reach(entry.host, entry.port))
 
     def reach(self, host: str, port: int) -> Address | None:
-        """Return an address, if it is of our family: others can be reached by way of the server alone."""
-        return (host, port) if (":" in host) == (":" in self._link.server[0]) else None
+        """Return an address if it is of our family, a link-local one on the server's link; else the server relays."""
+        server = self._link.server[0]
+        if (":" in host) != (":" in server) or "%" in host:     # an interface of another machine
+            return None
+        if is_link_local(host):
+            return (host + server[server.index("%"):], port) if "%" in server else None
+        return host, port
 
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
         entry = self.table.entries.get(nick)
-        return entry is not None and entry.state == ONLINE and (entry.host, entry.port) == address
+        return entry is not None and entry.state == ONLINE and (
+            (entry.host, entry.port) == address
+            or ("%" in address[0] and self.reach(entry.host, entry.port) == address))
 
     def begin_session(self, boot: int, version: int) -> None:
         """Catch up with a server, as it runs since ``boot``, whose table has that version."""

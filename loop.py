@@ -29,6 +29,7 @@ a timeout that would call somebody dead also asks whether the socket was read em
 from __future__ import annotations
 
 import errno
+import functools
 import heapq
 import math
 import os
@@ -38,12 +39,15 @@ import selectors
 import signal
 import socket
 import stat
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-Address = tuple[str, int]       # a numeric host, without brackets, and a port
+# a numeric host, without brackets, and a port. Behind a link-local host stands the number of its interface, fe80::1%2:
+# the number is what the kernel tells; show_address shows the name
+Address = tuple[str, int]
 NEVER = float("inf")            # a time that does not come
 
 
@@ -869,17 +873,42 @@ DATAGRAMS_PER_TURN = 128        # read from the socket before timers and acks ge
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
 
 
+def is_link_local(host: str) -> bool:
+    """Return whether ``host`` is in fe80::/10: it means something only together with an interface (RFC 4007 §6)."""
+    return host[:3] in ("fe8", "fe9", "fea", "feb") and ":" not in host[:4]
+
+
 def unmapped(address: tuple[Any, ...]) -> Address:
-    """Return an address of an IPv6 socket as (host, port); an IPv4-mapped one (RFC 4291 §2.5.5.2) as IPv4."""
+    """Return what a socket or a look-up calls an address as (host, port).
+
+    An IPv4-mapped host (RFC 4291 §2.5.5.2) becomes IPv4. A link-local one keeps its interface, as its scope id.
+    """
     host = address[0]
     if host.startswith("::ffff:") and "." in host:
         host = host[7:]
+    elif len(address) > 3 and address[3] and is_link_local(host):
+        host = f"{host}%{address[3]}"
     return host, address[1]
 
 
-def show_address(address: Address) -> str:
-    """Return ``HOST:PORT``, with brackets around an IPv6 host."""
+def for_ipv6_socket(address: Address) -> tuple[Any, ...]:
+    """Return ``address`` as an IPv6 socket accepts it: the opposite of ``unmapped``."""
     host, port = address
+    if ":" not in host:
+        return "::ffff:" + host, port
+    host, _, scope = host.partition("%")
+    return (host, port, 0, int(scope)) if scope else address
+
+
+def show_address(address: Address) -> str:
+    """Return ``HOST:PORT``, with brackets around an IPv6 host, and the name of the interface if the host has one."""
+    host, port = address
+    if "%" in host:
+        host, _, scope = host.partition("%")
+        try:
+            host += "%" + socket.if_indextoname(int(scope))
+        except OSError:     # it is gone
+            host += "%" + scope
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -889,7 +918,8 @@ class UdpSocket:
     def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
         self._sock = sock
         self._loop = loop
-        self._is_ipv6 = sock.family == socket.AF_INET6
+        self._is_ipv6 = self._unmaps = sock.family == socket.AF_INET6
+        self._receive_from: Callable[[int], tuple[bytes, Any]] = sock.recvfrom
         self.datagrams_in = self.bytes_in = self.datagrams_out = self.bytes_out = self.not_sent = 0
         self.receive: Callable[[bytes, Address], None] = lambda datagram, address: None
         sock.setblocking(False)
@@ -900,7 +930,7 @@ class UdpSocket:
     def _on_readable(self) -> None:
         for _ in range(DATAGRAMS_PER_TURN):
             try:
-                datagram, address = self._sock.recvfrom(MAX_RECEIVED)
+                datagram, address = self._receive_from(MAX_RECEIVED)
             except OSError as error:
                 if error.errno in TRANSIENT:
                     return
@@ -908,7 +938,7 @@ class UdpSocket:
                 continue
             self.datagrams_in += 1
             self.bytes_in += len(datagram)
-            self.receive(datagram, unmapped(address) if self._is_ipv6 else address)
+            self.receive(datagram, unmapped(address) if self._unmaps else address)
             if self._loop.reads_one:
                 # Mostly there is no second one, and the read that finds that out costs as much as one that finds a
                 # datagram: without this line, a line takes 8 % longer to its receipt (tests.bench latency: 187 us, not
@@ -919,17 +949,99 @@ class UdpSocket:
     def send(self, datagram: bytes, address: Address) -> None:
         """Send; what cannot be sent is lost, like a datagram on its way: the sender's stream repeats it."""
         try:
-            if self._is_ipv6 and ":" not in address[0]:
-                self._sock.sendto(datagram, ("::ffff:" + address[0], address[1]))
+            if self._is_ipv6 and ("%" in address[0] or ":" not in address[0]):
+                self._sock.sendto(datagram, for_ipv6_socket(address))
             else:
                 self._sock.sendto(datagram, address)
             self.datagrams_out += 1
             self.bytes_out += len(datagram)
         except OSError as error:
-            self.not_sent += 1
-            log.debug("sending to %s: %s", show_address(address), error)
+            self._note_not_sent(address, error)
+
+    def _note_not_sent(self, address: Address, error: OSError) -> None:
+        self.not_sent += 1
+        log.debug("sending to %s: %s", show_address(address), error)
 
     def counters(self) -> dict[str, int]:
         """Return what came and went since the start."""
         return {"datagrams_in": self.datagrams_in, "bytes_in": self.bytes_in, "datagrams_out": self.datagrams_out,
                 "bytes_out": self.bytes_out, "not_sent": self.not_sent}
+
+
+# --- answers from the address that was asked ------------------------------------------------------------------
+
+MAX_ASKED = 65536               # peers of which a server remembers at which of its addresses they ask
+WILDCARDS = ("0.0.0.0", "::")   # a socket bound to one of them receives at every address of the machine
+IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform, 0)       # the socket module has it from Python 3.12 on
+PKTINFO_SPACE = socket.CMSG_SPACE(20)   # bytes of the larger of the two structures below
+BUFFER_FULL = (*TRANSIENT, errno.ENOBUFS)          # from another address, it would not be sent either
+Asked = tuple[bytes, list[tuple[int, int, bytes]]]  # what came with a datagram, and what goes with the answers to it
+
+
+@functools.lru_cache(maxsize=256)   # about as many as the machine has addresses; shared by all who ask there
+def asked_at(info: bytes) -> Asked:
+    """Return ``info``, and the control messages that make the address in it the source of a datagram.
+
+    ``info`` came with a datagram: struct in_pktinfo of ip(7), (interface, local address, destination), or in6_pktinfo
+    of RFC 3542 §6, (destination, interface). The interface goes back only with a link-local one: else, routes decide.
+    """
+    if len(info) == 12:         # the local address differs from the destination if that is a broadcast address
+        ipv4 = info[4:8]
+    elif info.startswith(b"\0" * 10 + b"\xff" * 2):    # IPv4-mapped
+        ipv4 = info[12:16]
+    elif len(info) < 20 or info[0] == 0xFF:     # a multicast address is nobody's source: the kernel chooses
+        return info, []
+    else:
+        interface = info[16:] if info[0] == 0xFE and info[1] & 0xC0 == 0x80 else bytes(4)
+        return info, [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info[:16] + interface)]
+    return info, [(socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + ipv4 + bytes(4))]
+
+
+class AnsweringSocket(UdpSocket):
+    """The UDP socket of a server that listens at all addresses: it answers each peer from the one that was asked.
+
+    The kernel chooses by the route to the peer, and another one when routes or addresses change: a client would hear
+    from an address that it does not know. So it is remembered to which address the last datagram of a peer came, for
+    ``MAX_ASKED`` peers. For others, where that address is gone, and on systems that do not tell, the kernel chooses.
+    """
+
+    def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
+        super().__init__(sock, loop)
+        self._asked: dict[Address, Asked] = {}      # by peer; the oldest first
+        if IP_PKTINFO:
+            try:
+                if self._is_ipv6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+                else:
+                    sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+                self._receive_from, self._unmaps = self._receive_and_remember, False
+            except OSError:
+                pass
+
+    def _receive_and_remember(self, size: int) -> tuple[bytes, Address]:
+        datagram, control, _, address = self._sock.recvmsg(size, PKTINFO_SPACE)
+        if self._is_ipv6:
+            address = unmapped(address)
+        if control:
+            asked = self._asked.get(address)
+            if asked is None or asked[0] != control[0][2]:
+                if asked is None and len(self._asked) >= MAX_ASKED:
+                    del self._asked[next(iter(self._asked))]
+                self._asked[address] = asked_at(control[0][2])
+        return datagram, address
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """Send as ``UdpSocket`` does, from the address where that peer has asked."""
+        asked = self._asked.get(address)
+        if asked is None:
+            super().send(datagram, address)
+            return
+        try:
+            self._sock.sendmsg((datagram,), asked[1], 0, for_ipv6_socket(address) if self._is_ipv6 else address)
+            self.datagrams_out += 1
+            self.bytes_out += len(datagram)
+        except OSError as error:
+            if error.errno in BUFFER_FULL:
+                self._note_not_sent(address, error)
+            else:       # that address is gone: a temporary one (RFC 8981) has expired, say
+                super().send(datagram, address)

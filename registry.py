@@ -78,8 +78,8 @@ class Entry(NamedTuple):
     version: int
 
     def row(self) -> EntryRow:
-        """Return the entry as it travels."""
-        return [self.nick, self.host, self.port, self.state]
+        """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
+        return [self.nick, self.host.partition("%")[0], self.port, self.state]
 
 
 class Page(NamedTuple):

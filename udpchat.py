@@ -38,8 +38,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LineFile, LogFile, Output, Patience, Reader,
-                  SelectorLoop, UdpSocket, Writer, clean, json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, LineFile, LogFile,
+                  Output, Patience, Reader, SelectorLoop, UdpSocket, Writer, clean, for_ipv6_socket, is_link_local,
+                  json_line, log, read_some, show_address, unmapped)
 from home import (config_home, is_private, load_secret, make_private, read_settings, remember_nicks, state_home,
                   token_for)
 try:
@@ -345,11 +346,13 @@ def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.Address
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
         found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
-        family, _, _, _, address = found[0]
-        return family, (str(address[0]), int(address[1]))
+        family, address = found[0][0], unmapped(found[0][4])
+        check_interface(address[0])
+        return family, address
     except (OSError, UnicodeError, IndexError) as error:
         is_passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        raise (NotNow if is_passing else Usage)(f"cannot resolve {clean(host) or repr(host)}") from None
+        hint = ": no such address, or no such interface" if "%" in host else ""
+        raise (NotNow if is_passing else Usage)(f"cannot resolve {clean(host) or repr(host)}{hint}") from None
 
 
 def resolve_patiently(host: str, port: int, end: float) -> tuple[socket.AddressFamily, Address]:
@@ -364,13 +367,22 @@ def resolve_patiently(host: str, port: int, end: float) -> tuple[socket.AddressF
             time.sleep(min(left, LOOKUP_INTERVAL))
 
 
+def check_interface(host: str) -> None:
+    """Raise Usage if a link-local ``host`` comes without its interface, OSError if there is no such interface."""
+    if is_link_local(host):
+        scope = host.partition("%")[2]
+        if not scope:
+            raise Usage(f"{host} is on every link: name the interface, as in {host}%eth0")
+        socket.if_indextoname(int(scope))
+
+
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
     """Return a UDP socket bound to ``address``. Raise OSError."""
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
+        sock.bind(for_ipv6_socket(address) if family == socket.AF_INET6 else address)
     except OSError:
         sock.close()
         raise
@@ -397,7 +409,8 @@ def run_server(options: argparse.Namespace) -> int:
     mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
     loop = SelectorLoop()
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
-    port = UdpSocket(sock, loop)
+    where = unmapped(sock.getsockname())
+    port = AnsweringSocket(sock, loop) if where[0] in WILDCARDS else UdpSocket(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
     began = time.monotonic()
 
@@ -414,7 +427,6 @@ def run_server(options: argparse.Namespace) -> int:
     loop.on_signal(signal.SIGUSR1, summarize)
     loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
-    where = unmapped(sock.getsockname())
     announce(f"[Server listening on {show_address(where)}]\n" + (how_to_join(where) if os.isatty(STDOUT) else ""))
     loop.run()
     loop.close()
@@ -434,8 +446,8 @@ def how_to_join(where: Address) -> str:
 
 def reachable(host: str) -> str:
     """Return the address at which others reach a server that listens at ``host``: of all, the one that leads out."""
-    if host not in ("0.0.0.0", "::"):
-        return host
+    if host not in WILDCARDS:       # the interface of a link-local one has a name of its own on each machine
+        return re.sub("%.*", "%INTERFACE", host)
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # RFC 5737, RFC 3849
         if family == socket.AF_INET or host == "::":
             try:
@@ -685,7 +697,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     proof = functools.partial(token_for, secret) if secret is not None else None
     # a nick without proof of ownership may be a stranger's: it is not waited for
     limit = NICK_PATIENCE if options.mode == "send" and proof is not None else 0.0
-    client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay,
+    client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal, patience=Patience(loop, end < NEVER, limit))
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)

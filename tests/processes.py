@@ -13,6 +13,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,14 @@ sys.exit(udpchat.main())
 """]
 # for a program that has little room for its files: Python itself would leave compiled modules there that are cut off
 NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
+# the program on a system that does not tell to which of its addresses a datagram came
+NO_PKTINFO = [sys.executable, "-c", f"""
+import sys
+sys.path[0] = {str(ROOT)!r}
+import loop, udpchat
+loop.IP_PKTINFO = 0
+sys.exit(udpchat.main())
+"""]
 DEADLINE = 60.0           # s; only for a test that hangs: what comes does so long before, on the slowest machine
 READ_SIZE = 65536         # bytes
 PIPE = subprocess.PIPE
@@ -45,6 +54,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # as a shell leaves 
     signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup SIGHUP: the programs under test would inherit it
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# how to begin a network of one's own: as root, and as anybody
+NEW_NETWORK = (["unshare", "--net"], ["unshare", "--map-root-user", "--net"])
 
 WELCOME = "[Welcome, You are registered.]"
 UPDATED = "[Client table updated.]"
@@ -348,9 +360,11 @@ class Chat:
         process.wait()
         return process
 
-    def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: str | None = None) -> Process:
+    def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: str | None = None,
+               command: Sequence[str] = PROGRAM) -> Process:
         """Start the server of this world (a new one after the old one has ended), and wait until it is ready."""
-        server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options)
+        server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options,
+                          command=command)
         self._port = int(server.see_match(r"\[Server listening on .*:(\d+)\]").group(1))
         self._server = server
         return server
@@ -367,14 +381,15 @@ class Chat:
         return self.server(*options, port=self._port)
 
     def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None, stdin: int = PIPE,
-              stdout: int = PIPE) -> Process:
+              stdout: int = PIPE, command: Sequence[str] = PROGRAM) -> Process:
         """Start a client."""
-        return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout)
+        return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout,
+                        command=command)
 
     def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None,
-               stdin: int = PIPE) -> Process:
+               stdin: int = PIPE, command: Sequence[str] = PROGRAM) -> Process:
         """Start a client, and wait until it is registered."""
-        client = self.start(nick, *options, host=host, port=port, stdin=stdin)
+        client = self.start(nick, *options, host=host, port=port, stdin=stdin, command=command)
         client.see(WELCOME)
         return client
 
@@ -504,6 +519,67 @@ class Proxy:
         self._thread.join()
         for sock in (self._front, self._wake, self._waker, *self._backs.values()):
             sock.close()
+
+
+class NoNamespaces(Exception):
+    """This system does not let us make networks of our own; the text says why."""
+
+
+class Machine:
+    """A machine in a network of the test's own: a network namespace (Linux only). It has no links at first.
+
+    What runs with ``program`` or behind ``enter`` sees its interfaces and addresses, and no others.
+    """
+
+    def __init__(self, neighbour: Machine | None = None) -> None:
+        """``neighbour``: a machine to which this one is going to be linked. Raise NoNamespaces."""
+        self.enter: list[str] = []
+        for tool in ("unshare", "nsenter", "ip"):
+            if shutil.which(tool) is None:
+                raise NoNamespaces(f"there is no {tool} here")
+        for words in NEW_NETWORK if neighbour is None else ([*neighbour.enter, "unshare", "--net"],):
+            self._holder = subprocess.Popen([*words, "sh", "-c", "echo; read line"], stdin=PIPE, stdout=PIPE,
+                                            stderr=subprocess.DEVNULL)
+            assert self._holder.stdout is not None
+            if self._holder.stdout.read(1):
+                break
+            self.close()
+        else:
+            raise NoNamespaces("network namespaces are not permitted here")
+        self.enter = ["nsenter", f"--target={self._holder.pid}", "--net"]
+        if "--map-root-user" in words or (neighbour is not None and "--user" in neighbour.enter):
+            self.enter += ["--user", "--preserve-credentials"]
+        self.program = [*self.enter, *PROGRAM]
+        self.ip("link set lo up")
+
+    def ip(self, arguments: str) -> None:
+        """Change addresses, links or routes, as ip(8) does."""
+        done = subprocess.run([*self.enter, "ip", *arguments.split()], capture_output=True)
+        assert done.returncode == 0, (arguments, done.stderr)
+
+    def link(self, interface: str, other: Machine, others_interface: str = "eth0") -> None:
+        """Lay a cable between two machines. There are no addresses at its ends yet. Raise NoNamespaces."""
+        try:
+            self.ip(f"link add {interface} type veth peer name {others_interface} netns {other._holder.pid}")
+        except AssertionError as error:
+            raise NoNamespaces(f"there are no virtual cables here: {error}") from None
+        for machine, name in ((self, interface), (other, others_interface)):
+            machine.ip(f"link set {name} addrgenmode none up")
+
+    def address(self, interface: str, *addresses: str) -> None:
+        """Give an interface addresses, as ADDRESS/BITS; they can be used at once."""
+        for address in addresses:
+            self.ip(f"addr add {address} dev {interface}" + (" nodad" if ":" in address else ""))
+
+    def run(self, script: str, *arguments: str) -> str:
+        """Run a script of Python there; return what it prints."""
+        done = subprocess.run([*self.enter, sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def close(self) -> None:
+        """End it. Its network is gone with the last program in it."""
+        self._holder.communicate()
 
 
 def shown_once(lines: Sequence[str], wanted: Sequence[str]) -> bool:

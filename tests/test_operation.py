@@ -21,7 +21,7 @@ from loop import ERROR, Random, Scheduler, SystemRandom, json_line
 from protocol import encode, padded
 from registry import Mailbox, Registry
 from tests.pages import section
-from tests.processes import DEADLINE, ROOT, SAVED, WELCOME, Chat, Process, received
+from tests.processes import DEADLINE, NO_PKTINFO, ROOT, SAVED, WELCOME, Chat, Process, received
 
 TEXT_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) (.*)")
 JSON_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -299,8 +299,8 @@ def test_without_a_way_out_the_address_is_the_loopback(monkeypatch: pytest.Monke
     def no_socket(*arguments: int) -> None:
         raise OSError(101, "Network is unreachable")
     monkeypatch.setattr("udpchat.socket.socket", no_socket)
-    assert [udpchat.reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3", "fe80::1")] == [
-        "127.0.0.1", "127.0.0.1", "10.1.2.3", "fe80::1"]
+    assert [udpchat.reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3", "fe80::1%2")] == [
+        "127.0.0.1", "127.0.0.1", "10.1.2.3", "fe80::1%INTERFACE"]
 
 
 @pytest.mark.parametrize("called, program", [
@@ -332,7 +332,7 @@ def test_server_on_all_addresses_is_reached_at_each_of_them(chat: Chat) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, 127.0.0.2 is nobody's address")
 def test_client_finds_a_server_again_that_comes_back_at_the_address_it_was_given(chat: Chat) -> None:
-    server = chat.server(host="0.0.0.0")
+    server = chat.server(host="0.0.0.0", command=NO_PKTINFO)
     alice = chat.client("alice", "--log-level", "info", host="127.0.0.2")
     chat.until(lambda: "answers from 127.0.0.1" in "".join(alice.errors), "the log to say where the server is")
     server.signal(signal.SIGTERM)

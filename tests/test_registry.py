@@ -69,6 +69,14 @@ def test_no_two_entries_share_a_version_and_each_has_that_of_its_last_change() -
     assert len({entry.version for entry in table.entries.values()}) == len(table) > 1
 
 
+def test_the_interface_of_a_link_local_address_stays_on_the_machine_to_which_it_belongs() -> None:
+    table = Table()
+    table.set("bob", "fe80::1%2", 5000, ONLINE)
+    assert [page.rows for page in table.pages(0, 1000)] == [[["bob", "fe80::1", 5000, ONLINE]]]
+    entry = table.get("bob")
+    assert entry is not None and entry.host == "fe80::1%2"
+
+
 @pytest.mark.parametrize("change", [("bob", "192.0.2.9", 5000, ONLINE), ("bob", "192.0.2.1", 5001, ONLINE),
                                     ("bob", "192.0.2.1", 5000, OFFLINE), ("bob", "192.0.2.1", 5000, GONE),
                                     ("eve", "192.0.2.1", 5000, ONLINE)])
@@ -1057,6 +1065,14 @@ def restarted(reg: Registry) -> Registry:
 
 
 # who gets a nick
+
+def test_clients_of_the_same_link_local_address_on_two_links_are_two(reg: Registry) -> None:
+    left, right = ("fe80::1%2", 5000), ("fe80::1%3", 5000)
+    register(reg, "alice", left)
+    register(reg, "bob", right)
+    assert (state_of(reg, "alice"), state_of(reg, "bob")) == ((*left, ONLINE), (*right, ONLINE))
+    assert restarted(reg).known_addresses() == [left, right]
+
 
 def test_a_new_nick_is_granted_and_online_where_it_registered(reg: Registry) -> None:
     session = register(reg, "bob", A, now=7.0)
