@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
                   Writer, clean, json_line, log, read_some, show_address, unmapped)
-from home import is_private, load_secret, make_private, state_home, token_for
+from home import check_store, is_private, load_secret, make_private, state_home, token_for
 from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 if TYPE_CHECKING:
     from editor import Prompt, Style
@@ -270,8 +270,8 @@ def run_server(options: argparse.Namespace) -> int:
         sock = bind(family, address)
     except OSError as error:
         raise Failure(f"cannot listen at {show_address(address)}: {error.strerror}") from None
-    mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
     loop = SelectorLoop()
+    mailbox = open_store(options.store or default_store(sock.getsockname()[1]), loop.now())
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     port = UdpSocket(sock, loop)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
@@ -339,9 +339,9 @@ def default_store(port: int) -> str:
     return os.path.join(state, f"server-{port}.db")
 
 
-def open_store(path: str) -> Mailbox:
-    """Open or make the store at ``path``, and its directory if it is ours. Raise Failure."""
-    from registry import Mailbox, StoreError, check_file
+def open_store(path: str, now: float = 0.0) -> Mailbox:
+    """Open or make the store at ``path``, and its directory if it is ours; ``now``: monotonic time. Raise Failure."""
+    from registry import Mailbox, StoreError
     state = state_home()
     try:
         if state is not None and os.path.dirname(path) == state:
@@ -350,11 +350,11 @@ def open_store(path: str) -> Mailbox:
         raise Failure(f"cannot make {state}: {error.strerror}") from None
     try:
         if path != ":memory:":
-            check_file(path)            # what is not ours is left as it is
-            for file in (path, path + "-wal"):
+            check_store(path)           # what is not ours is left as it is
+            for file in (path, os.path.realpath(path) + "-wal"):
                 if file == path or os.path.exists(file):
                     make_private(file)
-        return Mailbox(path, os.urandom(SESSION_BYTES))
+        return Mailbox(path, os.urandom(SESSION_BYTES), now)
     except OSError as error:
         raise Failure(f"cannot open the store {path}: {error.strerror}") from None
     except StoreError as error:
@@ -369,12 +369,12 @@ def forget(options: argparse.Namespace) -> int:
         raise Failure(f"there is no store {path}")
     mailbox = open_store(path)
     known = mailbox.known.get(options.forget)
-    done = known is not None and Registry(mailbox).forget(options.forget) and mailbox.commit(time.time())
+    done = known is not None and Registry(mailbox).forget(options.forget) and mailbox.commit(0.0)
     mailbox.close()
     if known is None:
         raise Failure(f"{options.forget} is not known")
     if not done:
-        raise Failure(f"the store {path} cannot be written")
+        raise Failure(f"the store {path} cannot be written: {mailbox.failure}")
     log.warning("%s is forgotten, with %d messages", known.nick, known.messages)
     return 0
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import protocol
-import registry
 from client import OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
 from protocol import encode
 from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
@@ -878,11 +877,6 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
     digests = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                               env={**os.environ, "PYTHONHASHSEED": hashes}).stdout for hashes in ("1", "2")}
     assert digests == {f"{[run_seed(seed).digest for seed in (3, 4)]}\n"}
-
-
-def test_the_store_and_the_wire_agree_on_the_longest_piece_of_a_text_and_nick() -> None:
-    assert registry.MAX_PIECE_SIZE == protocol.MAX_PIECE
-    assert registry.MAX_NICK_SIZE == protocol.MAX_NICK
 
 
 def test_the_server_of_the_simulation_is_where_clients_expect_it() -> None:
