@@ -143,6 +143,149 @@ def remember_nicks(nicks: Sequence[str]) -> None:
             pass
 
 
+# --- the store of a server ------------------------------------------------------------------------------------
+
+SQLITE_MAGIC = b"SQLite format 3\0"
+APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
+STORE_FORMAT = 2                # the version of the tables below
+OLD_FORMATS = (1,)              # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
+TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
+    online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL);
+CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, numbers INTEGER NOT NULL, sender TEXT NOT NULL,
+    stream INTEGER NOT NULL, n INTEGER NOT NULL, texts TEXT NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
+    messages INTEGER NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
+CREATE TABLE streams (sender TEXT NOT NULL, stream INTEGER NOT NULL, next INTEGER NOT NULL, seen REAL NOT NULL,
+    PRIMARY KEY (sender, stream)) WITHOUT ROWID;
+"""
+
+
+def identity_of(path: str, follow: bool = True) -> tuple[int, int]:
+    """Return what tells a file from all others, whatever its name: device and inode. Raise OSError.
+
+    ``follow``: if ``path`` is a symbolic link, return that of the file that it leads to.
+    """
+    status = os.stat(path, follow_symlinks=follow)
+    return status.st_dev, status.st_ino
+
+
+def check_store(path: str) -> None:
+    """Raise OSError if ``path`` holds anything but a store, or nothing. The file is not changed."""
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is not a udpchat store")    # a device or a FIFO: not even to be read
+    if os.path.getsize(path) == 0:
+        return
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if header[:16] != SQLITE_MAGIC or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise OSError(errno.EINVAL, "it is not a udpchat store")
+    if int.from_bytes(header[60:64], "big") not in (STORE_FORMAT, *OLD_FORMATS):
+        raise OSError(errno.EINVAL, "it is a udpchat store of another version")
+
+
+class StoreFile:
+    """The SQLite file of a store while it is open: made, or converted from an older format, and kept an eye on.
+
+    The write-ahead log (WAL) and ``synchronous=FULL`` make sure that a commit is on the disk when it returns. But the
+    file and its log can be removed, renamed, or replaced by a backup while they are open. Writing to them goes on
+    without an error then, for nobody: the next server looks for them by their names. Call ``check`` before a commit.
+    """
+
+    def __init__(self, path: str, server_id: bytes) -> None:
+        """Open or make the store; ``server_id`` is a random id for a new one. Raise OSError and sqlite3.Error."""
+        import sqlite3      # here: only a store needs it, and the start of a client is measured
+        if path != ":memory:":
+            check_store(path)
+        self.db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        self.db.text_factory = lambda data: data.decode("utf-8", "replace")     # what is damaged raises nothing
+        self._prepare(server_id)
+        real = os.path.realpath(path)       # SQLite puts the log there, if there are symbolic links
+        self._log = real + "-wal"
+        self._names = (path, real, self._log) if path != ":memory:" else ()
+        self._watch()
+
+    def _prepare(self, server_id: bytes) -> None:
+        execute = self.db.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        if execute("PRAGMA user_version").fetchone()[0] != STORE_FORMAT:
+            execute("PRAGMA journal_mode = DELETE")     # no WAL yet: ``check_store`` looks at the file alone
+        execute("BEGIN IMMEDIATE")
+        if not execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            # in one transaction: a crash leaves nothing that ``check_store`` refuses
+            execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            for statement in TABLES.split(";"):
+                execute(statement)
+            execute("INSERT INTO meta VALUES ('server', ?), ('uptime', 0.0)", (server_id,))
+        elif execute("PRAGMA user_version").fetchone()[0] == 1:
+            self._convert_times()
+        execute(f"PRAGMA user_version = {STORE_FORMAT}")
+        execute("COMMIT")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = FULL")
+        execute("PRAGMA fullfsync = ON")        # macOS: through the cache of the drive, too
+
+    def _convert_times(self) -> None:
+        """Convert the wall-clock times of format 1. Any of them may be wrong by years, so only their order is kept.
+
+        All become the moment at which the uptime begins: the latest 0, the others less than a second before it.
+        """
+        for table in ("nicks", "streams"):
+            latest = self.db.execute(f"SELECT max(seen) FROM {table}").fetchone()
+            self.db.execute(f"UPDATE {table} SET seen = (seen - ?) / 1e12", latest)
+        self.db.execute("UPDATE nicks SET seen = 0.0 WHERE online")
+        self.db.execute("INSERT INTO meta VALUES ('uptime', 0.0)")
+
+    def _watch(self) -> None:
+        """Note which files have the names of this store now. Raise OSError."""
+        self.db.execute("SELECT 1 FROM meta").fetchone()    # at the latest now SQLite opens the log
+        self._files = {name: (os.path.islink(name), identity_of(name)) for name in self._names}
+
+    def check(self) -> None:
+        """Raise OSError, with the name, if the store or its log is not the file any more that is open here."""
+        for name, (is_link, identity) in self._files.items():
+            try:
+                # a link that has come into the place of the file is not the file: the log is looked for elsewhere then
+                if identity_of(name, is_link) == identity:
+                    continue
+                error = OSError(errno.ESTALE, "it was replaced by another file", name)
+            except FileNotFoundError:
+                error = OSError(errno.ENOENT, "it was removed or renamed", name)
+            if name == self._log:
+                self._leave_log(error.errno == errno.ENOENT)
+            raise error
+
+    def _leave_log(self, is_gone: bool) -> None:
+        """Move what was committed from the log, which has lost its name, to the store, which has not.
+
+        The log is emptied with that: if it comes back to its place, it does not undo what is written from now on.
+        In the place of one that is gone another one is begun, and the next commit can be written again.
+        """
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if is_gone:
+            self.db.execute("PRAGMA journal_mode = DELETE")
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self._watch()
+
+    def close(self) -> None:
+        """Close the store; leave the log of another store, which is in the place of ours now, where it is."""
+        try:
+            is_ours = self._log not in self._files or identity_of(self._log, False) == self._files[self._log][1]
+        except OSError as error:
+            is_ours = error.errno == errno.ENOENT
+        if is_ours:
+            self.db.close()
+        else:
+            # SQLite removes the log by its name when it closes. A connection with one reference too many is never
+            # closed.
+            import ctypes
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.db))
+
+
+# --- the user's identity --------------------------------------------------------------------------------------
+
 LOCK_ATTEMPTS = 40        # 50 ms apart: a process that makes an identity takes much less, one that was killed for ever
 SECRET_BYTES = 32         # of randomness: nobody guesses it
 

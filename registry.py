@@ -2,8 +2,10 @@
 
 Rules of this file
 ------------------
-- No sockets, no clock, no timers, no printing. Monotonic time (``now``) and wall-clock time (``wall``), both in
-  seconds, come in as arguments; so do random ids. The only side effects are on the SQLite file of the ``Mailbox``.
+- No sockets, no clock, no timers, no printing. Monotonic time (``now``, in seconds) comes in as an argument; so do
+  random ids. The only side effects are on the SQLite file of the ``Mailbox``.
+- No decision depends on the wall clock, which may be wrong by years and jump: what lasts for longer than one run of
+  the server is measured by ``Mailbox.uptime``. Only the times of messages are wall-clock times.
 - It knows nothing of datagrams: it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
@@ -33,7 +35,6 @@ the time before that rule keeps working.
 from __future__ import annotations
 
 import heapq
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -41,8 +42,8 @@ from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from home import hash_of, is_hash_of
-from protocol import MAX_NICK, MAX_PIECE, Spellings, mixes_scripts
+from home import StoreFile, hash_of, is_hash_of
+from protocol import MAX_PIECE, Spellings, is_nick, mixes_scripts
 
 if TYPE_CHECKING:
     import json
@@ -275,26 +276,13 @@ class Mirror:
 
 # --- the store ------------------------------------------------------------------------------------------------
 
-APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
-FORMAT = 1                      # the version of the tables below
 MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail is forgotten, see ``IdleNicks``
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
-NICK_LAPSE = 90.0               # days offline after which a nick is forgotten
+NICK_LAPSE = 90.0               # days offline after which a nick is forgotten; only time in which the server ran counts
 DAY = 86400.0                   # s
 
-SQLITE_MAGIC = b"SQLite format 3\0"
-TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
-    online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL);
-CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, numbers INTEGER NOT NULL, sender TEXT NOT NULL,
-    stream INTEGER NOT NULL, n INTEGER NOT NULL, texts TEXT NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
-    messages INTEGER NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
-CREATE TABLE streams (sender TEXT NOT NULL, stream INTEGER NOT NULL, next INTEGER NOT NULL, seen REAL NOT NULL,
-    PRIMARY KEY (sender, stream)) WITHOUT ROWID;
-"""
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -314,7 +302,7 @@ class Known:
         self.host, self.port = host, port
         self.online = bool(online)  # when it was last written: after a crash, its client may still run
         self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
-        self.seen = seen            # wall-clock time of its last sign of life
+        self.seen = seen            # ``Mailbox.uptime`` at its last sign of life
         self.first = first          # number of the first mail that is not acked
         self.last = last            # number of the last mail ever kept
         self.messages = 0           # that wait
@@ -379,72 +367,39 @@ StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n,
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
-def check_file(path: str) -> None:
-    """Raise StoreError if ``path`` holds anything but a store, or nothing. The file is not changed."""
-    try:
-        if not os.path.exists(path):
-            return
-        if not os.path.isfile(path):
-            raise StoreError(f"{path} is not a udpchat store")      # a device or a FIFO: not even to be read
-        if os.path.getsize(path) == 0:
-            return
-        with open(path, "rb") as file:
-            header = file.read(100)
-    except OSError as error:
-        raise StoreError(f"cannot open the store {path}: {error.strerror}") from None
-    if header[:16] != SQLITE_MAGIC or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise StoreError(f"{path} is not a udpchat store")
-    if int.from_bytes(header[60:64], "big") != FORMAT:
-        raise StoreError(f"{path} is a udpchat store of another version")
-
-
 class Mailbox:
     """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
 
-    ``commit`` writes everything that was changed since the last one, in one transaction. The write-ahead log and
-    ``synchronous=FULL`` make sure that a commit is on the disk when it returns. Reading sees only what is committed.
+    ``commit`` writes everything that was changed since the last one, in one transaction, and only while the file is
+    still where it was opened (see ``StoreFile``). Reading sees only what is committed.
     """
 
-    def __init__(self, path: str, server_id: bytes) -> None:
+    def __init__(self, path: str, server_id: bytes, now: float = 0.0) -> None:
         """Open or make the store; ``server_id`` is a random id for a new one. Raise StoreError if that fails."""
         global json, sqlite3    # only a store needs them: a client has none, and its start is measured (tests/bench.py)
         import json
         import sqlite3
-        if path != ":memory:":
-            check_file(path)
         try:
-            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
-            self._db.text_factory = lambda data: data.decode("utf-8", "replace")    # what is damaged raises nothing
-            self._prepare(server_id)
+            self._file = StoreFile(path, server_id)
+            self._db = self._file.db
             self._load()
-        except (sqlite3.Error, OSError, LookupError, TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, (sqlite3.OperationalError, OSError)) else f"it is damaged: {error}"
+            self._base = self._last_uptime() - now      # the uptime when ``now`` was 0
+        except OSError as error:
+            raise StoreError(f"cannot open the store {path}: {error.strerror}") from None
+        except (sqlite3.Error, LookupError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, sqlite3.OperationalError) else f"it is damaged: {error}"
             if "locked" in reason:
                 reason = "another server has it open"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
         self.damaged = 0            # rows that could not be read
+        self.failure = ""           # why the last commit that failed did
+        self._is_untidy = False     # see ``tidy``
         self._rows: list[tuple[object, ...]] = []               # mail to insert
         self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
         self._streams: dict[tuple[str, int], int] = {}          # progress to write
         self._changed: set[str] = set()                         # nicks to write
         self._acked: set[str] = set()                           # nicks whose mail below ``first`` is to be deleted
         self._forgotten: dict[int, str] = {}                    # id -> nick of those to delete
-
-    def _prepare(self, server_id: bytes) -> None:
-        execute = self._db.execute
-        execute("PRAGMA locking_mode = EXCLUSIVE")
-        execute("BEGIN IMMEDIATE")
-        if not execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-            # in one transaction, and before there is a WAL: a crash leaves nothing that ``check_file`` refuses
-            execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            execute(f"PRAGMA user_version = {FORMAT}")
-            for statement in TABLES.split(";"):
-                execute(statement)
-            execute("INSERT INTO meta VALUES ('server', ?)", (server_id,))
-        execute("COMMIT")
-        execute("PRAGMA journal_mode = WAL")
-        execute("PRAGMA synchronous = FULL")
-        execute("PRAGMA fullfsync = ON")        # macOS: through the cache of the drive, too
 
     def _load(self) -> None:
         execute = self._db.execute
@@ -457,6 +412,21 @@ class Mailbox:
         self._next_id = max(by_id, default=0) + 1
         for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
             by_id[id_].messages, by_id[id_].size = messages, size
+
+    # time
+
+    def _last_uptime(self) -> float:
+        """Return the latest uptime in the store: what is written from now on is later."""
+        return float(self._db.execute("SELECT max(value) FROM (SELECT value FROM meta WHERE key = 'uptime' UNION ALL"
+                                      " SELECT seen FROM nicks UNION ALL SELECT seen FROM streams)").fetchone()[0])
+
+    def uptime(self, now: float) -> float:
+        """Return for how many seconds a server has run with this store, in all runs; a crash loses an hour at most."""
+        return self._base + now
+
+    def tidy(self) -> None:
+        """Let the next commit write the uptime, and forget the longest silent streams beyond ``MAX_STREAMS``."""
+        self._is_untidy = True
 
     # who is known
 
@@ -530,7 +500,7 @@ class Mailbox:
     def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int,
                  *columns: str) -> list[StoredLetter]:
         """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
-        is_sender_whole = self._may_be_nick(sender)
+        is_sender_whole = is_nick(sender)
         is_stream_whole = type(stream) is int and stream >= 0
         try:
             if not is_sender_whole or not is_stream_whole:
@@ -544,12 +514,6 @@ class Mailbox:
         return [[sender, stream, number, at, text, number in more]
                 for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
 
-    def _may_be_nick(self, text: str) -> bool:
-        """Return whether ``text``, which was read from the disk, can be a nick."""
-        if type(text) is not str:
-            return False
-        return text in self.known or (0 < len(text) <= MAX_NICK and all(c.isalnum() or c in "_.-" for c in text))
-
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
         if known.first < first <= known.last + 1:
@@ -561,22 +525,24 @@ class Mailbox:
     @property
     def urgent(self) -> bool:
         """Whether there is anything to commit before a client hears of it; mail that was acked can be deleted later."""
-        return bool(self._rows or self._streams or self._changed or self._forgotten)
+        return bool(self._rows or self._streams or self._changed or self._forgotten or self._is_untidy)
 
     @property
     def pending(self) -> bool:
         """Whether there is anything to commit."""
         return self.urgent or bool(self._acked)
 
-    def commit(self, wall: float) -> bool:
+    def commit(self, now: float) -> bool:
         """Write everything since the last commit; return whether that went well. If not, undo the mail of this turn."""
         if not self.pending:
             return True
         try:
+            self._file.check()
             self._db.execute("BEGIN IMMEDIATE")
-            freed = self._write(wall)
+            freed = self._write(self.uptime(now))
             self._db.execute("COMMIT")
-        except sqlite3.Error:
+        except (sqlite3.Error, OSError) as error:
+            self.failure = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
             self._undo()
             return False
         for known, messages, size in freed:
@@ -585,9 +551,10 @@ class Mailbox:
         self._drop_mail_of_this_turn()
         for written in (self._changed, self._acked, self._forgotten):
             written.clear()
+        self._is_untidy = False
         return True
 
-    def _write(self, wall: float) -> list[tuple[Known, int, int]]:
+    def _write(self, uptime: float) -> list[tuple[Known, int, int]]:
         """Write everything pending; return from whose mailbox how many messages and bytes were deleted."""
         run, many = self._db.execute, self._db.executemany
         for id_, nick in self._forgotten.items():
@@ -595,8 +562,8 @@ class Mailbox:
             run("DELETE FROM mail WHERE recipient = ?", (id_,))
             run("DELETE FROM streams WHERE sender = ?", (nick,))
         many(INSERT_MAIL, self._rows)
-        many("INSERT INTO streams VALUES (?, ?, ?, ?) ON CONFLICT (sender, stream) DO UPDATE SET next = excluded.next,"
-             " seen = excluded.seen", [(*key, next_, wall) for key, next_ in self._streams.items()])
+        many("INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?)",
+             [(*key, next_, uptime) for key, next_ in self._streams.items()])
         freed = []
         for nick in self._acked:
             freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
@@ -605,6 +572,10 @@ class Mailbox:
              " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
              " first = excluded.first, last = excluded.last",
              [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
+        if self._is_untidy:
+            run("UPDATE meta SET value = ? WHERE key = 'uptime'", (uptime,))
+            run("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC LIMIT 1 OFFSET ?)",
+                (MAX_STREAMS - 1,))
         return freed
 
     def _delete_mail(self, known: Known) -> tuple[int, int]:
@@ -641,18 +612,9 @@ class Mailbox:
         for dropped in (self._before, self._rows, self._streams):
             dropped.clear()
 
-    def prune_streams(self) -> bool:
-        """Forget the progress of the longest silent streams beyond ``MAX_STREAMS``; return whether that went well."""
-        try:
-            self._db.execute("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC"
-                             " LIMIT 1 OFFSET ?)", (MAX_STREAMS - 1,))
-        except sqlite3.Error:
-            return False
-        return True
-
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
-        self._db.close()
+        self._file.close()
 
 
 # --- sessions -------------------------------------------------------------------------------------------------
@@ -918,43 +880,42 @@ class Registry:
             del self.maybe_running[nick]
             self._idle.add(self.mailbox.known[nick])
 
-    def admit(self, now: float, wall: float, id_: bytes, nick: str, address: Address, token: bytes | None,
-              request: int) -> Session:
+    def admit(self, now: float, id_: bytes, nick: str, address: Address, token: bytes | None, request: int) -> Session:
         """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced."""
         old = self.sessions.of(nick)
         if old is not None:
-            self._end(old, wall, REPLACED)
+            self._end(old, now, REPLACED)
         elif len(self.sessions) >= self.max_clients:
             unresponsive = self.sessions.oldest_unresponsive()
             if unresponsive is not None:
-                self._end(unresponsive, wall, EVICTED)
+                self._end(unresponsive, now, EVICTED)
         self.maybe_running.pop(nick, None)
-        known = self._know(wall, nick, address, token)
+        known = self._know(now, nick, address, token)
         session = Session(id_, known, address, request, now)
         self.sessions.add(session)
-        self.place(session, address, wall)
+        self.place(session, address, now)
         session.version = self.table.version
         return session
 
-    def _know(self, wall: float, nick: str, address: Address, token: bytes | None) -> Known:
+    def _know(self, now: float, nick: str, address: Address, token: bytes | None) -> Known:
         """Return the record of a nick, made or updated; if there are too many, forget an idle one first."""
         owner = hash_of(token) if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
             idle = self._idle.first() if len(self.mailbox.known) >= self.max_known else None
             if idle is not None:
-                self._drop(idle, wall)
-            return self.mailbox.add(nick, *address, owner, wall)
+                self._drop(idle, now)
+            return self.mailbox.add(nick, *address, owner, self.mailbox.uptime(now))
         known.host, known.port = address
-        known.owner, known.seen = owner, wall
+        known.owner, known.seen = owner, self.mailbox.uptime(now)
         self.mailbox.changed(known)
         return known
 
-    def place(self, session: Session, address: Address, wall: float) -> None:
+    def place(self, session: Session, address: Address, now: float) -> None:
         """Put a session at an address that it has proved: online there if it is live and no mail has to come first."""
         other = self._at.get(address)
         if other is not None and other is not session:      # even before we are announced: it has lost the address
-            self.went_offline(other, wall)
+            self.went_offline(other, now)
         session.address = address
         session.known.host, session.known.port = address
         is_ready = self.sessions.is_live(session) and session.has_had_its_mail
@@ -969,7 +930,7 @@ class Registry:
             other = self._at.get(address)
             # needed again: an unresponsive client may come back to an address that another one has taken meanwhile
             if other is not None:
-                self.went_offline(other, other.known.seen)
+                self._lose(other)
             self._at[address] = session
         self.table.set(nick, *address, state)
         known.online = state == ONLINE
@@ -991,19 +952,22 @@ class Registry:
                 and not self.table.is_online(session.nick)):
             self._set_state(session, ONLINE)
 
-    def went_offline(self, session: Session, wall: float) -> None:
+    def went_offline(self, session: Session, now: float) -> None:
         """Note that a client does not answer: it is offline, but its session stays good, in case it lives."""
-        session.known.seen = wall
+        session.known.seen = self.mailbox.uptime(now)
+        self._lose(session)
+
+    def _lose(self, session: Session) -> None:
         self.sessions.mark_unresponsive(session)
         self._idle.add(session.known)
         self._set_state(session, OFFLINE)
 
-    def deregister(self, session: Session, wall: float) -> None:
+    def deregister(self, session: Session, now: float) -> None:
         """Note that a client leaves."""
-        self._end(session, wall, BYE)
+        self._end(session, now, BYE)
 
-    def _end(self, session: Session, wall: float, how: End) -> None:
-        self.went_offline(session, wall)
+    def _end(self, session: Session, now: float, how: End) -> None:
+        self.went_offline(session, now)
         self.sessions.end(session, how)
 
     # what waits
@@ -1079,30 +1043,27 @@ class Registry:
         self.table.set(nick, known.host, known.port, GONE)
         return True
 
-    def note_time(self, wall: float) -> None:
+    def note_time(self, now: float) -> None:
         """Note that those who are live are there now: repeated, so that the store knows it after a crash."""
         for session in self.sessions.live_sessions():
-            session.known.seen = wall
+            session.known.seen = self.mailbox.uptime(now)
             self.mailbox.changed(session.known)
+        self.mailbox.tidy()
 
-    def prune(self) -> None:
-        """Forget how far the longest silent streams were kept, beyond a limit."""
-        self.mailbox.prune_streams()
-
-    def lapse(self, wall: float, days: float) -> list[Known]:
+    def lapse(self, now: float, days: float) -> list[Known]:
         """Forget every nick that was offline for more than ``days`` (0: never); return those nicks."""
         if not days:
             return []
         live = {session.nick for session in self.sessions.live_sessions()}
-        idle = [known for known in self.mailbox.known.values()
-                if known.seen < wall - days * DAY and known.nick not in live]
+        since = self.mailbox.uptime(now) - days * DAY
+        idle = [known for known in self.mailbox.known.values() if known.seen < since and known.nick not in live]
         for known in idle:
-            self._drop(known.nick, wall)
+            self._drop(known.nick, now)
         return idle
 
-    def _drop(self, nick: str, wall: float) -> None:
+    def _drop(self, nick: str, now: float) -> None:
         """Forget a nick that is offline; its client may have died without leaving."""
         session = self.sessions.of(nick)
         if session is not None:
-            self._end(session, wall, EVICTED)
+            self._end(session, now, EVICTED)
         self.forget(nick)

@@ -229,8 +229,8 @@ class Gate:
 
     def _admit(self, claim: Claim) -> None:
         id_ = self._loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
-        session = self._registry.admit(self._loop.now(), self._loop.wall(), id_, claim.nick, claim.address,
-                                       claim.token, claim.request)
+        session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token,
+                                       claim.request)
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
         self._welcome(session)
@@ -374,7 +374,7 @@ class Prober:
         if session is not None and self._registry.sessions.get(session.id) is session:
             if session.address != address:
                 log.info("%s moved to %s", session.nick, show_address(address))
-                self._registry.place(session, address, self._loop.wall())
+                self._registry.place(session, address, self._loop.now())
             self._heard(session)
             self._note_answer(session.nick)
         self._answered(probe)
@@ -638,12 +638,13 @@ class Committer:
 
     def commit_all(self) -> bool:
         """Write everything that has changed; return whether that went well."""
-        committed = self.mailbox.commit(self.loop.wall())
         now = self.loop.now()
+        committed = self.mailbox.commit(now)
         if not committed:
             self.failures += 1
             if self._failed == NEVER:
-                log.error("the store cannot be written: no mail is kept, no owner of a new nick is remembered")
+                log.error("the store cannot be written (%s): no mail is kept, no owner of a new nick is remembered",
+                          self.mailbox.failure)
             self._failed = now
         elif now >= self._failed + STORE_RECOVERY_TIME:
             log.warning("the store can be written again")
@@ -651,7 +652,9 @@ class Committer:
         return committed
 
     def close(self) -> bool:
-        """Write everything and close the store; return whether that went well."""
+        """Write everything and close the store; return whether that went well, and log it if not."""
+        self.mailbox.tidy()     # so that there is something to write, which shows whether the store is still there
+        self._failed = NEVER
         committed = self.commit_all()
         self.mailbox.close()
         return committed
@@ -1030,7 +1033,7 @@ class Server:
     def _unresponsive(self, session: Session) -> None:
         """Mark a client offline that does not answer a probe, and tell it so: if it lives, it pings, and is back."""
         log.info("%s does not answer a probe: offline", session.nick)
-        self.registry.went_offline(session, self.loop.wall())
+        self.registry.went_offline(session, self.loop.now())
         self.send_queue.put_for(session, self._pong(0, self.boot, session))
 
     def _answered(self, probe: Probe) -> None:
@@ -1062,7 +1065,7 @@ class Server:
         session = self._session(info, address)
         if session is not None:
             log.info("%s deregistered", session.nick)
-            self.registry.deregister(session, self.loop.wall())
+            self.registry.deregister(session, self.loop.now())
             self.send_queue.put(encode("bye", {"session": session.id}), address)
 
     def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
@@ -1079,10 +1082,9 @@ class Server:
             self.loop.call_at(self.loop.now() + NOTICE_INTERVAL, self._send_notices)
 
     def _keep_house(self) -> None:
-        wall = self.loop.wall()
-        for known in self.registry.lapse(wall, self.nick_lapse):
+        now = self.loop.now()
+        for known in self.registry.lapse(now, self.nick_lapse):
             log.warning("%s has lapsed: %d messages deleted", known.nick, known.messages)
-        self.registry.note_time(wall)
-        self.registry.prune()
+        self.registry.note_time(now)
         self.prober.forget_old_answers()
-        self.loop.call_at(self.loop.now() + HOUSEKEEPING, self._keep_house)
+        self.loop.call_at(now + HOUSEKEEPING, self._keep_house)

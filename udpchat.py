@@ -41,8 +41,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, LineFile, LogFile,
                   Output, Patience, Reader, SelectorLoop, UdpSocket, Writer, clean, for_ipv6_socket, is_link_local,
                   json_line, log, read_some, show_address, unmapped)
-from home import (config_home, is_private, load_secret, make_private, read_settings, remember_nicks, state_home,
-                  token_for)
+from home import (check_store, config_home, is_private, load_secret, make_private, read_settings, remember_nicks,
+                  state_home, token_for)
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 except ModuleNotFoundError as missing:
@@ -406,8 +406,8 @@ def run_server(options: argparse.Namespace) -> int:
         sock = bind(family, address)
     except OSError as error:
         raise Failure(f"cannot listen at {show_address(address)}: {error.strerror}") from None
-    mailbox = open_store(options.store or default_store(sock.getsockname()[1]))
     loop = SelectorLoop()
+    mailbox = open_store(options.store or default_store(sock.getsockname()[1]), loop.now())
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     where = unmapped(sock.getsockname())
     port = AnsweringSocket(sock, loop) if where[0] in WILDCARDS else UdpSocket(sock, loop)
@@ -483,9 +483,9 @@ def default_store(port: int) -> str:
     return os.path.join(state, f"server-{port}.db")
 
 
-def open_store(path: str) -> Mailbox:
-    """Open or make the store at ``path``, and its directory if it is ours. Raise Failure."""
-    from registry import Mailbox, StoreError, check_file
+def open_store(path: str, now: float = 0.0) -> Mailbox:
+    """Open or make the store at ``path``, and its directory if it is ours; ``now``: monotonic time. Raise Failure."""
+    from registry import Mailbox, StoreError
     state = state_home()
     try:
         if state is not None and os.path.dirname(path) == state:
@@ -494,11 +494,11 @@ def open_store(path: str) -> Mailbox:
         raise Failure(f"cannot make {state}: {error.strerror}") from None
     try:
         if path != ":memory:":
-            check_file(path)            # what is not ours is left as it is
-            for file in (path, path + "-wal"):
+            check_store(path)           # what is not ours is left as it is
+            for file in (path, os.path.realpath(path) + "-wal"):
                 if file == path or os.path.exists(file):
                     make_private(file)
-        return Mailbox(path, os.urandom(SESSION_BYTES))
+        return Mailbox(path, os.urandom(SESSION_BYTES), now)
     except OSError as error:
         raise Failure(f"cannot open the store {path}: {error.strerror}") from None
     except StoreError as error:
@@ -514,13 +514,13 @@ def forget(options: argparse.Namespace) -> int:
     mailbox = open_store(path)
     registry = Registry(mailbox)
     known = mailbox.known.get(registry.table.spelling_of(options.forget) or "")
-    done = known is not None and registry.forget(known.nick) and mailbox.commit(time.time())
+    done = known is not None and registry.forget(known.nick) and mailbox.commit(0.0)
     mailbox.close()
     if known is None:
         alike = " or ".join(registry.table.spellings.of(options.forget))
         raise Failure(f"{options.forget} is not known" + (f": is it {alike}?" if alike else ""))
     if not done:
-        raise Failure(f"the store {path} cannot be written")
+        raise Failure(f"the store {path} cannot be written: {mailbox.failure}")
     log.warning("%s is forgotten, with %d messages", known.nick, known.messages)
     return 0
 

@@ -43,7 +43,7 @@ from conversation import RECEIVED, REFUSED, SAVED, Event
 from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Patience, Random, Scheduler, clean, log
 from protocol import Address, encode
 from home import token_for
-from registry import Mailbox, Registry, State
+from registry import DAY, Mailbox, Registry, State
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
@@ -239,18 +239,18 @@ class Ledger:
 class SimLoop(Scheduler):
     """What the program gets instead of ``loop.SelectorLoop``: the same scheduler, on a virtual clock."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, host: str) -> None:
         super().__init__(world.now)
         self.random: Random = random.Random(seed)
-        self._world = world
+        self._world, self._host = world, host
 
     def clock(self) -> float:
         """Return the same as ``now``: inside a turn, no time passes."""
         return self.now()
 
     def wall(self) -> float:
-        """Return the seconds since 1970."""
-        return EPOCH + self._world.now
+        """Return the seconds since 1970, as the clock of this host says."""
+        return EPOCH + self._world.now + self._world.clock_errors.get(self._host, 0.0)
 
 
 class Node:
@@ -262,7 +262,7 @@ class Node:
         self.host = host                    # what partitions know it by: it outlives the process
         self.address = address
         self.alive = True
-        self.loop = SimLoop(world, world.random.getrandbits(64))
+        self.loop = SimLoop(world, world.random.getrandbits(64), host)
         self.inbox: deque[tuple[bytes, Address]] = deque()
         self.stopped_until = 0.0
         self.fuse = -1                      # steps until this process crashes; below 0: it does not
@@ -418,12 +418,12 @@ class Disk:
     def close(self) -> None:
         """Do nothing: the file stays."""
 
-    def open(self, server_id: bytes) -> Mailbox:
+    def open(self, server_id: bytes, now: float) -> Mailbox:
         """Return the store on this disk, as a process that starts finds it."""
         if self.database.in_transaction:
             self.database.execute("ROLLBACK")
         with mock.patch("sqlite3.connect", return_value=self):
-            return Mailbox(":memory:", server_id)
+            return Mailbox(":memory:", server_id, now)
 
 
 class ServerNode(Node):
@@ -434,7 +434,7 @@ class ServerNode(Node):
         super().__init__(world, f"server#{world.boots}", "server", SERVER)
         disk = world.disk
         disk.step, disk.failing = self.step, False
-        mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
+        mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"), self.loop.now())
         self._greetings: dict[bytes, int] = {}      # of each session: the last mail that waited when it began
         self.server = Server(self.loop, self.send, Registry(mailbox, mailbox_limit=world.mailbox))
         world.trace("%s starts", self.name)
@@ -915,6 +915,7 @@ class World:
         self.network = Network(self)
         self.disk = Disk()
         self.boots = self.crashes = 0
+        self.clock_errors: dict[str, float] = {}    # host -> s by which its wall clock is wrong
         self.healthy_since = NEVER          # nothing is broken any more from here on
         self.refusals: list[tuple[str, str]] = []
         self.server: ServerNode | None = None
@@ -1006,6 +1007,7 @@ class Storm:
         self.lives: Counter[str] = Counter()
         self.ports: dict[str, list[Address]] = {nick: [] for nick in self.nicks}
         self._serial = 0
+        self._clocks = random.Random(f"clocks {seed}")     # apart: nothing else may depend on what a clock says
         self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
             "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
@@ -1031,6 +1033,9 @@ class Storm:
             for kind, habit in self._habits.items():
                 if pick.random() < 0.35:
                     self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
+
+        for _ in range(self._clocks.choice((0, 0, 1, 5))):
+            world.call_at(START + self._clocks.uniform(0, self.length), self._set_clock)
 
     def _repeat(self, action: Callable[[], None], interval: float) -> None:
         """Plan an action at random times of the storm, on average every ``interval`` seconds."""
@@ -1207,6 +1212,14 @@ class Storm:
             garble=pick.choice((0, 0, 0, 0.05)), delay=delay, jitter=delay * pick.choice((0, 0.5, 2)),
             late=pick.choice((0, 0, 0.02, 0.1)), lateness=pick.choice((0.2, 1.0, 6.0)))
         self.world.trace("%s", self.world.network.weather)
+
+    def _set_clock(self) -> None:
+        """Set the wall clock of the server or of a client's host: right, or wrong by up to a hundred years."""
+        pick = self._clocks
+        host = pick.choice(("server", "server", *(life.host for life in self.world.running())))
+        error = pick.choice((0.0, pick.uniform(-100.0, 100.0), pick.uniform(-1.0, 1.0), 1.0, -1.0)) * 365.25 * DAY
+        self.world.clock_errors[host] = error
+        self.world.trace("the clock of %s is wrong by %.0f s", host, error)
 
     def _signal(self) -> None:
         life = self._some_client()

@@ -15,7 +15,7 @@ from conversation import Delivery, Inbox
 from loop import Output
 from protocol import SESSION_SIZE, encode, padded
 from registry import Session, Table
-from server import Committer, Postman
+from server import Committer, Postman, Server
 from terminal import Shell
 from stream import ReceiveStream, SendStream
 from tests.simulate import run_seed
@@ -144,6 +144,15 @@ def drops_what_was_read_and_not_sent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Shell, "hand_back_rest", lambda self: None)
 
 
+def trusts_the_wall_clock(patch: pytest.MonkeyPatch) -> None:
+    """Count the days that somebody is away by the wall clock."""
+    def start(self: Server) -> None:
+        patch.setattr(self.registry.mailbox, "uptime", lambda now: self.loop.wall())
+        original(self)
+    original = Server.start
+    patch.setattr(Server, "start", start)
+
+
 # each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
@@ -161,6 +170,7 @@ FAULTS: dict[Patch, int] = {
     acks_inside_a_text: 0,
     goes_on_talking_while_away: 0,
     drops_what_was_read_and_not_sent: 93,
+    trusts_the_wall_clock: 36,
 }
 
 

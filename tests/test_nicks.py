@@ -23,7 +23,7 @@ from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE as BY
 from tests.second_client import SecondClient
 from tests.simulate import Weather, World
 
-WALL = 1_700_000_000.0
+NOW = 1000.0      # s that the server has run
 A, B = ("192.0.2.1", 5000), ("192.0.2.2", 5000)
 WIDE_BOB, STRANGE_BOB, BOLD_BOB = "\uff22\uff2f\uff22", "b\u043eb", "\U0001d41b\U0001d428\U0001d41b"
 
@@ -148,14 +148,14 @@ def new_registry(*nicks: str, max_known: int = 100) -> Registry:
     """Return a registry in whose store these nicks are, as an older server may have left them."""
     mailbox = Mailbox(":memory:", b"s" * 16)
     for number, nick in enumerate(nicks):
-        mailbox.add(nick, *A, None, WALL + number)
+        mailbox.add(nick, *A, None, NOW + number)
     return Registry(mailbox, max_known=max_known)
 
 
 def admit(reg: Registry, nick: str, token: bytes | None = None) -> Any:
     """Register a nick that is granted."""
     assert reg.claim(nick, A, token) == GRANTED
-    return reg.admit(0.0, WALL, os.urandom(16), nick, A, token, int.from_bytes(os.urandom(7), "big"))
+    return reg.admit(NOW, os.urandom(16), nick, A, token, int.from_bytes(os.urandom(7), "big"))
 
 
 def test_another_spelling_of_a_known_nick_is_refused_to_everybody() -> None:
@@ -164,7 +164,7 @@ def test_another_spelling_of_a_known_nick_is_refused_to_everybody() -> None:
     for nick in ("Bob", WIDE_BOB, BOLD_BOB):
         assert {reg.claim(nick, address, token) for address in (A, B) for token in (None, b"token")} == {OWNED}
     assert reg.claim("bob", B, b"token") == PROBE_HOLDER
-    reg.deregister(session, WALL)
+    reg.deregister(session, NOW)
     assert (reg.claim("BOB", A, b"token"), reg.claim("bob", A, b"token")) == (OWNED, GRANTED)
 
 
@@ -188,17 +188,17 @@ def test_a_store_with_nicks_that_look_alike_goes_on_with_them_and_takes_no_more(
 def test_a_nick_that_was_forgotten_has_lapsed_or_gave_way_is_free_in_every_spelling() -> None:
     reg = new_registry("bob", max_known=1)
     assert reg.claim("BOB", A, None) == OWNED
-    assert [known.nick for known in reg.lapse(WALL + 91 * DAY, 90.0)] == ["bob"]
+    assert [known.nick for known in reg.lapse(NOW + 91 * DAY, 90.0)] == ["bob"]
     admit(reg, "BOB")
     assert reg.claim("bob", A, None) == OWNED
     reg = new_registry("bob", max_known=1)
     assert reg.claim("BOB", A, None) == OWNED
     admit(reg, "eve")
     assert set(reg.mailbox.known) == {"eve"}
-    reg.deregister(reg.sessions.by_nick["eve"], WALL)
+    reg.deregister(reg.sessions.by_nick["eve"], NOW)
     admit(reg, "BOB")
     assert set(reg.mailbox.known) == set(reg.table.entries) == {"BOB"}
-    reg.deregister(reg.sessions.by_nick["BOB"], WALL)
+    reg.deregister(reg.sessions.by_nick["BOB"], NOW)
     assert reg.forget("BOB") and reg.claim("bob", A, None) == GRANTED
 
 
@@ -249,8 +249,8 @@ def old_store(chat: Chat, *nicks: str) -> None:
     """Make a store with these nicks, as an older server may have left them."""
     mailbox = Mailbox(str(chat.store), os.urandom(16))
     for nick in nicks:
-        mailbox.add(nick, "127.0.0.1", 9, None, 2 * WALL)
-    assert mailbox.commit(WALL)
+        mailbox.add(nick, "127.0.0.1", 9, None, NOW)
+    assert mailbox.commit(NOW)
     mailbox.close()
 
 
@@ -461,8 +461,8 @@ def test_a_client_that_was_online_keeps_its_spelling(chat: Chat, tmp_path: Path)
     bob.wait_for("alice", "offline")
     server.kill()
     mailbox = Mailbox(str(tmp_path / "new.db"), os.urandom(16))
-    mailbox.add("BOB", "127.0.0.1", 9, None, 2 * WALL)
-    assert mailbox.commit(WALL)
+    mailbox.add("BOB", "127.0.0.1", 9, None, NOW)
+    assert mailbox.commit(NOW)
     mailbox.close()
     chat.server(port=chat.port, store=str(tmp_path / "new.db"))
     bob.feed("send alice hello\n")      # the server knows no such session: bob need not wait for the next ping

@@ -37,9 +37,9 @@ from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
-from registry import DAMAGED, DAY, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
+from registry import DAMAGED, DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
 from terminal import Display
-from server import (BROADCAST_WAIT, CLAIMS_PER_PROBE, COOKIE_TIME, HOUSEKEEPING, PROBE_TIMEOUT, STRANGER_REPLIES,
+from server import (BROADCAST_WAIT, CLAIMS_PER_PROBE, COOKIE_TIME, PROBE_TIMEOUT, STRANGER_REPLIES,
                     Server)
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
@@ -88,14 +88,14 @@ class DeskLoop:
 class Desk:
     """A server on arguments alone; ``sent`` is what it has sent."""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, store: str = ":memory:", nick_lapse: float = NICK_LAPSE, **options: int) -> None:
         self.loop = DeskLoop()
         self.sent: list[tuple[bytes, Address]] = []
         replies = options.pop("stranger_replies", STRANGER_REPLIES)
-        self.registry = Registry(Mailbox(":memory:", b"i" * 16), **options)
+        self.registry = Registry(Mailbox(store, b"i" * 16, self.loop.now()), **options)
         self.send: Callable[[bytes, Address], None] = lambda datagram, address: self.sent.append((datagram, address))
         self.server = Server(self.loop, lambda datagram, address: self.send(datagram, address), self.registry,
-                             stranger_replies=replies)
+                             nick_lapse, replies)
         self.server.start()
         self.turn()
 
@@ -1292,11 +1292,9 @@ def test_a_nick_whose_owner_stays_away_lapses() -> None:
     desk = Desk()
     session = desk.register("bob", home(1), b"b" * 32)
     desk.say(home(1), encode("dereg", {"session": session}))
-    desk.loop.wall_time += 89 * DAY
-    desk.wait(HOUSEKEEPING)
+    desk.wait(89 * DAY)
     assert dict(desk.ask_for("bob", EVE, b"e" * 32))["refused"]["reason"] == "owned"
-    desk.loop.wall_time += 2 * DAY
-    desk.wait(HOUSEKEEPING)
+    desk.wait(2 * DAY)
     assert "welcome" in dict(desk.ask_for("bob", EVE, b"e" * 32))
 
 
@@ -1304,7 +1302,7 @@ def test_the_store_holds_a_hash_and_no_token_and_no_server_can_use_the_token_of_
     path, secret = tmp_path / "store.db", bytes(range(100, 132))
     token = token_for(secret, b"i" * 16, "bob")
     store = Registry(Mailbox(str(path), b"i" * 16))
-    store.admit(0, EPOCH, b"s" * 16, "bob", EVE, token, 1)
+    store.admit(0, b"s" * 16, "bob", EVE, token, 1)
     assert store.mailbox.commit(EPOCH)
     store.mailbox.close()
     data = b"".join(file.read_bytes() for file in tmp_path.iterdir())
