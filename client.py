@@ -766,7 +766,8 @@ class Leaving:
     def _end_now(self) -> None:
         if not self.is_over:
             self._conclude()
-        self._display.flush()
+        for _ in range(2):      # a full disk is an error only behind the part that it accepts
+            self._display.flush()
         if self._display.output.broken and self.reader_is_gone():
             self._display.flush()
         self.exit_code = self._result
@@ -972,8 +973,7 @@ class Client:
         """Tell that an outage has passed."""
         self.outbox.server_is_silent = False
         self.table_sync.interval = SYNC_INTERVAL
-        # who is patient was not told of the outage; people see the welcome that comes next
-        if not self.link.patience.is_endless and (is_same or self.display.formatter.is_for_programs):
+        if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
             self.display.tell("back")
 
     def on_pong(self, asked: float, version: int, mail: int) -> None:
@@ -1058,8 +1058,9 @@ class Client:
 
     def spelling_of(self, nick: str) -> str | None:
         """Return how ``nick`` is registered, see ``Table``; None: there is no such client."""
-        table = self.table_sync.table
-        return nick if nick in table.entries else table.spelling_of(nick)      # most are: for them, one call is enough
+        if nick in self.table_sync.table.entries:       # most are: this call is enough for them
+            return nick
+        return self.table_sync.table.spelling_of(nick)
 
     @property
     def wants_input(self) -> bool:

@@ -1,8 +1,8 @@
-"""What lies in the user's directories: state, settings, and the secret that proves whose a nick is.
+"""What lies in the user's directories: settings, the file of a server's store, the secret that proves whose a nick is.
 
 Rules of this file
 ------------------
-- It knows nothing of chat, except that a nick has an owner.
+- It knows nothing of chat, except that a nick has an owner, and which tables a store has. ``registry`` fills them.
 - A file that cannot be used is an OSError; the command line reports it.
 - A file appears whole or not at all, and only its owner can read it.
 
@@ -187,7 +187,7 @@ def check_store(path: str) -> None:
 
 
 class StoreFile:
-    """The SQLite file of a store while it is open: made, or converted from an older format, and kept an eye on.
+    """The SQLite file of a store while it is open: made, or converted from an older format, and watched.
 
     The write-ahead log (WAL) and ``synchronous=FULL`` make sure that a commit is on the disk when it returns. But the
     file and its log can be removed, renamed, or replaced by a backup while they are open. Writing to them goes on
@@ -219,9 +219,10 @@ class StoreFile:
             for statement in TABLES.split(";"):
                 execute(statement)
             execute("INSERT INTO meta VALUES ('server', ?), ('uptime', 0.0)", (server_id,))
-        elif execute("PRAGMA user_version").fetchone()[0] == 1:
+            execute(f"PRAGMA user_version = {STORE_FORMAT}")
+        elif execute("PRAGMA user_version").fetchone()[0] != STORE_FORMAT:
             self._convert_times()
-        execute(f"PRAGMA user_version = {STORE_FORMAT}")
+            execute(f"PRAGMA user_version = {STORE_FORMAT}")
         execute("COMMIT")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
@@ -253,28 +254,34 @@ class StoreFile:
                 error = OSError(errno.ESTALE, "it was replaced by another file", name)
             except FileNotFoundError:
                 error = OSError(errno.ENOENT, "it was removed or renamed", name)
-            if name == self._log:
-                self._leave_log(error.errno == errno.ENOENT)
+            if name == self._log or error.errno == errno.ESTALE:
+                self._empty_log()
+            if name == self._log and error.errno == errno.ENOENT:
+                self._begin_log()
             raise error
 
-    def _leave_log(self, is_gone: bool) -> None:
-        """Move what was committed from the log, which has lost its name, to the store, which has not.
+    def _empty_log(self) -> None:
+        """Move what was committed from the log to the store, both of which are still open whatever has their names.
 
-        The log is emptied with that: if it comes back to its place, it does not undo what is written from now on.
-        In the place of one that is gone another one is begun, and the next commit can be written again.
+        A log that lies beside another file than its own is a danger: the next server would write it into that. And one
+        that was taken away, and comes back, would undo what is written from now on.
         """
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        if is_gone:
-            self.db.execute("PRAGMA journal_mode = DELETE")
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self._watch()
+
+    def _begin_log(self) -> None:
+        """Begin another log in the place of one that is gone, so that the next commit can be written again."""
+        self.db.execute("PRAGMA journal_mode = DELETE")
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self._watch()
 
     def close(self) -> None:
         """Close the store; leave the log of another store, which is in the place of ours now, where it is."""
+        import sqlite3
         try:
-            is_ours = self._log not in self._files or identity_of(self._log, False) == self._files[self._log][1]
-        except OSError as error:
-            is_ours = error.errno == errno.ENOENT
+            self.check()
+            is_ours = True
+        except (OSError, sqlite3.Error):
+            is_ours = self._is_log_ours()
         if is_ours:
             self.db.close()
         else:
@@ -282,6 +289,13 @@ class StoreFile:
             # closed.
             import ctypes
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.db))
+
+    def _is_log_ours(self) -> bool:
+        """Return whether the log may be removed: it is ours, or there is none."""
+        try:
+            return identity_of(self._log, False) == self._files[self._log][1]
+        except OSError as error:
+            return error.errno == errno.ENOENT
 
 
 # --- the user's identity --------------------------------------------------------------------------------------

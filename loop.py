@@ -1009,11 +1009,9 @@ class AnsweringSocket(UdpSocket):
         super().__init__(sock, loop)
         self._asked: dict[Address, Asked] = {}      # by peer; the oldest first
         if IP_PKTINFO:
+            ipv6, ipv4 = (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO), (socket.IPPROTO_IP, IP_PKTINFO)
             try:
-                if self._is_ipv6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-                else:
-                    sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+                sock.setsockopt(*(ipv6 if self._is_ipv6 else ipv4), 1)
                 self._receive_from, self._unmaps = self._receive_and_remember, False
             except OSError:
                 pass

@@ -282,6 +282,7 @@ MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
 NICK_LAPSE = 90.0               # days offline after which a nick is forgotten; only time in which the server ran counts
 DAY = 86400.0                   # s
+UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -416,9 +417,15 @@ class Mailbox:
     # time
 
     def _last_uptime(self) -> float:
-        """Return the latest uptime in the store: what is written from now on is later."""
-        return float(self._db.execute("SELECT max(value) FROM (SELECT value FROM meta WHERE key = 'uptime' UNION ALL"
-                                      " SELECT seen FROM nicks UNION ALL SELECT seen FROM streams)").fetchone()[0])
+        """Return the latest uptime in the store: what is written from now on is later.
+
+        What cannot be is left out. One number that is damaged on the disk must not make everybody else long offline.
+        """
+        execute = self._db.execute
+        noted = float(execute("SELECT value FROM meta WHERE key = 'uptime'").fetchone()[0])
+        written = execute("SELECT max(seen) FROM (SELECT seen FROM nicks UNION ALL SELECT seen FROM streams)"
+                          " WHERE seen <= ?", (noted + UPTIME_GAP,)).fetchone()[0]
+        return noted if written is None else max(noted, float(written))
 
     def uptime(self, now: float) -> float:
         """Return for how many seconds a server has run with this store, in all runs; a crash loses an hour at most."""

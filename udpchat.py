@@ -119,9 +119,15 @@ class Parser(argparse.ArgumentParser):
         raise Usage(message)
 
     def _print_message(self, message: str, file: object = None) -> None:
-        """Write the help or the version. (Python itself would print a traceback where that is not possible.)"""
-        if not announce(message):
-            sys.exit(EXIT_FAILED)
+        """Write the help or the version, or end: Python itself would print a traceback at its exit."""
+        try:
+            if sys.stdout is None:      # it was closed
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            sys.stdout.write(message)
+            sys.stdout.flush()
+        except OSError as error:
+            complain_of_stdout(error)
+            os._exit(EXIT_FAILED)
 
 
 def whole_number(low: int, high: int, what: str) -> Callable[[str], int]:
@@ -197,7 +203,8 @@ def add_server_options(server: Parser) -> None:
                         help="most replies a second to clients that are not registered (default: %(default)s)")
     server.add_argument("--nick-lapse", type=whole_number(0, 10 ** 5, "a number of days"), metavar="DAYS",
                         default=int(NICK_LAPSE),
-                        help="days offline after which a nick is free again (default: %(default)s; 0: never)")
+                        help="days offline, counted while the server runs, after which a nick is free again (default:"
+                             " %(default)s; 0: never)")
     server.add_argument("--forget", type=nick_argument, metavar="NICK",
                         help="free a nick, with its mail, and end; while no server has the store open")
 
@@ -459,20 +466,22 @@ def reachable(host: str) -> str:
     return "127.0.0.1"
 
 
-def announce(lines: str) -> bool:
-    """Write lines to stdout, whatever that is, and wait for a slow reader; return whether that was possible."""
+def announce(lines: str) -> None:
+    """Write lines to stdout, whatever that is; wait for a slow reader."""
     data = lines.encode()
     try:
         is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
         put = LineFile(STDOUT).put if is_file else functools.partial(os.write, STDOUT)
         while data:
             data = data[put(data):]
-        return True
-    except ConnectionError:
-        pass        # nobody reads it
     except OSError as error:
+        complain_of_stdout(error)
+
+
+def complain_of_stdout(error: OSError) -> None:
+    """Say why stdout cannot be written, unless it only has no reader any more."""
+    if not isinstance(error, ConnectionError):
         complain(f"cannot write to stdout: {error.strerror}")
-    return False
 
 
 def default_store(port: int) -> str:
@@ -722,7 +731,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         if not output.broken:
             writer.check()
     except OSError as error:
-        raise Failure(f"cannot write to stdout: {error.strerror}") from None
+        complain_of_stdout(error)
+        return EXIT_FAILED
     return client.leaving.exit_code or 0
 
 

@@ -172,6 +172,22 @@ def test_an_uptime_that_is_damaged_is_a_reason_not_to_open_the_store(path: Path)
         Mailbox(str(path), SERVER)
 
 
+@pytest.mark.parametrize("row", ["nicks SET seen = 1e300 WHERE nick = 'eve'", "streams SET seen = 1e300"])
+def test_one_time_that_is_damaged_on_the_disk_does_not_make_everybody_long_offline(path: Path, row: str) -> None:
+    reg = Registry(Mailbox(str(path), SERVER))
+    for nick in ("bob", "eve"):
+        visit(reg, nick, 1.0)
+    keep(reg.mailbox, "bob", 2.0)
+    reg.mailbox.close()
+    db = sqlite3.connect(path)
+    db.execute(f"UPDATE {row}")
+    db.commit()
+    db.close()
+    reg = Registry(Mailbox(str(path), SERVER))
+    assert reg.lapse(0.0, 90.0) == [] and reg.mailbox.uptime(0.0) <= 2.0
+    reg.mailbox.close()
+
+
 def test_the_streams_that_are_forgotten_are_those_longest_silent_over_restarts(
         path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "MAX_STREAMS", 2)

@@ -164,7 +164,8 @@ def test_a_job_succeeds_if_one_of_two_people_is_told(shell: Shell) -> None:
 
 def test_a_job_fails_if_nobody_is_told(shell: Shell) -> None:
     executable(shell.chat.directory / "backup", "exit 0")
-    job = shell.run(REPORT, port=CLOSED_PORT)
+    assert "--timeout 60" in REPORT
+    job = shell.run(REPORT.replace("--timeout 60", "--timeout 3"), port=CLOSED_PORT)     # it waits so long for each
     assert job.wait() == 1
     assert [line for line in job.errors if "told" in line] == ["alice was not told", "bob was not told"]
 

@@ -22,6 +22,7 @@ from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE as BY
                              is_offline, received)
 from tests.second_client import SecondClient
 from tests.simulate import Weather, World
+from tests.test_strangers import EVE, Desk, home
 
 NOW = 1000.0      # s that the server has run
 A, B = ("192.0.2.1", 5000), ("192.0.2.2", 5000)
@@ -35,7 +36,7 @@ WIDE_BOB, STRANGE_BOB, BOLD_BOB = "\uff22\uff2f\uff22", "b\u043eb", "\U0001d41b\
     ("bob", WIDE_BOB), ("bob7", "bob\uff17"), ("\uff76\uff9e\uff70\uff84\uff9e", "ガード"),
     ("ΟΔΟΣ", "οδος"), ("οδοσ", "οδος"), ("ΟΔΟΣ.x", "οδος.X"),
     ("bob", BOLD_BOB), ("bob", "ᵇᵒᵇ"), ("ﬁn", "FIN"), ("\u00b5", "\u039c"), ("a", "ª"), ("ǅ", "Ǆ"),   # not in RFC 8265
-    ("한", "한\u3164"), ("한", "\uffa0한")])      # with fillers that nobody sees
+    ("한", "한\u3164"), ("한", "\uffa0한"), ("가", "\u1100\u3164\u1161")])       # with fillers that nobody sees
 def test_nicks_that_differ_in_case_width_or_composition_are_the_same(one: str, other: str) -> None:
     assert is_nick(one) and is_nick(other)
     assert folded(one) == folded(other)
@@ -140,6 +141,9 @@ def test_whatever_changes_a_table_and_its_mirror_find_the_same_nicks() -> None:
             wanted = nick if nick in alike else alike[0] if len(alike) == 1 else None
             assert table.spelling_of(nick) == mirror.table.spelling_of(nick) == wanted
             assert sorted(table.spellings.of(nick)) == sorted(mirror.table.spellings.of(nick)) == sorted(alike)
+    for nick in list(table.entries):
+        table.set(nick, *A, GONE)
+    assert not table.spellings._alike, "nothing is left of nicks that are gone"
 
 
 # --- who gets them --------------------------------------------------------------------------------------------
@@ -210,6 +214,21 @@ def test_a_server_without_room_refuses_what_looks_alike_for_that_reason_first() 
 
 def test_a_message_for_another_spelling_is_for_nobody_on_the_wire() -> None:
     assert new_registry("bob").judge("BOB", relay=True) is SaveVerdict.UNKNOWN
+
+
+def test_a_refusal_names_the_registered_spelling_if_it_is_another_and_the_only_one() -> None:
+    desk = Desk()
+    desk.register("bob", home(1), b"b" * 32)
+
+    def spelling(nick: str) -> object:
+        info = dict(desk.ask_for(nick, EVE, b"e" * 32))["refused"]
+        assert (info["nick"], info["reason"]) == (nick, "owned")
+        return info.get("spelling")
+
+    assert [spelling(nick) for nick in ("bob", "BOB", WIDE_BOB, STRANGE_BOB)] == [None, "bob", "bob", None]
+    desk.registry.mailbox.add("Bob", *home(2), None, WALL)      # as an older server may have left it
+    desk.registry.table.set("Bob", *home(2), OFFLINE)
+    assert [spelling(nick) for nick in ("bob", "BOB")] == [None, None]
 
 
 # --- the simulated world --------------------------------------------------------------------------------------
@@ -348,13 +367,15 @@ def test_a_message_for_two_spellings_of_one_nick_is_sent_once(chat: Chat, nicks:
     assert bob.finish() == 0 and bob.lines.count("alice: hello") == 1
 
 
-def test_tab_completes_a_nick_in_every_spelling(chat: Chat) -> None:
+def test_at_a_terminal_a_nick_is_completed_and_prompted_for_as_it_is_registered(chat: Chat) -> None:
     bob = chat.client("bob")
     alice = chat.run_on_terminal("client", "alice", "127.0.0.1", str(chat.port), "0")
     chat.until(lambda: b"updated" in alice.out.data, "alice to be online")
     alice.feed("send BO\thello\r")
     bob.see("alice: hello")
-    alice.feed("dereg ALI\t\r")
+    alice.feed("talk BOB\r")
+    chat.until(lambda: b"bob>>> " in alice.out.data, "the prompt of a talk")
+    alice.feed("/dereg ALI\t\r")
     chat.until(lambda: b"Offline. Bye." in alice.out.data, "alice to be offline")
 
 

@@ -616,7 +616,7 @@ def test_a_job_whose_nick_runs_for_ever_gives_up_after_ten_seconds_and_hands_its
     assert job.lines == [] and job.alive
     assert NICK_PATIENCE <= job.sent <= 2 * NICK_PATIENCE / (0.5 * 0.75), "it asks at a moderate pace"
     world.run_until(lambda: not job.alive, 1)
-    assert world.now - began < NICK_PATIENCE + 0.5
+    assert world.now - began < NICK_PATIENCE + 0.1
     assert (job.exit_code, job.lines, job.complaints) == (1, [TAKEN, *LOST], ["send bob hello"])
     assert alice.alive and not ends(alice, "taken.]")
 

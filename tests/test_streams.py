@@ -18,8 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from client import Client
+from loop import Output
+from terminal import Display
 from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, NO_BYTECODE, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED,
                              WELCOME, Chat, Process, is_offline, no_ack, received, sends)
+from tests.test_operation import StoppedLoop
 
 STALL = 30.0              # s without progress after which messages go to the server
 MEMORY = 10 * 2 ** 20     # bytes; more than all that may be queued anywhere, less than what is piped in
@@ -339,6 +343,29 @@ def test_every_line_is_carried_out_or_handed_back_when_the_output_cannot_be_writ
     handed_back = [line.removeprefix("send bob ") for line in alice.errors if line.startswith("send bob ")]
     accounted = {*texts_of(bob.lines), *handed_back}
     assert accounted and accounted == set(texts[:len(accounted)]), "what was not read is not handed back"
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EPIPE])
+def test_client_that_ends_at_once_notices_that_its_last_lines_cannot_be_written(reason: int) -> None:
+    shown, errors = bytearray(), bytearray()
+
+    def put(data: bytes) -> int:
+        if shown:
+            raise OSError(reason, os.strerror(reason))
+        shown.extend(data[:4])
+        return 4
+
+    def put_error(data: bytes) -> int:
+        errors.extend(data)
+        return len(data)
+    display = Display(Output(put), Output(put_error))
+    client = Client(StoppedLoop(0.0), lambda *_: None, display, "alice", ("127.0.0.1", 9))
+    client.start()
+    display.write(b"one\ntwo\n")
+    for _ in range(2):
+        client.leaving.interrupt()
+    assert client.leaving.exit_code == 1
+    assert errors.decode().splitlines() == ([NO_SPACE] if reason == errno.ENOSPC else [])
 
 
 FAULTY_CLOSE = """\
