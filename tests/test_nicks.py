@@ -226,7 +226,7 @@ def test_a_refusal_names_the_registered_spelling_if_it_is_another_and_the_only_o
         return info.get("spelling")
 
     assert [spelling(nick) for nick in ("bob", "BOB", WIDE_BOB, STRANGE_BOB)] == [None, "bob", "bob", None]
-    desk.registry.mailbox.add("Bob", *home(2), None, WALL)      # as an older server may have left it
+    desk.registry.mailbox.add("Bob", *home(2), None, NOW)      # as an older server may have left it
     desk.registry.table.set("Bob", *home(2), OFFLINE)
     assert [spelling(nick) for nick in ("bob", "BOB")] == [None, None]
 
