@@ -32,10 +32,9 @@ lines, and draws the area again (``Screen.draw``), all in one write, so that not
 nobody knows where on the screen that is, and no movement depends on the width of a character on which terminals
 disagree. Behind such characters the terminal itself puts the cursor: what is before it is written once more.
 
-When a window gets another width, some terminals (xterm) cut or pad their rows, and others wrap them again. For the
-first kind we end each row with a newline and turn off the terminal's own wrapping while we write (*hard rows*). For the
-second kind all rows of the text are one line that the terminal has wrapped, exactly where we would have; how many rows
-it makes of them at another width can be foretold. ``EditorScreen`` puts all of this together.
+When a window gets another width, some terminals (xterm) cut or pad their rows: there each row ends with a newline, and
+the terminal's own wrapping is off while we write. Others wrap their rows again, maybe before we hear of it: there all
+rows of the text are one line that the terminal has wrapped. ``EditorScreen`` puts all of this together.
 """
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ HISTORY_LINES = 1000             # lines that are kept, in memory and when the f
 HISTORY_FILE_LINES = 2000        # lines; an append that makes the file longer than this shortens it
 HISTORY_LINE_LIMIT = 64 * 1024   # characters; a longer line is not kept
 HISTORY_READ = 4 * 1024 * 1024   # bytes; of a larger file only the end is read
-RESIZE_PAUSE = 0.6               # s without a further one
+RESIZE_PAUSE = 0.6               # s without a further one: tmux wraps again up to 0.25 s before it tells us
 DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not tell its size
 
 PASTE_ON = b"\x1b[?2004h"        # tells the terminal to put PASTE_BEGIN and PASTE_END around what is pasted
@@ -643,10 +642,7 @@ def _drawn_as(c: str) -> tuple[str, int]:
 
 
 class Layout:
-    """Text in ``rows`` of at most ``columns`` columns, even if the terminal draws each unit as wide as any does.
-
-    ``widths`` are the columns of each row.
-    """
+    """Text in ``rows`` of at most ``columns``, even if each unit is drawn as wide as any terminal does; ``widths``."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -739,6 +735,12 @@ class Area(NamedTuple):
         """Return what moves the cursor to where the area begins."""
         return "\r" + _move(_UP, self.cursor_row)
 
+    def to_text(self, columns: int) -> str:
+        """Return what moves the cursor back to where the text begins, in a terminal whose backspace goes that far."""
+        below = self.cursor_row - self.notices
+        is_next = below > 0 and self.ends[self.cursor_row - 1] == _NEWLINE     # in the empty row behind a full one
+        return _move(_UP, int(is_next)) + "\b" * ((below + 1) * columns)
+
     def wrapped_again(self, before: int, now: int) -> Area:
         """Return the area as a terminal that got ``now`` columns makes it, as far as its ``cursor_row`` tells."""
         above, line = 0, ""
@@ -753,17 +755,18 @@ class Area(NamedTuple):
 
 
 class Screen:
-    """Draws the area at the bottom of a terminal of ``columns`` and ``rows``. ``wraps_again``: see ``Tty``.
+    """Draws the area at the bottom of a terminal of ``columns`` and ``rows``. The others: see ``Tty``.
 
     The area has at most one row less than the terminal, so that the last message stays in sight. If there is not
     enough room, the first notices are left out. Of a text that is still too high, the rows around the cursor are drawn.
     """
 
-    def __init__(self, columns: int, rows: int, style: Style = Style(False), wraps_again: bool = False) -> None:
+    def __init__(self, columns: int, rows: int, style: Style = Style(False), wraps_again: bool = False,
+                 goes_back: bool = False) -> None:
         self._columns = max(1, columns)
         self._max_rows = max(1, rows - 1)
         self._style = style
-        self._wraps_again = wraps_again
+        self._wraps_again, self._goes_back = wraps_again, goes_back
         self._drawn: Area | None = None  # as it is on the screen
         self._drawn_from: object = None  # the arguments of ``draw`` that led to it
         self._next_size: tuple[int, int] | None = None      # that the terminal has, and the area not yet
@@ -799,16 +802,15 @@ class Screen:
         self._next_size = columns, rows
 
     def resize(self, columns: int, rows: int) -> bytes:
-        """Set a new size of the terminal. Return what erases the area, which is to be drawn again.
-
-        When we hear of the new size, the terminal has already changed what it shows. xterm cuts off what is too wide,
-        and scrolls if there are too few rows: the cursor stays in its row of the area.
-        """
-        self._next_size = None
-        if self._wraps_again and self._drawn is not None:
-            self._drawn = self._drawn.wrapped_again(self._columns, max(1, columns))
+        """Set a new size of the terminal. Return what erases the area, which is to be drawn again."""
+        back, drawn, self._next_size = "", self._drawn, None
+        if self._wraps_again and drawn is not None:
+            if self._goes_back and drawn.cursor_row >= drawn.notices:
+                back = drawn.to_text(self._columns)
+                drawn = drawn._replace(cursor_row=drawn.notices, before_cursor="")
+            self._drawn = drawn.wrapped_again(self._columns, max(1, columns))
         self._columns = max(1, columns)
-        erased = self.erase()
+        erased = back.encode() + self.erase()
         self._max_rows = max(1, rows - 1)
         return erased
 
@@ -867,9 +869,8 @@ class Screen:
         """Return what draws ``area`` and puts the cursor into its place.
 
         The terminal's wrapping is off while the rows are written: a row that the terminal finds wider than we do loses
-        some columns, but it stays one row. Only a terminal that wraps again may have become narrower before we hear of
-        it, and has to make of these rows what it makes of older ones. Behind the text the cursor is where the terminal
-        has put it. Elsewhere its column is counted only in ASCII.
+        some columns, but it stays one row. Behind the text the cursor is where the terminal has put it. Elsewhere its
+        column is counted only in ASCII.
         """
         rows = [self._row(text, number < area.notices) for number, text in enumerate(area.rows)]
         rows_below = len(rows) - 1 - area.cursor_row
@@ -900,9 +901,10 @@ class Tty:
     can still take the terminal away before the settings are changed, and that must not stop the process: see ``_set``.
     """
 
-    def __init__(self, fd_in: int, fd_out: int, wraps_again: bool = False) -> None:
-        """``wraps_again``: the terminal does that with its rows when its width changes."""
-        self.wraps_again = wraps_again
+    def __init__(self, fd_in: int, fd_out: int, wraps_again: bool = False, goes_back: bool = False) -> None:
+        """``wraps_again``: the terminal does that with its rows when its width changes. ``goes_back``: a backspace
+        leads from a row to the one before, if the terminal has wrapped that (tmux)."""
+        self.wraps_again, self.goes_back = wraps_again, goes_back
         self._fd_in = fd_in
         self._fd_out = fd_out
         self._saved: list[Any] | None = None         # the settings to give back, see ``termios.tcgetattr``
@@ -1001,7 +1003,7 @@ class StatusRow(Prompt):
         super().__init__()
         self._write = write
         self._tty = tty
-        self._screen = Screen(*tty.size(), style, tty.wraps_again)
+        self._screen = Screen(*tty.size(), style, tty.wraps_again, tty.goes_back)
 
     def erase(self) -> bytes:
         """Return what to write before a line."""
@@ -1012,11 +1014,7 @@ class StatusRow(Prompt):
         return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
 
     def resized(self) -> float:
-        """Note that the window has a new size. Return when to ``resize``, in seconds from now.
-
-        While its size changes all the time, a terminal may have wrapped its rows again long before it tells us (tmux:
-        0.25 s), and too much or too little would be erased.
-        """
+        """Note that the window has a new size. Return when to ``resize``, in seconds from now."""
         self._screen.resize_later(*self._tty.size())
         return RESIZE_PAUSE if self._tty.wraps_again else 0.0
 

@@ -532,14 +532,15 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty
     from terminal import BLOCK_PREFIX, COMMAND_MARK
     style = Style(False) if style is None else style
+    tty = Tty(STDIN, STDOUT, wraps_again(os.environ), bool(os.environ.get("TMUX")))
     if options.mode == "send":
-        return StatusRow(output.write, Tty(STDIN, STDOUT, wraps_again(os.environ)), style)
+        return StatusRow(output.write, tty, style)
     if is_dumb:
         return Prompt()
     state = state_home()
     history = History(os.path.join(state, "history") if state is not None else None)
     editor = Editor(history, complete, BLOCK_PREFIX, COMMAND_MARK)
-    return EditorScreen(output.write, output.flush, Tty(STDIN, STDOUT, wraps_again(os.environ)), style, editor)
+    return EditorScreen(output.write, output.flush, tty, style, editor)
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:

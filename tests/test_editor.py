@@ -999,6 +999,14 @@ def test_a_terminal_that_wraps_again_wraps_the_text_itself_and_ends_notices() ->
     assert screen.draw([], "", "é", 1).endswith("é\r\n".encode() + b"\x1b[K")
 
 
+def test_where_a_backspace_leads_over_wrapped_rows_nothing_is_counted_but_notices() -> None:
+    screen = Screen(10, 24, wraps_again=True, goes_back=True)
+    screen.draw(["a notice"], "> ", "0123456789", 10)
+    assert screen.resize(5, 24) == b"\b" * 20 + b"\r\x1b[2A\x1b[K\x1b[C\x1b[J\r"
+    screen.draw([], "> ", "012", 3)      # the cursor is in an empty row, which no terminal joins to the one before
+    assert screen.resize(9, 24) == b"\x1b[1A" + b"\b" * 10 + b"\r\x1b[K\x1b[C\x1b[J\r"
+
+
 def test_a_size_for_later_counts_as_soon_as_anything_changes() -> None:
     screen = Screen(10, 24, wraps_again=True)
     screen.draw([], "> ", "01234567", 3)

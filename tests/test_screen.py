@@ -466,7 +466,7 @@ def test_behind_emoji_the_cursor_is_where_tmux_draws_it(chat: Chat, open_tmux: C
 
 HALF_TYPED = {                   # a text, how many keys to the left the cursor is, and in which column of a wide window
     "ascii": ("send bob the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it sleeps", 0, 99),
-    "inside": ("send bob the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it sleeps", 60, 39),
+    "inside": ("send bob the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it is", 60, 35),
     "short": ("half a line", 0, 15),
     "wide": ("日本語" * 20, 0, 124),
     "emoji": ("send bob " + "👨\u200d👩\u200d👧 and 🇩🇪 " * 5, 3, 59),
