@@ -1,6 +1,6 @@
 """A line editor for a terminal: keys, history, the line being edited, and the screen.
 
-This module knows nothing of chat and imports nothing of this project. What a line means, and what stands above the
+This module knows nothing of chat. What a line means, and what stands above the
 prompt, is decided by the owner of the editor, see ``terminal``.
 
 Rules
@@ -28,24 +28,27 @@ The *area* is the lowest part of the screen: the notices, and below them the pro
 Everything above it belongs to the owner. To write there, the owner erases the area (``Screen.erase``), writes whole
 lines, and draws the area again (``Screen.draw``), all in one write, so that nothing flickers.
 
-``Layout`` breaks the area into *hard rows*: we end each row with a newline and turn off the terminal's own wrapping
-while we write. The number of rows then never depends on the terminal, not even if it knows other character widths
-than we do, or wraps lines again when its window changes. All cursor movements are relative to the row in which the
-area begins, because nobody knows where on the screen that is. ``EditorScreen`` puts all of this together.
+``Layout`` breaks the area into rows. All cursor movements are relative to the row in which the area begins, because
+nobody knows where on the screen that is, and no movement depends on the width of a character on which terminals
+disagree. Behind such characters the terminal itself puts the cursor: what is before it is written once more.
+
+When a window gets another width, some terminals (xterm) cut or pad their rows: there each row ends with a newline, and
+the terminal's own wrapping is off while we write. Others wrap their rows again, maybe before we hear of it: there all
+rows of the text are one line that the terminal has wrapped. ``EditorScreen`` puts all of this together.
 """
 from __future__ import annotations
 
 import codecs
 import enum
-import errno
 import functools
 import os
 import re
 import signal
-import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from home import RecentLines
 
 EDIT_LIMIT = 128 * 1024          # characters in the line being edited
 PASTE_LIMIT = 1024 * 1024        # characters of one paste; the rest is dropped
@@ -54,6 +57,7 @@ HISTORY_LINES = 1000             # lines that are kept, in memory and when the f
 HISTORY_FILE_LINES = 2000        # lines; an append that makes the file longer than this shortens it
 HISTORY_LINE_LIMIT = 64 * 1024   # characters; a longer line is not kept
 HISTORY_READ = 4 * 1024 * 1024   # bytes; of a larger file only the end is read
+RESIZE_PAUSE = 0.6               # s without a further one: tmux wraps again up to 0.25 s before it tells us
 DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not tell its size
 
 PASTE_ON = b"\x1b[?2004h"        # tells the terminal to put PASTE_BEGIN and PASTE_END around what is pasted
@@ -66,6 +70,9 @@ _CONTROL = "\x00-\x1f\x7f-\x9f"  # the control characters (C0, DEL, C1), for use
 
 ZERO_WIDTH_JOINER = "\u200d"
 SOFT_HYPHEN = "\u00ad"           # Unicode calls it a format character, but terminals show it
+EMOJI_SELECTOR = "\ufe0f"        # many terminals make the narrow character before it a wide one
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_FLAG_LETTERS = frozenset(map(chr, range(0x1F1E6, 0x1F200)))     # two of them are the flag of a country
 
 
 def char_width(c: str) -> int:
@@ -262,24 +269,23 @@ def _partial_mark(text: str, mark: str, start: int) -> int:
 # --- history --------------------------------------------------------------------------------------------------
 
 class History:
-    """The lines that were entered, oldest first: in memory and, if there is a ``path``, in a file.
+    """The lines that were entered, oldest first: in memory and, if there is a ``path``, in a ``RecentLines``.
 
-    Lines are appended to the file at once, so they survive a kill. Several processes may share the file: each one
-    reads the lines of the others when it starts. While one process shortens the file, a line that another one appends
-    at that moment may be lost. After the first failed access to the file, the history is in memory only.
-
-    Lines in the file that are torn or invalid are skipped; they disappear when the file is shortened.
+    After the first failed access to the file, the history is in memory only.
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path = path
         self._lines: list[str] = []
-        self._position = 0           # of the line that is shown; behind the last one: nobody is browsing
         self._draft = ""             # what was typed when the browsing began
-        self._file_lines = 0         # in the file, as far as this process knows
-        self._file_is_torn = False   # it ends without a newline: the process that wrote the last line did not finish it
+        self._file = None
         if path is not None:
-            self._load(path)
+            self._file = RecentLines(path, HISTORY_LINES, HISTORY_FILE_LINES, HISTORY_READ, _is_kept)
+            try:
+                self._lines = self._file.load()
+                self._file.tidy()
+            except OSError:
+                self._file = None
+        self._position = len(self._lines)    # of the line that is shown; behind the last one: nobody is browsing
 
     @property
     def browsing(self) -> bool:
@@ -318,122 +324,53 @@ class History:
         added = self._lines[old_count:][-HISTORY_LINES:]
         del self._lines[:-HISTORY_LINES]
         self.stop_browsing()
-        if added and self._path is not None:
+        if added and self._file is not None:
             try:
-                self._append(self._path, added)
+                self._file.append(added)
             except OSError:
-                self._path = None
-
-    def _load(self, path: str) -> None:
-        try:
-            data, is_whole = _read_end(path)
-            self._lines = _valid_lines(data, is_whole)
-            self.stop_browsing()
-            self._file_lines = data.count(b"\n")
-            if data and not data.endswith(b"\n"):
-                self._file_is_torn = True
-                self._file_lines += 1
-            if self._file_lines > HISTORY_LINES or not is_whole:
-                self._shorten(path)
-        except FileNotFoundError:
-            pass                     # the first line creates it
-        except OSError:
-            self._path = None
-
-    def _append(self, path: str, lines: list[str]) -> None:
-        data = _encoded(lines)
-        if self._file_is_torn:
-            data = b"\n" + data
-        descriptor = _open_to_append(path)
-        try:
-            if os.write(descriptor, data) < len(data):
-                raise OSError(errno.ENOSPC, "not written whole", path)
-        finally:
-            os.close(descriptor)
-        self._file_is_torn = False
-        self._file_lines += len(lines)
-        if self._file_lines > HISTORY_FILE_LINES:
-            self._shorten(path)
-
-    def _shorten(self, path: str) -> None:
-        """Leave only the last lines in the file. It is read again, for other processes may have added some."""
-        lines = _valid_lines(*_read_end(path))
-        target = os.path.realpath(path)
-        # A random name, not one with the process id: all containers that share this directory may have the same id.
-        temporary = f"{target}.{os.urandom(8).hex()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_encoded(lines))
-            os.replace(temporary, target)
-        except OSError:
-            os.unlink(temporary)
-            raise
-        self._file_lines = len(lines)
-        self._file_is_torn = False
+                self._file = None
 
 
-def _read_end(path: str) -> tuple[bytes, bool]:
-    """Return the last ``HISTORY_READ`` bytes of a file, and whether they are all of it.
-
-    Raise OSError also if it is not a regular file. It is opened with O_NONBLOCK, because opening a FIFO would wait.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        start = max(0, status.st_size - HISTORY_READ)
-        file.seek(start)
-        return file.read(HISTORY_READ), start == 0
-
-
-def _valid_lines(data: bytes, is_whole: bool) -> list[str]:
-    """Return the last valid lines in the bytes of a file; its first line may be cut if they are not all of it."""
-    lines = []
-    for row in data.split(b"\n")[0 if is_whole else 1:]:
-        try:
-            line = row.decode()
-        except UnicodeDecodeError:
-            continue
-        if line.strip() and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_CONTROL}]", line):
-            lines.append(line)
-    return lines[-HISTORY_LINES:]
-
-
-def _encoded(lines: Iterable[str]) -> bytes:
-    return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
-
-
-def _open_to_append(path: str) -> int:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    try:
-        return os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        return os.open(path, flags, 0o600)
+def _is_kept(line: str) -> bool:
+    return bool(line.strip()) and len(line) <= HISTORY_LINE_LIMIT and not re.search(f"[{_CONTROL}]", line)
 
 
 # --- places in a text -----------------------------------------------------------------------------------------
 #
 # A *unit* is what people see as one character. Keys pass and delete whole units, for half of one would be an accent
-# that joins something else. It is a character with those of width 0 behind it (accents, variation selectors), or
-# several with zero width joiners between them, as in the emoji of a family. Unicode's grapheme clusters (UAX #29) are
-# more exact (flags, skin tones), but need tables that Python does not have.
+# that joins something else. It is a character with those of width 0 (accents, variation selectors) and skin tones
+# behind it, several with zero width joiners between them, as in the emoji of a family, or the two letters of a flag.
+# Unicode's grapheme clusters (UAX #29) are more exact, but need tables that Python does not have.
 
-def _is_inside_unit(text: str, index: int) -> bool:
-    return 0 < index < len(text) and (char_width(text[index]) == 0 or text[index - 1] == ZERO_WIDTH_JOINER)
+def _joins(text: str, start: int, index: int) -> bool:
+    """Return whether the character at ``index`` belongs to the unit from ``start`` on, as all between them do."""
+    if text[index - 1] == ZERO_WIDTH_JOINER or char_width(text[index]) == 0 or text[index] in _SKIN_TONES:
+        return True
+    return index == start + 1 and text[start] in _FLAG_LETTERS and text[index] in _FLAG_LETTERS
+
+
+def _end_of_unit(text: str, start: int) -> int:
+    """Return where the unit that begins at ``start`` ends."""
+    index = start + 1
+    while index < len(text) and _joins(text, start, index):
+        index += 1
+    return index
 
 
 def _unit_start(text: str, index: int) -> int:
-    while _is_inside_unit(text, index):
-        index -= 1
-    return index
+    """Return ``index``, or if it is inside a unit, where that begins."""
+    start = index
+    while 0 < start < len(text) and _joins(text, start - 1, start):
+        start -= 1               # in a row of flags, to its first letter: only from there on they can be told apart
+    while start < index and (end := _end_of_unit(text, start)) <= index:
+        start = end
+    return start
 
 
 def _unit_end(text: str, index: int) -> int:
-    while _is_inside_unit(text, index):
-        index += 1
-    return index
+    """Return ``index``, or if it is inside a unit, where that ends."""
+    start = _unit_start(text, index)
+    return index if start == index else _end_of_unit(text, start)
 
 
 def previous_unit(text: str, cursor: int) -> int:
@@ -684,11 +621,12 @@ def _clean_paste(paste: str) -> str:
 
 _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 _ERASE_ROW, _ERASE_BELOW = "\x1b[K", "\x1b[J"       # from the cursor on
+_ERASE_AREA = f"{_ERASE_ROW}\x1b[C{_ERASE_BELOW}\r"   # in two steps: tmux keeps a screen that is erased as a whole
 _CLEAR = "\x1b[H\x1b[2J"
-_UP, _RIGHT = "A", "C"
-_CHUNK = "[ -~]+|[^ -~]"
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_DRAWN_AS = {"\n": ("↵", 1), "\u2028": ("↵", 1), "\u2029": ("↵", 1), "\t": (" ", 1)}
+_UP, _RIGHT, _NEWLINE = "A", "C", "\r\n"
+_PLAIN = "[ -~]+(?![^ -~])"      # what follows may join the last one
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_DRAWN_AS = {"\t": (" ", 1), **dict.fromkeys("\n\u2028\u2029", ("↵", 1)), **dict.fromkeys(_DIRECTIONS, ("", 0))}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -700,13 +638,11 @@ def _drawn_as(c: str) -> tuple[str, int]:
         return "^" + chr(ord(c) ^ 0x40), 2
     if "\x80" <= c <= "\x9f":
         return "~" + chr(ord(c) - 0x40), 2
-    if c in _DIRECTIONS:
-        return "", 0
-    return c, char_width(c)
+    return c, 2 if c in _FLAG_LETTERS else char_width(c)
 
 
 class Layout:
-    """Text in rows of at most ``columns`` columns: the ``rows``, and the ``widths`` of each in columns."""
+    """Text in ``rows`` of at most ``columns``, even if each unit is drawn as wide as any terminal does; ``widths``."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -715,18 +651,31 @@ class Layout:
 
     def add(self, text: str) -> None:
         """Append ``text``."""
-        for chunk in re.findall(_CHUNK, text):
-            if " " <= chunk[0] <= "~":
-                self._add_plain(chunk)
+        plain, position = re.compile(_PLAIN), 0
+        while position < len(text):
+            room = self.columns - self.widths[-1] or self.columns
+            run = plain.match(text, position, position + room + 1)
+            if run is not None:
+                end = min(run.end(), position + room)
+                self._add_one(text[position:end], end - position)
             else:
-                self._add_one(*_drawn_as(chunk))
+                end = _end_of_unit(text, position)
+                for drawn, width in self._pieces(text[position:end]):
+                    self._add_one(drawn, width)
+            position = end
 
-    def place(self, c: str) -> tuple[int, int]:
-        """Return the row and the column where ``c`` would begin, or the end of the text if ``c`` is empty."""
-        width = max(1, _drawn_as(c)[1]) if c else 1
+    def place(self, unit: str) -> tuple[int, str]:
+        """Return the row where ``unit`` would begin, or the end of the text if it is empty, and what is before it."""
+        width = max(1, self._pieces(unit)[0][1]) if unit else 1
         if self._is_full_for(width):
-            return len(self.rows), 0
-        return len(self.rows) - 1, self.widths[-1]
+            return len(self.rows), ""
+        return len(self.rows) - 1, self.rows[-1]
+
+    def _pieces(self, unit: str) -> list[tuple[str, int]]:
+        """Return what is drawn for a unit, and the columns, in one piece if there is room for it in a row."""
+        pieces = [_drawn_as(c) for c in unit]
+        width = sum(width for _, width in pieces) + unit.count(EMOJI_SELECTOR)
+        return pieces if width > self.columns else [("".join(drawn for drawn, _ in pieces), width)]
 
     def new_row(self) -> None:
         """Begin a row."""
@@ -736,19 +685,6 @@ class Layout:
     def _is_full_for(self, width: int) -> bool:
         return self.widths[-1] + min(width, self.columns) > self.columns
 
-    def _put(self, drawn: str, width: int) -> None:
-        self.rows[-1] += drawn
-        self.widths[-1] += width
-
-    def _add_plain(self, chunk: str) -> None:
-        start = 0
-        while start < len(chunk):
-            if self._is_full_for(1):
-                self.new_row()
-            piece = chunk[start:start + self.columns - self.widths[-1]]
-            self._put(piece, len(piece))
-            start += len(piece)
-
     def _add_one(self, drawn: str, width: int) -> None:
         if width == 0 and self.widths[-1] == 0:
             return                       # an accent with nothing to join: a terminal may join it to the row above
@@ -756,7 +692,8 @@ class Layout:
             drawn, width = "?", 1
         if self._is_full_for(width):
             self.new_row()
-        self._put(drawn, width)
+        self.rows[-1] += drawn
+        self.widths[-1] += width
 
 
 def cut(text: str, columns: int) -> tuple[str, int]:
@@ -774,31 +711,65 @@ def _move(direction: str, count: int) -> str:
     return f"\x1b[{count}{direction}" if count > 0 else ""
 
 
-def _to_first_row(area: Area) -> str:
-    return "\r" + _move(_UP, area.cursor_row)
+def _wrapped(text: str, columns: int) -> tuple[int, int]:
+    """Return how many rows most terminals would wrap ``text`` into, and the columns used in the last one."""
+    rows, used = 1, 0
+    for before, c in zip(" " + text, text):
+        width = 0 if before == ZERO_WIDTH_JOINER else char_width(c)
+        if used + width > columns:
+            rows, used = rows + 1, 0
+        used += width
+    return rows, used
 
 
 class Area(NamedTuple):
-    """The area at the bottom of the screen: its rows, as they are written, and where in it the cursor is."""
+    """The area at the bottom of the screen, and where in it the cursor is."""
 
     rows: list[str]
+    ends: list[str]                      # what is written behind each
+    notices: int                         # the number of rows that are notices
     cursor_row: int
-    cursor_column: int
+    before_cursor: str                   # what is drawn before it in its row
+
+    def to_first_row(self) -> str:
+        """Return what moves the cursor to where the area begins."""
+        return "\r" + _move(_UP, self.cursor_row)
+
+    def to_text(self, columns: int) -> str:
+        """Return what moves the cursor back to where the text begins, in a terminal whose backspace goes that far."""
+        below = self.cursor_row - self.notices
+        is_next = below > 0 and self.ends[self.cursor_row - 1] == _NEWLINE     # in the empty row behind a full one
+        return _move(_UP, int(is_next)) + "\b" * ((below + 1) * columns)
+
+    def wrapped_again(self, before: int, now: int) -> Area:
+        """Return the area as a terminal that got ``now`` columns makes it, as far as its ``cursor_row`` tells."""
+        above, line = 0, ""
+        for row, end in zip(self.rows[:self.cursor_row], self.ends):
+            if end == _NEWLINE:
+                above, line = above + _wrapped(line + row, now)[0], ""
+            else:
+                line += row + " " * (before - _wrapped(row, before)[1])
+        row = self.rows[self.cursor_row]
+        line += row[:_end_of_unit(row, len(self.before_cursor))]     # what the cursor is on is in the same row
+        return self._replace(cursor_row=above + _wrapped(line, now)[0] - 1)
 
 
 class Screen:
-    """Draws the area at the bottom of a terminal of ``columns`` and ``rows``.
+    """Draws the area at the bottom of a terminal of ``columns`` and ``rows``. The others: see ``Tty``.
 
     The area has at most one row less than the terminal, so that the last message stays in sight. If there is not
     enough room, the first notices are left out. Of a text that is still too high, the rows around the cursor are drawn.
     """
 
-    def __init__(self, columns: int, rows: int, style: Style = Style(False)) -> None:
+    def __init__(self, columns: int, rows: int, style: Style = Style(False), wraps_again: bool = False,
+                 goes_back: bool = False) -> None:
         self._columns = max(1, columns)
         self._max_rows = max(1, rows - 1)
         self._style = style
+        self._wraps_again, self._goes_back = wraps_again, goes_back
         self._drawn: Area | None = None  # as it is on the screen
         self._drawn_from: object = None  # the arguments of ``draw`` that led to it
+        self._next_size: tuple[int, int] | None = None      # that the terminal has, and the area not yet
 
     def draw(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> bytes:
         """Return what draws the area; b"" if nothing has changed.
@@ -808,38 +779,44 @@ class Screen:
         arguments = tuple(notices), prompt, text, cursor
         if self._drawn is not None and arguments == self._drawn_from:
             return b""
+        erased = self.resize(*self._next_size) if self._next_size is not None else b""
         area = self._lay_out(notices, prompt, text, cursor)
         if area == self._drawn:
             return b""
-        data = self._encode(area)
+        data = erased + self._encode(area)
         self._drawn, self._drawn_from = area, arguments
         return data
 
     def erase(self) -> bytes:
         """Return what erases the area and puts the cursor where it began; b"" if there is no area."""
+        if self._next_size is not None:
+            return self.resize(*self._next_size)
         if self._drawn is None:
             return b""
-        erased = _to_first_row(self._drawn) + _ERASE_BELOW
+        erased = self._drawn.to_first_row() + _ERASE_AREA
         self.forget()
         return erased.encode()
 
-    def resize(self, columns: int, rows: int) -> bytes:
-        """Set a new size of the terminal. Return what erases the area, which is to be drawn again.
+    def resize_later(self, columns: int, rows: int) -> None:
+        """Set a new size of the terminal as soon as there is anything else to draw or to erase, or at ``resize``."""
+        self._next_size = columns, rows
 
-        When we hear of the new size, the terminal has already changed what it shows. xterm cuts off what is too wide,
-        and scrolls if there are too few rows: the cursor stays in its row of the area, so exactly the area is erased.
-        Other terminals wrap rows that have become too wide, so some upper rows of the area stay on the screen. Erasing
-        too much would be worse, for messages would be lost. But no terminal joins hard rows, which would cause that.
-        """
-        erased = self.erase()
+    def resize(self, columns: int, rows: int) -> bytes:
+        """Set a new size of the terminal. Return what erases the area, which is to be drawn again."""
+        back, drawn, self._next_size = "", self._drawn, None
+        if self._wraps_again and drawn is not None:
+            if self._goes_back and drawn.cursor_row >= drawn.notices:
+                back = drawn.to_text(self._columns)
+                drawn = drawn._replace(cursor_row=drawn.notices, before_cursor="")
+            self._drawn = drawn.wrapped_again(self._columns, max(1, columns))
         self._columns = max(1, columns)
+        erased = back.encode() + self.erase()
         self._max_rows = max(1, rows - 1)
         return erased
 
     def clear_screen(self) -> bytes:
         """Return what erases the whole screen and puts the cursor into its first row."""
-        self.forget()
-        return _CLEAR.encode()
+        return self.erase() + _CLEAR.encode()
 
     def erase_cursor_row(self) -> bytes:
         """Return what erases the row of the cursor and all below: another program has moved the cursor meanwhile."""
@@ -850,40 +827,65 @@ class Screen:
         """Note that the area is not on the screen any more, or no longer where we think."""
         self._drawn = self._drawn_from = None
 
+    @property
+    def _joins_rows(self) -> bool:
+        return self._wraps_again and self._columns > 1
+
     def _lay_out(self, notices: Sequence[str], prompt: str, text: str, cursor: int) -> Area:
-        layout = Layout(self._columns)
-        layout.add(prompt + text[:cursor])
-        row, column = layout.place(text[cursor:cursor + 1])
+        text = prompt + text
+        cursor = _unit_end(text, len(prompt) + cursor)      # what was just typed may have joined what follows
+        # Who joins rows needs to know where they end: one column stays free of what may be narrower than we think.
+        layout = Layout(self._columns - (self._joins_rows and not text.isascii()))
+        layout.add(text[:cursor])
+        row, before = layout.place(text[cursor:_end_of_unit(text, cursor)])
         layout.add(text[cursor:])
         if row == len(layout.rows):
             layout.new_row()             # the text fills its last row: the cursor is at the start of the next one
         top = max(0, min(row - self._max_rows // 2, len(layout.rows) - self._max_rows))
-        edited = list(zip(layout.rows, layout.widths))[top:top + self._max_rows]
+        edited = layout.rows[top:top + self._max_rows]
         room = self._max_rows - len(edited)
-        cut_notices = [cut(notice, self._columns) for notice in notices[max(0, len(notices) - room):]]
-        shown = [(self._style.dim(notice), width) for notice, width in cut_notices]
+        shown = [cut(notice, self._columns - self._joins_rows)[0] for notice in notices[max(0, len(notices) - room):]]
+        ends = [_NEWLINE] * len(shown) + [self._end(row, after) for row, after in zip(edited, edited[1:])] + [""]
+        return Area(shown + edited, ends, len(shown), len(shown) + row - top, before)
+
+    def _end(self, row: str, after: str) -> str:
+        """Return what leads to the row ``after``. A terminal joins rows again if it went on by itself: one was full."""
+        if not (self._joins_rows and after):
+            return _NEWLINE
+        return "" if self._is_full(row) else f"\x1b[{self._columns}G "
+
+    def _row(self, text: str, is_notice: bool) -> str:
+        """Return what draws a row, and erases what was there before."""
+        drawn = self._style.dim(text) if is_notice else text
+        if not (self._joins_rows or text.isascii()):
+            return _ERASE_ROW + drawn    # only the terminal knows whether it is full
         # Behind a full row the cursor still stands on its last character, which would be erased with the rest.
-        area = [drawn if width == self._columns else drawn + _ERASE_ROW for drawn, width in shown + edited]
-        return Area(area, len(shown) + row - top, column)
+        return drawn if self._is_full(text) else drawn + _ERASE_ROW
+
+    def _is_full(self, row: str) -> bool:
+        return len(row) == self._columns and row.isascii()
 
     def _encode(self, area: Area) -> bytes:
         """Return what draws ``area`` and puts the cursor into its place.
 
         The terminal's wrapping is off while the rows are written: a row that the terminal finds wider than we do loses
-        some columns, but it stays one row, and the next movement upwards still arrives where the area begins. Then it
-        is turned on again for what the owner writes above the area.
+        some columns, but it stays one row. Behind the text the cursor is where the terminal has put it. Elsewhere its
+        column is counted only in ASCII.
         """
-        rows = list(area.rows)
+        rows = [self._row(text, number < area.notices) for number, text in enumerate(area.rows)]
         rows_below = len(rows) - 1 - area.cursor_row
         if self._drawn is None:
             start = "\r" + _ERASE_BELOW
         else:
-            start = _to_first_row(self._drawn)
+            start = self._drawn.to_first_row()
             if len(rows) < len(self._drawn.rows):
-                rows.append(_ERASE_BELOW)        # in a row that is on the screen already: nothing scrolls
+                rows[-1] += _NEWLINE + _ERASE_BELOW       # in a row that is on the screen already: nothing scrolls
                 rows_below += 1
-        to_cursor = "\r" + _move(_UP, rows_below) + _move(_RIGHT, area.cursor_column)
-        return (_WRAP_OFF + start + "\r\n".join(rows) + to_cursor + _WRAP_ON).encode("utf-8", "replace")
+        to_cursor, before = "", area.before_cursor
+        if rows_below or before != area.rows[-1]:
+            to_cursor = "\r" + _move(_UP, rows_below) + (_move(_RIGHT, len(before)) if before.isascii() else before)
+        drawn = start + "".join(row + end for row, end in zip(rows, area.ends)) + to_cursor
+        return (drawn if self._wraps_again else _WRAP_OFF + drawn + _WRAP_ON).encode("utf-8", "replace")
 
 
 # --- the terminal's settings ----------------------------------------------------------------------------------
@@ -899,7 +901,10 @@ class Tty:
     can still take the terminal away before the settings are changed, and that must not stop the process: see ``_set``.
     """
 
-    def __init__(self, fd_in: int, fd_out: int) -> None:
+    def __init__(self, fd_in: int, fd_out: int, wraps_again: bool = False, goes_back: bool = False) -> None:
+        """``wraps_again``: the terminal does that with its rows when its width changes. ``goes_back``: a backspace
+        leads from a row to the one before, if the terminal has wrapped that (tmux)."""
+        self.wraps_again, self.goes_back = wraps_again, goes_back
         self._fd_in = fd_in
         self._fd_out = fd_out
         self._saved: list[Any] | None = None         # the settings to give back, see ``termios.tcgetattr``
@@ -998,7 +1003,7 @@ class StatusRow(Prompt):
         super().__init__()
         self._write = write
         self._tty = tty
-        self._screen = Screen(*tty.size(), style)
+        self._screen = Screen(*tty.size(), style, tty.wraps_again, tty.goes_back)
 
     def erase(self) -> bytes:
         """Return what to write before a line."""
@@ -1007,6 +1012,11 @@ class StatusRow(Prompt):
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
         """Return what shows the notices, if there are any."""
         return self._screen.draw(notices, "", "", 0) if notices else self._screen.erase()
+
+    def resized(self) -> float:
+        """Note that the window has a new size. Return when to ``resize``, in seconds from now."""
+        self._screen.resize_later(*self._tty.size())
+        return RESIZE_PAUSE if self._tty.wraps_again else 0.0
 
     def resize(self) -> None:
         """Follow the window to its new size."""
@@ -1043,7 +1053,7 @@ class EditorScreen(StatusRow):
         """Give the terminal back as it was, with the cursor below what was said."""
         if self._is_ours:
             self._is_ours = False
-            self._write(self._screen.erase() + PASTE_OFF)
+            self._write(self._screen.resize(*self._tty.size()) + PASTE_OFF)
             self._flush()
             self._tty.leave_raw_mode()
 

@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def home_directory() -> str | None:
@@ -141,6 +141,107 @@ def remember_nicks(nicks: Sequence[str]) -> None:
             remove_quietly(draft)
         except OSError:
             pass
+
+
+class RecentLines:
+    """A file of lines, the newest last, that is shortened to ``keep`` lines when it has more than ``limit``.
+
+    Lines are appended at once, so they survive a kill. Several processes may share the file: each one reads the lines
+    of the others when it starts. While one process shortens the file, a line that another one appends at that moment
+    may be lost. Of a file with more than ``read_size`` bytes only the end is read.
+
+    Lines that are torn, or that ``is_valid`` refuses, are skipped; they disappear when the file is shortened.
+    """
+
+    def __init__(self, path: str, keep: int, limit: int, read_size: int, is_valid: Callable[[str], bool]) -> None:
+        self._path, self._keep, self._limit = path, keep, limit
+        self._read_size, self._is_valid = read_size, is_valid
+        self._count = 0              # of lines in the file, as far as this process knows
+        self._is_long = False        # it had more lines than are kept when it was loaded
+        self._is_torn = False        # it ends without a newline: the process that wrote the last line did not finish it
+
+    def load(self) -> list[str]:
+        """Return the last lines, at most ``keep``; none if there is no file yet. Raise OSError."""
+        try:
+            data, is_whole = self._read_end()
+        except FileNotFoundError:
+            return []                # the first line creates it
+        self._is_torn = bool(data) and not data.endswith(b"\n")
+        self._count = data.count(b"\n") + self._is_torn
+        self._is_long = self._count > self._keep or not is_whole
+        return self._valid_lines(data, is_whole)
+
+    def tidy(self) -> None:
+        """Shorten the file if there was more in it than is kept when it was loaded. Raise OSError."""
+        if self._is_long:
+            self._shorten()
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Append lines, none of which has a newline in it. Raise OSError."""
+        data = _encoded(lines)
+        if self._is_torn:
+            data = b"\n" + data
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        try:
+            descriptor = os.open(self._path, flags, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+            descriptor = os.open(self._path, flags, 0o600)
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, "not written whole", self._path)
+        finally:
+            os.close(descriptor)
+        self._is_torn = False
+        self._count += len(lines)
+        if self._count > self._limit:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Leave only the last lines in the file. It is read again, for other processes may have added some."""
+        lines = self._valid_lines(*self._read_end())
+        target = os.path.realpath(self._path)
+        # A random name, not one with the process id: all containers that share this directory may have the same id.
+        draft = f"{target}.{os.urandom(8).hex()}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(_encoded(lines))
+            os.replace(draft, target)
+        except OSError:
+            os.unlink(draft)
+            raise
+        self._count = len(lines)
+        self._is_torn = False
+
+    def _read_end(self) -> tuple[bytes, bool]:
+        """Return the last ``read_size`` bytes, and whether they are all of it.
+
+        Raise OSError also if it is not a regular file. It is opened with O_NONBLOCK, because opening a FIFO would wait.
+        """
+        with open(self._path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", self._path)
+            start = max(0, status.st_size - self._read_size)
+            file.seek(start)
+            return file.read(self._read_size), start == 0
+
+    def _valid_lines(self, data: bytes, is_whole: bool) -> list[str]:
+        """Return the last valid lines in the bytes of the file; its first line may be cut if they are not all of it."""
+        lines = []
+        for row in data.split(b"\n")[0 if is_whole else 1:]:
+            try:
+                line = row.decode()
+            except UnicodeDecodeError:
+                continue
+            if self._is_valid(line):
+                lines.append(line)
+        return lines[-self._keep:]
+
+
+def _encoded(lines: Iterable[str]) -> bytes:
+    return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
 
 
 # --- the store of a server ------------------------------------------------------------------------------------

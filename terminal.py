@@ -1036,7 +1036,8 @@ class Console:
             # only an error is reported there, once the last reader has gone: no write is needed to notice that
             self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
         if self._status is not None:
-            self._loop.on_signal(signal.SIGWINCH, self._status.resize)
+            timer = RestartableTimer(self._loop, self._status.resize)
+            self._loop.on_signal(signal.SIGWINCH, functools.partial(self._on_resized, self._status, timer))
             self._loop.on_signal(signal.SIGCONT, self._status.resume)
         if self._editor is not None:
             self._loop.on_signal(signal.SIGTSTP, self._editor.suspend)
@@ -1089,6 +1090,13 @@ class Console:
             self._leaving.interrupt()
         else:
             self._shell.feed(b"")
+
+    def _on_resized(self, status: StatusRow, timer: RestartableTimer) -> None:
+        pause = status.resized()
+        if pause:
+            timer.set(self._loop.now() + pause)
+        else:
+            status.resize()
 
     def _on_writable(self) -> None:
         """Do nothing: the turn ends with a write."""

@@ -35,7 +35,7 @@ import socket
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, LineFile, LogFile,
@@ -659,6 +659,27 @@ def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
     return Style(wants_color(options.color, is_terminal, os.environ))
 
 
+def wraps_again(environment: Mapping[str, str]) -> bool:
+    """Return whether the terminal is known to wrap its rows again when its width changes.
+
+    No terminal can be asked, so what it leaves in the environment has to do. In doubt the answer is no: then a part of
+    a half-typed line may stay on the screen, but no message is erased. GNU screen (STY) does not wrap, nor does xterm.
+    """
+    def has(*names: str) -> bool:
+        return any(environment.get(name) for name in names)
+
+    term = environment.get("TERM", "")
+    if term.startswith(("screen", "tmux")):
+        return has("TMUX") and not has("STY")
+    if term.startswith(("alacritty", "contour", "foot", "ghostty", "rxvt-unicode", "wezterm", "xterm-ghostty",
+                        "xterm-kitty")):
+        return True
+    if not term.startswith("xterm") or has("INSIDE_EMACS", "STY", "TMUX", "XTERM_VERSION"):
+        return False
+    return has("ALACRITTY_WINDOW_ID", "KONSOLE_VERSION", "VTE_VERSION", "WEZTERM_PANE", "WT_SESSION") or (
+        environment.get("TERM_PROGRAM") in ("Apple_Terminal", "WezTerm", "ghostty", "iTerm.app", "vscode"))
+
+
 def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style | None,
                complete: Callable[[str], tuple[int, list[str]]]) -> Prompt | None:
     """Return what stands at the bottom of the terminal, if anything does. ``is_terminal``: stdin is one, too."""
@@ -672,14 +693,15 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty
     from terminal import BLOCK_PREFIX, COMMAND_MARK
     style = Style(False) if style is None else style
+    tty = Tty(STDIN, STDOUT, wraps_again(os.environ), bool(os.environ.get("TMUX")))
     if options.mode == "send":
-        return StatusRow(output.write, Tty(STDIN, STDOUT), style)
+        return StatusRow(output.write, tty, style)
     if is_dumb:
         return Prompt()
     state = state_home()
     history = History(os.path.join(state, "history") if state is not None else None)
     editor = Editor(history, complete, BLOCK_PREFIX, COMMAND_MARK)
-    return EditorScreen(output.write, output.flush, Tty(STDIN, STDOUT), style, editor)
+    return EditorScreen(output.write, output.flush, tty, style, editor)
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:

@@ -27,6 +27,11 @@ from terminal import BLOCK_PREFIX, COMMAND_MARK
 ROOT = Path(__file__).resolve().parent.parent
 ACUTE = "\u0301"                 # a combining accent: no column of its own
 FAMILY = "👩\u200d👧"            # two people, joined
+EMOJI = {                        # emoji of several characters, of whose widths terminals have different opinions
+    "family": "👨\u200d👩\u200d👧\u200d👦", "astronaut": "👩🏽\u200d🚀", "rainbow flag": "🏳\ufe0f\u200d🌈",
+    "pirate flag": "🏴\u200d☠\ufe0f", "skin tone": "👍🏽", "flag": "🇩🇪", "keycap": "1\ufe0f\u20e3",
+    "emoji selector": "❤\ufe0f",
+}
 BELL = Action(ActionKind.BELL)
 
 
@@ -400,6 +405,23 @@ def test_a_character_and_what_joins_it_are_moved_over_and_deleted_together(edito
     assert with_cursor(editor) == "a|b"
     press(editor, "kill-start", ACUTE + "x", "left", "left", "right", "backspace")
     assert editor.text == "xb"
+
+
+@pytest.mark.parametrize("unit", EMOJI.values(), ids=EMOJI)
+def test_keys_pass_and_delete_an_emoji_of_several_characters_as_one(editor: Editor, unit: str) -> None:
+    press(editor, f"a{unit}{unit}b", "left", "left")
+    assert with_cursor(editor) == f"a{unit}|{unit}b"
+    press(editor, "left", "right", "backspace")
+    assert with_cursor(editor) == f"a|{unit}b"
+    press(editor, "delete")
+    assert with_cursor(editor) == "a|b"
+
+
+def test_in_a_row_of_flags_the_letters_are_paired_from_its_beginning(editor: Editor) -> None:
+    press(editor, "🇩🇪🇫🇷🇮🇹", "left", "backspace")
+    assert with_cursor(editor) == "🇩🇪|🇮🇹"
+    press(editor, "kill-start", "kill-end", "🇩" * EDIT_LIMIT, "left")
+    assert editor.cursor == EDIT_LIMIT - 2
 
 
 def test_a_word_is_not_cut_within_a_character(editor: Editor) -> None:
@@ -903,6 +925,104 @@ def test_a_terminal_with_wider_characters_than_we_think_still_has_the_same_rows(
     assert glass.rows == ["m", "m2"]
     glass.say("wrapped again")
     assert glass.rows == ["m", "m2", "wrapped ag", "ain"]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("unit", EMOJI.values(), ids=EMOJI)
+def test_behind_an_emoji_the_cursor_is_where_the_terminal_draws_it(unit: str, columns: int) -> None:
+    glass = Glass(60, 6)
+    drawn = "#" * columns                # what this terminal makes of the emoji
+    text = f"a{unit} b{unit}c"
+    places = [0, 1, 1 + len(unit), 2 + len(unit), 3 + len(unit), 3 + 2 * len(unit), 4 + 2 * len(unit)]
+    for message in ("", "m"):
+        for place in places + places[::-1]:
+            glass.write(glass.screen.draw(["note"], "> ", text, place).replace(unit.encode(), drawn.encode()))
+            assert glass.rows[-2:] == ["note", "> " + text.replace(unit, drawn)]
+            assert glass.cursor == (len(glass.rows) - 1, 2 + len(text[:place].replace(unit, drawn)))
+        glass.say(message)
+
+
+def test_an_emoji_is_not_torn_at_the_end_of_a_row_and_no_row_gets_too_wide(glass: Glass) -> None:
+    for unit, widest in (("👨\u200d👩\u200d👧", "######"), ("🇩🇪", "####"), ("❤\ufe0f", "##"), ("👍🏽", "####")):
+        for shown in ("#", widest):
+            count = (10 - 2) // len(widest)
+            text = unit * count + "x" + unit * 2
+            glass.write(glass.screen.erase())
+            glass.write(glass.screen.draw([], "> ", text, len(text)).replace(unit.encode(), shown.encode()))
+            room = 10 - 2 - count * len(widest)
+            first = "> " + shown * count + "x" * (room > 0)
+            assert glass.rows == [first, "x" * (room == 0) + shown * 2] or len(widest) == 6 and glass.rows[0] == first
+
+
+def test_what_was_behind_an_emoji_is_gone_when_the_text_gets_shorter() -> None:
+    glass, unit = Glass(30, 6), EMOJI["family"]
+    for text, row in ((unit + "abcdef", "> ##abcdef"), (unit + "x", "> ##x"), (unit, "> ##"), ("", ">")):
+        glass.write(glass.screen.draw([], "> ", text, len(text)).replace(unit.encode(), b"##"))
+        assert glass.rows[0] == row
+
+
+def test_a_character_that_was_typed_before_what_joins_it_is_drawn_with_it(glass: Glass) -> None:
+    data = glass.screen.draw([], "> ", "👍🏽", 1)
+    assert data.count("👍".encode()) == data.count("👍🏽".encode())
+
+
+def test_typing_at_the_end_writes_each_row_once_and_moves_the_cursor_no_more(glass: Glass) -> None:
+    glass.draw("ab")
+    assert glass.draw("abc") == b"\x1b[?7l\r> abc\x1b[K\x1b[?7h"
+    assert glass.draw("abd", 1) == b"\x1b[?7l\r> abd\x1b[K\r\x1b[3C\x1b[?7h"
+    assert glass.draw("é界") == "\x1b[?7l\r\x1b[K> é界\x1b[?7h".encode()
+
+
+REWRAPPED = [                    # columns, a text, the place of the cursor; new columns, rows above the cursor then
+    (10, "0123456789" * 2 + "abc", 23, 5, 4), (10, "0123456789" * 2 + "abc", 23, 7, 3),
+    (10, "0123456789" * 2 + "abc", 23, 30, 0), (10, "0123456789" * 2 + "abc", 20, 5, 4),
+    (10, "0123456789" * 2 + "abc", 7, 5, 1), (10, "0123456789", 10, 5, 2), (20, "界" * 8 + "a", 9, 5, 3),
+    (20, "ab" + "👨\u200d👩\u200d👧" * 3, 17, 4, 5), (10, "abc", 3, 1, 2),
+]
+
+
+@pytest.mark.parametrize("columns, text, cursor, narrower, above", REWRAPPED)
+def test_where_a_terminal_wraps_its_rows_again_all_that_it_made_of_the_area_is_erased(
+        columns: int, text: str, cursor: int, narrower: int, above: int) -> None:
+    screen = Screen(columns, 24, wraps_again=True)
+    screen.draw([], "", text, cursor)
+    assert screen.resize(narrower, 24).startswith(b"\r\x1b[%dA\x1b[K" % above if above else b"\r\x1b[K")
+
+
+def test_a_terminal_that_wraps_again_wraps_the_text_itself_and_ends_notices() -> None:
+    screen = Screen(10, 24, wraps_again=True)
+    assert screen.draw(["a long notice"], "> ", "0123456789", 0) == (
+        "\r\x1b[Ja long n…\x1b[K\r\n> 0123456789\x1b[K\r\x1b[1A\x1b[2C".encode())
+    screen.erase()
+    assert screen.draw([], "", "1234567界x", 9) == "\r\x1b[J1234567界\x1b[K\x1b[10G x\x1b[K".encode()
+    screen.resize(1, 24)
+    assert screen.draw([], "", "é", 1).endswith("é\r\n".encode() + b"\x1b[K")
+
+
+def test_where_a_backspace_leads_over_wrapped_rows_nothing_is_counted_but_notices() -> None:
+    screen = Screen(10, 24, wraps_again=True, goes_back=True)
+    screen.draw(["a notice"], "> ", "0123456789", 10)
+    assert screen.resize(5, 24) == b"\b" * 20 + b"\r\x1b[2A\x1b[K\x1b[C\x1b[J\r"
+    screen.draw([], "> ", "012", 3)      # the cursor is in an empty row, which no terminal joins to the one before
+    assert screen.resize(9, 24) == b"\x1b[1A" + b"\b" * 10 + b"\r\x1b[K\x1b[C\x1b[J\r"
+
+
+def test_a_size_for_later_counts_as_soon_as_anything_changes() -> None:
+    screen = Screen(10, 24, wraps_again=True)
+    screen.draw([], "> ", "01234567", 3)
+    screen.resize_later(5, 24)
+    assert screen.draw([], "> ", "01234567", 3) == b""
+    assert screen.draw([], "> ", "0123456", 7) == (
+        b"\r\x1b[1A\x1b[K\x1b[C\x1b[J\r\r\x1b[J> 0123456\x1b[K")
+    screen.resize_later(3, 24)
+    assert screen.erase() == b"\r\x1b[2A\x1b[K\x1b[C\x1b[J\r"
+    assert screen.draw([], "> ", "01", 2) == b"\r\x1b[J> 01\x1b[K"
+
+
+def test_the_line_being_typed_is_erased_before_the_screen_is_cleared(glass: Glass) -> None:
+    glass.draw("x" * 15)
+    assert glass.screen.clear_screen() == b"\r\x1b[1A\x1b[K\x1b[C\x1b[J\r\x1b[H\x1b[2J"
+    assert glass.screen.clear_screen() == b"\x1b[H\x1b[2J"
 
 
 def test_a_large_text_is_drawn_without_delay(glass: Glass) -> None:

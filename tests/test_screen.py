@@ -9,10 +9,12 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +27,13 @@ import pytest
 from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
 from tests.processes import (FROZEN_CLOCK, NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
-from tests.test_editor import Xterm
+from tests.test_editor import EMOJI, Xterm
+from udpchat import wraps_again
 
 CURSOR = "▮"
+# whatever terminal the tests themselves run in
+WRAPS_NOT_AGAIN = dict.fromkeys(("ALACRITTY_WINDOW_ID", "KONSOLE_VERSION", "TERM_PROGRAM", "TMUX", "VTE_VERSION",
+                                 "WEZTERM_PANE", "WT_SESSION"), "")
 PLAIN = ("--no-time", "--color", "never")
 SGR = re.compile(rb"\x1b\[[0-9;:]*m")
 PATIENT = ("--ack-timeout", "60000")    # ms; so long nothing goes to the server
@@ -85,7 +91,7 @@ class Window:
         try:
             self.process = chat.run(*arguments, stdin=slave, stdout=slave, stderr=slave if shows_errors else PIPE,
                                     command=command, terminal=slave,
-                                    environment={"TERM": "xterm", "NO_COLOR": "", **environment})
+                                    environment={"TERM": "xterm", "NO_COLOR": "", **WRAPS_NOT_AGAIN, **environment})
         finally:
             os.close(slave)
         os.set_blocking(master, False)
@@ -348,6 +354,172 @@ def test_a_text_that_is_higher_than_the_window_is_shown_around_the_cursor(chat: 
     alice.shows("bob: hi", "6789012345", "6789012345", f"6789{CURSOR}")
     alice.type(HOME)
     alice.shows("bob: hi", f">>> {CURSOR}012345", "6789012345", "6789012345")
+
+
+# --- a terminal that wraps its rows again ---------------------------------------------------------------------
+
+NAMES = [                        # of a terminal, and whether it wraps its rows again
+    ({"TERM": "tmux-256color", "TMUX": "/tmp/x,1,0"}, True), ({"TERM": "screen", "TMUX": "/tmp/x,1,0"}, True),
+    ({"TERM": "screen", "TMUX": "/tmp/x,1,0", "STY": "1.x"}, False), ({"TERM": "screen", "STY": "1.x"}, False),
+    ({"TERM": "xterm"}, False), ({"TERM": "xterm-256color", "VTE_VERSION": "7000"}, True),
+    ({"TERM": "xterm-256color", "VTE_VERSION": "7000", "XTERM_VERSION": "XTerm(390)"}, False),
+    ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, True), ({"TERM": "xterm", "TERM_PROGRAM": "x"}, False),
+    ({"TERM": "xterm-kitty"}, True), ({"TERM": "foot"}, True), ({"TERM": "linux"}, False), ({}, False),
+]
+
+
+@pytest.mark.parametrize("environment, wraps", NAMES)
+def test_whether_a_terminal_wraps_its_rows_again_is_told_by_its_name(environment: dict[str, str], wraps: bool) -> None:
+    assert wraps_again(environment) is wraps
+
+
+class Tmux:
+    """A real tmux, of one window, in which alice chats; it has a server of its own."""
+
+    def __init__(self, chat: Chat, *options: str, columns: int = 60, rows: int = 24) -> None:
+        self.chat = chat
+        settings = chat.directory / "tmux.conf"
+        settings.write_text("set -g status off\nset -g default-terminal screen\nset -g escape-time 0\n")
+        self._command = ["tmux", "-u", "-S", str(chat.directory / "tmux"), "-f", str(settings)]
+        command = [*PROGRAM, "client", "alice", "127.0.0.1", str(chat.port), *PLAIN, *options]
+        self._run("new-session", "-d", "-x", str(columns), "-y", str(rows), *command)
+        self.until(lambda: self.lines[-2:] == [UPDATED, ">>>"], "the prompt")
+
+    def _run(self, *arguments: str) -> str:
+        environment = {name: value for name, value in self.chat.environment.items() if name not in ("TMUX", "STY")}
+        return subprocess.run([*self._command, *arguments], env=environment, capture_output=True, text=True).stdout
+
+    def close(self) -> None:
+        """End its server, and all that runs in it."""
+        self._run("kill-server")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until ``condition`` holds."""
+        try:
+            self.chat.until(condition, what)
+        except AssertionError:
+            raise AssertionError("\n".join([what, repr(self.cursor), *self.lines])) from None
+
+    def type(self, text: str) -> None:
+        """Type bytes."""
+        self._run("send-keys", "-l", text)
+
+    def resize(self, columns: int) -> None:
+        """Give the window another width."""
+        self._run("resize-window", "-x", str(columns))
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines from the first one on, each of which may be wrapped into several rows."""
+        return [line.rstrip() for line in self._run("capture-pane", "-p", "-J", "-S", "-").rstrip().split("\n")]
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows that are seen."""
+        return self._run("capture-pane", "-p").split("\n")
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """The row and the column."""
+        row, column = self._run("display-message", "-p", "#{cursor_y} #{cursor_x}").split()
+        return int(row), int(column)
+
+    def columns_of(self, text: str) -> int:
+        """Return how many columns this tmux gives to ``text``: a shell prints it."""
+        self._run("new-window", "-d", "-n", "ruler", "printf %s '" + text + "'; exec sleep 1000")
+        found: list[str] = []
+
+        def is_printed() -> bool:
+            found[:] = self._run("display-message", "-p", "-t", "ruler", "#{cursor_x}").split()
+            return found not in ([], ["0"])
+        self.until(is_printed, "a printed text")
+        self._run("kill-window", "-t", "ruler")
+        return int(found[0])
+
+
+@pytest.fixture
+def open_tmux(chat: Chat) -> Iterator[Callable[..., Tmux]]:
+    """Yield a function that opens a tmux in which alice chats, and waits for the prompt."""
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+    opened: list[Tmux] = []
+
+    def open_(*options: str, **keywords: Any) -> Tmux:
+        opened.append(Tmux(chat, *options, **keywords))
+        return opened[-1]
+
+    yield open_
+    for tmux in opened:
+        tmux.close()
+
+
+def test_behind_emoji_the_cursor_is_where_tmux_draws_it(chat: Chat, open_tmux: Callable[..., Tmux]) -> None:
+    bob = chat.client("bob")
+    alice = open_tmux()
+    bob.wait_for("alice")
+    for unit in EMOJI.values():
+        text = f"a{unit}b{unit} c"
+        alice.type(text)
+        parts = [text, text[:-1], text[:-2], f"a{unit}b", f"a{unit}", "a", ""]
+        for number, part in enumerate(parts):
+            wanted = alice.columns_of(">>> " + part)
+            alice.until(lambda wanted=wanted: alice.cursor[1] == wanted, f"a cursor behind {part!r}")  # type: ignore
+            if number == 4:
+                bob.feed("send alice hi\n")
+                alice.until(lambda: alice.lines[-2] == "bob: hi", "the message")
+                alice.until(lambda wanted=wanted: alice.cursor[1] == wanted, f"behind {part!r}")  # type: ignore
+            alice.type(LEFT)
+        alice.type(RIGHT + DELETE + "x")
+        wanted = alice.columns_of(">>> ax")
+        alice.until(lambda: alice.cursor[1] == wanted, "a cursor behind what was typed instead")
+        assert alice.rows[alice.cursor[0]].startswith(">>> axb")
+        alice.type(CONTROL_C)
+        alice.until(lambda: alice.lines[-1] == ">>>", "an empty line")
+
+
+HALF_TYPED = {                   # a text, how many keys to the left the cursor is, and in which column of a wide window
+    "ascii": ("send bob the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it sleeps", 0, 99),
+    "inside": ("send bob the quick brown fox jumps over the lazy dog, and nobody sees it but the dog: it is", 60, 35),
+    "short": ("half a line", 0, 15),
+    "wide": ("日本語" * 20, 0, 124),
+    "emoji": ("send bob " + "👨\u200d👩\u200d👧 and 🇩🇪 " * 5, 3, 59),
+}
+
+
+@pytest.mark.parametrize("text, left, column", HALF_TYPED.values(), ids=HALF_TYPED)
+def test_thirty_sizes_of_a_terminal_that_wraps_again_leave_one_copy_of_what_is_being_typed(
+        chat: Chat, open_tmux: Callable[..., Tmux], text: str, left: int, column: int) -> None:
+    bob = chat.client("bob")
+    alice = open_tmux(columns=80)
+    bob.wait_for("alice")
+    messages = [f"bob: message {number}, with some more words to make it longer" for number in range(30)]
+    bob.feed("".join(f"send alice {message[5:]}\n" for message in messages))
+    alice.until(lambda: messages[-1] in alice.lines, "the messages")
+    alice.type(text + LEFT * left)
+    alice.until(lambda: "".join(alice.lines[len(messages) + 2:]).replace(" ", "") == (">>>" + text).replace(" ", ""),
+                "the text")
+    for number in range(30):
+        alice.resize(24 + (number * 37) % 70)
+        alice.chat.rest(0.05 if number % 10 else 1.0)
+    alice.chat.rest(1.0)
+    alice.resize(200)
+    alice.until(lambda: len(alice.lines) == len(messages) + 3, "one line")
+    assert alice.lines[:-1] == [WELCOME, UPDATED, *messages]
+    alice.until(lambda: alice.lines[-1].replace(" ", "") == (">>>" + text).replace(" ", ""), "exactly what was typed")
+    alice.until(lambda: alice.cursor[1] == column, "the cursor")
+    bob.feed("send alice the last\n")
+    alice.until(lambda: alice.lines[len(messages) + 2] == "bob: the last", "the message")
+    assert alice.lines[2:-1] == messages + ["bob: the last"]
+
+
+def test_a_cleared_screen_leaves_no_copy_of_what_is_being_typed_above_it(open_tmux: Callable[..., Tmux]) -> None:
+    alice = open_tmux(columns=40)
+    text = "this takes more than one row, and the cursor is in the third, is it not?"
+    alice.type(text)
+    alice.until(lambda: alice.lines[-1] == ">>> " + text, "the text")
+    alice.type(CONTROL_L)
+    alice.until(lambda: alice.cursor[0] == 1, "an empty screen")
+    assert sum(">>>" in line for line in alice.lines) == 1
 
 
 # --- editing --------------------------------------------------------------------------------------------------
@@ -653,6 +825,16 @@ def test_a_wrapped_line_is_there_once_after_control_z(open_window: Open) -> None
     see_error(alice, *["stopped, its settings"] * 2)
     alice.process.signal(FG)
     alice.shows(UPDATED, *["$ typed to the shell"] * 2, *wrapped(f">>> {text}!", 30, 0))
+
+
+def test_a_wrapped_line_fits_a_window_that_got_another_size_while_the_job_was_stopped(open_window: Open) -> None:
+    alice = open_shell(open_window, columns=30)
+    text = "this takes more than one row, and the cursor is in the second"
+    alice.type(text + LEFT * 10 + CONTROL_Z)
+    see_error(alice, "stopped, its settings")
+    alice.resize(50, 24)
+    alice.process.signal(FG)
+    alice.shows(UPDATED, "$ typed to the shell", *wrapped(">>> " + text, 50, 10))
 
 
 def test_messages_that_came_while_it_was_stopped_are_shown_when_it_goes_on(chat: Chat, open_window: Open) -> None:
