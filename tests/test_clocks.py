@@ -5,6 +5,7 @@ the time that is shown with a message is as wrong as the clock was.
 """
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -356,7 +357,8 @@ class Clock:
         self._error = chat.directory / "clock"
         (chat.directory / "clocks").mkdir()
         (chat.directory / "clocks" / "sitecustomize.py").write_text(WRONG_CLOCK)
-        chat.environment.update(PYTHONPATH=str(chat.directory / "clocks"), CLOCK_ERROR=str(self._error))
+        path = [str(chat.directory / "clocks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        chat.environment.update(PYTHONPATH=os.pathsep.join(path), CLOCK_ERROR=str(self._error))
         self.set(0.0)
 
     def set(self, years: float) -> None:
