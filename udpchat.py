@@ -35,8 +35,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, LogFile, Output, Reader, SelectorLoop, UdpSocket,
-                  Writer, clean, json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, Address, Endpoint, LogFile, NameLookUp, Output, Reader,
+                  SelectorLoop, UdpSocket, Writer, clean, in_turns, json_line, log, read_some, show_address, unmapped)
 from home import is_private, load_secret, make_private, state_home, token_for
 from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; 
 
 class Usage(Exception):
     """The arguments are wrong; the text says how, in one line. Exit 2."""
+
+
+class LookUpFailure(Usage):
+    """A name cannot be looked up just now: whether there is such a name is not known."""
 
 
 class Failure(Exception):
@@ -228,16 +232,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.AddressFamily, Address]:
-    """Return the first address of ``host``, and its family. Raise Usage if it has none."""
+NO_SUCH_NAME = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY", "EAI_SERVICE")]
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[tuple[Any, ...]]:
+    """Return the addresses of ``host``, as sockets use them. Raise Usage if it has none, LookUpFailure if unknown."""
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
-        found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
-        family, _, _, _, address = found[0]
-        return family, (str(address[0]), int(address[1]))
-    except (OSError, UnicodeError, IndexError):
-        raise Usage(f"cannot resolve {clean(host) or repr(host)}") from None
+        return [entry[4] for entry in socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)]
+    except (OSError, UnicodeError) as error:
+        complaint = f"cannot resolve {clean(host) or repr(host)}"
+        if isinstance(error, UnicodeError) or (isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME):
+            raise Usage(complaint) from None
+        raise LookUpFailure(f"{complaint} now: {error.strerror}") from None
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]:
+    """Return the first address at which a server may listen, and its family. Raise Usage if it has none."""
+    found = look_up(host, port, socket.AI_PASSIVE)
+    found.sort(key=len)         # IPv4 comes first: a server listens there unless it is told otherwise
+    address = found[0]
+    return socket.AF_INET if len(address) == 2 else socket.AF_INET6, (str(address[0]), int(address[1]))
 
 
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
@@ -253,6 +268,29 @@ def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
     return sock
 
 
+def is_number(host: str) -> bool:
+    """Return whether ``host`` is an address, not a name that may lead elsewhere later."""
+    try:
+        look_up(host, 0, socket.AI_NUMERICHOST)
+        return True
+    except Usage:
+        return False
+
+
+def client_socket(addresses: Sequence[Address], is_named: bool, port: int) -> socket.socket:
+    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise OSError.
+
+    One of IPv6 reaches both families (RFC 3493 §5.3); where there is none, one of IPv4 must do.
+    """
+    if is_named or ":" in addresses[0][0]:
+        try:
+            return bind(socket.AF_INET6, ("::", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
+                raise
+    return bind(socket.AF_INET, ("0.0.0.0", port))
+
+
 def complain(text: str) -> None:
     """Write one line to stderr."""
     try:
@@ -265,7 +303,7 @@ def run_server(options: argparse.Namespace) -> int:
     """Run a server until a signal; return the exit code. Raise Usage and Failure."""
     from registry import Registry
     from server import Server
-    family, address = resolve(options.host, options.port, passive=True)
+    family, address = resolve(options.host, options.port)
     try:
         sock = bind(family, address)
     except OSError as error:
@@ -421,15 +459,21 @@ def own_nick(given: str | None) -> str:
 def server_of(options: argparse.Namespace) -> tuple[str, int]:
     """Return where the server is: as given, as UDPCHAT_SERVER says (HOST[:PORT]), or here. Raise Usage."""
     if options.server_host is not None:
-        return options.server_host, DEFAULT_PORT if options.server_port is None else options.server_port
+        if options.server_port is None:
+            return server_argument(options.server_host)
+        return options.server_host.removeprefix("[").removesuffix("]"), options.server_port
     return server_argument(options.server or os.environ.get("UDPCHAT_SERVER") or "127.0.0.1")
 
 
 def server_argument(text: str) -> tuple[str, int]:
     """Return host and port of ``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address. Raise Usage."""
     parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
-    if parts is None:
-        return text, DEFAULT_PORT       # an IPv6 address
+    if parts is None:                   # an IPv6 address
+        last = re.fullmatch(r"(.*):([0-9]{4,5})", text)
+        if last is not None and int(last[2]) < 65536 and not (text.count(":") == 7 and "::" not in text):
+            raise Usage(f"{clean(text)} may be an address, or an address and a port:"
+                        f" write [{clean(text)}] or [{clean(last[1])}]:{last[2]}")
+        return text, DEFAULT_PORT
     if parts.group(1):
         host, port = parts.group(1), parts.group(2)
     else:
@@ -526,13 +570,14 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     from client import Client
     from terminal import Console, Display
     nick = own_nick(options.nick)
-    family, server = resolve(*server_of(options))
+    host, server_port = server_of(options)
+    addresses, is_named = in_turns(map(unmapped, look_up(host, server_port))), not is_number(host)
     end = time.monotonic() + (options.timeout or NEVER)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
     secret = secret_of(options)
     loop = SelectorLoop()
     try:
-        sock = bind(family, ("::" if family == socket.AF_INET6 else "0.0.0.0", options.client_port))
+        sock = client_socket(addresses, is_named, options.client_port)
     except OSError as error:
         raise Failure(f"cannot use port {options.client_port}: {error.strerror}") from None
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
@@ -543,7 +588,9 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     proof = functools.partial(token_for, secret) if secret is not None else None
-    client = Client(loop, port.send, display, nick, unmapped(server), proof, options.ack_timeout / 1000, options.stay,
+    look_up_again = NameLookUp(loop, host, server_port, sock.family)
+    server = Endpoint(loop, addresses, look_up_again if is_named else None)
+    client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal)
     if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)
@@ -561,6 +608,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         client.start()
         loop.run()
     finally:
+        look_up_again.close()
         console.close()
         loop.close()
     return client.leaving.exit_code or 0

@@ -40,7 +40,8 @@ import msgpack
 import protocol
 from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Random, Scheduler, clean, log
+from loop import (DATAGRAMS_PER_TURN, ERROR, INFO, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, clean,
+                  log)
 from protocol import Address, encode
 from home import token_for
 from registry import Mailbox, Registry, State
@@ -570,7 +571,8 @@ class Life(Node):
         formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
-        self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self))
+        endpoint = Endpoint(self.loop, world.names, world.look_up)
+        self.client = Client(self.loop, self.send, self.display, nick, endpoint, proof, stay=stay, observer=Watch(self))
         self.client.inbox.on_release = self.note_release
         self.client.start()
         if speech == "talk":
@@ -901,6 +903,9 @@ class World:
         self.healthy_since = NEVER          # nothing is broken any more from here on
         self.refusals: list[tuple[str, str]] = []
         self.server: ServerNode | None = None
+        self.names = [SERVER]               # the addresses that the server's name has
+        self.look_ups = 0
+        self.look_up_time = 0.05            # s; NEVER: a look-up is given up after ``LOOK_UP_TIME``
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._ports = 5000
@@ -940,6 +945,14 @@ class World:
         assert self.server is None or not self.server.alive
         self.server = ServerNode(self)
         return self.server
+
+    def look_up(self, done: Callable[[Sequence[Address]], None]) -> None:
+        """Look the server's name up: what every client is handed."""
+        self.look_ups += 1
+        if self.look_up_time < LOOK_UP_TIME:
+            self.call_at(self.now + self.look_up_time, lambda: done(self.names))
+        else:
+            self.call_at(self.now + LOOK_UP_TIME, lambda: done(()))
 
     def new_address(self, host: str = "10.0.1.1") -> Address:
         """Return an address where nobody was yet."""

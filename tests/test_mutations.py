@@ -134,7 +134,7 @@ def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
         session = self.session
         original(self)
         if session is not None:
-            self._send(padded("ping", {"id": 1, "session": session, "version": 0}, SESSION_SIZE), self.server)
+            self._send(padded("ping", {"id": 1, "session": session, "version": 0}, SESSION_SIZE), self.endpoint.current)
     original = ServerLink.close
     patch.setattr(ServerLink, "close", close)
 
