@@ -61,6 +61,7 @@ IDLE_TIME = 30.0          # s without traffic at the end of a run, in which ...
 IDLE_RATE = 12            # ... a client may send that many datagrams, and the server that many for each client
 PIPE_SLOT = 512           # bytes that a pipe must have free to count as writable
 HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fault
+RENUMBER_TIME = 5.0       # s less than that, at most, until a client has noticed that its server has moved
 SERVER: Address = ("10.0.0.1", 4119)
 
 CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
@@ -429,9 +430,9 @@ class Disk:
 class ServerNode(Node):
     """A process that runs a server, on the disk of the world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, address: Address) -> None:
         world.boots += 1
-        super().__init__(world, f"server#{world.boots}", "server", SERVER)
+        super().__init__(world, f"server#{world.boots}", "server", address)
         disk = world.disk
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"))
@@ -785,7 +786,7 @@ class Network:
         world, weather, chance = self.world, self.weather, self.world.random.random
         self.datagrams += 1
         self.digest = zlib.crc32(datagram, self.digest)
-        if node.address == SERVER and address in self.balance:
+        if node is world.server and address in self.balance:
             self.balance[address] -= len(datagram)
             if self.balance[address] < 0:
                 raise Violation(f"the server sends more to {address} than it got from there")
@@ -801,7 +802,7 @@ class Network:
             if weather.garble and chance() < weather.garble:
                 data = self._garbled(datagram)
             world.call_at(world.now + delay, functools.partial(self._arrive, node.host, node.address, data, address))
-        if address != SERVER and node.address != SERVER:
+        if node is not world.server and not world.is_server(address):
             self.captured.append((datagram, node.host))
 
     def _passes(self, node: Node, datagram: bytes, address: Address) -> bool:
@@ -827,7 +828,7 @@ class Network:
     def forge(self, source: Address, datagram: bytes, node: Node) -> None:
         """Send something to a node, as a stranger."""
         self.world.trace("stranger -> %s %s", node.name, Shown(datagram))
-        if node.address == SERVER:
+        if node is self.world.server:
             self.balance[source] += len(datagram)
         self._arrive("stranger", source, datagram, node.address)
 
@@ -941,10 +942,14 @@ class World:
             callback()
 
     def start_server(self) -> ServerNode:
-        """Start a server on the disk of this world."""
+        """Start a server on the disk of this world, at the first address of its name."""
         assert self.server is None or not self.server.alive
-        self.server = ServerNode(self)
+        self.server = ServerNode(self, self.names[0])
         return self.server
+
+    def is_server(self, address: Address) -> bool:
+        """Return whether the server is at ``address``."""
+        return self.server is not None and self.at.get(address) is self.server
 
     def look_up(self, done: Callable[[Sequence[Address]], None]) -> None:
         """Look the server's name up: what every client is handed."""
@@ -998,8 +1003,9 @@ class Storm:
         self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
             "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
-            "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes}
-        self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0}
+            "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes,
+            "renumber": self._renumber}
+        self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0, "renumber": 20.0}
         self._habits: dict[str, Callable[[Life], None]] = {
             "burst": self._burst, "dereg": self._dereg, "quit": self._quit, "chatter": self._chatter}
 
@@ -1169,6 +1175,17 @@ class Storm:
         if life is not None:
             life.move(self.world.new_address("10.0.2.1"))
             self.ports[life.nick].append(life.address)
+
+    def _renumber(self) -> None:
+        """Give the server another address, and its name, too: from now on, or once it starts again."""
+        world, server = self.world, self.world.server
+        if world.now - START < self.length - RENUMBER_TIME:
+            world.names = [world.new_address("10.0.0.2")]
+            if server is not None and server.alive and self.random.random() < 0.5:
+                server.move(world.names[0])
+            elif server is not None:
+                server.crash()
+                self._restart_when_dead(self.random.uniform(0, 3))
 
     def _stall(self) -> None:
         life = self._some_client()
