@@ -63,6 +63,7 @@ PIPE_SLOT = 512           # bytes that a pipe must have free to count as writabl
 HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fault
 RENUMBER_TIME = 5.0       # s less than that, at most, until a client has noticed that its server has moved
 SERVER: Address = ("10.0.0.1", 4119)
+ELSEWHERE: Address = ("10.0.0.2", 4119)     # where the server may move
 
 CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
 SPEECHES = ("plain", "plain", "json", "plain", "talk", "plain", "json")     # of those who chat in a storm
@@ -1003,9 +1004,8 @@ class Storm:
         self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
             "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
-            "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes,
-            "renumber": self._renumber}
-        self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0, "renumber": 20.0}
+            "stranger": self._stranger, "signal": self._signal, "reader": self._reader_goes}
+        self._rare = {"reader": 60.0, "signal": 30.0, "disk": 20.0}
         self._habits: dict[str, Callable[[Life], None]] = {
             "burst": self._burst, "dereg": self._dereg, "quit": self._quit, "chatter": self._chatter}
 
@@ -1026,6 +1026,9 @@ class Storm:
             for kind, habit in self._habits.items():
                 if pick.random() < 0.35:
                     self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
+        when = random.Random(f"renumber {self.seed}").uniform(0, 3 * self.length)   # so in every third storm
+        if when < self.length - RENUMBER_TIME:
+            world.call_at(START + when, self._renumber)
 
     def _repeat(self, action: Callable[[], None], interval: float) -> None:
         """Plan an action at random times of the storm, on average every ``interval`` seconds."""
@@ -1179,13 +1182,13 @@ class Storm:
     def _renumber(self) -> None:
         """Give the server another address, and its name, too: from now on, or once it starts again."""
         world, server = self.world, self.world.server
-        if world.now - START < self.length - RENUMBER_TIME:
-            world.names = [world.new_address("10.0.0.2")]
-            if server is not None and server.alive and self.random.random() < 0.5:
-                server.move(world.names[0])
-            elif server is not None:
-                server.crash()
-                self._restart_when_dead(self.random.uniform(0, 3))
+        world.names = [ELSEWHERE]
+        assert server is not None
+        if server.alive and self.seed % 2:
+            server.move(ELSEWHERE)
+        else:
+            server.crash()
+            self._restart_when_dead(1.0)
 
     def _stall(self) -> None:
         life = self._some_client()

@@ -155,7 +155,7 @@ FAULTS: dict[Patch, int] = {
     announces_before_the_mail_is_shown: 0,
     does_not_wait_for_missing_messages: 32,
     forgets_its_base: 1,
-    accepts_chat_from_any_address: 0,
+    accepts_chat_from_any_address: 1,
     does_not_repeat_what_is_lost: 1,
     gives_two_changes_one_version: 1,
     acks_inside_a_text: 0,
