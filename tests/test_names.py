@@ -21,7 +21,7 @@ import pytest
 
 import udpchat
 from loop import (ATTEMPTS, LOOK_UP_INTERVAL, MAX_ADDRESSES, MAX_LOOK_UP_INTERVAL, Address, Endpoint, NameLookUp,
-                  Scheduler, SelectorLoop, in_turns)
+                  Random, Scheduler, SelectorLoop, in_turns)
 from tests.processes import (DEADLINE, EXITING, NOT_RESPONDING, PROGRAM, ROOT, WELCOME, Chat, Process, has_ipv6,
                              received)
 
@@ -36,7 +36,7 @@ class Clock(Scheduler):
 
     def __init__(self) -> None:
         super().__init__(1000.0)
-        self.random = random.Random(1)
+        self.random: Random = random.Random(1)
         self.clock = self.wall = self.now
 
     def pass_time(self, seconds: float) -> None:
@@ -104,7 +104,8 @@ def test_a_name_is_looked_up_while_its_peer_does_not_answer_and_only_then() -> N
 
 
 def test_look_ups_become_rare_and_are_frequent_again_after_the_peer_was_found() -> None:
-    clock, names, asked = Clock(), Names(), []
+    clock, names = Clock(), Names()
+    asked: list[float] = []
     server = Endpoint(clock, [ONE], names)
 
     def be_lost(seconds: int) -> None:
@@ -228,7 +229,8 @@ def test_a_look_up_ends_with_its_client_and_holds_none_of_its_pipes(loop: Select
     monkeypatch.setattr("loop.LOOK_UP_PROGRAM", HANGS)
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)        # as one that a shell has handed to us
-    names, found = NameLookUp(loop, "localhost", 4119), []
+    found: list[Sequence[Address]] = []
+    names = NameLookUp(loop, "localhost", 4119)
     names(found.append)
     process = names._process
     assert process is not None

@@ -636,7 +636,7 @@ def test_a_silent_server_is_asked_rarely_at_all_of_its_addresses_for_as_long_as_
     world.run(5)
     assert is_ready(alice) and world.server is not None
     world.server.crash()
-    asked: Counter[Address] = Counter()
+    asked: Counter[str] = Counter()
 
     def note(source: str, target: str, maps: list[Any]) -> bool:
         asked.update(value["tag"] for value in maps)

@@ -638,7 +638,8 @@ def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
 def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
         maps: list[tuple[str, int, int, int]]) -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", Endpoint(loop, [SERVER]))
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob",
+                    Endpoint(loop, [SERVER]))
     register(client, sent)
     datagram = b"".join(encode("chat", {"from": "x", "to": to, "stream": stream, "n": n, "base": 1,
                                         "text": [""] * texts}) for to, stream, n, texts in maps)
@@ -650,7 +651,8 @@ def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_tol
 
 def test_who_asks_for_somebody_else_is_told_so() -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", Endpoint(loop, [SERVER]))
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob",
+                    Endpoint(loop, [SERVER]))
     register(client, sent)
     client.receive(chat("alice", "carol", "for carol"), STRANGER)
     assert [(maps_of(datagram)[0][0], address) for datagram, address in sent] == [("nack", STRANGER)]
@@ -1050,7 +1052,8 @@ def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
 def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_silent() -> None:
     loop, sent = DeskLoop(), []
     given, found = ("192.0.2.1", 4119), ("192.0.2.2", 4119)
-    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice", Endpoint(loop, [given]))
+    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice",
+                   Endpoint(loop, [given]))
 
     def last(tag: str) -> tuple[Info, Address]:
         return next((info, to) for datagram, to in reversed(sent) for name, info in maps_of(datagram) if name == tag)
@@ -1444,7 +1447,7 @@ def test_errors_of_the_network_lose_nothing() -> None:
     clients = []
     for nick, loop, port, screen in zip(("alice", "bob"), loops[1:], ports[1:], screens):
         put: Callable[[bytes], int] = functools.partial(_put, screen)
-        clients.append(Client(loop, port.send, Display(Output(put)), nick, address))
+        clients.append(Client(loop, port.send, Display(Output(put)), nick, Endpoint(loop, [address])))
         port.receive, loop.settle = clients[-1].receive, clients[-1].settle
         clients[-1].start()
     for loop in loops:
