@@ -10,7 +10,7 @@ The parts
 ---------
 ::
 
-    ServerLink    registering (by its Handshake), keepalive, outage and return, deregistering: one state
+    ServerLink    registering (its Handshake), keepalive, outage and return, deregistering: one state
     TableSync     the copy of the server's table: asks for what is missing, says where a peer can be reached
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
@@ -85,9 +85,9 @@ class LinkOwner(Protocol):
 
 
 class Handshake:
-    """A request to register: it goes to several addresses of the server, until the first cookie decides on one of them.
+    """A request to register. It goes to all addresses of the server, until the first cookie decides on one of them.
 
-    Only that one gets the proof of the nick. Answers count from any address: nobody knows ``id`` but who was asked.
+    Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
     """
 
     def __init__(self, loop: Loop, send: Send, nick: str, proof: Callable[[bytes, str], bytes] | None) -> None:
@@ -103,8 +103,8 @@ class Handshake:
 
     def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         """Send the request: to ``addresses``, or to where the cookie came from."""
-        self._cookies_left = cookies_left
         info: Info = {"id": self.id, "nick": self._nick}
+        self._cookies_left = cookies_left
         if self.has_cookie:
             address, server, info["cookie"] = self._cookie
             addresses = (address,)
@@ -143,9 +143,8 @@ class ServerLink:
 
     An outage (``is_silent``) is no state: it may begin and pass in each of the last four.
 
-    The server may answer from another address than was asked, and may move (see ``Endpoint``). What holds the session
-    goes only to where it was found. While it is silent, ``reg``, which holds no secret, goes also to all addresses that
-    it may have. The first answer ends the outage: the session goes on, or there is a new one.
+    The server may move, or answer from another address than was asked (see ``Endpoint``). While it is silent, ``reg``,
+    which holds no secret, goes to all its addresses; what holds the session goes only where it was found.
     """
 
     def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: LinkOwner,
@@ -165,9 +164,9 @@ class ServerLink:
         self._boot = 0
         self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
         self._last_pong = -NEVER                # when an unasked one caused a ping
-        self._registration = Request(loop, self._send_reg, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
-        self._ping_request = Request(loop, self._ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_request = Request(loop, self._ping_and_ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._ping_timer = RestartableTimer(loop, self._ping_request.start)
 
     def _go(self, state: LinkState) -> None:
@@ -197,7 +196,7 @@ class ServerLink:
         self.handshake.begin()
         self._registration.start()
 
-    def _send_reg(self) -> None:
+    def _ask(self) -> None:
         self.handshake.ask(self.endpoint.to_ask(self._registration.attempts, self.is_silent))
 
     def _stop_registering(self) -> None:
@@ -282,8 +281,7 @@ class ServerLink:
         if not self._ping_request.is_running:
             self._ping_request.start()
 
-    def _ask(self) -> None:
-        """Ping; while the server is silent, ask also for a session, wherever it may be."""
+    def _ping_and_ask(self) -> None:
         self.send_ping()
         if self.is_silent and self._ping_request.is_running and not self._registration.is_running:
             if self._ping_request.attempts == 1 or self.handshake.id == NO_REQUEST:
@@ -296,11 +294,10 @@ class ServerLink:
             self._ping_request.stop()
             return
         for address in self.endpoint.last_two() if self.is_silent else (self.endpoint.current,):
-            id_ = new_id(self._loop)
-            self._pings[id_] = self._loop.now()
+            info: Info = {"id": new_id(self._loop), "session": self.session, "version": self._table_version()}
+            self._pings[info["id"]] = self._loop.now()
             if len(self._pings) > PINGS_REMEMBERED:
                 self._pings.popitem(last=False)
-            info: Info = {"id": id_, "session": self.session, "version": self._table_version()}
             self._send(padded("ping", info, SESSION_SIZE), address)
 
     def sync(self, version: int) -> bool:

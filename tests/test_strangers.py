@@ -1081,6 +1081,31 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
         assert not alice.link.is_silent, "and heard from both"
 
 
+def test_only_the_server_whose_cookie_comes_first_gets_the_proof_of_a_nick() -> None:
+    loop, sent = DeskLoop(), []
+    proof: Callable[[bytes, str], bytes] = lambda server, nick: server + server
+    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice",
+                   Endpoint(loop, [SERVER, EVE, STRANGER]), proof)
+    alice.start()
+    while len(sent) < 4:
+        loop.time += 0.05
+        loop.timers.run(loop.time)
+    assert [to for _, to in sent] == [SERVER, SERVER, EVE, STRANGER]
+    id_ = maps_of(sent[0][0])[0][1]["id"]
+    del sent[:]
+    for address in (EVE, SERVER, STRANGER, EVE):
+        alice.receive(encode("cookie", {"id": id_, "server": bytes([address[1] % 256]) * 16, "cookie": b"c" * 16}),
+                      address)
+    loop.time += 0.7
+    loop.timers.run(loop.time)
+    assert len(sent) == 3 and {to for _, to in sent} == {EVE}
+    welcome = {"id": id_, "nick": "alice", "boot": 1, "session": b"s" * 16, "version": 1}
+    alice.receive(encode("welcome", {**welcome, "id": id_ + 1}), STRANGER)
+    assert not alice.link.has_joined
+    alice.receive(encode("welcome", welcome), EVE)
+    assert alice.link.has_joined and alice.link.endpoint.current == alice.link.endpoint.other == EVE
+
+
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conversation.INBOX_LIMIT", 40 * PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
