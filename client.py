@@ -238,7 +238,7 @@ class ServerLink:
             return
         self._stop_registering()
         if may_go_on:       # our session may live, and be what holds the nick: the next round asks again
-            log.warning("the server at %s refuses %s: %s", show_address(address), self._nick, reason)
+            log.info("the server at %s refuses %s: %s", show_address(address), self._nick, reason)
         elif reason == "full" and not self.is_starting:     # the answer to a ping will make us register again
             self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
         else:
