@@ -10,7 +10,7 @@ The parts
 ---------
 ::
 
-    ServerLink    registering, keepalive, outage and return, deregistering: one state
+    ServerLink    registering (its Handshake), keepalive, outage and return, deregistering: one state
     TableSync     the copy of the server's table: asks for what is missing, says where a peer can be reached
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
@@ -26,8 +26,8 @@ from enum import Enum
 from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
-from loop import (NEVER, Address, Loop, Patience, Request, RestartableTimer, is_link_local, jittered, log, new_id,
-                  show_address, wake_up)
+from loop import (NEVER, Address, Endpoint, Loop, Patience, Request, RestartableTimer, is_link_local, jittered, log,
+                  new_id, show_address, wake_up)
 from protocol import (PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, folded, padded,
                       since_of)
 from registry import ONLINE, Mirror, Page
@@ -45,6 +45,7 @@ HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is
 PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
 PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
 REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts to register, after refusals that may pass
+NO_REQUEST = -1                 # an id that no request has
 
 
 class LinkState(Enum):
@@ -86,6 +87,42 @@ class LinkOwner(Protocol):
     def on_left(self) -> None: ...
 
 
+class Handshake:
+    """A request to register. It goes to all addresses of the server, until the first cookie decides on one of them.
+
+    Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
+    """
+
+    def __init__(self, loop: Loop, send: Send, proof: Callable[[bytes, str], bytes] | None) -> None:
+        self.id = NO_REQUEST
+        self.has_cookie = False
+        self._loop, self._send, self._proof, self._nick = loop, send, proof, ""
+        self._cookie = (("", 0), b"", b"")      # from where, the id of the server, and the cookie itself
+        self._cookies_left = 0
+
+    def begin(self, nick: str) -> None:
+        """Make a new request, for ``nick``."""
+        self.id, self.has_cookie, self._nick = new_id(self._loop), False, nick
+
+    def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
+        """Send the request: to ``addresses``, or to where the cookie came from."""
+        info: Info = {"id": self.id, "nick": self._nick}
+        self._cookies_left = cookies_left
+        if self.has_cookie:
+            address, server, info["cookie"] = self._cookie
+            addresses = (address,)
+            if self._proof is not None:
+                info["token"] = self._proof(server, self._nick)
+        for address in addresses:
+            self._send(padded("reg", info, REG_SIZE), address)
+
+    def on_cookie(self, info: Info, address: Address) -> None:
+        """Prove our address."""
+        if info["id"] == self.id and self._cookies_left and not (self.has_cookie and address != self._cookie[0]):
+            self.has_cookie, self._cookie = True, (address, info["server"], info["cookie"])
+            self.ask((), self._cookies_left - 1)
+
+
 class ServerLink:
     """What lies between a client and its server: handshake, keepalive, outage and return, deregistering.
 
@@ -110,11 +147,11 @@ class ServerLink:
 
     An outage (``is_silent``) is no state: it may begin and pass in all but OFFLINE.
 
-    The server may answer from another of its addresses than the one that was asked: its system may not tell it which
-    that is, or the address is gone. In a session it is asked where it answered; while it is silent, at both in turn.
+    The server may move, or answer from another address than was asked (see ``Endpoint``). While it is silent, ``reg``,
+    which holds no secret, goes to all its addresses; what holds the session goes only where it was found.
     """
 
-    def __init__(self, loop: Loop, send: Send, nick: str, server: Address, owner: LinkOwner,
+    def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: LinkOwner,
                  table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None,
                  patience: Patience) -> None:
         """``table_version``: returns up to which version the server's table is here.
@@ -125,22 +162,17 @@ class ServerLink:
         self.is_silent = False                  # the server does not answer
         self.was_heard = False                  # it has spoken in this turn
         self.session: bytes | None = None
-        self.server = server                    # where it is asked,
-        self.other_server = server              # and where it is asked next, if it is silent
-        self._given_server = server             # where it was said to be: registrations begin there
         self.nick = nick                        # under which we register, or are registered
+        self.endpoint = endpoint                # where it is
+        self.handshake = Handshake(loop, send, proof)
         self._loop, self._send, self._owner = loop, send, owner
-        self._proof, self._table_version, self.patience = proof, table_version, patience
-        self._server_id: bytes | None = None
-        self._cookie: bytes | None = None
-        self._cookies_left = 0
-        self._reg_id = 0
+        self._table_version, self.patience = table_version, patience
         self._boot = 0
         self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
         self._last_pong = -NEVER                # when an unasked one caused a ping
-        self._registration = Request(loop, self._send_reg, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
-        self._ping_request = Request(loop, self.send_ping, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_request = Request(loop, self._ping_and_ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._ping_timer = RestartableTimer(loop, self._ping_request.start)
 
     def _go(self, state: LinkState) -> None:
@@ -167,34 +199,22 @@ class ServerLink:
         self._register()
 
     def _register(self, wait: float = 0.0) -> None:
-        self.server = self.other_server = self._given_server
-        self._reg_id = new_id(self._loop)
-        self._cookie = None
+        self.handshake.begin(self.nick)
         self._registration.start(wait)
 
-    def _send_reg(self, cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
-        self._cookies_left = cookies_left
-        info: Info = {"id": self._reg_id, "nick": self.nick}
-        if self._cookie is not None and self._server_id is not None:
-            info["cookie"] = self._cookie
-            if self._proof is not None:
-                info["token"] = self._proof(self._server_id, self.nick)
-        self._send(padded("reg", info, REG_SIZE), self.server)
+    def _ask(self) -> None:
+        self.handshake.ask(self.endpoint.to_ask(self._registration.attempts, self.is_silent))
 
-    def on_cookie(self, info: Info, address: Address) -> None:
-        """Prove our address. The cookie counts from any address: only the server that got the request knows its id."""
-        if info["id"] == self._reg_id and self._registration.is_running and self._cookies_left:
-            if address != self.server:
-                log.info("the server answers from %s", show_address(address))
-                self.server, self.other_server = address, self.server
-            self._server_id, self._cookie = info["server"], info["cookie"]
-            self._send_reg(self._cookies_left - 1)
-
-    def on_welcome(self, info: Info) -> None:
-        """Begin a session."""
-        if info["id"] != self._reg_id or not self._registration.is_running or info["nick"] != self.nick:
-            return
+    def _stop_registering(self) -> None:
         self._registration.stop()
+        self.handshake.id = NO_REQUEST
+
+    def on_welcome(self, info: Info, address: Address) -> None:
+        """Begin a session."""
+        if info["id"] != self.handshake.id or info["nick"] != self.nick:
+            return
+        self._stop_registering()
+        self.endpoint.found(address)
         self.patience.renew()
         self.heard(is_same=False)
         self.session = info["session"]
@@ -213,19 +233,21 @@ class ServerLink:
             self.announce_silence()
             self._register()
 
-    def on_refused(self, info: Info) -> None:
+    def on_refused(self, info: Info, address: Address) -> None:
         """React to a refusal of our registration, or of our session."""
+        is_ours = info.get("id") == self.handshake.id
         if "session" in info:
             is_ours = info["session"] == self.session and not self._registration.is_running
-        else:
-            is_ours = info.get("id") == self._reg_id and self._registration.is_running
         if not is_ours or self.state is LINK_OFFLINE:
             return
-        reason = info["reason"]
+        reason, may_go_on = info["reason"], not ("session" in info or self._registration.is_running)
         if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
             self._session_is_gone()
             return
-        self._registration.stop()
+        self._stop_registering()
+        if may_go_on:       # our session may live, and be what holds the nick: the next round asks again
+            log.info("the server at %s refuses %s: %s", show_address(address), self.nick, reason)
+            return
         # after a restart of the server its clients wait for a place as long as it takes
         limits = {"taken": self.patience.limit, "full": 0.0 if self.is_starting else NEVER}
         wait = self.patience.wait_after(reason, REFUSAL_INTERVALS.get(reason, 0.0), limits.get(reason, 0.0))
@@ -257,6 +279,8 @@ class ServerLink:
         self.was_heard = True
         if self.is_silent:
             self.is_silent = False
+            if not self._registration.is_running and not self.handshake.has_cookie:
+                self.handshake.id = NO_REQUEST      # the session goes on
             self._plan_ping()
             self._owner.on_server_back(is_same)
 
@@ -278,26 +302,30 @@ class ServerLink:
         if not self._ping_request.is_running:
             self._ping_request.start()
 
+    def _ping_and_ask(self) -> None:
+        self.send_ping()
+        if self.is_silent and self._ping_request.is_running and not self._registration.is_running:
+            if self._ping_request.attempts == 1 or self.handshake.id == NO_REQUEST:
+                self.handshake.begin(self.nick)
+            self.handshake.ask(self.endpoint.to_ask(self._ping_request.attempts, is_lost=True))
+
     def send_ping(self) -> None:
         """Send one ping, if there is a session: its answer says how much mail there is."""
-        if self.has_joined and self.session is not None:
-            self._send_ping(self.session)
-        else:
+        if self.session is None or not (self.has_joined or self.state is LINK_LEAVING):
             self._ping_request.stop()
-
-    def _send_ping(self, session: bytes) -> None:
-        id_ = new_id(self._loop)
-        self._pings[id_] = self._loop.now()
-        while len(self._pings) > PINGS_REMEMBERED:
-            self._pings.popitem(last=False)
-        info: Info = {"id": id_, "session": session, "version": self._table_version()}
-        self._send(padded("ping", info, SESSION_SIZE), self.server)
+            return
+        for address in self.endpoint.last_two() if self.is_silent else (self.endpoint.current,):
+            info: Info = {"id": new_id(self._loop), "session": self.session, "version": self._table_version()}
+            self._pings[info["id"]] = self._loop.now()
+            if len(self._pings) > PINGS_REMEMBERED:
+                self._pings.popitem(last=False)
+            self._send(padded("ping", info, SESSION_SIZE), address)
 
     def sync(self, version: int) -> bool:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
-        self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.server)
+        self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.endpoint.current)
         return True
 
     def _ping_unanswered(self) -> None:
@@ -305,17 +333,18 @@ class ServerLink:
             self._owner.on_unanswered()
             return
         self.announce_silence()
-        self.server, self.other_server = self.other_server, self.server
         self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
 
-    def on_pong(self, info: Info) -> None:
+    def on_pong(self, info: Info, address: Address) -> None:
         """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
         if not self.has_joined and self.state is not LINK_LEAVING:
             return
         asked = self._pings.pop(info["id"], None)
         if asked is None:
-            self._on_unasked_pong()
+            if address in self.endpoint.last_two():
+                self._ping_soon()
             return
+        self.endpoint.found(address)
         is_same = info["boot"] == self._boot
         self.heard(is_same)
         if not is_same:
@@ -324,14 +353,13 @@ class ServerLink:
         self._plan_ping()
         self._owner.on_pong(asked, info["version"], info["mail"])
 
-    def _on_unasked_pong(self) -> None:
+    def _ping_soon(self) -> None:
         """Ping if an unasked pong hints that the server has restarted: anybody can forge that hint."""
         now = self._loop.now()
         if self.state is LINK_LEAVING:
             if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
                 self._last_pong = now
-                if self.session is not None:
-                    self._send_ping(self.session)
+                self.send_ping()
         elif not self._ping_request.is_running and now - self._last_pong > PONG_INTERVAL:
             self._last_pong = now
             self._ping_timer.set(now + self._loop.random.uniform(0, 1))     # not all clients in the same instant
@@ -357,7 +385,7 @@ class ServerLink:
             answer: Info = {"id": info["id"], "nick": self.nick}
             if is_trusted:
                 answer["session"] = self.session
-            self._send(encode("alive", answer), self.server)
+            self._send(encode("alive", answer), self.endpoint.current)
 
     def leave(self, is_hasty: bool = False) -> None:
         """Deregister; ``is_hasty``: there is little time."""
@@ -369,9 +397,9 @@ class ServerLink:
 
     def _send_dereg(self) -> None:
         if self.session is not None:
-            self._send(padded("dereg", {"session": self.session}, SESSION_SIZE), self.server)
+            self._send(padded("dereg", {"session": self.session}, SESSION_SIZE), self.endpoint.current)
 
-    def on_bye(self, info: Info) -> None:
+    def on_bye(self, info: Info, address: Address) -> None:
         """Accept the answer to a deregistration."""
         if self.state is LINK_LEAVING and info["session"] == self.session:
             self._owner.on_left()
@@ -380,7 +408,7 @@ class ServerLink:
     def stop_asking(self) -> None:
         """Neither register nor ping any more."""
         self._ping_timer.cancel()
-        self._registration.stop()
+        self._stop_registering()
         self._ping_request.stop()
 
     def close(self) -> None:
@@ -430,7 +458,7 @@ class TableSync(Mirror):
 
     def reach(self, host: str, port: int) -> Address | None:
         """Return an address if it is of our family, a link-local one on the server's link; else the server relays."""
-        server = self._link.server[0]
+        server = self._link.endpoint.current[0]
         if (":" in host) != (":" in server) or "%" in host:     # an interface of another machine
             return None
         if is_link_local(host):
@@ -571,7 +599,7 @@ class Sending:
         now = self._loop.now()
         if outbox.due() <= now:
             for datagram, address in outbox.poll(now, self._loop.drained):
-                self._send(datagram, address if address is not None else link.server)
+                self._send(datagram, address if address is not None else link.endpoint.current)
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
@@ -670,7 +698,7 @@ class Receiving:
         may_send = self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING
         if may_send:
             for info, address in acks:
-                self._send(encode("ack", info), address if address is not None else self._link.server)
+                self._send(encode("ack", info), address if address is not None else self._link.endpoint.current)
 
 
 # --- leaving --------------------------------------------------------------------------------------------------
@@ -833,8 +861,8 @@ class Leaving:
 
 # --- the client -----------------------------------------------------------------------------------------------
 
-# tags that need no ``for`` before them: the session, or the random id in them, is known to us and the server alone
-SELF_PROVING = frozenset({"welcome", "pong", "refused", "bye"})
+# tags that need no ``for``, and count from any address: we and the server alone know the session, or id, in them
+SELF_PROVING = frozenset({"cookie", "welcome", "pong", "refused", "bye"})
 
 
 class Client:
@@ -843,7 +871,7 @@ class Client:
     ``settle`` ends each turn. ``wants_input`` says whether commands may be read.
     """
 
-    def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Address,
+    def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Endpoint,
                  proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
                  stay: bool = False, is_typed: bool = False, observer: Observer | None = None,
                  patience: Patience | None = None) -> None:
@@ -865,16 +893,17 @@ class Client:
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
-        self._loop, self._send = loop, send
+        self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "cookie": self.link.on_cookie}
+            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack,
+            "cookie": self.link.handshake.on_cookie, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
+            "refused": self.link.on_refused, "bye": self.link.on_bye}
         self._from_server: dict[str, Callable[[Info], None]] = {
             "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
-            "mail": self._on_mail, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
-            "refused": self.link.on_refused, "bye": self.link.on_bye}
+            "mail": self._on_mail}
 
     def start(self) -> None:
         """Come online."""
@@ -887,18 +916,18 @@ class Client:
 
         From the server's address, a map counts if a ``for`` with our session stands before it: nobody else can guess
         it. From elsewhere, chat counts if the table says that its sender is there, and an ack if the stream in it, a
-        random number, went there (see ``Outbox``).
+        random number, went there (see ``Outbox``). What proves itself (``SELF_PROVING``) counts from anywhere.
         """
         if self.leaving.is_over:
             return
-        maps, link = self.decoder.decode(datagram), self.link
-        if address != link.server and address != link.other_server:
+        maps, link, server = self.decoder.decode(datagram), self.link, self._server
+        if address != server.current and address != server.other:
             self._allowance = len(datagram)
             # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
             may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in maps:
                 handler = self._from_peers.get(tag)
-                if handler is not None and (may_send or tag == "cookie"):
+                if handler is not None and (may_send or tag in SELF_PROVING):
                     handler(info, address)
         else:
             self._receive_from_server(maps, address)
@@ -910,11 +939,11 @@ class Client:
                 is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES]
                 if is_trusted:
                     link.heard()
-            elif tag == "cookie":
-                link.on_cookie(info, address)
+            elif tag in SELF_PROVING:
+                self._from_peers[tag](info, address)
             elif tag == "probe":
                 link.on_probe(info, is_trusted)
-            elif tag in self._from_server and (is_trusted or tag in SELF_PROVING):
+            elif is_trusted and tag in self._from_server:
                 self._from_server[tag](info)
 
     def _on_ack(self, info: Info, address: Address | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The event loop: one selector, one heap of timers, the UDP socket, byte streams in and out, and the log.
+"""The event loop: one selector, one heap of timers, the UDP socket, byte streams in and out, names, and the log.
 
 Rules of this file
 ------------------
@@ -42,8 +42,11 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Protocol
+if TYPE_CHECKING:
+    import subprocess
 
 # a numeric host, without brackets, and a port. Behind a link-local host stands the number of its interface, fe80::1%2:
 # the number is what the kernel tells; show_address shows the name
@@ -380,7 +383,7 @@ class Request:
         self._ask = ask
         self._unanswered = unanswered
         self._max_attempts = attempts
-        self._attempts = 0
+        self.attempts = 0       # so far
         self._timer = RestartableTimer(loop, self._again)
 
     @property
@@ -390,7 +393,7 @@ class Request:
 
     def start(self, wait: float = 0.0) -> None:
         """Ask for the first time, in ``wait`` seconds; until then an answer counts as awaited, too."""
-        self._attempts = 0
+        self.attempts = 0
         if wait:
             self._timer.set(self._loop.now() + wait)
         else:
@@ -401,8 +404,8 @@ class Request:
         self._timer.cancel()
 
     def _again(self) -> None:
-        if self._attempts < self._max_attempts:
-            self._attempts += 1
+        if self.attempts < self._max_attempts:
+            self.attempts += 1
             self._timer.set(self._loop.now() + jittered(self._loop, self.interval))
             self._ask()
         elif self._loop.drained:
@@ -1043,3 +1046,176 @@ class AnsweringSocket(UdpSocket):
                 self._note_not_sent(address, error)
             else:       # that address is gone: a temporary one (RFC 8981) has expired, say
                 super().send(datagram, address)
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+MAX_ADDRESSES = 8             # of one name that are asked
+ATTEMPTS = 5                  # in which each address of a peer that is lost is asked once
+LOOK_UP_INTERVAL = 4.0        # s between the first look-ups while a peer is lost; each further one takes twice that ...
+MAX_LOOK_UP_INTERVAL = 20.0   # ... up to this: a name that has moved is noticed in that time
+LookUp = Callable[[Callable[[Sequence[Address]], None]], None]      # calls back with what was found; nothing: it failed
+
+
+def in_turns(addresses: Iterable[Address]) -> list[Address]:
+    """Return the order in which to try the addresses of a name: IPv4 and IPv6 by turns (RFC 8305 §4), each once.
+
+    IPv4 comes first: a server listens there unless it is told otherwise. At most ``MAX_ADDRESSES`` are returned.
+    """
+    each = list(dict.fromkeys(addresses))
+    pairs = zip_longest((one for one in each if ":" not in one[0]), (one for one in each if ":" in one[0]))
+    return [one for pair in pairs for one in pair if one is not None][:MAX_ADDRESSES]
+
+
+class Endpoint:
+    """Where a peer is whose name we were given: which addresses it may have, and which of them to ask when.
+
+    - ``current``: where it was found last. ``other``: where it was found before, or what was asked when it answered
+      from elsewhere. Until it is found, both are the first of ``addresses``.
+    - ``addresses``: ``current``, then those of its name. While it answers, nobody asks at the others.
+    - Whoever begins asks the first address alone, which mostly is enough, then all of them. A peer that was there
+      before and is lost may be away for long: each address is asked once in ``ATTEMPTS``.
+    - The name is looked up again only while the peer does not answer, one look-up at a time, at growing intervals. What
+      is found replaces the old addresses of the name. A failure changes nothing.
+    """
+
+    def __init__(self, loop: Loop, addresses: Sequence[Address], look_up: LookUp | None = None) -> None:
+        """``addresses``: at least one, just looked up. ``look_up``: None if they were given as numbers, and stay."""
+        self.addresses = list(addresses)
+        self.current = self.other = self.addresses[0]
+        self._loop, self._look_up = loop, look_up
+        self._named = self.addresses
+        self._was_found = self._is_looking = False
+        self._interval = LOOK_UP_INTERVAL
+        self._next = loop.now() + LOOK_UP_INTERVAL      # no look-up before that
+
+    def to_ask(self, attempt: int, is_lost: bool) -> Sequence[Address]:
+        """Return where to ask in an attempt, counted from 1. All but the first say that there was no answer yet."""
+        if is_lost or attempt > 1:
+            self._search()
+        if is_lost:
+            return self.addresses[attempt - 1::ATTEMPTS]
+        return self.addresses[:1] if attempt == 1 else self.addresses
+
+    def last_two(self) -> Sequence[Address]:
+        """Return ``current`` and ``other``, once if they are the same."""
+        return (self.current,) if self.current == self.other else (self.current, self.other)
+
+    def found(self, address: Address) -> None:
+        """Note that the peer has answered from ``address``."""
+        self._interval = LOOK_UP_INTERVAL
+        if address != self.current:
+            log.info("the server answers from %s", show_address(address))
+            was_asked = self._was_found or address not in self.addresses
+            self.current, self.other = address, self.current if was_asked else address
+        self._was_found = True
+        self._merge()
+
+    def _merge(self) -> None:
+        if not self._was_found:
+            self.current = self.other = self._named[0]
+        self.addresses = list(dict.fromkeys([self.current, *self._named]))
+
+    def _search(self) -> None:
+        now = self._loop.now()
+        if self._look_up is not None and not self._is_looking and now >= self._next:
+            self._is_looking = True
+            self._next = now + jittered(self._loop, self._interval)
+            self._interval = min(2 * self._interval, MAX_LOOK_UP_INTERVAL)
+            self._look_up(self._on_looked_up)
+
+    def _on_looked_up(self, addresses: Sequence[Address]) -> None:
+        self._is_looking = False
+        new = [address for address in addresses if address not in self.addresses]
+        if addresses:
+            self._named = in_turns(addresses)
+            self._merge()
+        if new:
+            log.info("the name leads to %s now", ", ".join(map(show_address, new)))
+
+
+LOOK_UP_TIME = 5.0            # s that one look-up may take
+LOOK_UP_OUTPUT = 16384        # bytes that it may print
+REAP_INTERVAL = 0.1           # s between looks whether a process has ended whose output has
+# getaddrinfo may block for many seconds, and cannot be interrupted. The alarm is for a child whose parent was killed.
+LOOK_UP_PROGRAM = """
+import signal, socket, sys
+signal.alarm(6)
+for found in socket.getaddrinfo(sys.argv[1], None, int(sys.argv[2]), socket.SOCK_DGRAM)[:64]:
+    print(*found[4][::3])
+"""
+
+
+class NameLookUp:
+    """Looks up a name in a process of its own, so that the loop goes on meanwhile: a ``LookUp``.
+
+    The process has none of our descriptors. It is killed after 5 s, and when this is closed. There is one at a time.
+    """
+
+    def __init__(self, loop: SelectorLoop, host: str, port: int, family: int = socket.AF_INET6) -> None:
+        """``family``: of our socket. One of IPv6 reaches both."""
+        self._loop, self._port = loop, port
+        self._arguments = host, str(int(socket.AF_UNSPEC if family == socket.AF_INET6 else family))
+        self._process: subprocess.Popen[bytes] | None = None    # until it has ended, and was waited for
+        self._output = b""
+        self._done: Callable[[Sequence[Address]], None] = lambda addresses: None
+        self._timer = RestartableTimer(loop, self._on_timeout)
+
+    def __call__(self, done: Callable[[Sequence[Address]], None]) -> None:
+        """Begin a look-up; call ``done`` with the addresses, with none if there are none, or it fails."""
+        import subprocess       # here: it is rarely needed, and a start is measured
+        import sys
+        if self._process is not None:       # killed, and not gone: it hangs in the kernel
+            done(())
+            return
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", LOOK_UP_PROGRAM, *self._arguments], bufsize=0,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/")
+        except (OSError, ValueError) as error:      # ValueError: a NUL in the name
+            log.info("cannot look up the name: %s", error)
+            done(())
+            return
+        assert self._process.stdout is not None
+        self._output, self._done = b"", done
+        self._loop.watch(self._process.stdout.fileno(), selectors.EVENT_READ, self._on_readable)
+        self._timer.set(self._loop.now() + LOOK_UP_TIME)
+
+    def _on_readable(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        data = read_some(self._process.stdout.fileno())
+        self._output += data or b""
+        if data == b"" or len(self._output) > LOOK_UP_OUTPUT:
+            self._stop()
+            self._done(self._addresses())
+
+    def _addresses(self) -> list[Address]:
+        """Return what was printed: a host in each line, and behind a link-local one its scope."""
+        lines = [line.split() for line in self._output[:LOOK_UP_OUTPUT].decode("ascii", "replace").splitlines()]
+        return [unmapped((line[0], self._port, 0, int(line[-1]) if len(line) > 1 else 0)) for line in lines]
+
+    def _on_timeout(self) -> None:
+        log.info("the name was not looked up within %d s", LOOK_UP_TIME)
+        self._stop()
+        self._done(())
+
+    def _stop(self) -> None:
+        """Read no more, and make sure that the process ends."""
+        assert self._process is not None and self._process.stdout is not None
+        self._timer.cancel()
+        self._loop.watch(self._process.stdout.fileno(), selectors.EVENT_READ, None)
+        self._process.stdout.close()
+        self._process.kill()
+        self._reap()
+
+    def _reap(self) -> None:
+        """Wait for the end of the process, without blocking."""
+        if self._process is not None and self._process.poll() is None:
+            self._loop.call_at(self._loop.now() + REAP_INTERVAL, self._reap)
+        else:
+            self._process = None
+
+    def close(self) -> None:
+        """End a look-up that is going on; nobody is called back."""
+        if self._timer.is_set:
+            self._stop()

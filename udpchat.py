@@ -38,9 +38,9 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, LineFile, LogFile,
-                  Output, Patience, Reader, SelectorLoop, UdpSocket, Writer, clean, for_ipv6_socket, is_link_local,
-                  json_line, log, read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LineFile,
+                  LogFile, NameLookUp, Output, Patience, Reader, SelectorLoop, UdpSocket, Writer, clean,
+                  for_ipv6_socket, in_turns, is_link_local, json_line, log, read_some, show_address, unmapped)
 from home import (check_store, config_home, is_private, load_secret, make_private, read_settings, remember_nicks,
                   state_home, token_for)
 try:
@@ -63,7 +63,7 @@ VERSION = "1.1.0"
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 NICK_PATIENCE = 10.0           # s for which ``send`` waits for a nick that is in use, without ``--timeout``
-LOOKUP_INTERVAL = 1.0          # s between look-ups of a name that cannot be looked up just now
+LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
 SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
@@ -77,8 +77,8 @@ class Usage(Exception):
     """The arguments are wrong; the text says how, in one line. Exit 2."""
 
 
-class NotNow(Usage):
-    """A name cannot be looked up at present: no name server answers, say."""
+class LookUpFailure(Usage):
+    """A name cannot be looked up just now: whether there is such a name is not known."""
 
 
 class Failure(Exception):
@@ -347,40 +347,53 @@ def setting(action: argparse.Action, text: str) -> Any:
     return action.type(text) if callable(action.type) else text
 
 
-def resolve(host: str, port: int, passive: bool = False) -> tuple[socket.AddressFamily, Address]:
-    """Return the first address of ``host``, and its family. Raise Usage if it has none, NotNow if it may have one."""
+NO_SUCH_NAME = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY", "EAI_SERVICE")]
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
+    """Return the addresses of ``host``. Raise Usage if it has none, LookUpFailure if that is not known now."""
+    shown = clean(host) or repr(host)
+    nowhere = f"cannot resolve {shown}" + (": no such address, or no such interface" if "%" in host else "")
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE if passive else 0)
-        found.sort(key=lambda entry: entry[0] != socket.AF_INET)    # a server listens on IPv4 unless told otherwise
-        family, address = found[0][0], unmapped(found[0][4])
-        check_interface(address[0])
-        return family, address
-    except (OSError, UnicodeError, IndexError) as error:
-        is_passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        hint = ": no such address, or no such interface" if "%" in host else ""
-        raise (NotNow if is_passing else Usage)(f"cannot resolve {clean(host) or repr(host)}{hint}") from None
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, UnicodeError) or (isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME):
+            raise Usage(nowhere) from None
+        raise LookUpFailure(f"cannot resolve {shown} now: {error.strerror}") from None
+    addresses = [address for address in [unmapped(entry[4]) for entry in found] if has_interface(address[0])]
+    if not addresses:
+        raise Usage(nowhere if "%" in host else f"{shown} is on every link: name the interface, as in {shown}%eth0")
+    return addresses
 
 
-def resolve_patiently(host: str, port: int, end: float) -> tuple[socket.AddressFamily, Address]:
-    """Return the same as ``resolve``; try until ``end``, by the monotonic clock, if the name may have an address."""
+def has_interface(host: str) -> bool:
+    """Return whether the interface of a link-local ``host`` is named and exists; True for all other hosts."""
+    if not is_link_local(host):
+        return True
+    try:
+        return bool(socket.if_indextoname(int(host.partition("%")[2])))
+    except (OSError, ValueError):
+        return False
+
+
+def look_up_patiently(host: str, port: int, end: float) -> list[Address]:
+    """Return the same as ``look_up``; try until ``end``, by the monotonic clock, while it fails only for now."""
     while True:
         try:
-            return resolve(host, port)
-        except NotNow as error:
+            return look_up(host, port)
+        except LookUpFailure as error:
             left = end - time.monotonic()
             if left <= 0:
                 raise Failure(f"nothing was sent: {error}") from None
-            time.sleep(min(left, LOOKUP_INTERVAL))
+            time.sleep(min(left, LOOK_UP_PAUSE))
 
 
-def check_interface(host: str) -> None:
-    """Raise Usage if a link-local ``host`` comes without its interface, OSError if there is no such interface."""
-    if is_link_local(host):
-        scope = host.partition("%")[2]
-        if not scope:
-            raise Usage(f"{host} is on every link: name the interface, as in {host}%eth0")
-        socket.if_indextoname(int(scope))
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]:
+    """Return the first address at which a server may listen, and its family. Raise Usage if it has none."""
+    found = look_up(host, port, socket.AI_PASSIVE)
+    found.sort(key=lambda address: ":" in address[0])   # IPv4 first: a server listens there unless told otherwise
+    return socket.AF_INET6 if ":" in found[0][0] else socket.AF_INET, found[0]
 
 
 def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
@@ -396,6 +409,29 @@ def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
     return sock
 
 
+def is_number(host: str) -> bool:
+    """Return whether ``host`` is an address, not a name that may lead elsewhere later."""
+    try:
+        look_up(host, 0, socket.AI_NUMERICHOST)
+        return True
+    except Usage:
+        return False
+
+
+def client_socket(addresses: Sequence[Address], is_named: bool, port: int) -> socket.socket:
+    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise OSError.
+
+    One of IPv6 reaches both families (RFC 3493 §5.3); where there is none, one of IPv4 must do.
+    """
+    if is_named or ":" in addresses[0][0]:
+        try:
+            return bind(socket.AF_INET6, ("::", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
+                raise
+    return bind(socket.AF_INET, ("0.0.0.0", port))
+
+
 def complain(text: str) -> None:
     """Write one line to stderr."""
     try:
@@ -408,7 +444,7 @@ def run_server(options: argparse.Namespace) -> int:
     """Run a server until a signal; return the exit code. Raise Usage and Failure."""
     from registry import Registry
     from server import Server
-    family, address = resolve(options.host, options.port, passive=True)
+    family, address = resolve(options.host, options.port)
     try:
         sock = bind(family, address)
     except OSError as error:
@@ -579,7 +615,7 @@ def own_nick(options: argparse.Namespace) -> str:
 def server_of(options: argparse.Namespace) -> Address:
     """Return where the server is: as given, as UDPCHAT_SERVER says (HOST[:PORT]), or here. Raise Usage."""
     if options.server_host is not None and options.server_port is not None:
-        return options.server_host, options.server_port
+        return options.server_host.removeprefix("[").removesuffix("]"), options.server_port
     if options.server_host is None and options.server is not None:
         return options.server[0], options.server[1]
     name, text = "SERVER-HOST", options.server_host
@@ -594,8 +630,13 @@ def server_of(options: argparse.Namespace) -> Address:
 def server_argument(text: str) -> Address:
     """Return host and port of ``HOST``, ``HOST:PORT``, ``[IPV6]:PORT`` or an IPv6 address: an argument type."""
     parts = re.fullmatch(r"\[(.*)\](?::(.*))?|([^:]*)(?::([^:]*))?", text)
-    if parts is None:
-        return text, DEFAULT_PORT       # an IPv6 address
+    if parts is None:                   # an IPv6 address
+        last = re.fullmatch(r"(.*):([0-9]{4,5})", text)
+        if last is not None and int(last[2]) < 65536 and not (text.count(":") == 7 and "::" not in text):
+            before = last[1] + ":" if last[1].endswith(":") else last[1]
+            raise argparse.ArgumentTypeError(f"{text} may be an address, or an address and a port:"
+                                             f" write [{text}] or [{before}]:{last[2]}")
+        return text, DEFAULT_PORT
     if parts.group(1):
         host, port = parts.group(1), parts.group(2)
     else:
@@ -709,13 +750,14 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     from client import Client
     from terminal import Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
-    nick, where = own_nick(options), server_of(options)
-    family, server = resolve_patiently(*where, end) if end < NEVER else resolve(*where)
+    nick, (host, server_port) = own_nick(options), server_of(options)
+    found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
+    addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
     secret = secret_of(options)
     loop = SelectorLoop()
     try:
-        sock = bind(family, ("::" if family == socket.AF_INET6 else "0.0.0.0", options.client_port))
+        sock = client_socket(addresses, is_named, options.client_port)
     except OSError as error:
         raise Failure(f"cannot use port {options.client_port}: {error.strerror}") from None
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
@@ -726,6 +768,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     proof = functools.partial(token_for, secret) if secret is not None else None
+    look_up_again = NameLookUp(loop, host, server_port, sock.family)
+    server = Endpoint(loop, addresses, look_up_again if is_named else None)
     # a nick without proof of ownership may be a stranger's: it is not waited for
     limit = NICK_PATIENCE if options.mode == "send" and proof is not None else 0.0
     client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
@@ -745,6 +789,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         client.start()
         loop.run()
     finally:
+        look_up_again.close()
         console.close()
         loop.close()
     if is_terminal:

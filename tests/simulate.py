@@ -40,7 +40,8 @@ import msgpack
 import protocol
 from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from loop import DATAGRAMS_PER_TURN, ERROR, INFO, MAX_WAIT, Output, Patience, Random, Scheduler, clean, log
+from loop import (DATAGRAMS_PER_TURN, ERROR, INFO, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Patience, Random,
+                  Scheduler, clean, log)
 from protocol import Address, encode
 from home import token_for
 from registry import DAY, Mailbox, Registry, State
@@ -61,7 +62,9 @@ IDLE_TIME = 30.0          # s without traffic at the end of a run, in which ...
 IDLE_RATE = 12            # ... a client may send that many datagrams, and the server that many for each client
 PIPE_SLOT = 512           # bytes that a pipe must have free to count as writable
 HEALING_TIME = 20.0       # s that it takes until nothing is felt of the last fault
+RENUMBER_TIME = 5.0       # s less than that, at most, until a client has noticed that its server has moved
 SERVER: Address = ("10.0.0.1", 4119)
+ELSEWHERE: Address = ("10.0.0.2", 4119)     # where the server may move
 
 CHAT_LINE = re.compile(r"([^\s:\[]+): (<\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> )?(.*)", re.DOTALL)
 SPEECHES = ("plain", "plain", "json", "plain", "talk", "plain", "json")     # of those who chat in a storm
@@ -429,9 +432,9 @@ class Disk:
 class ServerNode(Node):
     """A process that runs a server, on the disk of the world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, address: Address) -> None:
         world.boots += 1
-        super().__init__(world, f"server#{world.boots}", "server", SERVER)
+        super().__init__(world, f"server#{world.boots}", "server", address)
         disk = world.disk
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"), self.loop.now())
@@ -571,7 +574,8 @@ class Life(Node):
         formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
-        self.client = Client(self.loop, self.send, self.display, nick, SERVER, proof, stay=stay, observer=Watch(self),
+        endpoint = Endpoint(self.loop, world.names, world.look_up)
+        self.client = Client(self.loop, self.send, self.display, nick, endpoint, proof, stay=stay, observer=Watch(self),
                              patience=Patience(self.loop, timeout < NEVER, nick_patience))
         self.client.inbox.on_release = self.note_release
         if timeout < NEVER:
@@ -795,7 +799,7 @@ class Network:
         world, weather, chance = self.world, self.weather, self.world.random.random
         self.datagrams += 1
         self.digest = zlib.crc32(datagram, self.digest)
-        if node.address == SERVER and address in self.balance:
+        if node is world.server and address in self.balance:
             self.balance[address] -= len(datagram)
             if self.balance[address] < 0:
                 raise Violation(f"the server sends more to {address} than it got from there")
@@ -811,7 +815,7 @@ class Network:
             if weather.garble and chance() < weather.garble:
                 data = self._garbled(datagram)
             world.call_at(world.now + delay, functools.partial(self._arrive, node.host, node.address, data, address))
-        if address != SERVER and node.address != SERVER:
+        if node is not world.server and not world.is_server(address):
             self.captured.append((datagram, node.host))
 
     def _passes(self, node: Node, datagram: bytes, address: Address) -> bool:
@@ -837,7 +841,7 @@ class Network:
     def forge(self, source: Address, datagram: bytes, node: Node) -> None:
         """Send something to a node, as a stranger."""
         self.world.trace("stranger -> %s %s", node.name, Shown(datagram))
-        if node.address == SERVER:
+        if node is self.world.server:
             self.balance[source] += len(datagram)
         self._arrive("stranger", source, datagram, node.address)
 
@@ -919,6 +923,9 @@ class World:
         self.healthy_since = NEVER          # nothing is broken any more from here on
         self.refusals: list[tuple[str, str]] = []
         self.server: ServerNode | None = None
+        self.names = [SERVER]               # the addresses that the server's name has
+        self.look_ups = 0
+        self.look_up_time = 0.05            # s; NEVER: a look-up is given up after ``LOOK_UP_TIME``
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._ports = 5000
@@ -954,10 +961,22 @@ class World:
             callback()
 
     def start_server(self) -> ServerNode:
-        """Start a server on the disk of this world."""
+        """Start a server on the disk of this world, at the first address of its name."""
         assert self.server is None or not self.server.alive
-        self.server = ServerNode(self)
+        self.server = ServerNode(self, self.names[0])
         return self.server
+
+    def is_server(self, address: Address) -> bool:
+        """Return whether the server is at ``address``."""
+        return self.server is not None and self.at.get(address) is self.server
+
+    def look_up(self, done: Callable[[Sequence[Address]], None]) -> None:
+        """Look the server's name up: what every client is handed."""
+        self.look_ups += 1
+        if self.look_up_time < LOOK_UP_TIME:
+            self.call_at(self.now + self.look_up_time, lambda: done(self.names))
+        else:
+            self.call_at(self.now + LOOK_UP_TIME, lambda: done(()))
 
     def new_address(self, host: str = "10.0.1.1") -> Address:
         """Return an address where nobody was yet."""
@@ -1033,6 +1052,9 @@ class Storm:
             for kind, habit in self._habits.items():
                 if pick.random() < 0.35:
                     self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
+        when = random.Random(f"renumber {self.seed}").uniform(0, 3 * self.length)   # so in every third storm
+        if when < self.length - RENUMBER_TIME:
+            world.call_at(START + when, self._renumber)
 
         for _ in range(self._clocks.choice((0, 0, 1, 5))):
             world.call_at(START + self._clocks.uniform(0, self.length), self._set_clock)
@@ -1185,6 +1207,17 @@ class Storm:
         if life is not None:
             life.move(self.world.new_address("10.0.2.1"))
             self.ports[life.nick].append(life.address)
+
+    def _renumber(self) -> None:
+        """Give the server another address, and its name, too: from now on, or once it starts again."""
+        world, server = self.world, self.world.server
+        world.names = [ELSEWHERE]
+        assert server is not None
+        if server.alive and self.seed % 2:
+            server.move(ELSEWHERE)
+        else:
+            server.crash()
+            self._restart_when_dead(1.0)
 
     def _stall(self) -> None:
         life = self._some_client()

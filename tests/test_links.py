@@ -16,7 +16,7 @@ import pytest
 
 import loop
 from client import ServerLink, TableSync
-from loop import Address, AnsweringSocket, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
+from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
 from registry import ONLINE
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, has_ipv6, received)
@@ -251,8 +251,8 @@ def test_an_ipv6_socket_gets_an_address_back_as_it_has_told_it(told: tuple[objec
     ("fe80::1%2", "192.0.2.2", None), ("fe80::1%2", "fe80::2%3", None)])
 def test_a_client_reaches_link_local_peers_on_the_link_of_its_server(server: str, host: str,
                                                                      reached: str | None) -> None:
-    link = cast(ServerLink, SimpleNamespace(server=(server, 4119)))
     selector_loop = SelectorLoop()
+    link = cast(ServerLink, SimpleNamespace(endpoint=Endpoint(selector_loop, [(server, 4119)])))
     table = TableSync(selector_loop, link, lambda nicks: None, lambda is_online, was_online: None)
     table.table.set("bob", host, 5000, ONLINE)
     place = table.place_of("bob")

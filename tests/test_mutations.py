@@ -134,7 +134,7 @@ def goes_on_talking_while_away(patch: pytest.MonkeyPatch) -> None:
         session = self.session
         original(self)
         if session is not None:
-            self._send(padded("ping", {"id": 1, "session": session, "version": 0}, SESSION_SIZE), self.server)
+            self._send(padded("ping", {"id": 1, "session": session, "version": 0}, SESSION_SIZE), self.endpoint.current)
     original = ServerLink.close
     patch.setattr(ServerLink, "close", close)
 
@@ -164,7 +164,7 @@ FAULTS: dict[Patch, int] = {
     announces_before_the_mail_is_shown: 0,
     does_not_wait_for_missing_messages: 32,
     forgets_its_base: 1,
-    accepts_chat_from_any_address: 0,
+    accepts_chat_from_any_address: 1,
     does_not_repeat_what_is_lost: 1,
     gives_two_changes_one_version: 1,
     acks_inside_a_text: 0,

@@ -7,16 +7,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import protocol
-from client import OLD_TABLE_TIME, PING_INTERVAL, SYNC_INTERVAL
-from protocol import encode
+from client import OLD_TABLE_TIME, PING_INTERVAL, PINGS_REMEMBERED, SYNC_INTERVAL
+from protocol import Address, encode
 from stream import NEVER
-from tests.simulate import SERVER, Life, Weather, World, replay, run_seed
+from tests.simulate import ELSEWHERE, SERVER, Disk, Life, Node, ServerNode, Weather, World, replay, run_seed
 from udpchat import NICK_PATIENCE
 
 SEEDS = 300
@@ -501,6 +502,215 @@ def test_a_table_that_does_not_come_makes_nobody_unknown() -> None:
     world.network.filter = None
     world.run(30)
     assert ends(bob, "hello") == 1
+
+
+# --- a server that moves --------------------------------------------------------------------------------------
+
+DEAD = [("10.0.9.1", 4119), ("2001:db8::9", 4119), ("10.0.9.2", 4119)]
+RETURN_TIME = 40.0        # s that are promised from a move of the server until its clients are back
+
+
+def is_back(life: Life) -> bool:
+    """Return whether a client is online where the server is now."""
+    server = life.world.server
+    return server is not None and life.client.link.endpoint.current == server.address and is_ready(life) and (
+        not life.client.link.is_silent and server.server.registry.table.is_online(life.nick))
+
+
+def moved(case: str, world: World) -> None:
+    """Let the server be elsewhere, and lead its name there."""
+    assert world.server is not None
+    if case == "at another address":
+        world.server.move(ELSEWHERE)
+        world.names = [ELSEWHERE]
+    else:
+        world.server.crash()
+        world.names = [ELSEWHERE]
+        if case == "on another host, with a new store":
+            world.disk = Disk()
+        world.start_server()
+
+
+@pytest.mark.parametrize("clients", ["stay", "move, too", "are seen elsewhere, but still reached where they were"])
+@pytest.mark.parametrize("case", ["at another address", "on another host", "on another host, with a new store"])
+def test_clients_find_a_server_that_has_moved_and_lose_nothing(case: str, clients: str) -> None:
+    world, (alice, bob, carol) = start("alice", "bob", "carol")
+    carol.type("dereg carol")
+    world.run(1)
+    if case != "on another host, with a new store":
+        alice.type("send carol before")
+        world.run(1)
+    moved(case, world)
+    if clients != "stay":
+        for number, life in enumerate((alice, bob)):
+            before = life.address
+            life.move(("10.0.2.1", 6000 + number))
+            if clients != "move, too":
+                world.at[before] = life
+    world.run_until(lambda: is_back(alice) and is_back(bob), RETURN_TIME)
+    carol.type("reg carol")
+    world.run_until(lambda: is_ready(carol), 10)
+    world.run(2)
+    alice.type("send bob hello")
+    bob.type("send carol behind")
+    world.run(5)
+    assert count(bob, "alice: hello") == 1 and count(carol, "bob: behind") == 1
+    assert ends(carol, "> before") == int(case != "on another host, with a new store")
+    for life in (alice, bob):
+        assert life.alive and count(life, "[Server not responding]") == 1, "once for each outage"
+
+
+def test_peers_chat_while_their_server_moves() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    moved("at another address", world)
+    for second in range(45):
+        alice.type(f"send bob {second}")
+        world.run(1)
+        assert count(bob, f"alice: {second}") == 1
+    assert is_back(alice) and is_back(bob)
+    assert not any("No ACK" in line or "saved" in line for line in alice.lines)
+
+
+def test_a_client_whose_server_answers_from_another_address_goes_on_with_its_session() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    sessions = [life.client.link.session for life in (alice, bob)]
+    world.server.move(ELSEWHERE)
+    world.at[SERVER] = world.server             # it is asked where it was, and answers from elsewhere
+    world.run_until(lambda: is_back(alice) and is_back(bob), RETURN_TIME)
+    del world.at[SERVER]
+    bob.type("dereg bob")
+    world.run(5)
+    alice.type("send bob later")
+    world.run(2)
+    assert [alice.client.link.session, bob.client.link.session] == [sessions[0], None]
+    assert not count(alice, "[Server not responding]") and count(alice, "[bob is offline, message sent to server.]")
+
+
+def test_a_client_is_back_at_once_when_the_network_swallowed_what_its_server_said() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    session = alice.client.link.session
+    world.network.block("server", "alice", 60)
+    world.run(59)
+    alice.type("send bob hello")
+    world.run(0.5)
+    assert count(bob, "alice: hello") == 1 and alice.client.link.is_silent
+    world.run(10)
+    assert is_back(alice) and alice.client.link.session == session, "it was there all the time"
+    assert count(alice, "[Server not responding]") == 1
+
+
+def test_a_session_that_goes_on_is_not_replaced_by_one_that_was_asked_for_meanwhile() -> None:
+    for delay in (0.001, 0.05, 0.2, 0.4):
+        world, (alice,) = start("alice")
+        session = alice.client.link.session
+        world.network.weather = Weather(delay=delay)
+        world.network.block("alice", "server", 40)
+        world.run(60)
+        assert is_back(alice) and alice.client.link.session == session and count(alice, "[Server not responding]") == 1
+
+
+@pytest.mark.parametrize("reason", ["taken", "owned", "full"])
+def test_a_client_that_is_refused_while_its_server_is_silent_goes_on(reason: str) -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.block("server", "alice")
+    world.run(25)
+    assert alice.client.link.is_silent
+    for _ in range(5):
+        world.run_until(lambda: alice.client.link.handshake.id >= 0, 10)
+        refusal = {"id": alice.client.link.handshake.id, "nick": "alice", "reason": reason}
+        alice.client.receive(encode("refused", refusal), ELSEWHERE)
+    assert alice.alive and not alice.client.leaving.is_over
+    alice.type("send bob hello")
+    world.run(1)
+    assert count(bob, "alice: hello") == 1
+    world.network.unblock("server", "alice")
+    world.run(10)
+    assert is_back(alice) and count(alice, "[Server not responding]") == 1
+
+
+def test_a_silent_server_is_asked_rarely_at_all_of_its_addresses_for_as_long_as_it_takes() -> None:
+    world = World(1)
+    world.names = [SERVER, *DEAD, *((f"10.0.9.{number}", 4119) for number in range(10, 14))]
+    world.start_server()
+    alice = world.client("alice")
+    world.run(5)
+    assert is_ready(alice) and world.server is not None
+    world.server.crash()
+    asked: Counter[str] = Counter()
+
+    def note(source: str, target: str, maps: list[Any]) -> bool:
+        asked.update(value["tag"] for value in maps)
+        return True
+    world.network.filter = note
+    world.run(60)
+    asked.clear()
+    world.look_ups, sent = 0, alice.sent
+    world.run(3600)
+    assert alice.sent - sent <= 3 * 3600 and asked["reg"] / len(world.names) >= 3600 / 10
+    assert 3600 / 30 <= world.look_ups <= 3600 / 15, "its name is looked up now and then"
+    assert count(alice, "[Server not responding]") == 1 and len(alice.loop.timers) < 20
+    assert len(alice.client.link._pings) <= PINGS_REMEMBERED
+    world.start_server()
+    world.run(10)
+    assert is_back(alice)
+
+
+def test_a_name_is_looked_up_only_while_its_server_is_silent() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.run(3600)
+    assert world.look_ups == 0
+    world.network.block("server", "alice", 10)
+    world.run(3600)
+    assert 1 <= world.look_ups <= 4 and is_back(alice)
+
+
+def test_what_is_looked_up_while_the_server_is_away_is_asked_even_if_look_ups_failed_before() -> None:
+    world, (alice,) = start("alice")
+    world.look_up_time = float("inf")
+    moved("on another host", world)
+    world.run(300)
+    assert alice.client.link.is_silent and world.look_ups > 5
+    world.look_up_time = 0.05
+    world.run_until(lambda: is_back(alice), RETURN_TIME)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_client_that_starts_tries_all_addresses_of_a_name_in_the_time_that_one_takes(place: int) -> None:
+    world = World(1)
+    world.names = [*DEAD[:place], SERVER, *DEAD[place:]]
+    world.boots = 0
+    world.server = ServerNode(world, SERVER)
+    alice = world.client("alice")
+    world.run(2.5)
+    assert is_ready(alice) and not count(alice, "[Server not responding]")
+    nowhere = World(1)
+    nowhere.names = DEAD
+    bob = nowhere.client("bob")
+    nowhere.run(5 * 0.5 * 1.25 + 0.1)
+    assert bob.exit_code == 1 and bob.lines == ["[Server not responding]", "[Exiting]"]
+    assert bob.sent == 1 + 4 * len(DEAD)
+
+
+def test_what_holds_the_session_goes_only_to_where_the_server_was_found() -> None:
+    world = World(1)
+    world.names = [DEAD[0], SERVER, *DEAD[1:]]
+    world.server = ServerNode(world, SERVER)
+    said: dict[str, set[str]] = {}
+    send = world.network.send
+
+    def note(node: Node, datagram: bytes, address: Address) -> None:
+        for tag in tags_of(datagram):
+            said.setdefault(address[0], set()).add(tag)
+        send(node, datagram, address)
+    world.network.send = note       # type: ignore[method-assign]
+    world.client("alice")
+    world.run(5)
+    world.server.crash()
+    world.run(300)
+    for host, _ in DEAD:
+        assert said[host] == {"reg"}
+    assert "ping" in said[SERVER[0]]
 
 
 # --- who is who -----------------------------------------------------------------------------------------------

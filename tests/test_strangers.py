@@ -35,7 +35,7 @@ import udpchat
 from client import LINK_LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import load_secret, token_for
-from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
+from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
 from terminal import Display
@@ -299,7 +299,7 @@ def test_a_stranger_cannot_pass_for_another_address_of_the_server() -> None:
         forge(world, STRANGER, datagram, alice)
     world.start_server()
     world.run(1)
-    assert alice.client.link.server == SERVER and alice.client.link.has_joined
+    assert alice.client.link.endpoint.current == SERVER and alice.client.link.has_joined
 
 
 def test_a_forged_pong_makes_a_ping_and_a_forged_probe_an_answer_to_the_real_server() -> None:
@@ -639,7 +639,8 @@ def register(client: Client, sent: list[tuple[bytes, Address]]) -> None:
 def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_told(
         maps: list[tuple[str, int, int, int]]) -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", SERVER)
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob",
+                    Endpoint(loop, [SERVER]))
     register(client, sent)
     datagram = b"".join(encode("chat", {"from": "x", "to": to, "stream": stream, "n": n, "base": 1,
                                         "text": [""] * texts}) for to, stream, n, texts in maps)
@@ -651,7 +652,8 @@ def test_a_client_never_says_more_bytes_that_it_is_somebody_else_than_it_was_tol
 
 def test_who_asks_for_somebody_else_is_told_so() -> None:
     loop, sent = DeskLoop(), []
-    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob", SERVER)
+    client = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "bob",
+                    Endpoint(loop, [SERVER]))
     register(client, sent)
     client.receive(chat("alice", "carol", "for carol"), STRANGER)
     assert [(maps_of(datagram)[0][0], address) for datagram, address in sent] == [("nack", STRANGER)]
@@ -1051,7 +1053,8 @@ def test_streams_that_only_skip_numbers_do_not_pile_up_while_the_reader_pauses(
 def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_silent() -> None:
     loop, sent = DeskLoop(), []
     given, found = ("192.0.2.1", 4119), ("192.0.2.2", 4119)
-    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice", given)
+    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice",
+                   Endpoint(loop, [given]))
 
     def last(tag: str) -> tuple[Info, Address]:
         return next((info, to) for datagram, to in reversed(sent) for name, info in maps_of(datagram) if name == tag)
@@ -1077,6 +1080,31 @@ def test_a_server_that_answers_from_another_address_is_heard_also_after_it_was_s
         alice.receive(addressed(b"x" * 16), address)
         wait(0.1)
         assert not alice.link.is_silent, "and heard from both"
+
+
+def test_only_the_server_whose_cookie_comes_first_gets_the_proof_of_a_nick() -> None:
+    loop, sent = DeskLoop(), []
+    proof: Callable[[bytes, str], bytes] = lambda server, nick: server + server
+    alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice",
+                   Endpoint(loop, [SERVER, EVE, STRANGER]), proof)
+    alice.start()
+    while len(sent) < 4:
+        loop.time += 0.05
+        loop.timers.run(loop.time)
+    assert [to for _, to in sent] == [SERVER, SERVER, EVE, STRANGER]
+    id_ = maps_of(sent[0][0])[0][1]["id"]
+    del sent[:]
+    for address in (EVE, SERVER, STRANGER, EVE):
+        alice.receive(encode("cookie", {"id": id_, "server": bytes([address[1] % 256]) * 16, "cookie": b"c" * 16}),
+                      address)
+    loop.time += 0.7
+    loop.timers.run(loop.time)
+    assert len(sent) == 3 and {to for _, to in sent} == {EVE}
+    welcome = {"id": id_, "nick": "alice", "boot": 1, "session": b"s" * 16, "version": 1}
+    alice.receive(encode("welcome", {**welcome, "id": id_ + 1}), STRANGER)
+    assert not alice.link.has_joined
+    alice.receive(encode("welcome", welcome), EVE)
+    assert alice.link.has_joined and alice.link.endpoint.current == alice.link.endpoint.other == EVE
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1477,7 +1505,7 @@ def test_errors_of_the_network_lose_nothing() -> None:
     clients = []
     for nick, loop, port, screen in zip(("alice", "bob"), loops[1:], ports[1:], screens):
         put: Callable[[bytes], int] = functools.partial(_put, screen)
-        clients.append(Client(loop, port.send, Display(Output(put)), nick, address))
+        clients.append(Client(loop, port.send, Display(Output(put)), nick, Endpoint(loop, [address])))
         port.receive, loop.settle = clients[-1].receive, clients[-1].settle
         clients[-1].start()
     for loop in loops:

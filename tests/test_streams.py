@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from client import Client
-from loop import Output
+from loop import Endpoint, Output
 from terminal import Display
 from tests.processes import (DEADLINE, EXITING, MAIL_NOTICE, NO_BYTECODE, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED,
                              WELCOME, Chat, Process, is_offline, no_ack, received, sends)
@@ -359,7 +359,8 @@ def test_client_that_ends_at_once_notices_that_its_last_lines_cannot_be_written(
         errors.extend(data)
         return len(data)
     display = Display(Output(put), Output(put_error))
-    client = Client(StoppedLoop(0.0), lambda *_: None, display, "alice", ("127.0.0.1", 9))
+    loop = StoppedLoop(0.0)
+    client = Client(loop, lambda *_: None, display, "alice", Endpoint(loop, [("127.0.0.1", 9)]))
     client.start()
     display.write(b"one\ntwo\n")
     for _ in range(2):
