@@ -26,11 +26,11 @@ from enum import Enum
 from typing import Protocol
 
 from conversation import ACK_TIMEOUT, SERVER_ATTEMPTS, SERVER_INTERVAL, SILENT, Inbox, Outbox, Place
-from loop import (NEVER, Address, Endpoint, Loop, Patience, Request, RestartableTimer, is_link_local, jittered, log,
-                  new_id, show_address, wake_up)
-from protocol import (PROOF_BYTES, REG_SIZE, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, folded, padded,
-                      since_of)
+from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, seen_from,
+                  show_address, wake_up)
+from protocol import PROOF_BYTES, SESSION_SIZE, SYNC_PAGES, Decoder, Info, Map, encode, folded, padded, since_of
 from registry import ONLINE, Mirror, Page
+from secure import NO_REQUEST, Handshake, Patience
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
@@ -40,12 +40,9 @@ Send = Callable[[bytes, Address], None]     # sends a datagram
 
 PING_INTERVAL = 15.0            # s between pings
 OUTAGE_PING_INTERVAL = 2.0      # s between pings, and questions for the table, while the server is silent
-COOKIES_PER_ATTEMPT = 3         # cookies accepted for one attempt to register
 HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
 PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
 PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
-REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts to register, after refusals that may pass
-NO_REQUEST = -1                 # an id that no request has
 
 
 class LinkState(Enum):
@@ -85,42 +82,6 @@ class LinkOwner(Protocol):
     def on_refused(self, reason: str, spelling: str) -> None: ...   # spelling: in which the nick is registered
     def on_unanswered(self) -> None: ...                    # no answer to a start or to a dereg: the client ends
     def on_left(self) -> None: ...
-
-
-class Handshake:
-    """A request to register. It goes to all addresses of the server, until the first cookie decides on one of them.
-
-    Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
-    """
-
-    def __init__(self, loop: Loop, send: Send, proof: Callable[[bytes, str], bytes] | None) -> None:
-        self.id = NO_REQUEST
-        self.has_cookie = False
-        self._loop, self._send, self._proof, self._nick = loop, send, proof, ""
-        self._cookie = (("", 0), b"", b"")      # from where, the id of the server, and the cookie itself
-        self._cookies_left = 0
-
-    def begin(self, nick: str) -> None:
-        """Make a new request, for ``nick``."""
-        self.id, self.has_cookie, self._nick = new_id(self._loop), False, nick
-
-    def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
-        """Send the request: to ``addresses``, or to where the cookie came from."""
-        info: Info = {"id": self.id, "nick": self._nick}
-        self._cookies_left = cookies_left
-        if self.has_cookie:
-            address, server, info["cookie"] = self._cookie
-            addresses = (address,)
-            if self._proof is not None:
-                info["token"] = self._proof(server, self._nick)
-        for address in addresses:
-            self._send(padded("reg", info, REG_SIZE), address)
-
-    def on_cookie(self, info: Info, address: Address) -> None:
-        """Prove our address."""
-        if info["id"] == self.id and self._cookies_left and not (self.has_cookie and address != self._cookie[0]):
-            self.has_cookie, self._cookie = True, (address, info["server"], info["cookie"])
-            self.ask((), self._cookies_left - 1)
 
 
 class ServerLink:
@@ -164,7 +125,7 @@ class ServerLink:
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
-        self.handshake = Handshake(loop, send, proof)
+        self.handshake = Handshake(send, proof)
         self._loop, self._send, self._owner = loop, send, owner
         self._table_version, self.patience = table_version, patience
         self._boot = 0
@@ -199,7 +160,7 @@ class ServerLink:
         self._register()
 
     def _register(self, wait: float = 0.0) -> None:
-        self.handshake.begin(self.nick)
+        self.handshake.begin(new_id(self._loop), self.nick)
         self._registration.start(wait)
 
     def _ask(self) -> None:
@@ -245,12 +206,11 @@ class ServerLink:
             self._session_is_gone()
             return
         self._stop_registering()
-        if may_go_on:       # our session may live, and be what holds the nick: the next round asks again
+        if reason != self.patience.reason:
             log.info("the server at %s refuses %s: %s", show_address(address), self.nick, reason)
+        if may_go_on:       # our session may live, and be what holds the nick: the next round asks again
             return
-        # after a restart of the server its clients wait for a place as long as it takes
-        limits = {"taken": self.patience.limit, "full": 0.0 if self.is_starting else NEVER}
-        wait = self.patience.wait_after(reason, REFUSAL_INTERVALS.get(reason, 0.0), limits.get(reason, 0.0))
+        wait = self.patience.wait_after(self._loop.now(), reason, self.is_starting, jittered(self._loop, 1.0))
         if wait:
             self._register(wait)
         else:
@@ -306,7 +266,7 @@ class ServerLink:
         self.send_ping()
         if self.is_silent and self._ping_request.is_running and not self._registration.is_running:
             if self._ping_request.attempts == 1 or self.handshake.id == NO_REQUEST:
-                self.handshake.begin(self.nick)
+                self.handshake.begin(new_id(self._loop), self.nick)
             self.handshake.ask(self.endpoint.to_ask(self._ping_request.attempts, is_lost=True))
 
     def send_ping(self) -> None:
@@ -457,13 +417,8 @@ class TableSync(Mirror):
         return Place(entry.state == ONLINE, self.reach(entry.host, entry.port))
 
     def reach(self, host: str, port: int) -> Address | None:
-        """Return an address if it is of our family, a link-local one on the server's link; else the server relays."""
-        server = self._link.endpoint.current[0]
-        if (":" in host) != (":" in server) or "%" in host:     # an interface of another machine
-            return None
-        if is_link_local(host):
-            return (host + server[server.index("%"):], port) if "%" in server else None
-        return host, port
+        """Return where we reach an address of the table; None if we cannot: then the server relays."""
+        return seen_from(self._link.endpoint.current, (host, port))
 
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
@@ -593,8 +548,7 @@ class Sending:
         if link.was_heard:
             link.was_heard = False
             outbox.server_heard(self._loop.now())
-        may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING    # see ``Client.receive``
-        if not may_send:
+        if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:    # no property: see ``Client.receive``
             return
         now = self._loop.now()
         if outbox.due() <= now:
@@ -695,8 +649,7 @@ class Receiving:
     def acknowledge(self) -> None:
         """Ack every stream that brought something, or of which something was written."""
         acks = self.inbox.acks()       # in every state: an ack that may not be sent now is dropped
-        may_send = self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING
-        if may_send:
+        if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
             for info, address in acks:
                 self._send(encode("ack", info), address if address is not None else self._link.endpoint.current)
 
@@ -744,11 +697,6 @@ class Leaving:
         self._receipts, self._receiving, self._display, self._shell = receipts, receiving, display, shell
         self._stay, self._may_end = stay, may_end
 
-    @property
-    def is_under_way(self) -> bool:
-        """Whether the client is about to go offline or to end: no further command is carried out."""
-        return self.command is not None or self.ending is not None
-
     def settle(self) -> None:
         """Take the next step, if there is one to take."""
         input_ended = self._shell.has_ended and not self._stay
@@ -758,7 +706,7 @@ class Leaving:
             self._end(Reason.QUIT)
         if input_ended and not self._shell.waiting and self._may_end():
             self._end(Reason.END_OF_INPUT)
-        if self.is_under_way and not self.is_over and self._link.state is not LINK_LEAVING:
+        if (self.command or self.ending) and not self.is_over and self._link.state is not LINK_LEAVING:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -879,7 +827,7 @@ class Client:
 
         ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
         """
-        patience = patience or Patience(loop)
+        patience = patience or Patience()
         self.nick = nick
         self.decoder = Decoder()
         self.display = display
@@ -1011,10 +959,9 @@ class Client:
         self.table_sync.on_version(version)
 
     def on_refused(self, reason: str, spelling: str) -> None:
-        """End: the server does not want us. But if our nick is registered in another spelling, ask once for that.
+        """End: the server does not want us. But a client that starts asks once for its nick as it is spelled there.
 
-        Only a client that starts does so: to others, one that was online before is known as it is. And the server may
-        say what it likes: only what counts as the same nick is ours.
+        The server may say what it likes: only what counts as the same nick is ours.
         """
         is_first = self.link.nick == self.nick and not self.table_sync.boot
         if reason == "owned" and is_first and spelling != self.nick and folded(spelling) == folded(self.nick):

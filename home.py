@@ -1,21 +1,22 @@
-"""What lies in the user's directories: settings, the file of a server's store, the secret that proves whose a nick is.
+"""The user's files: settings, the identity, the lines that were typed, the store of a server; and lines in files.
 
 Rules of this file
 ------------------
-- It knows nothing of chat, except that a nick has an owner, and which tables a store has. ``registry`` fills them.
+- It knows nothing of chat, except which tables a store has. ``registry`` fills them.
 - A file that cannot be used is an OSError; the command line reports it.
-- A file appears whole or not at all, and only its owner can read it.
-
-A nick belongs to the first user who registered it. The proof is a token, made of the user's secret for one server and
-one nick: a server that learns it can use it nowhere else. The server keeps only a hash of it.
+- A file that is made here appears whole or not at all, and only its owner can read it.
+- A line is written whole or not at all, and nothing in it can drive a terminal.
 """
 from __future__ import annotations
 
 import errno
+import math
 import os
+import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def home_directory() -> str | None:
@@ -244,6 +245,118 @@ def _encoded(lines: Iterable[str]) -> bytes:
     return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
 
 
+# --- lines ----------------------------------------------------------------------------------------------------
+
+LEVELS = ("debug", "info", "warning", "error")
+DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
+# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
+UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with every control character as its escape: fit for one line of a terminal."""
+    if text.isprintable():
+        return text
+    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+
+
+def rfc3339(at: float) -> str:
+    """Return a wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
+    try:
+        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
+    except (OverflowError, ValueError, OSError):
+        return "1970-01-01T00:00:00.000Z"
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """Return one line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
+    import json
+    return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
+
+
+def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
+    """Return a record of the log for people, in local time."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    counts = "".join(f" {name}={count}" for name, count in counters.items())
+    return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}{':' if counts else ''}{counts}")
+
+
+def json_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
+    """Return a record of the log for programs."""
+    import json
+    return json.dumps({"time": rfc3339(at), "level": LEVELS[level], "message": message, **counters})
+
+
+def read_back(fd: int, size: int, at: int) -> bytes:
+    """Return ``size`` bytes at ``at`` of the regular file that ``fd`` writes, b"" where they cannot be read."""
+    import fcntl        # here: only files need it
+    path: str | bytes = f"/proc/self/fd/{fd}"       # opened again: a shell opens files for writing only
+    try:
+        if hasattr(fcntl, "F_GETPATH"):     # macOS
+            path = fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")
+        own = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:    # another file may have the name by now
+            return os.pread(own, size, at) if os.path.samestat(os.fstat(own), os.fstat(fd)) else b""
+        finally:
+            os.close(own)
+    except OSError:
+        return b""
+
+
+class LineFile:
+    """A regular file that gets whole lines, though a full disk accepts only a part of what is written.
+
+    The part of a line is cut off again, but nothing that others may have written: it must be the end of the file, and
+    be read back. Where that fails it stays, and the next line begins behind a line end, as behind any such line.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._has_begun = False     # the last write has ended a line
+
+    def put(self, lines: bytes) -> int:
+        """Write whole lines; return how many bytes of them were taken. Raise OSError if that is not even one line."""
+        data = lines if self._has_begun or self._is_at_line_start() else b"\n" + lines
+        added, done = len(data) - len(lines), 0
+        self._has_begun = True
+        try:
+            while done < len(data):     # behind a part, the next write says what is wrong
+                taken = os.write(self._fd, data[done:])
+                if not taken:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                done += taken
+            return len(lines)
+        except OSError:
+            self._has_begun = False
+            end = data.rfind(b"\n", 0, done) + 1
+            if end <= added:
+                self._take_back(data[:done])
+                raise
+            self._take_back(data[end:done])
+            return end - added
+
+    def _is_at_line_start(self) -> bool:
+        """Return whether the next write begins a line, False where that cannot be seen."""
+        import fcntl        # here: only files need it
+        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
+            at = os.fstat(self._fd).st_size
+        else:
+            at = os.lseek(self._fd, 0, os.SEEK_CUR)
+        return at == 0 or read_back(self._fd, 1, at - 1) == b"\n"
+
+    def _take_back(self, part: bytes) -> None:
+        """Cut ``part`` off, the last that was written, if it is still the end of the file."""
+        try:
+            end = os.lseek(self._fd, 0, os.SEEK_CUR)        # of that write, also where the file is appended to
+            start = end - len(part)
+            if part and end == os.fstat(self._fd).st_size and read_back(self._fd, len(part), start) == part:
+                os.ftruncate(self._fd, start)
+                os.lseek(self._fd, start, os.SEEK_SET)
+        except OSError:
+            pass        # it stays: see above
+
+
 # --- the store of a server ------------------------------------------------------------------------------------
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -403,24 +516,6 @@ class StoreFile:
 
 LOCK_ATTEMPTS = 40        # 50 ms apart: a process that makes an identity takes much less, one that was killed for ever
 SECRET_BYTES = 32         # of randomness: nobody guesses it
-
-
-def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
-    """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    import hmac     # here: only registrations need it, and a start is measured
-    return hmac.digest(secret, server_id + nick.encode(), "sha256")
-
-
-def hash_of(token: bytes) -> bytes:
-    """Return what the store keeps of a token."""
-    import hashlib      # here: only registrations need it, and a start is measured
-    return hashlib.sha256(token).digest()
-
-
-def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
-    import hmac
-    return hmac.compare_digest(owner, hash_of(token))
 
 
 def load_secret(path: str) -> bytes:

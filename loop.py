@@ -31,9 +31,7 @@ from __future__ import annotations
 import errno
 import functools
 import heapq
-import math
 import os
-import re
 import select
 import selectors
 import signal
@@ -45,6 +43,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
+
+from home import DEBUG, ERROR, INFO, WARNING, LineFile, text_line
+
 if TYPE_CHECKING:
     import subprocess
 
@@ -414,44 +415,6 @@ class Request:
             self._timer.set(self._loop.now())
 
 
-class Patience:
-    """For how long a request that was refused is made again.
-
-    ``is_endless``: until its owner calls ``end``. Otherwise ``limit`` says for how long, in s since the first refusal.
-    """
-
-    def __init__(self, loop: Loop, is_endless: bool = False, limit: float = 0.0) -> None:
-        self.is_endless, self.limit = is_endless, limit
-        self._loop = loop
-        self.renew()
-
-    def renew(self) -> None:
-        """Count from the next refusal on: the request was granted."""
-        self.reason: str | None = None      # of the refusal that is waited out
-        self._until = NEVER
-
-    def end(self) -> bool:
-        """Be endless no more; return whether it was."""
-        was_endless, self.is_endless = self.is_endless, False
-        return was_endless
-
-    def wait_after(self, reason: str, interval: float, limit: float) -> float:
-        """Return the seconds until the request is made again after a refusal, 0.0 if that is final.
-
-        ``interval``: s between attempts, if the reason may pass, else 0.0. ``limit``: s since the first refusal, unless
-        the patience is endless; the last attempt is made when they are over.
-        """
-        now = self._loop.now()
-        self._until = min(self._until, now + limit)
-        wait = jittered(self._loop, interval)
-        if not self.is_endless:
-            wait = max(0.0, min(wait, self._until - now))
-        if wait and reason != self.reason:
-            log.info("refused (%s): trying again", reason)
-        self.reason = reason if wait else None
-        return wait
-
-
 JITTER = 0.25             # part by which every repeated request varies, up and down: nobody stays in step with others
 
 
@@ -522,75 +485,6 @@ class Reader:
         except OSError as error:
             self.error = error.strerror or str(error)
             return b""
-
-
-def read_back(fd: int, size: int, at: int) -> bytes:
-    """Return ``size`` bytes at ``at`` of the regular file that ``fd`` writes, b"" where they cannot be read."""
-    import fcntl        # here: only files need it
-    path: str | bytes = f"/proc/self/fd/{fd}"       # opened again: a shell opens files for writing only
-    try:
-        if hasattr(fcntl, "F_GETPATH"):     # macOS
-            path = fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")
-        own = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:    # another file may have the name by now
-            return os.pread(own, size, at) if os.path.samestat(os.fstat(own), os.fstat(fd)) else b""
-        finally:
-            os.close(own)
-    except OSError:
-        return b""
-
-
-class LineFile:
-    """A regular file that gets whole lines, though a full disk accepts only a part of what is written.
-
-    The part of a line is cut off again, but nothing that others may have written: it must be the end of the file, and
-    be read back. Where that fails it stays, and the next line begins behind a line end, as behind any such line.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._has_begun = False     # the last write has ended a line
-
-    def put(self, lines: bytes) -> int:
-        """Write whole lines; return how many bytes of them were taken. Raise OSError if that is not even one line."""
-        data = lines if self._has_begun or self._is_at_line_start() else b"\n" + lines
-        added, done = len(data) - len(lines), 0
-        self._has_begun = True
-        try:
-            while done < len(data):     # behind a part, the next write says what is wrong
-                taken = os.write(self._fd, data[done:])
-                if not taken:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                done += taken
-            return len(lines)
-        except OSError:
-            self._has_begun = False
-            end = data.rfind(b"\n", 0, done) + 1
-            if end <= added:
-                self._take_back(data[:done])
-                raise
-            self._take_back(data[end:done])
-            return end - added
-
-    def _is_at_line_start(self) -> bool:
-        """Return whether the next write begins a line, False where that cannot be seen."""
-        import fcntl        # here: only files need it
-        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
-            at = os.fstat(self._fd).st_size
-        else:
-            at = os.lseek(self._fd, 0, os.SEEK_CUR)
-        return at == 0 or read_back(self._fd, 1, at - 1) == b"\n"
-
-    def _take_back(self, part: bytes) -> None:
-        """Cut ``part`` off, the last that was written, if it is still the end of the file."""
-        try:
-            end = os.lseek(self._fd, 0, os.SEEK_CUR)        # of that write, also where the file is appended to
-            start = end - len(part)
-            if part and end == os.fstat(self._fd).st_size and read_back(self._fd, len(part), start) == part:
-                os.ftruncate(self._fd, start)
-                os.lseek(self._fd, start, os.SEEK_SET)
-        except OSError:
-            pass        # it stays: see above
 
 
 class Writer:
@@ -722,47 +616,7 @@ class Output:
 
 # --- the log --------------------------------------------------------------------------------------------------
 
-LEVELS = ("debug", "info", "warning", "error")
-DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
 NO_COUNTERS: Mapping[str, int] = {}
-
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
-UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-
-
-def clean(text: str) -> str:
-    """Return ``text`` with every control character as its escape: fit for one line of a terminal."""
-    if text.isprintable():
-        return text
-    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
-
-
-def rfc3339(at: float) -> str:
-    """Return a wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
-    try:
-        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
-    except (OverflowError, ValueError, OSError):
-        return "1970-01-01T00:00:00.000Z"
-
-
-def as_json(value: dict[str, Any]) -> str:
-    """Return one line of JSON (RFC 8259): UTF-8 as it is, but what could drive a terminal is escaped."""
-    import json
-    return re.sub(UNSAFE, lambda match: "\\u%04x" % ord(match[0]), json.dumps(value, ensure_ascii=False))
-
-
-def text_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
-    """Return a record of the log for people, in local time."""
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    counts = "".join(f" {name}={count}" for name, count in counters.items())
-    return clean(f"{stamp},{int(at % 1 * 1000):03d} {LEVELS[level].upper()} {message}{':' if counts else ''}{counts}")
-
-
-def json_line(at: float, level: int, message: str, counters: Mapping[str, int]) -> str:
-    """Return a record of the log for programs."""
-    import json
-    return json.dumps({"time": rfc3339(at), "level": LEVELS[level], "message": message, **counters})
 
 
 class LogFile:
@@ -879,6 +733,16 @@ SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
 def is_link_local(host: str) -> bool:
     """Return whether ``host`` is in fe80::/10: it means something only together with an interface (RFC 4007 §6)."""
     return host[:3] in ("fe8", "fe9", "fea", "feb") and ":" not in host[:4]
+
+
+def seen_from(server: Address, address: Address) -> Address | None:
+    """Return how a client of ``server`` reaches ``address``; None if it cannot: another family, or another link."""
+    host, port = address
+    if (":" in host) != (":" in server[0]) or "%" in host:     # an interface of another machine
+        return None
+    if is_link_local(host):
+        return (host + server[0][server[0].index("%"):], port) if "%" in server[0] else None
+    return address
 
 
 def unmapped(address: tuple[Any, ...]) -> Address:

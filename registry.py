@@ -26,7 +26,7 @@ If that fails, the messages of this turn count as never accepted, and everything
 server decides on these three: who gets a nick, when somebody goes online (not before the mail that waited is acked) and
 offline, what happens to a message that should be kept.
 
-A nick belongs to its first owner: a client that registers it with a token (see ``home.token_for``) owns it, and the
+A nick belongs to its first owner: a client that registers it with a token (see ``secure.token_for``) owns it, and the
 store keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the
 next client that registers it. Nicks that only differ in case, width or composition are one nick: the spelling that was
 registered first counts, another one is refused, and so is a new nick that mixes scripts. A nick that the store has from
@@ -42,8 +42,9 @@ from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from home import StoreFile, hash_of, is_hash_of
+from home import StoreFile
 from protocol import MAX_PIECE, Spellings, is_nick, mixes_scripts
+from secure import hash_of, is_hash_of
 
 if TYPE_CHECKING:
     import json

@@ -56,6 +56,7 @@ from typing import NamedTuple
 
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
+from secure import Cookies
 from stream import ReceiveStream, Run, SendStream
 from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, TAKEN, UNKNOWN,
                       ClaimVerdict, Mailbox, Parcel, Registry, Session)
@@ -144,9 +145,6 @@ class ReplyLimit:
 
 # --- registration ---------------------------------------------------------------------------------------------
 
-COOKIE_TIME = 30.0        # s; the time slot in a cookie: it is valid in its own slot and the next one, 30 to 60 s
-
-
 class Claim(NamedTuple):
     """A request for a nick, from an address that is proved."""
 
@@ -176,7 +174,7 @@ class Gate:
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit, drops: Drops,
                  prober: Prober, boot: int) -> None:
         self.refusals = 0
-        self.secret = loop.random.getrandbits(256).to_bytes(32, "big")      # signs the cookies
+        self.cookies = Cookies(loop.random.getrandbits(256).to_bytes(32, "big"))
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit = limit
         self._drops = drops
@@ -185,23 +183,14 @@ class Gate:
 
     def on_reg(self, info: Info, address: Address) -> None:
         """Answer with a cookie, or go on with the claim of somebody who has brought one."""
-        if self._is_cookie(info.get("cookie"), address):
+        now = self._loop.now()
+        if self.cookies.accepts(info.get("cookie"), now, address):
             self.consider(Claim(info["nick"], address, info.get("token"), info["id"]))
             return
         self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
             self._limit.reply(encode("cookie", {"id": info["id"], "server": self._registry.server_id,
-                                                "cookie": self._cookie(address, 0)}), address)
-
-    def _cookie(self, address: Address, age: int) -> bytes:
-        """Return a proof of address without state: HMAC over address and time (RFC 9147 §5.1, RFC 9000 §8.1.2)."""
-        import hmac     # here: only registrations need it, and a start is measured
-        text = f"{address} {int(self._loop.now() / COOKIE_TIME) - age}"
-        return hmac.digest(self.secret, text.encode(), "sha256")[:protocol.SESSION_BYTES]
-
-    def _is_cookie(self, cookie: bytes | None, address: Address) -> bool:
-        import hmac
-        return cookie is not None and any(hmac.compare_digest(cookie, self._cookie(address, age)) for age in (0, 1))
+                                                "cookie": self.cookies.make(now, address)}), address)
 
     def consider(self, claim: Claim) -> None:
         """Register the client, or refuse that, or ask first whether the holder of the nick is there."""

@@ -34,8 +34,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
-from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop,
-                  Writer, as_json, clean, rfc3339, wake_up)
+from home import as_json, clean, rfc3339
+from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
+                  wake_up)
 from protocol import MAX_TEXT, are_short, folded, split_text
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
     from editor import Action, EditorScreen, Prompt, StatusRow, Style
@@ -1036,9 +1037,9 @@ class Console:
             # only an error is reported there, once the last reader has gone: no write is needed to notice that
             self._loop.watch(self._writer.fd, selectors.EVENT_READ, self._on_reader_gone)
         if self._status is not None:
-            timer = RestartableTimer(self._loop, self._status.resize)
-            self._loop.on_signal(signal.SIGWINCH, functools.partial(self._on_resized, self._status, timer))
-            self._loop.on_signal(signal.SIGCONT, self._status.resume)
+            status, timer = self._status, RestartableTimer(self._loop, self._status.resize)
+            self._loop.on_signal(signal.SIGWINCH, lambda: timer.set(self._loop.now() + status.resized()))
+            self._loop.on_signal(signal.SIGCONT, status.resume)
         if self._editor is not None:
             self._loop.on_signal(signal.SIGTSTP, self._editor.suspend)
             self._editor.open()
@@ -1090,13 +1091,6 @@ class Console:
             self._leaving.interrupt()
         else:
             self._shell.feed(b"")
-
-    def _on_resized(self, status: StatusRow, timer: RestartableTimer) -> None:
-        pause = status.resized()
-        if pause:
-            timer.set(self._loop.now() + pause)
-        else:
-            status.resize()
 
     def _on_writable(self) -> None:
         """Do nothing: the turn ends with a write."""

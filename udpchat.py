@@ -38,11 +38,11 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loop import (BYTE_ORDER_MARK, LEVELS, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LineFile,
-                  LogFile, NameLookUp, Output, Patience, Reader, SelectorLoop, UdpSocket, Writer, clean,
-                  for_ipv6_socket, in_turns, is_link_local, json_line, log, read_some, show_address, unmapped)
-from home import (check_store, config_home, is_private, load_secret, make_private, read_settings, remember_nicks,
-                  state_home, token_for)
+from home import (LEVELS, LineFile, check_store, clean, config_home, is_private, json_line, load_secret, make_private,
+                  read_settings, remember_nicks, state_home)
+from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
+                  Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
+                  read_some, show_address, unmapped)
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 except ModuleNotFoundError as missing:
@@ -52,7 +52,7 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from registry import Mailbox
-    from terminal import TextFormatter
+    from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
 
@@ -268,17 +268,21 @@ MODES: dict[str, tuple[str, Callable[[Parser], None]]] = {
 SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the command line, and behind it the file with settings, as options. Raise Usage."""
-    words = list(arguments)
-    if words and words[0] in SHORT_FORMS:
-        words[0] = SHORT_FORMS[words[0]]
-    if words and words[0] == "help":
-        words = [*words[1:2], "--help"]
-    mode = words[0] if words else ""
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """Return the command line with the mode in its long form, or a request for help, first. Raise Usage."""
+    mode, *rest = arguments or [""]
+    if mode == "help":
+        mode, rest = (rest[0], ["--help"]) if rest else ("--help", [])
+    mode = SHORT_FORMS.get(mode, mode)
     if mode not in MODES and not mode.startswith("-"):
         raise Usage(f"there is no mode {mode!r}, only {', '.join(MODES)} (udpchat help says more)")
-    parser, of_mode = build_parser(mode)
+    return [mode, *rest]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line, and behind it the file with settings, as options. Raise Usage."""
+    words = spelled_out(arguments)
+    parser, of_mode = build_parser(words[0])
     options, rest = parser.parse_known_args(words)
     for one, other, what in (("own_nick", "nick", "NICK"), ("server_host", "server", "SERVER-HOST")):
         if getattr(options, one, None) is not None and getattr(options, other) is not None:
@@ -419,25 +423,33 @@ def is_number(host: str) -> bool:
 
 
 def client_socket(addresses: Sequence[Address], is_named: bool, port: int) -> socket.socket:
-    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise OSError.
+    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise Failure.
 
     One of IPv6 reaches both families (RFC 3493 §5.3); where there is none, one of IPv4 must do.
     """
-    if is_named or ":" in addresses[0][0]:
-        try:
-            return bind(socket.AF_INET6, ("::", port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
-                raise
-    return bind(socket.AF_INET, ("0.0.0.0", port))
+    try:
+        if is_named or ":" in addresses[0][0]:
+            try:
+                return bind(socket.AF_INET6, ("::", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
+                    raise
+        return bind(socket.AF_INET, ("0.0.0.0", port))
+    except OSError as error:
+        raise Failure(f"cannot use port {port}: {error.strerror}") from None
+
+
+def write_error(text: str) -> None:
+    """Write to stderr, if there is one."""
+    try:
+        os.write(STDERR, text.encode("utf-8", "replace"))
+    except OSError:
+        pass
 
 
 def complain(text: str) -> None:
     """Write one line to stderr."""
-    try:
-        os.write(STDERR, f"udpchat: {clean(text)}\n".encode("utf-8", "replace"))
-    except OSError:
-        pass
+    write_error(f"udpchat: {clean(text)}\n")
 
 
 def run_server(options: argparse.Namespace) -> int:
@@ -748,18 +760,16 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
+    from secure import Patience
     from terminal import Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
-    secret = secret_of(options)
+    proof = proof_of(options)
     loop = SelectorLoop()
-    try:
-        sock = client_socket(addresses, is_named, options.client_port)
-    except OSError as error:
-        raise Failure(f"cannot use port {options.client_port}: {error.strerror}") from None
+    sock = client_socket(addresses, is_named, options.client_port)
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
@@ -767,15 +777,12 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
-    proof = functools.partial(token_for, secret) if secret is not None else None
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
-    # a nick without proof of ownership may be a stranger's: it is not waited for
-    limit = NICK_PATIENCE if options.mode == "send" and proof is not None else 0.0
     client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(loop, end < NEVER, limit))
-    if prompt is not None and log.output is errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
-        log.output = Output(display.show_log)
+                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)))
+    if prompt is not None:
+        show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     end_in_order_on_signals(loop, client.leaving.interrupt)
@@ -794,13 +801,35 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         loop.close()
     if is_terminal:
         remember_nicks([known.nick for known in client.clients()])
+    return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def proof_of(options: argparse.Namespace) -> Callable[[bytes, str], bytes] | None:
+    """Return what makes the token for (server id, nick), None for an anonymous client. Raise Usage."""
+    from secure import token_for
+    secret = secret_of(options)
+    return functools.partial(token_for, secret) if secret is not None else None
+
+
+def nick_patience(mode: str, has_proof: bool) -> float:
+    """Return for how many s a nick that is in use is waited for: without a proof it may be a stranger's."""
+    return NICK_PATIENCE if mode == "send" and has_proof else 0.0
+
+
+def show_log_above_prompt(display: Display) -> None:
+    """Keep the log from being written over the prompt, if both are on one terminal."""
+    if log.output is display.errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
+        log.output = Output(display.show_log)
+
+
+def is_kept(writer: Writer) -> bool:
+    """Return whether a file has kept what stdout was given; say so if not."""
     try:
-        if not output.broken:
-            writer.check()
+        writer.check()
     except OSError as error:
         complain_of_stdout(error)
-        return EXIT_FAILED
-    return client.leaving.exit_code or 0
+        return False
+    return True
 
 
 def end_in_order_on_signals(loop: SelectorLoop, interrupt: Callable[[], None]) -> None:
@@ -868,7 +897,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
-        os.write(STDERR, build_parser()[0].format_help().encode())
+        write_error(build_parser()[0].format_help())
         return EXIT_USAGE
     end_at_once_on_signals(sends=words[0] == "send")
     try:

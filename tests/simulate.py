@@ -40,11 +40,11 @@ import msgpack
 import protocol
 from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from loop import (DATAGRAMS_PER_TURN, ERROR, INFO, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Patience, Random,
-                  Scheduler, clean, log)
+from home import ERROR, INFO, clean
+from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
 from protocol import Address, encode
-from home import token_for
 from registry import DAY, Mailbox, Registry, State
+from secure import Patience, token_for
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
@@ -576,7 +576,7 @@ class Life(Node):
         proof = functools.partial(token_for, secret) if secret is not None else None
         endpoint = Endpoint(self.loop, world.names, world.look_up)
         self.client = Client(self.loop, self.send, self.display, nick, endpoint, proof, stay=stay, observer=Watch(self),
-                             patience=Patience(self.loop, timeout < NEVER, nick_patience))
+                             patience=Patience(timeout < NEVER, nick_patience))
         self.client.inbox.on_release = self.note_release
         if timeout < NEVER:
             self.loop.call_at(self.loop.now() + timeout, self.client.leaving.time_is_over)

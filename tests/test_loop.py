@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from loop import (COMPACT_TIMERS, ERROR, INFO, MAX_TURN_TIME, OUTPUT_LIMIT, LineFile, Log, LogFile, Output,
-                  RestartableTimer, SelectorLoop, TimerHeap, UdpSocket, Writer)
+from home import ERROR, INFO, LineFile
+from loop import (COMPACT_TIMERS, MAX_TURN_TIME, OUTPUT_LIMIT, Log, LogFile, Output, RestartableTimer, SelectorLoop,
+                  TimerHeap, UdpSocket, Writer)
 
 
 class Paper:
@@ -386,7 +387,7 @@ def test_a_line_begins_where_the_one_before_it_has_ended(file: OpenFile, flags: 
 @APPENDING
 def test_where_a_file_cannot_be_read_a_line_end_comes_first_and_nothing_is_taken_back(
         file: OpenFile, flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loop.read_back", lambda *_: b"")
+    monkeypatch.setattr("home.read_back", lambda *_: b"")
     lines = file.open(flags, b"whole\n")
     with room_for(9), pytest.raises(OSError, match="File too large"):
         lines.put(b"one\n")

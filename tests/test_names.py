@@ -325,7 +325,7 @@ def test_without_ipv6_a_name_is_reached_by_ipv4(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(udpchat, "bind", bind_ipv4)
     with udpchat.client_socket([ONE, THREE], True, 0) as sock:
         assert sock.family == socket.AF_INET
-    with pytest.raises(OSError):
+    with pytest.raises(udpchat.Failure):
         udpchat.client_socket([THREE], True, 0)
 
 
@@ -410,13 +410,13 @@ def moves(named: NamedChat, clients: Sequence[Process], host: str) -> None:
     """Stop the server, start it at ``host`` on the same store, lead the name there, and wait for the clients."""
     server = named.chat._server
     assert server is not None
+    seen = [client.lines.count(WELCOME) for client in clients]
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
     named.chat.server(host=host, port=named.chat.port)
     named.lead_to(host)
-    for client in clients:
-        seen = client.lines.count(WELCOME)
-        named.chat.until(lambda: client.lines.count(WELCOME) > seen, "the client to be welcome again", 3 * DEADLINE)
+    for client, before in zip(clients, seen):
+        named.chat.until(lambda: client.lines.count(WELCOME) > before, "the client to be welcome again", 3 * DEADLINE)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, 127.0.0.2 is nobody's address")

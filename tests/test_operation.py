@@ -17,7 +17,8 @@ import pytest
 
 import udpchat
 from server import Drop, Server
-from loop import ERROR, Random, Scheduler, SystemRandom, json_line
+from home import ERROR, json_line
+from loop import Random, Scheduler, SystemRandom
 from protocol import encode, padded
 from registry import Mailbox, Registry
 from tests.pages import section

@@ -600,7 +600,7 @@ def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat
     chat.absent("bob")
     carl = chat.client("carl")
     sent = job(chat, "bob", "hello", "--log-level", "info", *timeout)
-    wait_for_log(chat, sent, "refused (taken): trying again")
+    wait_for_log(chat, sent, "refuses carl: taken")
     chat.rest(1)
     assert not sent.lines and sent.popen.poll() is None
     assert carl.finish() == 0
@@ -625,7 +625,7 @@ def test_a_job_without_a_time_limit_waits_ten_seconds_for_its_nick_and_an_anonym
     carl, eve = chat.client("carl"), chat.client("eve", "--anonymous")
     began = time.monotonic()
     sent = job(chat, "carl", "hello")
-    hasty = job(chat, "carl", "hello", "--anonymous", "--nick", "eve", "--log-level", "info")
+    hasty = job(chat, "carl", "hello", "--anonymous", "--nick", "eve")
     assert result_of(hasty) == (1, ["[Nickname eve is taken.]", ONE_LOST, EXITING], ["send carl hello"])
     assert sent.wait() == 1 and sent.lines == [CARL_TAKEN, ONE_LOST, EXITING]
     assert time.monotonic() - began >= 9.5
@@ -683,7 +683,7 @@ def test_a_signal_ends_a_job_that_waits_and_its_message_is_handed_back(chat: Cha
     else:
         chat.processes[0].kill()
     sent = job(chat, "bob", "hello", "--timeout", "600", "--log-level", "info")
-    wait_for_log(chat, sent, "refused (taken)" if what == "nick" else "the server does not respond")
+    wait_for_log(chat, sent, "refuses carl: taken" if what == "nick" else "the server does not respond")
     sent.signal(number)
     assert sent.wait() == 1
     assert sent.lines == [ONE_LOST] and "send bob hello" in sent.errors

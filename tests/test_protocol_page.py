@@ -321,7 +321,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "reg without cookie": "protocol.REG_SIZE",
     "ping, sync, dereg": "protocol.SESSION_SIZE",
     "pages for one sync": "protocol.SYNC_PAGES",
-    "life of a cookie": "server.COOKIE_TIME",
+    "life of a cookie": "secure.COOKIE_TIME",
     "answer to a probe": "server.PROBE_TIMEOUT",
     "silence": "registry.SILENCE",
     "least time between two sync": "client.SYNC_INTERVAL",
@@ -348,7 +348,7 @@ CHOSEN = {
     "largest congestion window": "stream.MAX_CONGESTION_WINDOW",
     "reordering": "stream.PACKET_THRESHOLD",
     "streams of one sender": "conversation.STREAMS_PER_SENDER",
-    "cookies for one attempt": "client.COOKIES_PER_ATTEMPT",
+    "cookies for one attempt": "secure.COOKIES_PER_ATTEMPT",
     "shortest probe interval": "server.PROBE_INTERVAL",
     "broadcast gap": "server.BROADCAST_GAP",
 }

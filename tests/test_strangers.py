@@ -34,13 +34,13 @@ import registry
 import udpchat
 from client import LINK_LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
-from home import load_secret, token_for
-from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, clean
+from home import clean, load_secret
+from secure import COOKIE_TIME, token_for
+from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
 from terminal import Display
-from server import (BROADCAST_WAIT, CLAIMS_PER_PROBE, COOKIE_TIME, PROBE_TIMEOUT, STRANGER_REPLIES,
-                    Server)
+from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
@@ -661,7 +661,7 @@ def test_who_asks_for_somebody_else_is_told_so() -> None:
 
 def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> None:
     desk, other = Desk(), Desk()
-    other.server.gate.secret = b"another".ljust(32)
+    other.server.gate.cookies.secret = b"another".ljust(32)
     good = desk.cookie(EVE)
     for cookie, source in ((good, STRANGER), (good, (EVE[0], EVE[1] + 1)), (good, ("10.66.6.7", EVE[1])),
                            (other.cookie(EVE), EVE), (bytes(16), EVE), (NOBODYS, EVE), (good[::-1], EVE)):
@@ -678,7 +678,7 @@ def test_a_cookie_is_good_for_one_address_for_a_short_time_at_one_server() -> No
 def test_two_servers_make_different_cookies() -> None:
     servers = [Server(SelectorLoop(), lambda datagram, address: None, Registry(Mailbox(":memory:", b"i" * 16)))
                for _ in range(5)]
-    secrets_ = {server.gate.secret for server in servers}
+    secrets_ = {server.gate.cookies.secret for server in servers}
     assert len(secrets_) == 5 and all(len(secret) == 32 for secret in secrets_)
 
 
