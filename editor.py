@@ -976,7 +976,8 @@ class Prompt:
 
     asks = True
 
-    def __init__(self) -> None:
+    def __init__(self, tty: Tty) -> None:
+        self.tty = tty
         self._is_shown = False
 
     def erase(self) -> bytes:
@@ -1000,9 +1001,8 @@ class StatusRow(Prompt):
     asks = False
 
     def __init__(self, write: Callable[[bytes], None], tty: Tty, style: Style) -> None:
-        super().__init__()
+        super().__init__(tty)
         self._write = write
-        self._tty = tty
         self._screen = Screen(*tty.size(), style, tty.wraps_again, tty.goes_back)
 
     def erase(self) -> bytes:
@@ -1015,12 +1015,12 @@ class StatusRow(Prompt):
 
     def resized(self) -> float:
         """Note that the window has a new size. Return when to ``resize``, in seconds from now."""
-        self._screen.resize_later(*self._tty.size())
-        return RESIZE_PAUSE if self._tty.wraps_again else 0.0
+        self._screen.resize_later(*self.tty.size())
+        return RESIZE_PAUSE if self.tty.wraps_again else 0.0
 
     def resize(self) -> None:
         """Follow the window to its new size."""
-        self._write(self._screen.resize(*self._tty.size()))
+        self._write(self._screen.resize(*self.tty.size()))
 
     def resume(self) -> None:
         """Go on after a stop: the job that had the terminal meanwhile has left the cursor below what was shown."""
@@ -1041,11 +1041,11 @@ class EditorScreen(StatusRow):
 
     def open(self) -> None:
         """Take the terminal, unless this job is in the background: then each ``draw`` tries again."""
-        if self._tty.is_background():
+        if self.tty.is_background():
             return
         self._is_ours = True
-        self._tty.leave_raw_mode()
-        self._tty.enter_raw_mode()
+        self.tty.leave_raw_mode()
+        self.tty.enter_raw_mode()
         self.resize()
         self._write(PASTE_ON)
 
@@ -1053,9 +1053,9 @@ class EditorScreen(StatusRow):
         """Give the terminal back as it was, with the cursor below what was said."""
         if self._is_ours:
             self._is_ours = False
-            self._write(self._screen.resize(*self._tty.size()) + PASTE_OFF)
+            self._write(self._screen.resize(*self.tty.size()) + PASTE_OFF)
             self._flush()
-            self._tty.leave_raw_mode()
+            self.tty.leave_raw_mode()
 
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
         """Return what shows the line being typed, and the notices above it; b"" while another job has the terminal."""

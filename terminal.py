@@ -77,8 +77,8 @@ class CommandSpec(NamedTuple):
 
 COMMANDS: dict[str, CommandSpec] = {
     "send": CommandSpec("send NICK MESSAGE", "send MESSAGE (the rest of the line) to NICK", completes=Completion.PEERS),
-    "talk": CommandSpec("talk NICK", "send every line to NICK from now on; commands then begin with / (/who, /end ends"
-                        " it)", completes=Completion.PEERS),
+    "talk": CommandSpec("talk NICK", "send every line to NICK from now on; commands then begin with /; /end ends it",
+                        completes=Completion.PEERS),
     "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=str),
     "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=str),
     "who": CommandSpec("who", "show everybody who is known", json=bool),
@@ -86,6 +86,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=bool),
     "end": CommandSpec("end", works_offline=True, only_in_talk=True),
 }
+HELP_INDENT = 20    # columns before what a command does
 
 
 class SendCommand:
@@ -243,15 +244,7 @@ class CommandReader:
         """Accept texts to send."""
         self.waiting.append(send)
 
-    def clear(self) -> None:
-        """Forget what waits."""
-        self.waiting.clear()
-
     # out
-
-    def put_back(self, send: SendCommand) -> None:
-        """Make these the next command again."""
-        self.waiting.appendleft(send)
 
     def next_command(self) -> Command:
         """Remove and return the next command."""
@@ -850,7 +843,7 @@ class Shell:
         """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""
         self._is_closed = True
         if forget:
-            self._reader.clear()
+            self._reader.waiting.clear()
 
     # carrying out
 
@@ -890,7 +883,7 @@ class Shell:
         send.nick = nick
         is_done = self._queue(send)
         if send.texts:
-            self._reader.put_back(send)
+            self._reader.waiting.appendleft(send)
         return is_done
 
     def _do(self, name: str, *words: str) -> None:
@@ -958,8 +951,12 @@ class Shell:
         self._display.write(self._display.formatter.clients(rows).encode())
 
     def _do_help(self) -> None:
-        lines = [f"{spec.usage:20}{spec.help}\n" for spec in COMMANDS.values() if spec.help]
-        self._display.write(self._display.formatter.help("".join(lines)).encode())
+        import textwrap     # here: few ask for help, and a start is measured
+        prompt = self._display.prompt
+        columns = max(prompt.tty.size()[0], 2 * HELP_INDENT) if prompt is not None else LINE_LIMIT
+        lines = [textwrap.fill(f"{spec.usage:{HELP_INDENT}}{spec.help}", columns, subsequent_indent=" " * HELP_INDENT)
+                 for spec in COMMANDS.values() if spec.help]
+        self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
 
     def hand_back_rest(self) -> None:
         """Report the texts of the lines that were read, but are not carried out any more, as not delivered."""
@@ -972,7 +969,7 @@ class Shell:
                 if name == "talk" or (name == "end" and self._reader.talk):
                     self._carry_out(name, words)            # it says to whom the lines behind it were to go
                 elif name == "quit":
-                    self._reader.clear()                    # what stands behind it was not meant to be done
+                    self._reader.waiting.clear()                    # what stands behind it was not meant to be done
 
     # completion
 

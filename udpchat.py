@@ -750,7 +750,7 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     if options.mode == "send":
         return StatusRow(output.write, tty, style)
     if is_dumb:
-        return Prompt()
+        return Prompt(tty)
     state = state_home()
     history = History(os.path.join(state, "history") if state is not None else None)
     editor = Editor(history, complete, BLOCK_PREFIX, COMMAND_MARK)

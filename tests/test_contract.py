@@ -654,7 +654,7 @@ def test_help_names_every_command(chat: Chat) -> None:
     alice = chat.client("alice")
     alice.feed("help\n")
     assert alice.finish() == 0
-    words = [line.split()[0] for line in alice.events[1:-1]]
+    words = [line.split()[0] for line in alice.events[1:-1]]      # one line each: nothing is wrapped for a script
     assert words == ["send", "talk", "dereg", "reg", "who", "help", "quit"]
 
 

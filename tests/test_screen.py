@@ -252,6 +252,26 @@ def test_a_message_goes_above_what_is_being_typed(chat: Chat, open_window: Open)
     alice.shows("bob: hi there", ">>> send bob help me, Halo", received("bob"), f">>> {CURSOR}")
 
 
+@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}], ids=["xterm", "dumb"])
+def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
+        chat: Chat, open_window: Open, environment: dict[str, str]) -> None:
+    chat.server()
+    alice = open_window(columns=48, ready=False, **environment)
+    chat.until(lambda: UPDATED in alice.rows, "the table")
+    alice.type("help\r")
+    alice.shows("send NICK MESSAGE   send MESSAGE (the rest of",
+                "                    the line) to NICK",
+                "talk NICK           send every line to NICK from",
+                "                    now on; commands then begin",
+                "                    with /; /end ends it",
+                "dereg NICK          go offline (NICK: your own)",
+                "reg NICK            come online again",
+                "who                 show everybody who is known",
+                "help                show this",
+                "quit                go offline and end",
+                f">>> {CURSOR}")
+
+
 WRAPPED = [
     ("abcdefghijklmnopqrstuvwxyz" * 3, 0, 26),
     ("abcdefghijklmnopqrstuvwxyz" * 3, 40, 26),
