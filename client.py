@@ -202,10 +202,10 @@ class ServerLink:
         if not is_ours or self.state is LINK_OFFLINE:
             return
         reason, may_go_on = info["reason"], not ("session" in info or self._registration.is_running)
+        self._stop_registering()
         if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
             self._session_is_gone()
             return
-        self._stop_registering()
         if reason != self.patience.reason:
             log.info("the server at %s refuses %s: %s", show_address(address), self.nick, reason)
         if may_go_on:       # our session may live, and be what holds the nick: the next round asks again

@@ -777,6 +777,7 @@ class ClaimVerdict(Enum):
     TAKEN = "taken"         # its holder has answered
     OWNED = "owned"         # it has an owner, and this is not their token; or it looks like another one
     FULL = "full"           # there are too many clients, or too many nicks
+    SPENT = "replaced"      # that request had a session, which is over
 
 
 class SaveVerdict(Enum):
@@ -788,7 +789,7 @@ class SaveVerdict(Enum):
 
 
 GRANTED, PROBE_HOLDER, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.PROBE_HOLDER, ClaimVerdict.TAKEN
-OWNED, FULL = ClaimVerdict.OWNED, ClaimVerdict.FULL
+OWNED, FULL, SPENT = ClaimVerdict.OWNED, ClaimVerdict.FULL, ClaimVerdict.SPENT
 KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
 

@@ -58,8 +58,8 @@ import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
 from secure import Cookies
 from stream import ReceiveStream, Run, SendStream
-from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, TAKEN, UNKNOWN,
-                      ClaimVerdict, Mailbox, Parcel, Registry, Session)
+from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN,
+                      UNKNOWN, ClaimVerdict, Mailbox, Parcel, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 
 
@@ -201,8 +201,8 @@ class Gate:
             return
         if sessions.is_spent(claim.request):
             # A copy that was delayed by the network: the client who sent it has gone on since, and ignores this. Or the
-            # welcome was lost, and somebody else has got the nick meanwhile: that client must begin again.
-            self.refuse(claim, TAKEN)
+            # welcome was lost, and another one has got the nick meanwhile: that client must begin again.
+            self.refuse(claim, SPENT)
             return
         verdict = registry.claim(claim.nick, claim.address, claim.token)
         if verdict == GRANTED:

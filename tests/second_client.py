@@ -158,7 +158,7 @@ class SecondClient:
                     peer.since = self.now       # what they wait for has other numbers now
                 self._apply(self.held, self.held, [])
             case "refused", {"id": self.id, "reason": reason} if self.state == "registering":
-                self._end(f"[Refused: {reason}]")
+                self.register() if reason == "replaced" else self._end(f"[Refused: {reason}]")
             case ("refused" | "bye"), {"session": self.session} if self.state != "registering":
                 self._end("[Offline]") if self.state == "leaving" else self.register()
             case "pong", {"id": ping, "boot": boot, "version": version, "mail": mail} if ping in self.pings:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ import pytest
 import protocol
 from client import OLD_TABLE_TIME, PING_INTERVAL, PINGS_REMEMBERED, SYNC_INTERVAL
 from protocol import Address, encode
+from secure import NO_REQUEST, Handshake, token_for
 from stream import NEVER
-from tests.simulate import ELSEWHERE, SERVER, Disk, Life, Node, ServerNode, Weather, World, replay, run_seed
+from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, ServerNode, Weather, World, own_secret, replay,
+                            run_seed)
 from udpchat import NICK_PATIENCE
 
 SEEDS = 300
@@ -608,6 +611,34 @@ def test_a_session_that_goes_on_is_not_replaced_by_one_that_was_asked_for_meanwh
         world.network.block("alice", "server", 40)
         world.run(60)
         assert is_back(alice) and alice.client.link.session == session and count(alice, "[Server not responding]") == 1
+
+
+@pytest.mark.parametrize("case", ["reg", "the server has restarted"])
+def test_a_client_registers_again_if_an_earlier_request_that_came_late_has_taken_its_place(case: str) -> None:
+    world, (alice,) = start("alice")
+    if case == "reg":
+        alice.type("dereg alice")
+        world.run(2)
+        alice.type("reg alice")
+    elif world.server is not None:
+        world.server.crash()
+        world.start_server()
+    handshake = alice.client.link.handshake
+    world.run_until(lambda: handshake.id != NO_REQUEST and handshake.has_cookie, 40)
+    world.network.block("server", "alice", 0.3)         # the welcome is lost
+    node = world.server
+    assert node is not None
+    gate, registry = node.server.gate, node.server.registry
+    world.run_until(lambda: registry.sessions.of("alice") is not None, 1)
+    granted = registry.sessions.of("alice")
+    late = Handshake(lambda datagram, _: node.receive(datagram, alice.address), partial(token_for, own_secret("alice")))
+    late.begin(1, "alice")
+    late.ask([SERVER])
+    late.on_cookie({"id": 1, "server": registry.server_id, "cookie": gate.cookies.make(node.loop.now(), alice.address)},
+                   SERVER)
+    assert registry.sessions.of("alice") is not granted
+    world.run(10)
+    assert alice.alive and is_back(alice)
 
 
 @pytest.mark.parametrize("reason", ["taken", "owned", "full"])

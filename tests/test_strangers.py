@@ -1313,7 +1313,9 @@ def test_somebody_who_has_lost_a_nick_before_the_welcome_came_is_told_when_they_
     desk.wait(PROBE_TIMEOUT + 0.01)
     assert desk.registry.holder("bob") == home(2)
     (tag, info), = desk.say(home(1), request)
-    assert (tag, info["id"], info["reason"]) == ("refused", 7, "taken")
+    assert (tag, info["id"], info["reason"]) == ("refused", 7, "replaced")
+    assert desk.ask_for("bob", home(1), b"b" * 32) == [], "another request is one like any other: the holder is probed"
+    assert [probe.address for probe in desk.server.prober.probes.values()] == [home(2)]
 
 
 def test_a_nick_whose_owner_stays_away_lapses() -> None:
