@@ -53,16 +53,15 @@ from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple
 
-from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SESSION_BYTES, Address, Info,
-                      are_short, encode, join_pieces, letters_of, runs_of_one_stream, split_text, text_sizes)
-from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOTHING_DELIVERED, Packet, ReceiveStream, SendStream, Snapshot
+from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL,
+                      SESSION_BYTES, Address, Info, are_short, encode, join_pieces, letters_of, runs_of_one_stream,
+                      split_text, text_sizes)
+from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Packet, ReceiveStream, SendStream
 
 
 # --- conversations --------------------------------------------------------------------------------------------
 
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
-SERVER_ATTEMPTS = 5       # requests without an answer after which the server counts as silent
-SERVER_INTERVAL = 0.5     # s between them
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
 RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again
@@ -755,7 +754,6 @@ class Outbox:
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
 STREAMS_PER_SENDER = 8    # that can go on at once, of each peer; the longest silent one is evicted first
 STREAMS_IN_ALL = 2048     # the same of all peers together
-DUPLICATE_FILTER_LIMIT = 65_536     # streams and ranges of numbers remembered of evicted streams: about 20 MB
 PIECE_MEMORY = 4 * MAX_PIECE    # bytes that a piece may take in memory: Python uses 4 for a character
 INBOX_LIMIT = 64 * 2 ** 20      # bytes of all streams together, counting ``PIECE_MEMORY`` for every number
 
@@ -802,46 +800,6 @@ class Incoming:
         self.stream.written(texts)
         if self.stream.next != before:
             self._unacked[self] = None
-
-
-class DuplicateFilter:
-    """The numbers already shown of streams that were evicted: they may come again, by mail or because an ack got lost.
-
-    Beyond its limit, the sender who fills most of it loses the oldest: no sender can make it forget what others sent.
-    """
-
-    def __init__(self) -> None:
-        self.snapshots: dict[str, dict[int, Snapshot]] = {}     # sender -> stream -> what was shown, oldest first
-        self.size = 0                       # of all snapshots: streams and ranges
-        self._sizes: dict[str, int] = {}    # of those of each sender
-
-    @staticmethod
-    def _cost(snapshot: Snapshot) -> int:
-        return 1 + len(snapshot.claimed) + len(snapshot.given_up)
-
-    def add(self, sender: str, stream: int, snapshot: Snapshot) -> None:
-        """Remember a stream that is evicted, unless nothing of it was shown."""
-        if snapshot == NOTHING_DELIVERED:
-            return
-        self.snapshots.setdefault(sender, {})[stream] = snapshot
-        cost = self._cost(snapshot)
-        self._sizes[sender] = self._sizes.get(sender, 0) + cost
-        self.size += cost
-        while self.size > DUPLICATE_FILTER_LIMIT:
-            has_most = self._sizes.get(sender, 0) * 2 > DUPLICATE_FILTER_LIMIT
-            loser = sender if has_most else max(self._sizes, key=self._sizes.__getitem__)
-            self.pop(loser, next(iter(self.snapshots[loser])))
-
-    def pop(self, sender: str, stream: int) -> Snapshot | None:
-        """Return, and forget, what was shown of a stream; None if nothing is remembered of it."""
-        snapshot = self.snapshots[sender].pop(stream, None) if sender in self.snapshots else None
-        if snapshot is not None:
-            cost = self._cost(snapshot)
-            self.size -= cost
-            self._sizes[sender] -= cost
-            if not self.snapshots[sender]:
-                del self.snapshots[sender], self._sizes[sender]
-        return snapshot
 
 
 class Inbox:

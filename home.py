@@ -579,3 +579,21 @@ def publish(draft: str, path: str) -> None:
             os.rename(draft, path)
     finally:
         remove_quietly(lock)        # two that waited in vain for a lock, left by a killed process, both come here
+
+
+def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
+    """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
+    import hmac     # here: only registrations need it, and a start is measured
+    return hmac.digest(secret, server_id + nick.encode(), "sha256")
+
+
+def hash_of(token: bytes) -> bytes:
+    """Return what the store keeps of a token."""
+    import hashlib      # here: only registrations need it, and a start is measured
+    return hashlib.sha256(token).digest()
+
+
+def is_hash_of(owner: bytes, token: bytes) -> bool:
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
+    import hmac
+    return hmac.compare_digest(owner, hash_of(token))

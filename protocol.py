@@ -68,6 +68,8 @@ SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for
 
 # Choices of this implementation: other values would work with the same peers.
 
+SERVER_ATTEMPTS = 5       # requests without an answer after which a server counts as silent
+SERVER_INTERVAL = 0.5     # s between them
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
 ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache

@@ -42,9 +42,8 @@ from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from home import StoreFile
+from home import StoreFile, hash_of, is_hash_of
 from protocol import MAX_PIECE, Spellings, is_nick, mixes_scripts
-from secure import hash_of, is_hash_of
 
 if TYPE_CHECKING:
     import json

@@ -863,3 +863,46 @@ class ReceiveStream:
             else:
                 spans.append([first, last])
         return spans[:MAX_RANGES]
+
+
+DUPLICATE_FILTER_LIMIT = 65_536     # streams and ranges of numbers remembered of evicted streams: about 20 MB
+
+
+class DuplicateFilter:
+    """The numbers already shown of streams that were evicted: they may come again, by mail or because an ack got lost.
+
+    Beyond its limit, the sender who fills most of it loses the oldest: no sender can make it forget what others sent.
+    """
+
+    def __init__(self) -> None:
+        self.snapshots: dict[str, dict[int, Snapshot]] = {}     # sender -> stream -> what was shown, oldest first
+        self.size = 0                       # of all snapshots: streams and ranges
+        self._sizes: dict[str, int] = {}    # of those of each sender
+
+    @staticmethod
+    def _cost(snapshot: Snapshot) -> int:
+        return 1 + len(snapshot.claimed) + len(snapshot.given_up)
+
+    def add(self, sender: str, stream: int, snapshot: Snapshot) -> None:
+        """Remember a stream that is evicted, unless nothing of it was shown."""
+        if snapshot == NOTHING_DELIVERED:
+            return
+        self.snapshots.setdefault(sender, {})[stream] = snapshot
+        cost = self._cost(snapshot)
+        self._sizes[sender] = self._sizes.get(sender, 0) + cost
+        self.size += cost
+        while self.size > DUPLICATE_FILTER_LIMIT:
+            has_most = self._sizes.get(sender, 0) * 2 > DUPLICATE_FILTER_LIMIT
+            loser = sender if has_most else max(self._sizes, key=self._sizes.__getitem__)
+            self.pop(loser, next(iter(self.snapshots[loser])))
+
+    def pop(self, sender: str, stream: int) -> Snapshot | None:
+        """Return, and forget, what was shown of a stream; None if nothing is remembered of it."""
+        snapshot = self.snapshots[sender].pop(stream, None) if sender in self.snapshots else None
+        if snapshot is not None:
+            cost = self._cost(snapshot)
+            self.size -= cost
+            self._sizes[sender] -= cost
+            if not self.snapshots[sender]:
+                del self.snapshots[sender], self._sizes[sender]
+        return snapshot

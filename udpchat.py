@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from home import (LEVELS, LineFile, check_store, clean, config_home, is_private, json_line, load_secret, make_private,
-                  read_settings, remember_nicks, state_home)
+                  read_settings, remember_nicks, state_home, token_for)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
                   Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
                   read_some, show_address, unmapped)
@@ -806,7 +806,6 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
 
 def proof_of(options: argparse.Namespace) -> Callable[[bytes, str], bytes] | None:
     """Return what makes the token for (server id, nick), None for an anonymous client. Raise Usage."""
-    from secure import token_for
     secret = secret_of(options)
     return functools.partial(token_for, secret) if secret is not None else None
 

@@ -17,7 +17,7 @@ import pytest
 
 import home
 import registry
-from secure import hash_of
+from home import hash_of
 from protocol import encode
 from registry import DAY, FULL, GRANTED, Mailbox, Parcel, Registry, StoreError
 from server import HOUSEKEEPING

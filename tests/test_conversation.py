@@ -13,9 +13,9 @@ from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SERVER_ATTEMPTS, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind,
-                          Outbox, Place, Route)
-from protocol import Address, Map, join_pieces
+                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Outbox, Place,
+                          Route)
+from protocol import SERVER_ATTEMPTS, Address, Map, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take

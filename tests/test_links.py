@@ -15,9 +15,10 @@ from typing import cast
 import pytest
 
 import loop
-from client import ServerLink, TableSync
+from client import TableSync
 from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
 from registry import ONLINE
+from secure import ServerLink
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, has_ipv6, received)
 

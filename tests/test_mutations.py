@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from client import ServerLink, TableSync
+from client import TableSync
 from conversation import Delivery, Inbox
 from loop import Output
 from protocol import SESSION_SIZE, encode, padded
 from registry import Session, Table
+from secure import ServerLink
 from server import Committer, Postman, Server
 from terminal import Shell
 from stream import ReceiveStream, SendStream

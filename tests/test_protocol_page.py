@@ -332,10 +332,10 @@ OBEYED = {      # a constant of the page -> its name in the code
 }
 CHOSEN = {
     "ack timeout": "conversation.ACK_TIMEOUT",
-    "attempts of a request": "conversation.SERVER_ATTEMPTS",
-    "interval between them": "conversation.SERVER_INTERVAL",
-    "keepalive": "client.PING_INTERVAL",
-    "ping of a silent server": "client.OUTAGE_PING_INTERVAL",
+    "attempts of a request": "protocol.SERVER_ATTEMPTS",
+    "interval between them": "protocol.SERVER_INTERVAL",
+    "keepalive": "secure.PING_INTERVAL",
+    "ping of a silent server": "secure.OUTAGE_PING_INTERVAL",
     "progress on one route": "conversation.STALL_TIMEOUT",
     "progress on all routes together": "conversation.STUCK_TIMEOUT",
     "relay": "conversation.RELAY_TIME",

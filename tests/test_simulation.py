@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 import protocol
-from client import OLD_TABLE_TIME, PING_INTERVAL, PINGS_REMEMBERED, SYNC_INTERVAL
+from client import OLD_TABLE_TIME, SYNC_INTERVAL
+from home import token_for
 from protocol import Address, encode
-from secure import NO_REQUEST, Handshake, token_for
+from secure import NO_REQUEST, PING_INTERVAL, PINGS_REMEMBERED, Handshake
 from stream import NEVER
 from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, ServerNode, Weather, World, own_secret, replay,
                             run_seed)

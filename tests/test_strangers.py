@@ -32,13 +32,13 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import LINK_LEAVING, PING_INTERVAL, SYNC_INTERVAL, Client
+from client import SYNC_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
-from home import clean, load_secret
-from secure import COOKIE_TIME, token_for
+from home import clean, load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAMAGED, DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
+from secure import COOKIE_TIME, LINK_LEAVING, PING_INTERVAL
 from terminal import Display
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from tests.corpus import mutants, record
@@ -1149,7 +1149,7 @@ def gaps(inbox: Inbox, sender: str, streams: int, many: int) -> None:
 
 def test_the_duplicate_filter_is_bounded_and_who_fills_most_of_it_loses_his_own(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversation.DUPLICATE_FILTER_LIMIT", 500)
+    monkeypatch.setattr("stream.DUPLICATE_FILTER_LIMIT", 500)
     inbox = Inbox()
     for number in range(30):
         inbox.on_chat(1.0, {"from": "alice", "to": "bob", "stream": number, "base": 1, "n": 1, "text": ["once"]}, EVE)
