@@ -23,10 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, SILENT, Inbox, Outbox, Place
+from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Inbox, Outbox, Place
 from loop import (NEVER, Address, Endpoint, Loop, RestartableTimer, jittered, log, new_id, seen_from, show_address,
                   wake_up)
-from protocol import PROOF_BYTES, SERVER_INTERVAL, SYNC_PAGES, Decoder, Info, Map, encode, folded, since_of
+from protocol import (PROOF_BYTES, SERVER_INTERVAL, SYNC_PAGES, Decoder, Info, Map, are_neighbours, encode, folded,
+                      is_private, since_of)
 from registry import ONLINE, Mirror, Page
 from secure import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_REGISTERING, OUTAGE_PING_INTERVAL, Patience, Send,
                     ServerLink)
@@ -78,6 +79,11 @@ class TableSync(Mirror):
         return entry is not None and entry.state == ONLINE and (
             (entry.host, entry.port) == address
             or ("%" in address[0] and self.reach(entry.host, entry.port) == address))
+
+    def are_behind_one_router(self, nick: str) -> bool:
+        """Return whether the server sees ``nick`` at the same host as us."""
+        entry, own = self.table.entries.get(nick), self.table.entries.get(self._link.nick)
+        return entry is not None and own is not None and entry.host == own.host
 
     def begin_session(self, boot: int, version: int) -> None:
         """Catch up with a server, as it runs since ``boot``, whose table has that version."""
@@ -306,6 +312,66 @@ class Receiving:
                 self._send(encode("ack", info), address if address is not None else self._link.endpoint.current)
 
 
+# --- two who are behind routers -------------------------------------------------------------------------------
+
+class Meetings:
+    """How two clients reach each other whose routers let in only what they take for an answer::
+
+        alice                   server                  bob
+          chat ------------------------------------X        his router drops it
+          meet ----------------->
+                                  call ----------------->    alice is at this address
+          <----------------------------------------- knock   his router now takes what she sends for the answer
+          chat -------------------------------------------->
+
+    alice's part is that of ``Reach``. Two in the same private network may not reach each other by way of their router:
+    so ``call`` also tells alice's own address if the server sees both at the same one, and bob knocks there, too, if it
+    is in the network of his own. Then he accepts her chat from there, and she his knock.
+    """
+
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox) -> None:
+        self._loop, self._send, self._link, self._table, self._outbox = loop, send, link, table, outbox
+        self._beside: dict[str, Address] = {}       # where those are who have called from our own network
+
+    def _is_beside_us(self, address: Address) -> bool:
+        own = self._link.handshake.own
+        return (own is not None and address != own and address not in self._link.endpoint.last_two()
+                and is_private(address[0]) and are_neighbours(own[0], address[0]))
+
+    def on_call(self, info: Info) -> None:
+        """Knock where somebody is who does not get through to us."""
+        address, beside = self._table.reach(info["host"], info["port"]), info.get("own")
+        addresses = [address] if address is not None and address not in self._link.endpoint.last_two() else []
+        if beside is not None and self._is_beside_us((beside[0], beside[1])):
+            self._beside[info["from"]] = beside[0], beside[1]
+            addresses.append(self._beside[info["from"]])
+        for one in addresses:
+            self._send(encode("knock", {"stream": info["stream"]}), one)
+
+    def on_knock(self, info: Info, address: Address) -> None:
+        """Send again at once to somebody who has knocked, from where the table says, or in our own network."""
+        conversation = self._outbox.by_stream.get(info["stream"])
+        if conversation is None or conversation.place is None or not conversation.place.online:
+            return
+        is_beside = self._is_beside_us(address) and self._table.are_behind_one_router(conversation.peer)
+        if address == conversation.place.address or is_beside:
+            self._outbox.on_knock(self._loop.now(), conversation, address)
+
+    def note_chat(self, nick: str, address: Address) -> None:
+        """Note that somebody's chat came straight from ``address``, where they are: we reach them there, too."""
+        conversation = self._outbox.conversations.get(nick)
+        if conversation is not None and conversation.route is RELAY:
+            self._outbox.on_knock(self._loop.now(), conversation, address)
+
+    def admits(self, nick: str, address: Address) -> bool:
+        """Return whether ``nick`` has called from ``address``, in our own network."""
+        return self._beside.get(nick) == address
+
+    def forget(self, nick: str) -> None:
+        """Forget where somebody was: the table has changed."""
+        self._beside.pop(nick, None)
+
+
 # --- leaving --------------------------------------------------------------------------------------------------
 
 END_TIME = 1.5            # s after Ctrl-C until what is not closed counts as not delivered
@@ -474,8 +540,9 @@ class Client:
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Endpoint,
                  proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
                  stay: bool = False, is_typed: bool = False, observer: Observer | None = None,
-                 patience: Patience | None = None) -> None:
-        """``proof``: see ``ServerLink``; ``ack_timeout``: s; ``stay``: go on receiving at the end of stdin.
+                 patience: Patience | None = None,
+                 own_address: Callable[[Address], Address | None] = lambda server: None) -> None:
+        """``proof``, ``own_address``: see ``Handshake``. ``ack_timeout``: s. ``stay``: go on at the end of stdin.
 
         ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
         """
@@ -485,11 +552,14 @@ class Client:
         self.display = display
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox()
-        self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version, proof, patience)
+        self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version,
+                               proof, patience, own_address)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
-        self.receipts = Receipts(loop, display, self.outbox.goes_direct, observer)
+        self.receipts = Receipts(loop, display, lambda nick: self.outbox.conversations[nick].route is DIRECT,
+                                 observer)
         self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
+        self.meetings = Meetings(loop, send, self.link, self.table_sync, self.outbox)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
@@ -500,10 +570,10 @@ class Client:
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack,
             "cookie": self.link.handshake.on_cookie, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
-            "refused": self.link.on_refused, "bye": self.link.on_bye}
+            "refused": self.link.on_refused, "bye": self.link.on_bye, "knock": self.meetings.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
             "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
-            "mail": self._on_mail}
+            "mail": self._on_mail, "call": self.meetings.on_call}
 
     def start(self) -> None:
         """Come online."""
@@ -569,7 +639,8 @@ class Client:
             if len(nack) <= self._allowance:
                 self._allowance -= len(nack)
                 self._send(nack, address)
-        elif self.table_sync.is_at(info["from"], address):
+        elif self.table_sync.is_at(info["from"], address) or self.meetings.admits(info["from"], address):
+            self.meetings.note_chat(info["from"], address)
             self.receiving.on_chat(info, address)
         else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
             self.table_sync.ask_soon()
@@ -643,6 +714,7 @@ class Client:
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
         for nick in nicks:
+            self.meetings.forget(nick)
             self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:

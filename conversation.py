@@ -46,7 +46,6 @@ or after ``HOLD_TIME`` without an answer. Numbers that he has given up in this w
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -54,9 +53,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL,
-                      SESSION_BYTES, Address, Info, are_short, encode, join_pieces, letters_of, runs_of_one_stream,
-                      split_text, text_sizes)
-from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Packet, ReceiveStream, SendStream
+                      SESSION_BYTES, SESSION_SIZE, Address, Info, are_short, encode, join_pieces, letters_of, padded,
+                      pieces_of, runs_of_one_stream, text_sizes)
+from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, ReceiveStream, SendStream, SendTimes
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -64,9 +63,10 @@ from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Packet,
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
-RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again
+RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again, twice as long ...
+MAX_RELAY_TIME = 600.0    # ... after each further time, up to this
+KNOCK_TIMEOUT = 0.3       # s; a recipient that was asked to knock, and can, has done so by then
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
-TIME_RUNS_KEPT = 8192     # runs of sending times of a stream, more than a client queues; then the old ones are dropped
 
 
 class Route(Enum):
@@ -119,25 +119,39 @@ class Place(NamedTuple):
     address: Address | None
 
 
-class SendTimes:
-    """When each number of a stream was sent (wall clock), as runs of numbers with the same time."""
+class Reach:
+    """What is known of the direct path to a recipient, and of the attempts to open it.
+
+    A router, or a firewall, lets in only what it takes for an answer. So two who are behind such must both send first:
+    when the recipient does not answer, the server is asked to introduce us (``meet``), and the recipient *knocks* from
+    behind its own router, which takes what we send from then on for the answer. Once for each silence.
+    """
 
     def __init__(self) -> None:
-        self._starts: list[int] = []        # the first number of each run
-        self._times: list[float] = []
+        self.beside: Address | None = None      # where it is in our own network, if it has knocked from there
+        self.closed_until = -NEVER              # the path did not work: it is not tried before that
+        self.met_at = -NEVER                    # when the server was asked to introduce us, in this silence or the last
+        self.awaits_knock = False               # none has come since then
+        self._failures = 0                      # since the path worked last
 
-    def add(self, number: int, at: float, base: int) -> None:
-        """Note that numbers from ``number`` on are sent at ``at``; those below ``base`` are closed."""
-        self._starts.append(number)
-        self._times.append(at)
-        if len(self._starts) > TIME_RUNS_KEPT:
-            closed = max(0, bisect_right(self._starts, base) - 1)
-            del self._starts[:closed], self._times[:closed]
+    def fail(self, now: float) -> None:
+        """Note that the path does not work: it is tried again later, and each time later."""
+        self.closed_until = now + min(RELAY_TIME * 2 ** self._failures, MAX_RELAY_TIME)
+        self._failures = min(self._failures + 1, 16)
+        self.beside, self.awaits_knock = None, True
 
-    def of(self, packet: Packet) -> list[float]:
-        """Return when each item of a packet was sent."""
-        starts, times = self._starts, self._times
-        return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+    def work(self) -> None:
+        """Note that the path works."""
+        self.closed_until = self.met_at = -NEVER
+        self.awaits_knock, self._failures = False, 0
+
+    def meet(self, now: float) -> None:
+        """Note that the server is asked to introduce us."""
+        self.met_at, self.awaits_knock = now, True
+
+    def is_hopeless(self, now: float) -> bool:
+        """Return whether the recipient was asked to knock long enough ago, and nothing has come."""
+        return self.awaits_knock and -NEVER < self.met_at <= now - KNOCK_TIMEOUT
 
 
 class Backlog:
@@ -180,7 +194,7 @@ class Conversation:
         self._address: Address | None = None        # where DIRECT goes now
         self._follows_table = False                 # this is the route that the table suggests, and it was not changed
         self._is_last_try = False                   # this is the second DIRECT, after EXISTS
-        self._relay_until = -NEVER
+        self.reach = Reach()
         self._silence_limit = ack_timeout           # s without an answer on this route, after which it is given up
         self._silent_since = NEVER                  # when the first datagram went out that nobody answered
         self._server_is_silent = False              # and the event SILENT was added
@@ -227,11 +241,6 @@ class Conversation:
         """How many numbers are not closed yet."""
         return self.stream.pending
 
-    @property
-    def messages(self) -> int:
-        """How many messages are not closed yet."""
-        return self._count(self.stream.base, self.stream.end)
-
     def texts(self) -> list[str]:
         """Return the messages that are not closed yet, in order."""
         return join_pieces(self.stream.base, list(self.stream.pending_items()), self.stream.continued)
@@ -250,25 +259,16 @@ class Conversation:
         if are_short(texts, MAX_PIECE):
             stream.queue(texts, text_sizes(texts, stream.end, (), self.route is not DIRECT))
         else:
-            self._queue_long(texts)
+            items, continued = pieces_of(texts, stream.end)
+            stream.queue(items, text_sizes(items, stream.end, continued, self.route is not DIRECT), continued)
         if self.route is not DIRECT and self.place is not None and not self.place.online:
             self._announce(RECIPIENT_OFFLINE)
-
-    def _queue_long(self, texts: Sequence[str]) -> None:
-        items: list[str] = []
-        continued: set[int] = set()
-        for text in texts:
-            number = self.stream.end + len(items)
-            pieces = split_text(text)
-            items.extend(pieces)
-            continued.update(range(number, number + len(pieces) - 1))
-        self.stream.queue(items, text_sizes(items, self.stream.end, continued, self.route is not DIRECT), continued)
 
     def locate(self, now: float, place: Place | None) -> None:
         """Learn that the recipient's entry in the table has changed (None: there is none)."""
         self.place = place
         self._follows_table = False
-        self._relay_until = -NEVER
+        self.reach = Reach()
         if not self.pending:
             return
         if place is None or not place.online:
@@ -305,6 +305,8 @@ class Conversation:
         closed = stream.on_ack(now, next_, have, room)
         if (route is DIRECT) == (self.route is DIRECT):     # any answer on the route in use is a sign of life
             self._silent_since = NEVER
+        if route is DIRECT and self.reach.met_at > -NEVER:
+            self.reach.work()
         if closed:
             if messages is None:
                 messages = closed       # without long texts, each number is a message
@@ -330,16 +332,36 @@ class Conversation:
         if self.stream.close(last + 1):
             self._close(now, Event(REFUSED, messages, reason, base, self.route is RELAY))
 
-    def on_exists(self, now: float, number: int, address: Address | None) -> None:
-        """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here)."""
+    def on_exists(self, now: float, number: int, address: Address | None, knocks: bool = False) -> None:
+        """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here).
+
+        ``knocks``: it knocks if it is asked to, so that a second attempt at the same address is no use if it did not.
+        """
         if self.route is not SAVE or not self.pending or number >= self.stream.top:
             return
         self._announce(EXISTS)
-        if address is None:
+        was_tried = bool(self.addresses) and address == self.addresses[-1]
+        if address is None or (knocks and was_tried and self.reach.is_hopeless(now)):
             self._relay(now)
         else:
             self._go(now, DIRECT, address)
             self._is_last_try = True
+
+    def on_knock(self, now: float, address: Address) -> None:
+        """Learn that the recipient has sent something straight from ``address``: perhaps it can be reached there.
+
+        It counts once after each ``meet`` and each failure: datagrams may pass in that direction alone.
+        """
+        reach = self.reach
+        if not reach.awaits_knock:
+            return
+        reach.awaits_knock, reach.closed_until = False, -NEVER
+        reach.beside = address if self.place is not None and address != self.place.address else None
+        if self.route is DIRECT and address == self._address:
+            self.stream.resume()
+        elif self.pending:
+            self._go(now, DIRECT, address)
+            self._follows_table = True
 
     # what time says
 
@@ -364,11 +386,14 @@ class Conversation:
             self._silent_since = now
             self._judge_at = min(self._judge_at, now + self._silence_limit)
         address = self._address if route is DIRECT else None
-        datagrams = []
+        datagrams: list[tuple[bytes, Address | None]] = []
+        if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self._silent_since < NEVER:
+            self.reach.meet(now)
+            info = {"session": self.session, "to": self.peer, "stream": self.id}
+            datagrams.append((padded("meet", info, SESSION_SIZE), None))
         for packet in packets:
-            more: Sequence[int] = ()
-            if stream.continued:
-                more = [number for number in range(packet.first, packet.end) if number in stream.continued]
+            numbers = range(packet.first, packet.end)
+            more = [number for number in numbers if number in stream.continued] if stream.continued else ()
             times = self._times.of(packet) if route is not DIRECT else ()
             datagrams.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
         return datagrams
@@ -395,12 +420,12 @@ class Conversation:
         if silent and not self._server_is_silent:
             self._server_is_silent = self.stuck = True
             self.stream.timeout_cap = MAX_TIMEOUT
-            self.events.append(Event(SILENT, self.messages))
+            self.events.append(Event(SILENT, self._count(self.stream.base, self.stream.end)))
         if stalled:
             self.stuck = True
             self.stream.timeout_cap = MAX_TIMEOUT
-        if self.route is RELAY and now >= self._relay_until > -NEVER:
-            self._relay_until = -NEVER
+        if self.route is RELAY and now >= self.reach.closed_until > -NEVER:
+            self.reach.closed_until = -NEVER
             self._pick_route(now)
 
     def _next_judgement(self) -> float:
@@ -413,8 +438,8 @@ class Conversation:
             when = min(when, self._route_progress_at + STALL_TIMEOUT)
         if not self.stuck:
             when = min(when, self._progress_at + STUCK_TIMEOUT)
-        if self.route is RELAY and self._relay_until > -NEVER:
-            when = min(when, self._relay_until)
+        if self.route is RELAY and self.reach.closed_until > -NEVER:
+            when = min(when, self.reach.closed_until)
         return when
 
     def _give_up_direct(self, now: float) -> None:
@@ -433,7 +458,7 @@ class Conversation:
     def _suggested_route(self, now: float) -> Route:
         if self.place is None or not self.place.online:
             return SAVE
-        if self.place.address is None or now < self._relay_until:
+        if self.place.address is None or now < self.reach.closed_until:
             return RELAY
         return DIRECT
 
@@ -441,13 +466,13 @@ class Conversation:
         """Change to the route that the table suggests."""
         route = self._suggested_route(now)
         if route is DIRECT and self.place is not None:
-            self._go(now, route, self.place.address)
+            self._go(now, route, self.reach.beside or self.place.address)
             self._follows_table = True
         else:
             self._go(now, route)
 
     def _relay(self, now: float) -> None:
-        self._relay_until = now + RELAY_TIME
+        self.reach.fail(now)
         self._go(now, RELAY)
 
     def _go(self, now: float, route: Route, address: Address | None = None) -> None:
@@ -515,7 +540,7 @@ class Outbox:
         self._session = bytes(SESSION_BYTES)
         self._server_is_silent = False
         self._offline = False
-        self._by_stream: dict[int, Conversation] = {}
+        self.by_stream: dict[int, Conversation] = {}
         self._sending: dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: dict[str, Conversation] = {}     # to be polled next
         self._due: dict[str, float] = {}                # when to look at a conversation, or earlier
@@ -553,10 +578,6 @@ class Outbox:
         for nick, conversation in self._sending.items():
             for text in conversation.texts():
                 yield nick, text
-
-    def goes_direct(self, nick: str) -> bool:
-        """Return whether the messages for ``nick`` (a conversation is open) go straight there at present."""
-        return self.conversations[nick].route == DIRECT
 
     # how much is pending
 
@@ -613,7 +634,7 @@ class Outbox:
         conversation.session = self._session
         self._forget_idle()
         self.conversations[nick] = conversation
-        self._by_stream[stream] = conversation
+        self.by_stream[stream] = conversation
 
     def send(self, now: float, nick: str, texts: Sequence[str], at: float) -> tuple[int, int]:
         """Queue texts for a recipient with whom a conversation is open; ``at``: the wall-clock time.
@@ -631,7 +652,7 @@ class Outbox:
         if len(self.conversations) >= CONVERSATIONS_KEPT:
             idle = next((nick for nick in self.conversations if nick not in self._sending), None)
             if idle is not None:
-                del self._by_stream[self.conversations.pop(idle).id]
+                del self.by_stream[self.conversations.pop(idle).id]
                 # It may still stand here, after an ack that came twice. The next conversation with the same nick must
                 # not be settled by it.
                 for collection in (self.with_events, self.awaiting_recount, self._touched):
@@ -655,7 +676,7 @@ class Outbox:
 
     def _addressed(self, info: Info, address: Address | None) -> Conversation | None:
         """Return the conversation that an answer from ``address`` is about, if it may come from there."""
-        conversation = self._by_stream.get(info["stream"])
+        conversation = self.by_stream.get(info["stream"])
         if conversation is None or (address is not None and address not in conversation.addresses):
             return None
         return conversation
@@ -682,8 +703,13 @@ class Outbox:
         """Process an ``exists``; ``reachable``: the address in its entry, None if it cannot be sent to from here."""
         conversation = self._addressed(info, None)
         if conversation is not None and conversation.peer == info["entry"][0]:
-            conversation.on_exists(now, info["n"], reachable)
+            conversation.on_exists(now, info["n"], reachable, info.get("knocks", False))
             self._touched[conversation.peer] = conversation
+
+    def on_knock(self, now: float, conversation: Conversation, address: Address) -> None:
+        """Learn that a recipient has sent something straight from ``address``, where it may be."""
+        conversation.on_knock(now, address)
+        self._touched[conversation.peer] = conversation
 
     # what time says
 

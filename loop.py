@@ -829,6 +829,15 @@ class UdpSocket:
         self.not_sent += 1
         log.debug("sending to %s: %s", show_address(address), error)
 
+    def own_address(self, peer: Address) -> Address | None:
+        """Return from which address the system sends to ``peer``, as it is now; None if it does not say."""
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in peer[0] else socket.AF_INET, socket.SOCK_DGRAM) as asked:
+                asked.connect(for_ipv6_socket(peer) if "%" in peer[0] else peer)        # UDP: nothing is sent
+                return asked.getsockname()[0], self._sock.getsockname()[1]
+        except OSError:
+            return None
+
     def counters(self) -> dict[str, int]:
         """Return what came and went since the start."""
         return {"datagrams_in": self.datagrams_in, "bytes_in": self.bytes_in, "datagrams_out": self.datagrams_out,

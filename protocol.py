@@ -140,6 +140,22 @@ def _is_octet(part: str) -> bool:
     return part.isascii() and part.isdecimal() and str(int(part)) == part and int(part) <= 255
 
 
+def is_private(host: str) -> bool:
+    """Return whether a numeric host means something only in its own network: RFC 1918, 3927, 4193, RFC 4291 §2.5.6."""
+    if ":" in host:
+        return host[:2].lower() in ("fc", "fd") or (host[:3].lower() in ("fe8", "fe9", "fea", "feb"))
+    first, second = map(int, host.split(".")[:2])
+    return first == 10 or (first, second) in ((192, 168), (169, 254)) or (first == 172 and 16 <= second < 32)
+
+
+def are_neighbours(host: str, other: str) -> bool:
+    """Return whether two numeric hosts seem to be in one network: in the same /24, or /64 for IPv6."""
+    if ":" not in host or ":" not in other:
+        return host.rpartition(".")[0] == other.rpartition(".")[0] != ""
+    import ipaddress        # here: see ``is_host``
+    return int(ipaddress.IPv6Address(host)) >> 64 == int(ipaddress.IPv6Address(other)) >> 64
+
+
 def are_short(texts: Sequence[str], most: int) -> bool:
     """Return whether each text has at most ``most`` bytes of UTF-8, even if all its characters are of the widest."""
     longest = len(texts[0]) if len(texts) == 1 else len(max(texts, key=len))
@@ -201,6 +217,7 @@ PROOF = binary(PROOF_BYTES)
 TOKEN = binary(TOKEN_BYTES)
 NUMBERS = rows(NUMBER)
 ENTRY = row(NICK, HOST, PORT, STATE)
+ADDRESS = row(HOST, PORT)
 RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
 
 REQUIRED: dict[str, dict[str, Check]] = {
@@ -218,6 +235,9 @@ REQUIRED: dict[str, dict[str, Check]] = {
              "at": rows(TIME), "relay": boolean},
     "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
     "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "items": valid_mail_items},
+    "meet": {"session": SESSION, "to": NICK, "stream": COUNT},
+    "call": {"from": NICK, "stream": COUNT, "host": HOST, "port": PORT},
+    "knock": {"stream": COUNT},
     "probe": {"id": COUNT, "to": NICK},
     "alive": {"id": COUNT, "nick": NICK},
     "ping": {"id": COUNT, "session": SESSION, "version": COUNT},
@@ -226,11 +246,13 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "bye": {"session": SESSION},
 }
 OPTIONAL: dict[str, dict[str, Check]] = {
-    "reg": {"token": TOKEN, "cookie": SESSION},
+    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK},
     "table": {"since": COUNT},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS},
+    "exists": {"knocks": boolean},
+    "call": {"own": ADDRESS},
     "alive": {"session": SESSION},
 }
 
@@ -461,6 +483,18 @@ def split_text(text: str) -> list[str]:
         cuts.append(data[start:end].decode())
         start = end
     return cuts
+
+
+def pieces_of(texts: Iterable[str], first: int) -> tuple[list[str], set[int]]:
+    """Return the pieces of texts, numbered from ``first`` on, and the numbers of those that the next one continues."""
+    items: list[str] = []
+    continued: set[int] = set()
+    for text in texts:
+        number = first + len(items)
+        pieces = split_text(text)
+        items.extend(pieces)
+        continued.update(range(number, number + len(pieces) - 1))
+    return items, continued
 
 
 def join_pieces(first: int, items: Sequence[str], more: Collection[int]) -> list[str]:

@@ -645,7 +645,8 @@ BYE, REPLACED, EVICTED = End.BYE, End.REPLACED, End.EVICTED
 class Session:
     """One registration of one client."""
 
-    __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table")
+    __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
+                 "knocks", "own")
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
@@ -657,6 +658,8 @@ class Session:
         self.greeting = known.last          # mail up to here comes before it is announced as online
         self.version = 0                    # of the table that it must hold before it gets mail
         self.holds_table = False
+        self.knocks = False                 # its client knows ``call``
+        self.own: Address | None = None     # of the client in its own network, as it says
 
     @property
     def has_had_its_mail(self) -> bool:
@@ -881,6 +884,11 @@ class Registry:
         if session is not None and self.sessions.is_live(session):
             return session.address
         return self.maybe_running.get(nick)
+
+    def knocks(self, nick: str) -> bool:
+        """Return whether the client of ``nick`` knocks if it is called."""
+        session = self.sessions.of(nick)
+        return session is not None and session.knocks
 
     def not_there(self, nick: str, address: Address) -> None:
         """Note that nobody answers at ``address``, in case ``nick`` was online there when the server last stopped."""

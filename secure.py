@@ -30,7 +30,7 @@ from typing import Protocol
 
 from loop import NEVER, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
 from protocol import (REG_SIZE, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_BYTES, SESSION_SIZE, Address, Info, encode,
-                      padded)
+                      is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -47,9 +47,15 @@ class Handshake:
     Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
     """
 
-    def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None) -> None:
-        """``proof``: returns the token for (server id, nick); None: the nick will be nobody's."""
+    def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None,
+                 own_address: Callable[[Address], Address | None] = lambda server: None) -> None:
+        """``proof``: returns the token for (server id, nick); None: the nick will be nobody's.
+
+        ``own_address``: returns from which address this machine sends to a server; None: it is not known.
+        """
         self.id = NO_REQUEST
+        self.own: Address | None = None         # our address, if it is one of a private network
+        self._own_address = own_address
         self.has_cookie = False
         self._send, self._proof, self._nick = send, proof, ""
         self._cookie = (("", 0), b"", b"")      # from where, the id of the server, and the cookie itself
@@ -65,7 +71,11 @@ class Handshake:
         self._cookies_left = cookies_left
         if self.has_cookie:
             address, server, info["cookie"] = self._cookie
-            addresses = (address,)
+            addresses, info["knocks"] = (address,), True
+            own = self._own_address(address)
+            self.own = own if own is not None and is_private(own[0]) else None
+            if self.own is not None:
+                info["own"] = self.own
             if self._proof is not None:
                 info["token"] = self._proof(server, self._nick)
         for address in addresses:
@@ -195,10 +205,11 @@ class ServerLink:
 
     def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: LinkOwner,
                  table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None,
-                 patience: Patience) -> None:
+                 patience: Patience, own_address: Callable[[Address], Address | None]) -> None:
         """``table_version``: returns up to which version the server's table is here.
 
         ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
+        ``own_address``: see ``Handshake``.
         """
         self.state = LINK_OFFLINE
         self.is_silent = False                  # the server does not answer
@@ -206,7 +217,7 @@ class ServerLink:
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
-        self.handshake = Handshake(send, proof)
+        self.handshake = Handshake(send, proof, own_address)
         self._loop, self._send, self._owner = loop, send, owner
         self._table_version, self.patience = table_version, patience
         self._boot = 0
@@ -486,3 +497,21 @@ class Cookies:
         """Return whether ``cookie`` was made for ``address``, and not too long ago."""
         import hmac
         return cookie is not None and any(hmac.compare_digest(cookie, self.make(now, address, age)) for age in (0, 1))
+
+
+CALLS_PER_SECOND = 20     # to one client, at most
+
+
+class CallLimit:
+    """How many calls go to one client: somebody who asks for many must not make it do more than anybody else can."""
+
+    def __init__(self) -> None:
+        self._second = 0                        # the one that is counted, and ...
+        self._calls: dict[bytes, int] = {}      # ... the calls in it, by session
+
+    def allows(self, now: float, session: bytes) -> bool:
+        """Count a call, and return whether it may be sent."""
+        if int(now) != self._second:
+            self._second, self._calls = int(now), {}
+        self._calls[session] = self._calls.get(session, 0) + 1
+        return self._calls[session] <= CALLS_PER_SECOND

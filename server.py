@@ -56,7 +56,7 @@ from typing import NamedTuple
 
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
-from secure import Cookies
+from secure import CallLimit, Cookies
 from stream import ReceiveStream, Run, SendStream
 from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN,
                       UNKNOWN, ClaimVerdict, Mailbox, Parcel, Registry, Session)
@@ -74,6 +74,7 @@ class Drop(Enum):
     UNKNOWN_STREAM = "drop_unknown_stream"
     NO_REPLY = "drop_no_reply"
     SAVE_LIMIT = "drop_save_limit"
+    CALL_LIMIT = "drop_call_limit"
     STORE_UNREADABLE = "drop_store_unreadable"
 
 
@@ -152,6 +153,8 @@ class Claim(NamedTuple):
     address: Address
     token: bytes | None
     request: int        # the id of the ``reg``
+    knocks: bool        # its client knows ``call``
+    own: Address | None     # of the client in its own network, as it says
 
 
 class Gate:
@@ -185,7 +188,8 @@ class Gate:
         """Answer with a cookie, or go on with the claim of somebody who has brought one."""
         now = self._loop.now()
         if self.cookies.accepts(info.get("cookie"), now, address):
-            self.consider(Claim(info["nick"], address, info.get("token"), info["id"]))
+            self.consider(Claim(info["nick"], address, info.get("token"), info["id"], info.get("knocks", False),
+                                info.get("own")))
             return
         self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
@@ -220,6 +224,7 @@ class Gate:
         id_ = self._loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
         session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token,
                                        claim.request)
+        session.knocks, session.own = claim.knocks, claim.own
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
         self._welcome(session)
@@ -518,7 +523,8 @@ class Keeper:
         entry = self._registry.table.get(save.to)
         if entry is not None:
             self._send_queue.put_for(save.session, encode("exists", {
-                "stream": save.stream.id, "n": number, "version": entry.version, "entry": entry.row()}))
+                "stream": save.stream.id, "n": number, "version": entry.version, "entry": entry.row(),
+                "knocks": self._registry.knocks(save.to)}))
 
     def _probe_recipient(self, save: SaveStream) -> None:
         """Probe a recipient who is believed to be online; if it has just answered, send ``exists`` at once."""
@@ -936,9 +942,10 @@ class Server:
         self.keeper = Keeper(loop, registry, self.send_queue, self.drops, self.prober, self.postman.note)
         self.committer = Committer(loop, registry.mailbox)
         self.announcer = Announcer(loop, registry, self.send_queue, send)
+        self.calls = CallLimit()
         self._notices: deque[Address] = deque()     # where to say that the server is back
         self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
-            "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save}
+            "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save, "meet": self._on_meet}
         self._from_anybody: dict[str, Callable[[Info, Address], None]] = {
             "reg": self.gate.on_reg, "alive": self.prober.on_alive, "ack": self.postman.on_ack,
             "dereg": self._on_dereg}
@@ -1046,6 +1053,20 @@ class Server:
     def _on_sync(self, session: Session, info: Info) -> None:
         self.postman.note_version(session, info["version"])
         self.announcer.note_sync(session, info["version"])
+
+    def _on_meet(self, session: Session, info: Info) -> None:
+        """Tell a recipient where somebody is who does not get through to it: see ``Meetings`` of the client."""
+        recipient = self.registry.sessions.of(info["to"])
+        if recipient is None or not recipient.knocks or not self.registry.table.is_online(info["to"]):
+            return
+        if not self.calls.allows(self.loop.now(), recipient.id):
+            self.drops[Drop.CALL_LIMIT] += 1
+            return
+        host, port = session.address
+        call: Info = {"from": session.nick, "stream": info["stream"], "host": host, "port": port}
+        if session.own is not None and protocol.is_private(session.own[0]) and host == recipient.address[0]:
+            call["own"] = session.own
+        self.send_queue.put_for(recipient, encode("call", call))
 
     def _on_dereg(self, info: Info, address: Address) -> None:
         if self.registry.sessions.how_ended(info["session"]) == BYE:

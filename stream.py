@@ -564,6 +564,30 @@ class SendStream:
             self._recovery = self._transmissions
 
 
+TIME_RUNS_KEPT = 8192     # runs of sending times of a stream, more than a client queues; then the old ones are dropped
+
+
+class SendTimes:
+    """When each number of a stream was sent (wall clock), as runs of numbers with the same time."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []        # the first number of each run
+        self._times: list[float] = []
+
+    def add(self, number: int, at: float, base: int) -> None:
+        """Note that numbers from ``number`` on are sent at ``at``; those below ``base`` are closed."""
+        self._starts.append(number)
+        self._times.append(at)
+        if len(self._starts) > TIME_RUNS_KEPT:
+            closed = max(0, bisect_right(self._starts, base) - 1)
+            del self._starts[:closed], self._times[:closed]
+
+    def of(self, packet: Packet) -> list[float]:
+        """Return when each item of a packet was sent."""
+        starts, times = self._starts, self._times
+        return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+
+
 # --- receiving ------------------------------------------------------------------------------------------------
 
 MAX_CLAIMED_RANGES = 64   # ranges of numbers that another route has delivered, or none yet, remembered for one stream

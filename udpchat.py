@@ -780,7 +780,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
     client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)))
+                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)),
+                    own_address=port.own_address)
     if prompt is not None:
         show_log_above_prompt(display)
     port.receive = client.receive

@@ -536,8 +536,8 @@ class Watch(Observer):
         conversation = self._life.client.outbox.conversations.get(nick)
         if conversation is None:
             return 0
-        return conversation.messages + sum(event.messages for event in conversation.events
-                                           if event.kind in (RECEIVED, SAVED, REFUSED))
+        return len(conversation.texts()) + sum(event.messages for event in conversation.events
+                                               if event.kind in (RECEIVED, SAVED, REFUSED))
 
 
 class Life(Node):

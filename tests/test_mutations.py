@@ -157,7 +157,7 @@ def trusts_the_wall_clock(patch: pytest.MonkeyPatch) -> None:
 # each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
-    acks_before_it_commits: 8,
+    acks_before_it_commits: 12,
     takes_a_failed_commit_for_done: 39,
     counts_a_partial_write_as_whole: 0,
     deletes_mail_when_it_is_sent: 3,

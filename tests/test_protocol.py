@@ -17,7 +17,8 @@ ID, STREAM = 7, 2 ** 62 + 1
 SESSION, TOKEN = b"s" * 16, b"t" * 32
 ENTRY = ["bob", "192.0.2.1", 5000, "online"]
 EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
-    "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION},
+    "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION, "knocks": True,
+            "own": ["10.0.0.5", 40001]},
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9},
     "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob"},
@@ -29,8 +30,11 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "nack": {"stream": STREAM, "first": 5, "last": 6, "reason": "full"},
     "save": {"session": SESSION, "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""],
              "at": [1.5, 2.5], "relay": False, "more": [5]},
-    "exists": {"stream": STREAM, "n": 5, "version": 9, "entry": ENTRY},
+    "exists": {"stream": STREAM, "n": 5, "version": 9, "entry": ENTRY, "knocks": True},
     "mail": {"to": "bob", "stream": STREAM, "n": 5, "base": 5, "items": [["alice", STREAM, 1, 1.5, ["hi"], []]]},
+    "meet": {"session": SESSION, "to": "bob", "stream": STREAM},
+    "call": {"from": "alice", "stream": STREAM, "host": "192.0.2.1", "port": 40001, "own": ["10.0.0.5", 40001]},
+    "knock": {"stream": STREAM},
     "probe": {"id": ID, "to": "bob"},
     "alive": {"id": ID, "nick": "bob", "session": SESSION},
     "ping": {"id": ID, "session": SESSION, "version": 9},

@@ -105,11 +105,12 @@ def test_the_page_knows_every_field_and_whether_it_is_required() -> None:
 
 SAMPLES: dict[str, Any] = {     # a valid value of each type that has no bounds
     "bool": True, "float": 1795333447.25, "host": "192.0.2.1", "state": "online", "range": [3, 4],
-    "entry": ["bob", "192.0.2.20", 40002, "online"], "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
+    "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002],
+    "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
 WRONG: dict[str, list[Any]] = {     # msgpack type -> values that are invalid wherever another type belongs
     "int": [1, 2 ** 62], "float": [1.5], "bool": [True, False], "str": ["bob"], "bin": [b"bob", bytes(16)],
     "nil": [None], "list": [[], [1], ["bob"]], "map": [{}]}
-KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "run": "list"}
+KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "address": "list", "run": "list"}
 FORMS = {"host": "fe80::1%"}    # how a string must begin
 BOUND_TO_OTHERS = {("range", "first"), ("range", "last"), ("run", "n"), ("run", "more")}    # not only by their types
 FEW = 3     # elements of a list, where any number will do
@@ -323,6 +324,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "pages for one sync": "protocol.SYNC_PAGES",
     "life of a cookie": "secure.COOKIE_TIME",
     "answer to a probe": "server.PROBE_TIMEOUT",
+    "calls to one client": "secure.CALLS_PER_SECOND",
     "silence": "registry.SILENCE",
     "least time between two sync": "client.SYNC_INTERVAL",
     "first window": "protocol.INITIAL_ROOM",
@@ -339,6 +341,8 @@ CHOSEN = {
     "progress on one route": "conversation.STALL_TIMEOUT",
     "progress on all routes together": "conversation.STUCK_TIMEOUT",
     "relay": "conversation.RELAY_TIME",
+    "longest relay": "conversation.MAX_RELAY_TIME",
+    "patience with a knock": "conversation.KNOCK_TIMEOUT",
     "hold": "conversation.HOLD_TIME",
     "old table": "client.OLD_TABLE_TIME",
     "first retransmission timeout": "stream.INITIAL_TIMEOUT",

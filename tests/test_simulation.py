@@ -844,8 +844,9 @@ def test_jobs_that_start_at_the_same_instant_with_one_nick_all_deliver_and_none_
         lives = [world.job("alice", f"send bob number-{number}") for number in range(jobs)]
         world.run_until(lambda: not any(life.alive for life in lives), 20)
         assert [life.exit_code for life in lives] == [0] * jobs
-        assert sorted(line for line in bob.lines if line.startswith("alice: ")) == sorted(
-            f"alice: number-{number}" for number in range(jobs))
+        # some may have gone by the server, and show the time when they were sent
+        assert sorted(line.rpartition(" ")[2] for line in bob.lines if line.startswith("alice: ")) == sorted(
+            f"number-{number}" for number in range(jobs))
         if not loss:
             assert all(count(life, "[Welcome, You are registered.]") == 1 for life in lives), "nobody was replaced"
 

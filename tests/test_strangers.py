@@ -1766,3 +1766,68 @@ def test_a_nick_that_could_forge_a_line_is_dropped_wherever_it_stands(control: s
                 encode("table", {"since": 0, "version": 1, "set": [[nick, "1.2.3.4", 1, "online"]]}),
                 encode("exists", {"stream": 1, "n": 1, "version": 1, "entry": [nick, "1.2.3.4", 1, "online"]})):
             assert maps_of(datagram) == []
+
+
+# --- introductions --------------------------------------------------------------------------------------------
+
+def meet(session: bytes, to: str) -> bytes:
+    """Return the datagram that asks for an introduction."""
+    return padded("meet", {"session": session, "to": to, "stream": 7}, protocol.SESSION_SIZE)
+
+
+def called(desk: Desk, before: int) -> list[tuple[Address, Info]]:
+    """Return who was called since then, and how."""
+    return [(to, info) for datagram, to in desk.sent[before:] for tag, info in maps_of(datagram) if tag == "call"]
+
+
+def knocker(desk: Desk, nick: str, address: Address, own: tuple[str, int] | None = None) -> bytes:
+    """Register a client that knocks when it is called; return its session."""
+    info: Info = {"id": desk.loop.random.getrandbits(63), "nick": nick, "cookie": desk.cookie(address), "knocks": True}
+    if own is not None:
+        info["own"] = own
+    welcome = dict(desk.say(address, padded("reg", info, protocol.REG_SIZE)))["welcome"]
+    desk.say(address, ping(welcome["session"], welcome["version"]))
+    return bytes(welcome["session"])
+
+
+def test_a_call_tells_the_proven_address_of_the_sender_to_the_recipient_and_to_nobody_else() -> None:
+    desk = Desk()
+    alice, _, before = knocker(desk, "alice", home(1)), knocker(desk, "bob", home(2)), len(desk.sent)
+    desk.register("old", home(3))
+    for source, to in ((EVE, "bob"), (home(1), "nobody"), (home(1), "old")):
+        desk.say(source, meet(alice, to))
+    desk.say(home(1), meet(bytes(16), "bob"))
+    assert called(desk, before) == [], "a forged source, no recipient, one that does not knock, no session"
+    desk.say(home(1), meet(alice, "bob"))
+    host, port = home(1)
+    assert called(desk, before) == [(home(2), {"from": "alice", "stream": 7, "host": host, "port": port})]
+
+
+def test_one_client_is_called_at_most_20_times_a_second_whoever_asks() -> None:
+    desk = Desk()
+    sessions = [knocker(desk, f"n{number}", home(number)) for number in range(3, 9)]
+    knocker(desk, "bob", home(2))
+    knocker(desk, "carol", home(1))
+    before, second = len(desk.sent), int(desk.loop.time)
+    for number, session in enumerate(sessions, 3):
+        desk.say(home(number), *[meet(session, "bob")] * 20, meet(session, "carol"))
+    assert int(desk.loop.time) == second
+    assert Counter(to for to, _ in called(desk, before)) == {home(2): 20, home(1): 6}
+    assert desk.server.counters()["drop_call_limit"] == 100
+    desk.wait(1)
+    before = len(desk.sent)
+    desk.say(home(3), meet(sessions[0], "bob"))
+    assert len(called(desk, before)) == 1
+
+
+@pytest.mark.parametrize(("own", "told"), [(("10.0.0.5", 4000), True), (("8.8.8.8", 4000), False), (None, False)])
+def test_a_private_address_is_told_only_to_those_whom_the_server_sees_at_the_same_host(
+        own: tuple[str, int] | None, told: bool) -> None:
+    desk = Desk()
+    alice = knocker(desk, "alice", ("192.0.2.77", 1000), own)
+    knocker(desk, "beside", ("192.0.2.77", 2000), ("10.0.0.6", 4000))
+    knocker(desk, "elsewhere", home(2), ("10.0.0.6", 4000))
+    before = len(desk.sent)
+    desk.say(("192.0.2.77", 1000), meet(alice, "beside"), meet(alice, "elsewhere"))
+    (_, beside), (_, elsewhere) = called(desk, before)
+    assert ("own" in beside) == told and "own" not in elsewhere
