@@ -20,7 +20,7 @@ from home import token_for
 from protocol import Address, encode
 from secure import NO_REQUEST, PING_INTERVAL, PINGS_REMEMBERED, Handshake
 from stream import NEVER
-from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, ServerNode, Weather, World, own_secret, replay,
+from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, Router, ServerNode, Weather, World, own_secret, replay,
                             run_seed)
 from udpchat import NICK_PATIENCE
 
@@ -1357,6 +1357,72 @@ def test_it_holds_also_where_few_streams_can_go_on_at_once(some: range, monkeypa
     monkeypatch.setattr("conversation.STREAMS_IN_ALL", 6)
     for seed in some:
         assert not run_seed(seed).failure
+
+
+@pytest.mark.parametrize("some", seeds(20, SEEDS), ids=name_of)
+def test_it_holds_also_where_most_are_behind_routers(some: range) -> None:
+    for seed in some:
+        result = run_seed(seed, has_routers=True)
+        assert not result.failure, f"{result.failure}\nreplay: {replay(seed)} --routers"
+
+
+def behind(*routers: Router | None) -> tuple[World, list[Life]]:
+    """Return a world with alice, bob and so on behind these routers, who know each other, 20 ms from everybody."""
+    world = World(1)
+    world.network.weather = Weather(delay=0.02)
+    world.start_server()
+    lives = []
+    for nick, router in zip(("alice", "bob", "carol"), routers):
+        world.new_router = lambda: router
+        lives.append(world.client(nick))
+    world.run(3)
+    return world, lives
+
+
+def took(world: World, sender: Life, recipient: Life, text: str) -> float:
+    """Send a text; return how many seconds it takes until it is shown."""
+    began = world.now
+    sender.type(f"send {recipient.nick} {text}")
+    world.run_until(lambda: any(line.endswith(f" {text}") for line in recipient.lines), 5)
+    return world.now - began
+
+
+def test_two_behind_routers_chat_directly_from_the_first_message_on() -> None:
+    world, (alice, bob) = behind(Router(), Router())
+    assert took(world, alice, bob, "first") <= 0.25
+    world.run(1)
+    for sender, recipient, text in ((alice, bob, "second"), (bob, alice, "back"), (alice, bob, "third")):
+        assert took(world, sender, recipient, text) <= 0.025
+    world.run(1)
+    assert count(alice, "[Message received by bob.]") == 3 and not ends(alice, "saved]")
+
+
+def test_a_path_that_is_open_costs_no_datagram_more() -> None:
+    counts = []
+    for router in (None, Router()):
+        world, (alice, bob) = behind(router, None)
+        before = world.network.datagrams
+        took(world, alice, bob, "hello")
+        counts.append(world.network.datagrams - before)
+    assert counts[0] == counts[1]
+
+
+def test_routers_that_forget_cost_a_round_by_the_server_each_time() -> None:
+    world, (alice, bob) = behind(Router(30.0), Router(30.0))
+    for number in range(4):
+        assert took(world, alice, bob, f"number-{number}") <= 0.25
+        world.run(40)
+    assert count(alice, "[Message received by bob.]") == 4
+
+
+def test_where_no_router_can_be_opened_messages_are_relayed_after_one_try() -> None:
+    for routers in ((Router(is_symmetric=True), Router()), (Router(is_symmetric=True), Router(is_symmetric=True))):
+        world, (alice, bob) = behind(*routers)
+        assert took(world, alice, bob, "first") <= 0.9
+        world.run(1)
+        assert took(world, alice, bob, "second") <= 0.2
+        world.run(1)
+        assert ends(alice, "saved]") == 2 and count(alice, "[No ACK from bob, message sent to server.]") == 1
 
 
 def test_a_seed_gives_the_same_run_in_every_process() -> None:
