@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, fo
 from registry import ONLINE
 from secure import ServerLink
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
-                             Machine, NoNamespaces, has_ipv6, received)
+                             Machine, NoNamespaces, Process, has_ipv6, received)
 
 Maker = Callable[..., Machine]
 
@@ -384,3 +385,104 @@ def test_a_server_whose_link_is_gone_after_a_restart_goes_on_with_the_others(cha
     assert bob.finish() == 0
     server.signal(15)
     assert server.wait() == 0 and not server.errors
+
+
+# behind routers
+
+MASQUERADE = """
+table ip nat {{
+    chain after {{ type nat hook postrouting priority srcnat; oifname eth0 {how}; }}
+}}
+table ip filter {{
+    chain input {{ type filter hook input priority filter; iifname eth0 udp dport 1-65535 drop; }}
+    chain forward {{ type filter hook forward priority filter; iifname eth0 ct state new drop; }}
+}}
+"""
+ONE_PORT, MANY_PORTS = "masquerade", "masquerade fully-random"
+
+
+def forward(machine: Machine) -> None:
+    """Make a machine a router."""
+    machine.run("open('/proc/sys/net/ipv4/ip_forward', 'w').write('1')")
+
+
+def home(machine: Maker, internet: Machine, number: int, how: str, people: int = 1) -> list[Machine]:
+    """Return the machines of people behind a router, as most have one at home, that is linked to the internet."""
+    router = machine(internet, f"home{number}")
+    internet.address(f"home{number}", f"203.0.113.{4 * number + 1}/30")
+    router.address("eth0", f"203.0.113.{4 * number + 2}/30")
+    router.ip(f"route add default via 203.0.113.{4 * number + 1}")
+    router.ip("link add lan type bridge")
+    router.ip("link set lan up")
+    router.address("lan", f"10.{number}.0.1/24")
+    forward(router)
+    try:
+        subprocess.run([*router.enter, "nft", "-f", "-"], input=MASQUERADE.format(how=how), text=True, check=True,
+                       capture_output=True)
+    except OSError as error:
+        pytest.skip(f"nftables cannot be used here: {error}")
+    except subprocess.CalledProcessError as error:
+        assert "syntax error" not in error.stderr, error.stderr
+        pytest.skip(f"nftables cannot be used here: {error.stderr}")
+    found = []
+    for person in range(people):
+        found.append(machine(router, f"port{person}"))
+        router.ip(f"link set port{person} master lan")
+        found[-1].address("eth0", f"10.{number}.0.{person + 2}/24")
+        found[-1].ip(f"route add default via 10.{number}.0.1")
+    return found
+
+
+@pytest.fixture
+def internet(machine: Maker) -> Machine:
+    """Return the machine that everybody is linked to, on which the server runs."""
+    found = machine()
+    forward(found)
+    return found
+
+
+def chat_at(chat: Chat, internet: Machine, one: Machine, other: Machine) -> list[Process]:
+    """Start a server, and alice and bob at these machines; return both when they know each other."""
+    chat.server(host="0.0.0.0", command=internet.program)
+    alice, bob = (chat.client(nick, host="203.0.113.5", command=place.program)
+                  for nick, place in (("alice", one), ("bob", other)))
+    alice.wait_for("bob")
+    bob.wait_for("alice")
+    return [alice, bob]
+
+
+def test_two_behind_their_routers_at_home_chat_directly_from_the_first_message_on(
+        chat: Chat, machine: Maker, internet: Machine) -> None:
+    (one,), (other,) = home(machine, internet, 1, ONE_PORT), home(machine, internet, 2, ONE_PORT)
+    alice, bob = chat_at(chat, internet, one, other)
+    for number in range(3):
+        alice.feed(f"send bob {number}\n")
+        bob.see(f"alice: {number}")
+        alice.see(received("bob"))
+        bob.feed(f"send alice {number}\n")
+        alice.see(f"bob: {number}")
+        bob.see(received("alice"))
+    assert alice.finish() == bob.finish() == 0
+
+
+def test_two_behind_one_router_that_does_not_lead_back_chat_directly(
+        chat: Chat, machine: Maker, internet: Machine) -> None:
+    one, other = home(machine, internet, 1, ONE_PORT, people=2)
+    alice, bob = chat_at(chat, internet, one, other)
+    for number in range(3):
+        alice.feed(f"send bob {number}\n")
+        bob.see(f"alice: {number}")
+        alice.see(received("bob"))
+    assert alice.finish() == bob.finish() == 0
+
+
+def test_behind_routers_that_cannot_be_opened_everything_arrives_by_way_of_the_server(
+        chat: Chat, machine: Maker, internet: Machine) -> None:
+    (one,), (other,) = home(machine, internet, 1, MANY_PORTS), home(machine, internet, 2, MANY_PORTS)
+    alice, bob = chat_at(chat, internet, one, other)
+    for number in range(3):
+        alice.feed(f"send bob {number}\n")
+        bob.see_match(rf"alice: <.*> {number}")
+        alice.see("[Messages received by the server and saved]")
+    assert alice.lines.count("[No ACK from bob, message sent to server.]") == 1
+    assert alice.finish() == bob.finish() == 0
