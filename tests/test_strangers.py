@@ -233,7 +233,7 @@ def contents(table: Table) -> dict[str, tuple[str, int, str]]:
 # --- forgeries of the server ----------------------------------------------------------------------------------
 
 FORGED = ("cookie", "welcome", "refused", "refused id", "refused session", "refused nick", "table", "ack", "nack",
-          "exists", "mail", "probe", "pong", "bye", "chat")
+          "exists", "mail", "probe", "pong", "bye", "chat", "call", "knock")
 
 
 def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
@@ -254,6 +254,8 @@ def forgery(random: Random, name: str, nick: str, guess: bool) -> bytes:
         "mail": {"to": nick, "stream": number, "n": 1, "base": 1,
                  "items": [[other, number, 1, EPOCH, ["forged"], []]]},
         "probe": {"id": number, "to": nick},
+        "call": {"from": "alice", "stream": number, "host": "192.0.2.9", "port": 9},
+        "knock": {"stream": number},
         "pong": {"id": number, "boot": number, "version": 2 ** 40, "mail": 99},
         "bye": {"session": secret},
         "chat": {"from": other, "to": nick, "stream": number, "n": 1, "base": 1, "text": ["forged"]},
@@ -1831,3 +1833,35 @@ def test_a_private_address_is_told_only_to_those_whom_the_server_sees_at_the_sam
     desk.say(("192.0.2.77", 1000), meet(alice, "beside"), meet(alice, "elsewhere"))
     (_, beside), (_, elsewhere) = called(desk, before)
     assert ("own" in beside) == told and "own" not in elsewhere
+
+
+def test_a_client_knocks_at_proven_addresses_and_in_its_own_network_and_never_at_its_server() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.client.link.handshake.own = "10.7.0.5", 4000
+    session = bob.client.link.session
+    assert session is not None
+    for place, own, knocks in ((STRANGER, None, 1), (STRANGER, ("10.7.0.9", 4000), 2),
+                               (STRANGER, ("10.8.0.9", 4000), 1), (STRANGER, ("10.7.0.5", 4000), 1), (SERVER, None, 0)):
+        tap = Tap(world)
+        call: Info = {"from": "alice", "stream": 7, "host": place[0], "port": place[1]}
+        if own is not None:
+            call["own"] = own
+        forge(world, SERVER, addressed(session, encode("call", call)), bob)
+        world.run(0.5)
+        assert tap.of("bob").get("knock", 0) == knocks, (place, own)
+
+
+def test_a_knock_counts_only_with_the_stream_and_from_where_the_table_says() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    world.network.block("alice", "bob")
+    world.network.block("bob", "alice")
+    alice.type("send bob hello")
+    world.run(0.2)
+    conversation = alice.client.outbox.conversations["bob"]
+    assert conversation.reach.awaits_knock
+    for source, stream in ((STRANGER, conversation.id), (("10.7.0.9", 9), conversation.id), (bob.address, 7)):
+        forge(world, source, encode("knock", {"stream": stream}), alice)
+    world.run(0.01)
+    tap = Tap(world)
+    world.run(0.01)
+    assert conversation.reach.awaits_knock and tap.of("alice") == {}
