@@ -141,9 +141,12 @@ def _is_octet(part: str) -> bool:
 
 
 def is_private(host: str) -> bool:
-    """Return whether a numeric host means something only in its own network: RFC 1918, 3927, 4193, RFC 4291 §2.5.6."""
+    """Return whether a numeric host means something only in its own network: RFC 1918, RFC 3927, RFC 4193.
+
+    A link-local one of IPv6 is none here: it means nothing without the name of an interface.
+    """
     if ":" in host:
-        return host[:2].lower() in ("fc", "fd") or (host[:3].lower() in ("fe8", "fe9", "fea", "feb"))
+        return host[:2].lower() in ("fc", "fd") and "%" not in host
     first, second = map(int, host.split(".")[:2])
     return first == 10 or (first, second) in ((192, 168), (169, 254)) or (first == 172 and 16 <= second < 32)
 

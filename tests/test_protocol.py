@@ -369,3 +369,18 @@ def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_cou
     assert more == [number for number, letter in enumerate(sent, 5) if letter[5]]
     empty = len(encode("mail", {**info, "items": []}))
     assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + sum(sizes)
+
+
+@pytest.mark.parametrize(("host", "private"), [
+    ("10.0.0.1", True), ("172.16.0.1", True), ("172.31.255.255", True), ("172.32.0.1", False), ("192.168.1.1", True),
+    ("169.254.3.4", True), ("11.0.0.1", False), ("127.0.0.1", False), ("8.8.8.8", False), ("fd00::1", True),
+    ("FC00::1", True), ("2001:db8::1", False), ("::1", False), ("fe80::1", False), ("fd00::1%eth0", False)])
+def test_an_address_is_private_if_it_means_something_in_its_own_network_only(host: str, private: bool) -> None:
+    assert protocol.is_private(host) == private
+
+
+@pytest.mark.parametrize(("host", "other", "near"), [
+    ("10.0.0.1", "10.0.0.200", True), ("10.0.0.1", "10.0.1.1", False), ("fd00::1", "fd00::ffff", True),
+    ("fd00::1", "fd00:0:0:1::1", False), ("fd00::1", "10.0.0.1", False), ("10.0.0.1", "fd00::1", False)])
+def test_two_addresses_are_neighbours_in_the_same_24_or_64(host: str, other: str, near: bool) -> None:
+    assert protocol.are_neighbours(host, other) == near
