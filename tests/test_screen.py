@@ -257,7 +257,7 @@ def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
         chat: Chat, open_window: Open, environment: dict[str, str]) -> None:
     chat.server()
     alice = open_window(columns=48, ready=False, **environment)
-    chat.until(lambda: UPDATED in alice.rows, "the table")
+    alice.shows(UPDATED, f">>> {CURSOR}")   # a terminal that echoes by itself would mix what is typed with the prompt
     alice.type("help\r")
     alice.shows("send NICK MESSAGE   send MESSAGE (the rest of",
                 "                    the line) to NICK",
