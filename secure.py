@@ -1,8 +1,11 @@
-"""Between a client and its server: the handshake, and the link that it makes, which lasts until the client leaves.
+"""Between a client and its server: the handshake, and the link that it makes; and encryption, which nothing uses yet.
+
+These are two subjects, which do not know each other yet: keys are to be exchanged in the handshake of the link.
 
 Rules of this file
 ------------------
 - No socket, no clock, no randomness of its own: they come through the loop, or as arguments.
+- PyNaCl is imported by ``load_sodium`` alone. Encrypted bytes that do not verify raise ``Forged``, and change nothing.
 - A client and a server that differ in what is made here do not understand each other: see docs/protocol.md.
 
 How it works
@@ -20,9 +23,15 @@ How it works
     Patience     for how long a refusal is waited out
     ServerLink   registering, keepalive, outage and return, deregistering: one state
     Cookies      the server's side of the proof of an address
+
+    Sodium           the primitives, each called in one place
+    HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)
+    Channel          records: datagrams that are sealed, and accepted once
+    Letters          texts that wait at the server, which cannot read them
 """
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -30,7 +39,7 @@ from typing import Protocol
 
 from loop import NEVER, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address
 from protocol import (REG_SIZE, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_BYTES, SESSION_SIZE, Address, Info, encode,
-                      is_private, padded)
+                      folded, is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -515,3 +524,473 @@ class CallLimit:
             self._second, self._calls = int(now), {}
         self._calls[session] = self._calls.get(session, 0) + 1
         return self._calls[session] <= CALLS_PER_SECOND
+
+
+# --- encryption: libsodium and keys -----------------------------------------------------------------------------
+
+KEY_SIZE = 32             # bytes of a secret, of a public key and of a shared one
+NONCE_SIZE = 12           # bytes
+TAG_SIZE = 16             # bytes by which a text grows when it is sealed
+MAX_SEALED = 65535        # bytes of a sealed text, and of a message of a handshake (Noise §3)
+ZEROS = bytes(KEY_SIZE)
+ZEROS_TAG = bytes.fromhex("4eb972c9a8fb3a1b382bb4d36f5ffad1")  # what comes of sealing nothing with zeros
+
+Aead = Callable[[bytes, bytes, bytes, bytes], "bytes | None"]   # of key, nonce, associated data, text; None: it failed
+
+
+class Forged(Exception):
+    """What came was not made by the owner of the expected key, or it was changed, or it has come before."""
+
+
+class Sodium:
+    """X25519 (RFC 7748) and ChaCha20-Poly1305 (RFC 8439) of libsodium, see ``load_sodium``.
+
+    Every length is checked before libsodium is called: C would read on behind the end of what is too short.
+    """
+
+    def __init__(self, base: Callable[[bytes], bytes], multiply: Callable[[bytes, bytes], bytes | None],
+                 encrypt: Aead, decrypt: Aead) -> None:
+        """``base``, ``multiply``: X25519 of a secret, and the base point or a given one; None: it failed."""
+        self._base, self._multiply, self._encrypt, self._decrypt = base, multiply, encrypt, decrypt
+
+    def public(self, secret: bytes) -> bytes:
+        """Return the public key of ``secret``. Raise ValueError if that has a wrong length."""
+        if len(secret) != KEY_SIZE:
+            raise ValueError("a secret has 32 bytes")
+        return self._base(secret)
+
+    def shared(self, secret: bytes, public: bytes) -> bytes:
+        """Return what the owners of two keys share. Raise Forged if it is zero with every secret (RFC 7748 §6.1)."""
+        if len(secret) != KEY_SIZE or len(public) != KEY_SIZE:
+            raise ValueError("a key has 32 bytes")
+        shared = self._multiply(secret, public)
+        if shared is None or shared == ZEROS:
+            raise Forged("this is no public key")
+        return shared
+
+    def seal(self, key: bytes, nonce: bytes, data: bytes, text: bytes) -> bytes:
+        """Return ``text`` encrypted, and behind it the tag, which authenticates ``data``, too. Raise ValueError.
+
+        A key and a nonce must never be used for two texts, or with two ``data``: whoever sees both could forge.
+        """
+        if len(key) != KEY_SIZE or len(nonce) != NONCE_SIZE or max(len(text) + TAG_SIZE, len(data)) > MAX_SEALED:
+            raise ValueError("a key has 32 bytes, a nonce 12, a sealed text at most 65,535")
+        sealed = self._encrypt(key, nonce, data, text)
+        assert sealed is not None
+        return sealed
+
+    def open(self, key: bytes, nonce: bytes, data: bytes, sealed: bytes) -> bytes:
+        """Return the text that was sealed. Raise Forged if the tag does not verify, ValueError for a wrong length."""
+        if len(key) != KEY_SIZE or len(nonce) != NONCE_SIZE or len(data) > MAX_SEALED:
+            raise ValueError("a key has 32 bytes, a nonce 12")
+        text = self._decrypt(key, nonce, data, sealed) if TAG_SIZE <= len(sealed) <= MAX_SEALED else None
+        if text is None:
+            raise Forged("the tag does not verify")
+        return text
+
+
+def load_sodium() -> Sodium | None:
+    """Return libsodium, None where the extra ``secure`` is not installed. Call this once: PyNaCl is imported here."""
+    for load in (compiled_sodium, public_sodium):
+        try:
+            sodium = load()
+            if (sodium.public(ZEROS) == sodium.shared(ZEROS, b"\x09" + ZEROS[1:])      # 9: the base point
+                    and sodium.seal(ZEROS, ZEROS[:NONCE_SIZE], b"", b"") == ZEROS_TAG
+                    and sodium.open(ZEROS, ZEROS[:NONCE_SIZE], b"", ZEROS_TAG) == b""):
+                return sodium
+        except (ImportError, AttributeError, TypeError, Forged):
+            pass            # there is none, or the compiled module of this version is not as we know it
+    return None
+
+
+def compiled_sodium() -> Sodium:
+    """Return libsodium by the compiled module of PyNaCl, which is not public, but several times as fast as what is."""
+    from importlib import import_module     # the type checker does without PyNaCl
+    module = import_module("nacl._sodium")
+    lib, null, buffer = module.lib, module.ffi.NULL, module.ffi.new("unsigned char[]", MAX_SEALED)
+    if lib.sodium_init() < 0:
+        raise ImportError("libsodium cannot be initialized")
+    result: Callable[[slice], bytes] = module.ffi.buffer(buffer).__getitem__    # one buffer, as there is one thread
+    base, multiply = lib.crypto_scalarmult_base, lib.crypto_scalarmult
+    encrypt, decrypt = lib.crypto_aead_chacha20poly1305_ietf_encrypt, lib.crypto_aead_chacha20poly1305_ietf_decrypt
+
+    def seal(key: bytes, nonce: bytes, data: bytes, text: bytes) -> bytes:
+        encrypt(buffer, null, text, len(text), data, len(data), null, nonce, key)
+        return result(slice(len(text) + TAG_SIZE))
+
+    def unseal(key: bytes, nonce: bytes, data: bytes, sealed: bytes) -> bytes | None:
+        failed = decrypt(buffer, null, null, sealed, len(sealed), data, len(data), nonce, key)
+        return None if failed else result(slice(len(sealed) - TAG_SIZE))
+
+    return Sodium(lambda secret: ZEROS if base(buffer, secret) else result(slice(KEY_SIZE)),
+                  lambda secret, public: None if multiply(buffer, secret, public) else result(slice(KEY_SIZE)),
+                  seal, unseal)
+
+
+def public_sodium() -> Sodium:
+    """Return libsodium by the public functions of PyNaCl."""
+    from importlib import import_module
+    bindings, failure = import_module("nacl.bindings"), import_module("nacl.exceptions").CryptoError
+    encrypt = bindings.crypto_aead_chacha20poly1305_ietf_encrypt
+    decrypt = bindings.crypto_aead_chacha20poly1305_ietf_decrypt
+
+    def attempt(function: Callable[..., bytes], *arguments: bytes) -> bytes | None:
+        try:
+            return function(*arguments)
+        except failure:
+            return None
+
+    return Sodium(bindings.crypto_scalarmult_base,
+                  lambda secret, public: attempt(bindings.crypto_scalarmult, secret, public),
+                  lambda key, nonce, data, text: attempt(encrypt, text, data, nonce, key),
+                  lambda key, nonce, data, sealed: attempt(decrypt, sealed, data, nonce, key))
+
+
+def hmac_sha256(key: bytes, data: bytes) -> bytes:
+    """Return the HMAC-SHA256 (RFC 2104) of ``data``."""
+    import hmac     # here, as in ``Cookies``
+    return hmac.digest(key, data, "sha256")
+
+
+def sha256(data: bytes) -> bytes:
+    """Return the SHA-256 of ``data``."""
+    import hashlib
+    return hashlib.sha256(data).digest()
+
+
+class KeyPair:
+    """A secret of 32 random bytes, and the public key that belongs to it."""
+
+    def __init__(self, sodium: Sodium, secret: bytes) -> None:
+        self.secret, self.public = secret, sodium.public(secret)
+
+
+def static_secret(identity: bytes) -> bytes:
+    """Return the secret of a user's static key, from the secret in the identity file.
+
+    No token is made of these bytes: a nick, which stands there behind 16 bytes, has no blank and no zero byte.
+    """
+    return hmac_sha256(identity, b"udpchat static key 1\0")
+
+
+def bind_proof(owner: bytes, server_key: bytes, client_key: bytes) -> bytes:
+    """Return the proof that the owner of a nick has a static key. ``owner``: the SHA-256 of the nick's token.
+
+    The server keeps that hash, so the token itself is not sent. A server that claims to be another one learns nothing
+    of use there: the proof is good for these two public keys only.
+    """
+    return hmac_sha256(owner, b"udpchat bind 1" + server_key + client_key)
+
+
+def is_bind_proof(proof: bytes, owner: bytes, server_key: bytes, client_key: bytes) -> bool:
+    """Return whether ``proof`` is right, in a time that does not show how wrong it is."""
+    import hmac
+    return hmac.compare_digest(proof, bind_proof(owner, server_key, client_key))
+
+
+def fingerprint(*keys: bytes) -> str:
+    """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
+    number = int.from_bytes(sha256(b"udpchat fingerprint 1" + b"".join(sorted(keys))), "big")
+    digits = f"{number % 10 ** 60:060}"
+    return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
+
+
+# --- encryption: handshakes of Noise ----------------------------------------------------------------------------
+
+class CipherState:
+    """A key, None before there is one, and ``n``, which the next text is sealed or opened with (Noise §5.1, §11.4)."""
+
+    def __init__(self, sodium: Sodium, key: bytes | None = None, n: int = 0) -> None:
+        self.sodium, self.key, self.n = sodium, key, n
+
+    def encrypt(self, data: bytes, text: bytes) -> bytes:
+        """Return ``text`` sealed with ``data``, under a number that is never used again, whatever happens."""
+        if self.key is None:
+            return text
+        n, self.n = self.n, self.n + 1
+        return self.sodium.seal(self.key, bytes(4) + n.to_bytes(8, "little"), data, text)
+
+    def decrypt(self, data: bytes, sealed: bytes) -> bytes:
+        """Return the text that was sealed under the next number. Raise Forged; the number is then still the next."""
+        if self.key is None:
+            return sealed
+        text = self.sodium.open(self.key, bytes(4) + self.n.to_bytes(8, "little"), data, sealed)
+        self.n += 1
+        return text
+
+
+class SymmetricState:
+    """What both sides agree on so far (Noise §5.2): ``h``, a hash of all that was sent; ``ck``, the chaining key."""
+
+    def __init__(self, ck: bytes, h: bytes, cipher: CipherState) -> None:
+        self.ck, self.h, self.cipher = ck, h, cipher
+
+    def copy(self) -> SymmetricState:
+        """Return another one with the same content."""
+        return SymmetricState(self.ck, self.h, CipherState(self.cipher.sodium, self.cipher.key, self.cipher.n))
+
+    def mix_hash(self, data: bytes) -> None:
+        """Make the hash depend on ``data``."""
+        self.h = sha256(self.h + data)
+
+    def mix_key(self, shared: bytes) -> None:
+        """Make a new key that depends on ``shared`` and on all before it."""
+        self.ck, key = self._two_keys(shared)
+        self.cipher = CipherState(self.cipher.sodium, key)
+
+    def _two_keys(self, material: bytes) -> tuple[bytes, bytes]:
+        key = hmac_sha256(self.ck, material)        # HKDF (RFC 5869) with two outputs, Noise §4.3
+        first = hmac_sha256(key, b"\1")
+        return first, hmac_sha256(key, first + b"\2")
+
+    def encrypt_and_hash(self, text: bytes) -> bytes:
+        """Return ``text`` sealed, and hash that."""
+        sealed = self.cipher.encrypt(self.h, text)
+        self.mix_hash(sealed)
+        return sealed
+
+    def decrypt_and_hash(self, sealed: bytes) -> bytes:
+        """Return the text that was sealed, and hash what was sent. Raise Forged."""
+        text = self.cipher.decrypt(self.h, sealed)
+        self.mix_hash(sealed)
+        return text
+
+    def split(self) -> tuple[CipherState, CipherState]:
+        """Return what seals texts from the initiator to the responder, and what seals those back."""
+        there, back = self._two_keys(b"")
+        return CipherState(self.cipher.sodium, there), CipherState(self.cipher.sodium, back)
+
+
+# whether the responder knows the static key of the initiator before (the initiator knows that of the responder); and
+# what messages are made of: "e", "s" are public keys, the others secrets of two keys, the initiator's first (Noise §7)
+PATTERNS: dict[str, tuple[bool, tuple[tuple[str, ...], ...]]] = {
+    "IK": (False, (("e", "es", "s", "ss"), ("e", "ee", "se"))),
+    "K": (True, (("e", "es", "ss"),)),
+}
+
+
+class HandshakeState:
+    """One side of Noise_IK or Noise_K with 25519_ChaChaPoly_SHA256 (Noise specification, revision 34, §5.3)::
+
+        IK    initiator                            responder, whose static key the initiator knows
+                e, es, s, ss, payload         -->
+                                              <--  e, ee, se, payload
+        K     initiator                            responder; both know the static key of the other
+                e, es, ss, payload            -->
+
+    ``step``: how many messages were written or read. When all were, ``split`` returns the keys, and ``symmetric.h`` is
+    the same on both sides, and in no other handshake. ``received``: the public keys of the other side; "s" is static.
+    """
+
+    def __init__(self, sodium: Sodium, pattern: str, is_initiator: bool, prologue: bytes, static: KeyPair,
+                 remote: bytes = b"") -> None:
+        """``prologue``: what both sides must agree on. ``remote``: the other's static key. Raise ValueError."""
+        is_known, self._messages = PATTERNS[pattern]
+        keys = (static.public, remote) if is_initiator else (remote, static.public)
+        if len(remote) != (KEY_SIZE if is_initiator or is_known else 0):
+            raise ValueError("a key has 32 bytes, and is given where, and only where, the pattern has it")
+        self.step, self.is_initiator, self._static = 0, is_initiator, static
+        self._ephemeral: KeyPair | None = None
+        self.received = {"s": remote}
+        name = f"Noise_{pattern}_25519_ChaChaPoly_SHA256".encode().ljust(KEY_SIZE, b"\0")
+        self.symmetric = SymmetricState(name, name, CipherState(sodium))
+        self.symmetric.mix_hash(prologue)
+        for key in keys if is_known else keys[1:]:
+            self.symmetric.mix_hash(key)
+
+    def _tokens(self, is_initiators: bool) -> tuple[str, ...]:
+        """Return what the next message is made of, () if it is the other side's to write, or there is none."""
+        is_turn = self.step < len(self._messages) and (self.step % 2 == 0) is is_initiators
+        return self._messages[self.step] if is_turn else ()
+
+    def write(self, payload: bytes, secret: bytes) -> bytes:
+        """Return our next message. ``secret``: 32 random bytes, new ones for every message.
+
+        Raise ValueError if it is not our turn or too long, Forged if the other side has no key: nothing has changed.
+        """
+        symmetric, parts, ephemeral = self.symmetric.copy(), [], KeyPair(self.symmetric.cipher.sodium, secret)
+        for token in self._tokens(self.is_initiator):
+            if token == "e":
+                parts.append(ephemeral.public)
+                symmetric.mix_hash(ephemeral.public)
+            elif token == "s":
+                parts.append(symmetric.encrypt_and_hash(self._static.public))
+            else:
+                symmetric.mix_key(self._shared(token, ephemeral, self.received))
+        message = b"".join((*parts, symmetric.encrypt_and_hash(payload)))
+        if not parts or len(message) > MAX_SEALED:
+            raise ValueError("it is the other side's turn, or the message is too long")
+        self.symmetric, self._ephemeral, self.step = symmetric, ephemeral, self.step + 1
+        return message
+
+    def read(self, message: bytes) -> bytes:
+        """Return the payload of the other side's next message.
+
+        Raise Forged, and nothing else, if it is not that. Nothing has changed then: the right one may still come.
+        """
+        tokens = self._tokens(not self.is_initiator)
+        if not tokens or len(message) > MAX_SEALED:
+            raise Forged("no such message is expected")
+        symmetric, received, rest = self.symmetric.copy(), dict(self.received), message
+        for token in tokens:
+            if len(token) == 2:
+                symmetric.mix_key(self._shared(token, self._ephemeral, received))
+                continue
+            size = KEY_SIZE + TAG_SIZE if token == "s" else KEY_SIZE
+            part, rest = rest[:size], rest[size:]
+            if len(part) < size:
+                raise Forged("this message is too short")
+            if token == "s":
+                received["s"] = symmetric.decrypt_and_hash(part)
+            else:
+                received["e"] = part
+                symmetric.mix_hash(part)
+        payload = symmetric.decrypt_and_hash(rest)
+        self.symmetric, self.received, self.step = symmetric, received, self.step + 1
+        return payload
+
+    def _shared(self, token: str, ephemeral: KeyPair | None, received: dict[str, bytes]) -> bytes:
+        ours, theirs = (token[0], token[1]) if self.is_initiator else (token[1], token[0])
+        pair = self._static if ours == "s" else ephemeral
+        assert pair is not None
+        return self.symmetric.cipher.sodium.shared(pair.secret, received[theirs])
+
+    def split(self) -> tuple[CipherState, CipherState]:
+        """Return what seals and what opens. Behind K only the initiator may seal: its key is shared, not its own."""
+        assert self.step == len(self._messages)
+        there, back = self.symmetric.split()
+        return (there, back) if self.is_initiator else (back, there)
+
+
+# --- encryption: records and letters ----------------------------------------------------------------------------
+
+RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it
+INDEX_SIZE = 4            # bytes, chosen by the receiver, which finds its channel by them
+INDEX_END = 2 + INDEX_SIZE
+HEADER_SIZE = INDEX_END + 8
+RECORD_EXTRA = HEADER_SIZE + TAG_SIZE   # bytes by which a text grows
+REPLAY_WINDOW = 1024      # counters up to the highest one, of which each that is missing may still come
+COUNTER_LIMIT = 2 ** 48   # records in one direction of a channel: 89 years, at 100,000 a second
+
+
+class ChannelEnded(Exception):
+    """A channel has sealed as many records as it may."""
+
+
+class ReplayWindow:
+    """Which counters have come (RFC 4303 §3.4.3). ``highest``: the highest of them, -1 before the first one."""
+
+    def __init__(self) -> None:
+        self.highest = -1
+        self._seen = 0          # one bit for each counter, the lowest one for the highest counter
+
+    def is_new(self, counter: int) -> bool:
+        """Return whether ``counter`` has not come, and lies in the window or above it."""
+        age = self.highest - counter
+        return age < 0 or (age < REPLAY_WINDOW and not self._seen >> age & 1)
+
+    def add(self, counter: int) -> None:
+        """Remember a counter that is new."""
+        ahead = counter - self.highest
+        if ahead <= 0:
+            self._seen |= 1 << -ahead
+        else:
+            kept = self._seen << ahead if ahead < REPLAY_WINDOW else 0     # never a shift by what may be 2 ** 48
+            self._seen, self.highest = kept & ((1 << REPLAY_WINDOW) - 1) | 1, counter
+
+
+class Channel:
+    """What both sides have after a handshake: each record is a datagram of its own, which may get lost or overtaken::
+
+        0xC1 | kind | index of the receiver (4) | counter (8, least significant byte first) | sealed text
+
+    All before the text is authenticated with it; the nonce is the counter. ``window.highest`` is -1 until a record has
+    come: before that, the other side may not have the keys, or may never have been there.
+    """
+
+    def __init__(self, ciphers: tuple[CipherState, CipherState], index: bytes, their_index: bytes) -> None:
+        """``ciphers``: from ``HandshakeState.split``, for nobody else. ``index``: in records to us."""
+        if len(index) != INDEX_SIZE or len(their_index) != INDEX_SIZE:
+            raise ValueError("an index has 4 bytes")
+        self._sending, self._receiving = ciphers
+        self.index, self.their_index, self.window = index, their_index, ReplayWindow()
+
+    def seal(self, kind: int, text: bytes) -> bytes:
+        """Return a record; its ``kind``, from 0 to 255, can be read by everybody. Raise ChannelEnded."""
+        if self._sending.n >= COUNTER_LIMIT:
+            raise ChannelEnded("this channel has sealed as many records as it may, it takes another handshake")
+        header = bytes((RECORD, kind)) + self.their_index + self._sending.n.to_bytes(8, "little")
+        return header + self._sending.encrypt(header, text)
+
+    def open(self, record: bytes) -> bytes:
+        """Return the text of a record; its second byte is its kind. Raise Forged, and nothing else.
+
+        The window moves only when the tag has verified: one forged record could shut out all genuine ones.
+        """
+        counter = int.from_bytes(record[INDEX_END:HEADER_SIZE], "little")
+        if index_of(record) != self.index or counter >= COUNTER_LIMIT or not self.window.is_new(counter):
+            raise Forged("this is no record of this channel, or it has come before, or it is too old")
+        self._receiving.n = counter
+        text = self._receiving.decrypt(record[:HEADER_SIZE], record[HEADER_SIZE:])
+        self.window.add(counter)
+        return text
+
+
+def index_of(datagram: bytes) -> bytes | None:
+    """Return the index in a record, None if the datagram is not one."""
+    is_record = len(datagram) >= RECORD_EXTRA and datagram[0] == RECORD
+    return datagram[2:INDEX_END] if is_record else None
+
+
+LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first
+
+
+def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int) -> bytes:
+    """Return what the letters of a stream are bound to. Spellings of one nick are the same."""
+    return encode("udpchat mail 1", {"server": server_key, "from": folded(sender), "to": folded(recipient),
+                                     "stream": stream})
+
+
+class Letters:
+    """Seals and opens the texts of one stream that wait at the server, with a key made by Noise_K for this stream.
+
+    A letter is the time at which it was sent and a text, sealed under its number, and with it a byte that says whether
+    the next number continues it. So whoever cannot read letters can part them, and repeat them in other company.
+    For one number nothing of that may ever change, because it is the nonce.
+    """
+
+    def __init__(self, cipher: CipherState) -> None:
+        self._cipher = cipher
+
+    @classmethod
+    def to(cls, sodium: Sodium, static: KeyPair, recipient: bytes, prologue: bytes,
+           secret: bytes) -> tuple[Letters, bytes]:
+        """Return what seals letters for the owner of a public key, and the envelope without which nobody opens them.
+
+        ``secret``: 32 random bytes, new ones for every stream. Raise Forged if ``recipient`` is no public key.
+        """
+        handshake = HandshakeState(sodium, "K", True, prologue, static, recipient)
+        envelope = handshake.write(b"", secret)
+        return cls(handshake.split()[0]), envelope
+
+    @classmethod
+    def of(cls, sodium: Sodium, static: KeyPair, sender: bytes, prologue: bytes, envelope: bytes) -> Letters:
+        """Return what opens the letters of the owner of a public key. Raise Forged if they are not."""
+        handshake = HandshakeState(sodium, "K", False, prologue, static, sender)
+        if handshake.read(envelope):
+            raise Forged("an envelope is empty")
+        return cls(handshake.split()[1])
+
+    def seal(self, n: int, at: float, text: str, is_continued: bool) -> bytes:
+        """Return the letter with the number ``n``. ``at``: when it was sent, in s since 1970."""
+        self._cipher.n = n
+        return self._cipher.encrypt(bytes((is_continued,)), LETTER_TIME.pack(at) + text.encode())
+
+    def open(self, n: int, letter: bytes, is_continued: bool) -> tuple[float, str]:
+        """Return when the letter with the number ``n`` was sent, and its text. Raise Forged, and nothing else."""
+        self._cipher.n = n
+        content = self._cipher.decrypt(bytes((is_continued,)), letter)
+        try:
+            return LETTER_TIME.unpack_from(content)[0], content[LETTER_TIME.size:].decode()
+        except (struct.error, ValueError):      # its sender has sealed something else
+            raise Forged("this is no letter") from None
