@@ -10,161 +10,374 @@ The parts
 ---------
 ::
 
-    TableSync     the copy of the server's table: asks for what is missing, says where a peer can be reached
+    ServerLink    registering, keepalive, outage and return, deregistering: one state
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
+    Meetings      how two behind routers reach each other
     Leaving       the order in which things end: sends, then what is to be written, then the registration
 
-Others are elsewhere: ``ServerLink`` in ``secure`` (registering, keepalive, outage and return, deregistering), and in
-``terminal`` ``Shell`` (the command language), ``Receipts`` (what became of each message), ``Display``.
+Others are elsewhere: ``TableSync`` in ``registry`` (the copy of the server's table); in ``terminal`` ``Shell`` (the
+command language), ``Receipts`` (what became of each message), ``Display``.
 """
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Protocol
 
 from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Inbox, Outbox, Place
-from loop import (NEVER, Address, Endpoint, Loop, RestartableTimer, jittered, log, new_id, seen_from, show_address,
+from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (PROOF_BYTES, SERVER_INTERVAL, SYNC_PAGES, Decoder, Info, Map, are_neighbours, encode, folded,
-                      is_private, since_of)
-from registry import ONLINE, Mirror, Page
-from secure import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_REGISTERING, OUTAGE_PING_INTERVAL, Patience, Send,
-                    ServerLink)
+from protocol import (PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map, are_neighbours,
+                      encode, folded, is_private, padded)
+from registry import ONLINE, SYNC_INTERVAL, TableSync
+from secure import NO_REQUEST, Handshake, Patience, Send
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
-# --- the table ------------------------------------------------------------------------------------------------
+# --- the link to the server -----------------------------------------------------------------------------------
 
-SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
-OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
+PING_INTERVAL = 15.0            # s between pings
+OUTAGE_PING_INTERVAL = 2.0      # s between pings, and questions for the table, while the server is silent
+HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
+PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
+PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
 
 
-class TableSync(Mirror):
-    """A client's copy of the server's table, kept complete.
+class LinkState(Enum):
+    """Where a client stands with its server, see ``ServerLink``."""
 
-    A page that does not follow on what is here, or a pong with a higher version, shows that something is missing: then
-    the server is asked every 200 ms until nothing is. After a restart of the server the old table stays in force
-    until the new one is whole, for 30 s at most; then everybody in it counts as offline, and messages go to the server.
+    OFFLINE = "offline"
+    REGISTERING = "registering"
+    SYNCING = "syncing"
+    ONLINE = "online"
+    RETURNING = "returning"
+    LEAVING = "leaving"
+
+
+# under names of their own: reading a member off its class is slow in Python 3.11
+LINK_OFFLINE, LINK_REGISTERING, LINK_SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
+LINK_ONLINE, LINK_RETURNING, LINK_LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
+
+REGISTERED_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
+COMMAND_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE)    # in which commands are carried out
+
+TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
+    LINK_OFFLINE: (LINK_REGISTERING,), LINK_REGISTERING: (LINK_SYNCING, LINK_OFFLINE),
+    LINK_SYNCING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_ONLINE: (LINK_RETURNING, LINK_LEAVING, LINK_OFFLINE),
+    LINK_RETURNING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_LEAVING: (LINK_OFFLINE,),
+}
+
+
+class LinkOwner(Protocol):
+    """What a ``ServerLink`` reports to its owner."""
+
+    def on_registered(self, session: bytes, boot: int, version: int) -> None: ...   # version: of the server's table
+    def on_session_lost(self) -> None: ...                  # the server does not know it; a new one is asked for
+    def on_server_silent(self, is_news: bool) -> None: ...
+    def on_server_back(self, is_same: bool) -> None: ...    # is_same: it still knows the session
+    # the answer to a ping sent at ``asked``: the version of the server's table, the number of the last mail
+    def on_pong(self, asked: float, version: int, mail: int) -> None: ...
+    def on_refused(self, reason: str, spelling: str) -> None: ...   # spelling: in which the nick is registered
+    def on_unanswered(self) -> None: ...                    # no answer to a start or to a dereg: the client ends
+    def on_left(self) -> None: ...
+
+
+class ServerLink:
+    """What lies between a client and its server: handshake, keepalive, outage and return, deregistering.
+
+    States, and what leads from one to another::
+
+        OFFLINE ──start──> REGISTERING ──welcome──> SYNCING ──the table shows us online──> ONLINE
+           ^                    │                      │                                   │  ^
+           │<──refused, silent──┘                      │         called offline, or session│  │the table shows
+           │                                           │         unknown: server restarted v  │us online again
+           │                                           │                                 RETURNING
+           │                                           └──────────> LEAVING <──────────────┘ (also from ONLINE)
+           └───────────────────bye, or session unknown─────────────────┘
+
+    - OFFLINE: nothing is sent or accepted. REGISTERING: only ``reg`` is sent, for a cookie, then for a session. As long
+      as ``Patience`` lasts, it begins again after a refusal that may pass; silence is waited out by an endless one.
+    - SYNCING: there is a session; the table comes, then the mail that waited. No command is carried out before the
+      table shows us online, so that a script never races its own start. Silence ends a client here that is not patient.
+    - ONLINE: everything works. A ping every 15 s keeps the session and the NAT's mapping alive.
+    - RETURNING: the server has called us offline, or has restarted and does not know the session. A new one is asked
+      for as long as it takes; the user's commands and the chat with peers go on meanwhile.
+    - LEAVING: ``dereg`` is sent until ``bye`` comes. In every state, ``close`` leads to OFFLINE at once.
+
+    An outage (``is_silent``) is no state: it may begin and pass in all but OFFLINE.
+
+    The server may move, or answer from another address than was asked (see ``Endpoint``). While it is silent, ``reg``,
+    which holds no secret, goes to all its addresses; what holds the session goes only where it was found.
     """
 
-    def __init__(self, loop: Loop, link: ServerLink, on_changed: Callable[[Sequence[str]], None],
-                 on_own_state: Callable[[bool, bool], None]) -> None:
-        """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
-        super().__init__()
-        self.has_news = False                   # that the user has not heard of
-        self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
-        self._loop, self._link, self._on_changed = loop, link, on_changed
-        self._on_own_state = on_own_state
-        self._shows_us = False                  # online, in the table of the server as it runs now
-        self._is_confirmed = False              # in this session, the table was whole
-        self._pages = 0                         # that came since the last question ...
-        self._asked = -NEVER                    # ... and when that was
-        self._sync_timer = RestartableTimer(loop, self._ask)
-        self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
+    def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: LinkOwner,
+                 table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None,
+                 patience: Patience, own_address: Callable[[Address], Address | None]) -> None:
+        """``table_version``: returns up to which version the server's table is here.
 
-    def place_of(self, nick: str) -> Place | None:
-        """Return where ``nick`` can be reached; None: nobody knows that nick."""
-        entry = self.table.get(nick)
-        if entry is None:
-            return None
-        return Place(entry.state == ONLINE, self.reach(entry.host, entry.port))
+        ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
+        ``own_address``: see ``Handshake``.
+        """
+        self.state = LINK_OFFLINE
+        self.is_silent = False                  # the server does not answer
+        self.was_heard = False                  # it has spoken in this turn
+        self.session: bytes | None = None
+        self.nick = nick                        # under which we register, or are registered
+        self.endpoint = endpoint                # where it is
+        self.handshake = Handshake(send, proof, own_address)
+        self._loop, self._send, self._owner = loop, send, owner
+        self._table_version, self.patience = table_version, patience
+        self._boot = 0
+        self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
+        self._last_pong = -NEVER                # when an unasked one caused a ping
+        self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_request = Request(loop, self._ping_and_ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._ping_timer = RestartableTimer(loop, self._ping_request.start)
 
-    def reach(self, host: str, port: int) -> Address | None:
-        """Return where we reach an address of the table; None if we cannot: then the server relays."""
-        return seen_from(self._link.endpoint.current, (host, port))
+    def _go(self, state: LinkState) -> None:
+        """Change the state: the only place where that happens."""
+        if state is not self.state:
+            assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
+            self.state = state
 
-    def is_at(self, nick: str, address: Address) -> bool:
-        """Return whether ``nick`` is online at ``address``."""
-        entry = self.table.entries.get(nick)
-        return entry is not None and entry.state == ONLINE and (
-            (entry.host, entry.port) == address
-            or ("%" in address[0] and self.reach(entry.host, entry.port) == address))
+    @property
+    def is_starting(self) -> bool:
+        """Whether the client was not online yet since it was started, or told to come online."""
+        return self.state in (LINK_REGISTERING, LINK_SYNCING)
 
-    def are_behind_one_router(self, nick: str) -> bool:
-        """Return whether the server sees ``nick`` at the same host as us."""
-        entry, own = self.table.entries.get(nick), self.table.entries.get(self._link.nick)
-        return entry is not None and own is not None and entry.host == own.host
+    @property
+    def has_joined(self) -> bool:
+        """Whether others may know us: there is a session, or a new one is asked for after an earlier one."""
+        return self.state in REGISTERED_STATES
 
-    def begin_session(self, boot: int, version: int) -> None:
-        """Catch up with a server, as it runs since ``boot``, whose table has that version."""
-        self._shows_us = self._is_confirmed = False
-        super().begin_session(boot, version)
-        if not (self.is_of_this_boot or self._old_table_timer.is_set):
-            self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
-        if self.is_of_this_boot and self.is_whole:
-            self._confirm()
-            self._refresh_own_state()
-        else:
-            self._ask()
+    # registering
 
-    def end_session(self) -> None:
-        """Stop asking for the table: there is no session."""
-        self._sync_timer.cancel()
+    def start(self) -> None:
+        """Come online."""
+        self._go(LINK_REGISTERING)
+        self._register()
 
-    def stop(self) -> None:
-        """Neither ask nor wait any more: the client leaves."""
-        self._sync_timer.cancel()
-        self._old_table_timer.cancel()
+    def _register(self, wait: float = 0.0) -> None:
+        self.handshake.begin(new_id(self._loop), self.nick)
+        self._registration.start(wait)
 
     def _ask(self) -> None:
-        if not self._link.sync(self.version):
-            return
-        self._pages = 0
-        self._asked = self._loop.now()
-        self._sync_timer.set(self._asked + jittered(self._loop, self.interval))
+        self.handshake.ask(self.endpoint.to_ask(self._registration.attempts, self.is_silent))
 
-    def ask_soon(self) -> None:
-        """Ask for what is missing, at once unless that was done just now."""
-        if not self._sync_timer.is_set:
-            self._sync_timer.set(max(self._loop.now(), self._asked + SYNC_INTERVAL))
+    def _stop_registering(self) -> None:
+        self._registration.stop()
+        self.handshake.id = NO_REQUEST
 
-    def on_version(self, version: int) -> None:
-        """Note how far the server is; ask if something is missing here."""
-        if self.expect(version):
-            self.ask_soon()
+    def on_welcome(self, info: Info, address: Address) -> None:
+        """Begin a session."""
+        if info["id"] != self.handshake.id or info["nick"] != self.nick:
+            return
+        self._stop_registering()
+        self.endpoint.found(address)
+        self.patience.renew()
+        self.heard(is_same=False)
+        self.session = info["session"]
+        self._pings.clear()         # a late answer to one of an earlier session says nothing of this one
+        self._boot = info["boot"]
+        self._go(LINK_SYNCING if self.is_starting else LINK_RETURNING)
+        self._plan_ping()
+        self._owner.on_registered(info["session"], info["boot"], info["version"])
 
-    def on_table(self, info: Info) -> None:
-        """Accept a page of the table."""
-        if not self._link.has_joined:
-            return
-        changed = self.apply(Page(since_of(info), info["version"], info["set"]))
-        if changed is None:
-            self.ask_soon()
-            return
-        self._pages += 1
-        self._note_changes(changed)
-        if self.is_whole:
-            self._sync_timer.cancel()
-            self._old_table_timer.cancel()
-            self._confirm()
-            if not self._shows_us:
-                self._refresh_own_state()
-        elif self._pages >= SYNC_PAGES:
-            self._ask()
+    def _reg_unanswered(self) -> None:
+        """End a client that starts, unless it is patient; one that was online tries again."""
+        if self.is_starting and not self.patience.is_endless:
+            self._owner.on_unanswered()
         else:
-            self._sync_timer.set(self._loop.now() + jittered(self._loop, SYNC_INTERVAL))
+            self.patience.reason = None
+            self.announce_silence()
+            self._register()
 
-    def _confirm(self) -> None:
-        """Tell the server and the user, once a session, that the table is here."""
-        if not self._is_confirmed:
-            self._is_confirmed = self.has_news = True
-            self._link.ping_until_answered()       # the version is in the ping
-
-    def _on_old_table_expired(self) -> None:
-        """Count everybody as offline: the old table's time is over, and there is no new one yet."""
-        self._note_changes(self.mark_all_offline())
-
-    def _note_changes(self, nicks: Sequence[str]) -> None:
-        if not nicks:
+    def on_refused(self, info: Info, address: Address) -> None:
+        """React to a refusal of our registration, or of our session."""
+        is_ours = info.get("id") == self.handshake.id
+        if "session" in info:
+            is_ours = info["session"] == self.session and not self._registration.is_running
+        if not is_ours or self.state is LINK_OFFLINE:
             return
-        self.has_news = True
-        self._on_changed(nicks)
-        if self._link.nick in nicks:
-            self._refresh_own_state()
+        reason, may_go_on = info["reason"], not ("session" in info or self._registration.is_running)
+        self._stop_registering()
+        if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
+            self._session_is_gone()
+            return
+        if reason != self.patience.reason:
+            log.info("the server at %s refuses %s: %s", show_address(address), self.nick, reason)
+        if may_go_on:       # our session may live, and be what holds the nick: the next round asks again
+            return
+        wait = self.patience.wait_after(self._loop.now(), reason, self.is_starting, jittered(self._loop, 1.0))
+        if wait:
+            self._register(wait)
+        else:
+            self._owner.on_refused(reason, info.get("spelling", self.nick))
 
-    def _refresh_own_state(self) -> None:
-        was_online, self._shows_us = self._shows_us, self.table.is_online(self._link.nick) and self.is_of_this_boot
-        self._on_own_state(self._shows_us, was_online)
+    def lose_patience(self) -> None:
+        """End over the silence or the refusal that is waited out, if there is one."""
+        self.patience.end()
+        if self.is_starting or self.has_joined:
+            if self.patience.reason is not None:
+                self._owner.on_refused(self.patience.reason, self.nick)
+            elif self.is_silent:
+                self._owner.on_unanswered()
+
+    def on_own_state(self, is_online: bool) -> None:
+        """Note whether the table shows us online."""
+        if is_online and self.has_joined and not self._registration.is_running:
+            self._go(LINK_ONLINE)
+        elif not is_online and self.state is LINK_ONLINE:
+            self._go(LINK_RETURNING)
+
+    # keepalive
+
+    def heard(self, is_same: bool = True) -> None:
+        """Note a sign of life of the server; ``is_same``: it still knows this session."""
+        self.was_heard = True
+        if self.is_silent:
+            self.is_silent = False
+            if not self._registration.is_running and not self.handshake.has_cookie:
+                self.handshake.id = NO_REQUEST      # the session goes on
+            self._plan_ping()
+            self._owner.on_server_back(is_same)
+
+    def announce_silence(self, always: bool = False) -> None:
+        """Announce an outage, once; ``always``: again, because the client ends over it."""
+        is_news = not self.is_silent
+        self.is_silent = True
+        if is_news or always:
+            self._owner.on_server_silent(is_news)
+        if is_news and self.session is not None:
+            self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
+
+    def _plan_ping(self) -> None:
+        self._ping_request.stop()
+        self._ping_timer.set(self._loop.now() + jittered(self._loop, PING_INTERVAL))
+
+    def ping_until_answered(self) -> None:
+        """Ping until an answer comes, from now on."""
+        if not self._ping_request.is_running:
+            self._ping_request.start()
+
+    def _ping_and_ask(self) -> None:
+        self.send_ping()
+        if self.is_silent and self._ping_request.is_running and not self._registration.is_running:
+            if self._ping_request.attempts == 1 or self.handshake.id == NO_REQUEST:
+                self.handshake.begin(new_id(self._loop), self.nick)
+            self.handshake.ask(self.endpoint.to_ask(self._ping_request.attempts, is_lost=True))
+
+    def send_ping(self) -> None:
+        """Send one ping, if there is a session: its answer says how much mail there is."""
+        if self.session is None or not (self.has_joined or self.state is LINK_LEAVING):
+            self._ping_request.stop()
+            return
+        for address in self.endpoint.last_two() if self.is_silent else (self.endpoint.current,):
+            info: Info = {"id": new_id(self._loop), "session": self.session, "version": self._table_version()}
+            self._pings[info["id"]] = self._loop.now()
+            if len(self._pings) > PINGS_REMEMBERED:
+                self._pings.popitem(last=False)
+            self._send(padded("ping", info, SESSION_SIZE), address)
+
+    def sync(self, version: int) -> bool:
+        """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
+        if not self.has_joined or self.session is None:
+            return False
+        self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.endpoint.current)
+        return True
+
+    def _ping_unanswered(self) -> None:
+        if self.is_starting and not self.patience.is_endless:
+            self._owner.on_unanswered()
+            return
+        self.announce_silence()
+        self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
+
+    def on_pong(self, info: Info, address: Address) -> None:
+        """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
+        if not self.has_joined and self.state is not LINK_LEAVING:
+            return
+        asked = self._pings.pop(info["id"], None)
+        if asked is None:
+            if address in self.endpoint.last_two():
+                self._ping_soon()
+            return
+        self.endpoint.found(address)
+        is_same = info["boot"] == self._boot
+        self.heard(is_same)
+        if not is_same:
+            self._session_is_gone()
+            return
+        self._plan_ping()
+        self._owner.on_pong(asked, info["version"], info["mail"])
+
+    def _ping_soon(self) -> None:
+        """Ping if an unasked pong hints that the server has restarted: anybody can forge that hint."""
+        now = self._loop.now()
+        if self.state is LINK_LEAVING:
+            if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
+                self._last_pong = now
+                self.send_ping()
+        elif not self._ping_request.is_running and now - self._last_pong > PONG_INTERVAL:
+            self._last_pong = now
+            self._ping_timer.set(now + self._loop.random.uniform(0, 1))     # not all clients in the same instant
+
+    def _session_is_gone(self) -> None:
+        """Register again, or be offline if we are leaving anyway."""
+        self._ping_request.stop()
+        self._ping_timer.cancel()
+        if self.state is LINK_LEAVING:
+            self._owner.on_left()
+            self.close()
+            return
+        self._owner.on_session_lost()
+        if self.state is LINK_ONLINE:
+            self._go(LINK_RETURNING)
+        if not self._registration.is_running:
+            log.info("the server does not know this session any more: registering again")
+            self._register()
+
+    def on_probe(self, info: Info, is_trusted: bool) -> None:
+        """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
+        if info["to"] == self.nick and self.session is not None and (self.has_joined or self.state is LINK_LEAVING):
+            answer: Info = {"id": info["id"], "nick": self.nick}
+            if is_trusted:
+                answer["session"] = self.session
+            self._send(encode("alive", answer), self.endpoint.current)
+
+    def leave(self, is_hasty: bool = False) -> None:
+        """Deregister; ``is_hasty``: there is little time."""
+        self.stop_asking()
+        self._go(LINK_LEAVING)
+        if is_hasty:
+            self._deregistration.interval = HASTY_INTERVAL
+        self._deregistration.start()
+
+    def _send_dereg(self) -> None:
+        if self.session is not None:
+            self._send(padded("dereg", {"session": self.session}, SESSION_SIZE), self.endpoint.current)
+
+    def on_bye(self, info: Info, address: Address) -> None:
+        """Accept the answer to a deregistration."""
+        if self.state is LINK_LEAVING and info["session"] == self.session:
+            self._owner.on_left()
+            self.close()
+
+    def stop_asking(self) -> None:
+        """Neither register nor ping any more."""
+        self._ping_timer.cancel()
+        self._stop_registering()
+        self._ping_request.stop()
+
+    def close(self) -> None:
+        """Be offline, whatever was going on."""
+        self.stop_asking()
+        self._deregistration.stop()
+        self.is_silent = False
+        self.session = None
+        self._go(LINK_OFFLINE)
 
 
 # --- messages out ---------------------------------------------------------------------------------------------
@@ -174,7 +387,7 @@ class Sending:
 
     def __init__(self, loop: Loop, send: Send, link: ServerLink, outbox: Outbox, receipts: Receipts,
                  place_of: Callable[[str], Place | None]) -> None:
-        """``place_of``: returns where a nick can be reached, see ``TableSync``."""
+        """``place_of``: returns where a nick can be reached; None: nobody knows it."""
         self.outbox, self._place_of, self._loop, self._send = outbox, place_of, loop, send
         self._link, self._receipts = link, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
@@ -557,7 +770,7 @@ class Client:
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, lambda nick: self.outbox.conversations[nick].route is DIRECT,
                                  observer)
-        self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self.table_sync.place_of)
+        self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self._place_of)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
         self.meetings = Meetings(loop, send, self.link, self.table_sync, self.outbox)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
@@ -715,7 +928,14 @@ class Client:
         """Follow those who came, went or moved."""
         for nick in nicks:
             self.meetings.forget(nick)
-            self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
+            self.outbox.locate(self._loop.now(), nick, self._place_of(nick))
+
+    def _place_of(self, nick: str) -> Place | None:
+        """Return where ``nick`` can be reached; None: nobody knows that nick."""
+        entry = self.table_sync.table.get(nick)
+        if entry is None:
+            return None
+        return Place(entry.state == ONLINE, self.table_sync.reach(entry.host, entry.port))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:
         """Follow what the table says of us; a ping brings us back online."""

@@ -1,11 +1,21 @@
-"""The user's files: settings, the identity, the lines that were typed, the store of a server; and lines in files.
+"""What lies on the disk: settings, the identity, the lines that were typed, the store of a server; and lines in files.
 
 Rules of this file
 ------------------
-- It knows nothing of chat, except which tables a store has. ``registry`` fills them.
-- A file that cannot be used is an OSError; the command line reports it.
+- It decides nothing: ``registry`` says who is known, and what is kept in the store.
+- A file that cannot be used is an OSError, a store that cannot is a StoreError; the command line reports it.
+- No decision depends on the wall clock, which may be wrong by years and jump: what lasts for longer than one run of
+  the server is measured by ``Mailbox.uptime``. Only the times of messages are wall-clock times.
 - A file that is made here appears whole or not at all, and only its owner can read it.
 - A line is written whole or not at all, and nothing in it can drive a terminal.
+
+The store
+---------
+``StoreFile`` is the SQLite file; ``Mailbox`` is what it holds: the nicks that are known, their owners, the messages
+that wait, and how far each stream was kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is
+deleted from the low end, when the recipient has acked it. Everything that one turn of the loop changes is written in
+one transaction by ``commit``. If that fails, the messages of this turn count as never accepted, and everything else is
+tried again.
 """
 from __future__ import annotations
 
@@ -15,8 +25,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from protocol import MAX_PIECE, is_nick
+
+if TYPE_CHECKING:
+    import json
+    import sqlite3
 
 
 def home_directory() -> str | None:
@@ -510,6 +526,351 @@ class StoreFile:
             return identity_of(self._log, False) == self._files[self._log][1]
         except OSError as error:
             return error.errno == errno.ENOENT
+
+
+# --- what is in a store -----------------------------------------------------------------------------------------
+
+MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
+UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
+
+INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+class StoreError(Exception):
+    """The store cannot be used; the text says why, for a person."""
+
+
+class Known:
+    """What is known of one nick for good, and the state of its mailbox."""
+
+    __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "messages", "size")
+
+    def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: bytes | None, seen: float,
+                 first: int = 1, last: int = 0) -> None:
+        self.id = id_
+        self.nick = nick
+        self.host, self.port = host, port
+        self.online = bool(online)  # when it was last written: after a crash, its client may still run
+        self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
+        self.seen = seen            # ``Mailbox.uptime`` at its last sign of life
+        self.first = first          # number of the first mail that is not acked
+        self.last = last            # number of the last mail ever kept
+        self.messages = 0           # that wait
+        self.size = 0               # bytes of text that wait
+
+    @property
+    def waiting(self) -> int:
+        """How many numbers of mail wait."""
+        return self.last - self.first + 1
+
+
+class Parcel(NamedTuple):
+    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
+
+    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
+    """
+
+    n: int
+    texts: list[str]
+    times: list[float]
+    more: Collection[int]
+
+    def part(self, start: int, end: int) -> Parcel:
+        """Return the numbers at the positions [start, end) alone."""
+        return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
+                      [number for number in self.more if self.n + start <= number < self.n + end])
+
+    @property
+    def messages(self) -> int:
+        """How many texts end in it."""
+        return len(self.texts) - len(self.more)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the texts have in UTF-8."""
+        joined = "".join(self.texts)
+        return len(joined) if joined.isascii() else len(joined.encode())
+
+    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
+        """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
+        times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
+        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
+                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
+
+    @classmethod
+    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
+        """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
+        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
+        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
+            raise ValueError("the texts are damaged")
+        if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
+            raise ValueError("the times are damaged")
+        if continued and not set(continued) <= set(range(n, n + numbers)):
+            raise ValueError("nobody knows which texts go together")
+        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
+        if max(map(len, encoded)) > MAX_PIECE:
+            raise ValueError("a piece is too long")
+        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
+
+
+StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
+DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
+
+
+class Mailbox:
+    """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
+
+    ``commit`` writes everything that was changed since the last one, in one transaction, and only while the file is
+    still where it was opened (see ``StoreFile``). Reading sees only what is committed.
+    """
+
+    def __init__(self, path: str, server_id: bytes, now: float = 0.0) -> None:
+        """Open or make the store; ``server_id`` is a random id for a new one. Raise StoreError if that fails."""
+        global json, sqlite3    # only a store needs them: a client has none, and its start is measured (tests/bench.py)
+        import json
+        import sqlite3
+        try:
+            self._file = StoreFile(path, server_id)
+            self._db = self._file.db
+            self._load()
+            self._base = self._last_uptime() - now      # the uptime when ``now`` was 0
+        except OSError as error:
+            raise StoreError(f"cannot open the store {path}: {error.strerror}") from None
+        except (sqlite3.Error, LookupError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, sqlite3.OperationalError) else f"it is damaged: {error}"
+            if "locked" in reason:
+                reason = "another server has it open"
+            raise StoreError(f"cannot open the store {path}: {reason}") from None
+        self.damaged = 0            # rows that could not be read
+        self.failure = ""           # why the last commit that failed did
+        self._is_untidy = False     # see ``tidy``
+        self._rows: list[tuple[object, ...]] = []               # mail to insert
+        self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
+        self._streams: dict[tuple[str, int], int] = {}          # progress to write
+        self._changed: set[str] = set()                         # nicks to write
+        self._acked: set[str] = set()                           # nicks whose mail below ``first`` is to be deleted
+        self._forgotten: dict[int, str] = {}                    # id -> nick of those to delete
+
+    def _load(self) -> None:
+        execute = self._db.execute
+        self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
+        self.known: dict[str, Known] = {}
+        by_id: dict[int, Known] = {}
+        for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
+            known = Known(*row)
+            self.known[known.nick] = by_id[known.id] = known
+        self._next_id = max(by_id, default=0) + 1
+        for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
+            by_id[id_].messages, by_id[id_].size = messages, size
+
+    # time
+
+    def _last_uptime(self) -> float:
+        """Return the latest uptime in the store: what is written from now on is later.
+
+        What cannot be is left out. One number that is damaged on the disk must not make everybody else long offline.
+        """
+        execute = self._db.execute
+        noted = float(execute("SELECT value FROM meta WHERE key = 'uptime'").fetchone()[0])
+        written = execute("SELECT max(seen) FROM (SELECT seen FROM nicks UNION ALL SELECT seen FROM streams)"
+                          " WHERE seen <= ?", (noted + UPTIME_GAP,)).fetchone()[0]
+        return noted if written is None else max(noted, float(written))
+
+    def uptime(self, now: float) -> float:
+        """Return for how many seconds a server has run with this store, in all runs; a crash loses an hour at most."""
+        return self._base + now
+
+    def tidy(self) -> None:
+        """Let the next commit write the uptime, and forget the longest silent streams beyond ``MAX_STREAMS``."""
+        self._is_untidy = True
+
+    # who is known
+
+    def add(self, nick: str, host: str, port: int, owner: bytes | None, seen: float) -> Known:
+        """Make ``nick`` known."""
+        known = Known(self._next_id, nick, host, port, False, owner, seen)
+        self._next_id += 1
+        self.known[nick] = known
+        self._changed.add(nick)
+        return known
+
+    def changed(self, known: Known) -> None:
+        """Note that the attributes of ``known`` are to be written."""
+        self._changed.add(known.nick)
+
+    def forget(self, known: Known) -> None:
+        """Delete a nick with its owner, its mail and its streams."""
+        del self.known[known.nick]
+        self._forgotten[known.id] = known.nick
+        self._changed.discard(known.nick)
+        self._acked.discard(known.nick)
+        self._before.pop(known.nick, None)
+        self._rows = [row for row in self._rows if row[0] != known.id]
+
+    # mail
+
+    def stream_next(self, sender: str, stream: int) -> int | None:
+        """Return the number after the last that was kept of a stream, 1 for a new one. None: it cannot be read now."""
+        if (sender, stream) in self._streams:
+            return self._streams[sender, stream]
+        try:
+            found = self._db.execute("SELECT next FROM streams WHERE sender = ? AND stream = ?",
+                                     (sender, stream)).fetchone()
+        except sqlite3.Error:
+            return None
+        return int(found[0]) if found else 1
+
+    def keep(self, known: Known, sender: str, stream: int, parcel: Parcel) -> None:
+        """Put whole texts into somebody's mailbox, from the next ``commit`` on."""
+        if known.nick not in self._before:
+            self._before[known.nick] = (known.last, known.messages, known.size)
+        size = parcel.size
+        self._rows.append(parcel.row(known.id, known.last + 1, sender, stream, size))
+        known.last += len(parcel.texts)
+        known.messages += parcel.messages
+        known.size += size
+        self._streams[sender, stream] = parcel.n + len(parcel.texts)
+        self._changed.add(known.nick)
+
+    def fetch(self, known: Known, seq: int, limit: int) -> list[StoredLetter]:
+        """Return the committed mail from number ``seq`` on, at most ``limit`` letters; none if it is unreadable now."""
+        letters: list[StoredLetter] = []
+        try:
+            rows = self._db.execute(
+                "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
+                " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
+            row = next(rows, None)
+            while row is not None and len(letters) < limit:
+                following = next(rows, None)
+                start, numbers, *columns = row
+                most = (known.last + 1 if following is None else following[0]) - start
+                if following is not None or type(numbers) is not int or not 0 < numbers <= most:
+                    numbers = most      # the beginning of the next row is right, whatever is damaged in this one
+                found = self._letters(known.nick, numbers, *columns)
+                letters += found[seq - start:] if start < seq else found
+                row = following
+        except sqlite3.Error:
+            pass        # what was read until now is right
+        return letters[:limit]
+
+    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int,
+                 *columns: str) -> list[StoredLetter]:
+        """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
+        is_sender_whole = is_nick(sender)
+        is_stream_whole = type(stream) is int and stream >= 0
+        try:
+            if not is_sender_whole or not is_stream_whole:
+                raise ValueError("nobody knows whose it is")
+            parcel = Parcel.of_row(numbers, n, *columns)
+        except (ValueError, TypeError):
+            self.damaged += 1
+            return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
+                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False]] * numbers
+        more = parcel.more
+        return [[sender, stream, number, at, text, number in more]
+                for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
+
+    def acked(self, known: Known, first: int) -> None:
+        """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
+        if known.first < first <= known.last + 1:
+            known.first = first
+            self._acked.add(known.nick)
+
+    # the transaction
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is anything to commit before a client hears of it; mail that was acked can be deleted later."""
+        return bool(self._rows or self._streams or self._changed or self._forgotten or self._is_untidy)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is anything to commit."""
+        return self.urgent or bool(self._acked)
+
+    def commit(self, now: float) -> bool:
+        """Write everything since the last commit; return whether that went well. If not, undo the mail of this turn."""
+        if not self.pending:
+            return True
+        try:
+            self._file.check()
+            self._db.execute("BEGIN IMMEDIATE")
+            freed = self._write(self.uptime(now))
+            self._db.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            self.failure = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self._undo()
+            return False
+        for known, messages, size in freed:
+            known.messages -= messages
+            known.size -= size
+        self._drop_mail_of_this_turn()
+        for written in (self._changed, self._acked, self._forgotten):
+            written.clear()
+        self._is_untidy = False
+        return True
+
+    def _write(self, uptime: float) -> list[tuple[Known, int, int]]:
+        """Write everything pending; return from whose mailbox how many messages and bytes were deleted."""
+        run, many = self._db.execute, self._db.executemany
+        for id_, nick in self._forgotten.items():
+            run("DELETE FROM nicks WHERE id = ?", (id_,))
+            run("DELETE FROM mail WHERE recipient = ?", (id_,))
+            run("DELETE FROM streams WHERE sender = ?", (nick,))
+        many(INSERT_MAIL, self._rows)
+        many("INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?)",
+             [(*key, next_, uptime) for key, next_ in self._streams.items()])
+        freed = []
+        for nick in self._acked:
+            freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
+        changed = [self.known[nick] for nick in self._changed | self._acked]
+        many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
+             " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
+             " first = excluded.first, last = excluded.last",
+             [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
+        if self._is_untidy:
+            run("UPDATE meta SET value = ? WHERE key = 'uptime'", (uptime,))
+            run("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC LIMIT 1 OFFSET ?)",
+                (MAX_STREAMS - 1,))
+        return freed
+
+    def _delete_mail(self, known: Known) -> tuple[int, int]:
+        """Delete the mail below ``first``; return how many messages and bytes that was."""
+        run = self._db.execute
+        whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
+        below = (known.id, known.first, known.first)
+        messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
+        run("DELETE FROM mail " + whole, below)
+        # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more
+        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail"
+                                                 " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
+            run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
+            try:
+                parcel = Parcel.of_row(*columns)
+            except (ValueError, TypeError):
+                continue        # damaged on the disk: nobody can read it any more
+            rest = parcel.part(known.first - seq, len(parcel.texts))
+            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream, rest.size))
+            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
+        return int(messages), int(size)
+
+    def _undo(self) -> None:
+        try:
+            self._db.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass    # SQLite has rolled back by itself
+        for nick, (last, messages, size) in self._before.items():
+            known = self.known[nick]
+            known.last, known.messages, known.size = last, messages, size
+        self._drop_mail_of_this_turn()
+
+    def _drop_mail_of_this_turn(self) -> None:
+        for dropped in (self._before, self._rows, self._streams):
+            dropped.clear()
+
+    def close(self) -> None:
+        """Close the file; what is not committed is lost."""
+        self._file.close()
 
 
 # --- the user's identity --------------------------------------------------------------------------------------

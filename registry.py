@@ -1,11 +1,10 @@
-"""Client table, nick ownership and stored mail.
+"""Client table and its copies, nick ownership, and what is decided on stored mail.
 
 Rules of this file
 ------------------
-- No sockets, no clock, no timers, no printing. Monotonic time (``now``, in seconds) comes in as an argument; so do
-  random ids. The only side effects are on the SQLite file of the ``Mailbox``.
-- No decision depends on the wall clock, which may be wrong by years and jump: what lasts for longer than one run of
-  the server is measured by ``Mailbox.uptime``. Only the times of messages are wall-clock times.
+- No sockets, no clock, no printing. Monotonic time (``now``, in seconds) comes in as an argument; so do random ids.
+  ``TableSync`` and ``Committer``, which do something later, have the ``Loop``. The only side effects are on the store.
+- No decision depends on the wall clock: see ``home``.
 - It knows nothing of datagrams: it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
@@ -15,18 +14,13 @@ How it works
 ``Table`` is the dictionary of clients. Every change gives one entry a new version, no two entries share one, and
 an entry remembers the version of its last change. So "what changed since version v" is one question with one kind
 of answer, whether v is the version before (a broadcast) or 0 (a snapshot). The server owns a table, every client
-has a ``Mirror`` of it.
-
-``Mailbox`` is the store: the nicks that are known, their owners, the messages that wait, and how far each stream was
-kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is deleted from the low end, when
-the recipient has acked it. Everything that one turn of the loop changes is written in one transaction by ``commit``.
-If that fails, the messages of this turn count as never accepted, and everything else is tried again.
+has a ``Mirror`` of it, which ``TableSync`` keeps complete.
 
 ``Sessions`` holds the registrations of clients: those that exist, and those that ended lately. ``Registry`` is what the
-server decides on these three: who gets a nick, when somebody goes online (not before the mail that waited is acked) and
-offline, what happens to a message that should be kept.
+server decides on table, sessions and store: who gets a nick, when somebody goes online (not before the mail that waited
+is acked) and offline, what happens to a message that should be kept. ``Committer`` has the store written.
 
-A nick belongs to its first owner: a client that registers it with a token (see ``secure.token_for``) owns it, and the
+A nick belongs to its first owner: a client that registers it with a token (see ``home.token_for``) owns it, and the
 store keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the
 next client that registers it. Nicks that only differ in case, width or composition are one nick: the spelling that was
 registered first counts, another one is refused, and so is a new nick that mixes scripts. A nick that the store has from
@@ -37,17 +31,14 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from home import StoreFile, hash_of, is_hash_of
-from protocol import MAX_PIECE, Spellings, is_nick, mixes_scripts
-
-if TYPE_CHECKING:
-    import json
-    import sqlite3
+from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_hash_of
+from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
+from protocol import MAX_PIECE, SYNC_PAGES, Info, Spellings, mixes_scripts, since_of
 
 Address = tuple[str, int]
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
@@ -274,354 +265,141 @@ class Mirror:
                 if self.table.set(nick, host, port, OFFLINE)]
 
 
-# --- the store ------------------------------------------------------------------------------------------------
-
-MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail is forgotten, see ``IdleNicks``
-MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
-MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
-MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
-NICK_LAPSE = 90.0               # days offline after which a nick is forgotten; only time in which the server ran counts
-DAY = 86400.0                   # s
-UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
-
-INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
+OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 
 
-class StoreError(Exception):
-    """The store cannot be used; the text says why, for a person."""
+class TableSource(Protocol):
+    """What a ``TableSync`` needs of the client's link to its server."""
 
-
-class Known:
-    """What is known of one nick for good, and the state of its mailbox."""
-
-    __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "messages", "size")
-
-    def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: bytes | None, seen: float,
-                 first: int = 1, last: int = 0) -> None:
-        self.id = id_
-        self.nick = nick
-        self.host, self.port = host, port
-        self.online = bool(online)  # when it was last written: after a crash, its client may still run
-        self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
-        self.seen = seen            # ``Mailbox.uptime`` at its last sign of life
-        self.first = first          # number of the first mail that is not acked
-        self.last = last            # number of the last mail ever kept
-        self.messages = 0           # that wait
-        self.size = 0               # bytes of text that wait
+    nick: str
+    endpoint: Endpoint
 
     @property
-    def waiting(self) -> int:
-        """How many numbers of mail wait."""
-        return self.last - self.first + 1
+    def has_joined(self) -> bool: ...
+    def sync(self, version: int) -> bool: ...       # asks for the table behind it; False: there is no session for that
+    def ping_until_answered(self) -> None: ...
 
 
-class Parcel(NamedTuple):
-    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
+class TableSync(Mirror):
+    """A client's copy of the server's table, kept complete.
 
-    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
+    A page that does not follow on what is here, or a pong with a higher version, shows that something is missing: then
+    the server is asked every 200 ms until nothing is. After a restart of the server the old table stays in force
+    until the new one is whole, for 30 s at most; then everybody in it counts as offline, and messages go to the server.
     """
 
-    n: int
-    texts: list[str]
-    times: list[float]
-    more: Collection[int]
+    def __init__(self, loop: Loop, link: TableSource, on_changed: Callable[[Sequence[str]], None],
+                 on_own_state: Callable[[bool, bool], None]) -> None:
+        """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
+        super().__init__()
+        self.has_news = False                   # that the user has not heard of
+        self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
+        self._loop, self._link, self._on_changed = loop, link, on_changed
+        self._on_own_state = on_own_state
+        self._shows_us = False                  # online, in the table of the server as it runs now
+        self._is_confirmed = False              # in this session, the table was whole
+        self._pages = 0                         # that came since the last question ...
+        self._asked = -NEVER                    # ... and when that was
+        self._sync_timer = RestartableTimer(loop, self._ask)
+        self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
 
-    def part(self, start: int, end: int) -> Parcel:
-        """Return the numbers at the positions [start, end) alone."""
-        return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
-                      [number for number in self.more if self.n + start <= number < self.n + end])
+    def reach(self, host: str, port: int) -> Address | None:
+        """Return where we reach an address of the table; None if we cannot: then the server relays."""
+        return seen_from(self._link.endpoint.current, (host, port))
 
-    @property
-    def messages(self) -> int:
-        """How many texts end in it."""
-        return len(self.texts) - len(self.more)
+    def is_at(self, nick: str, address: Address) -> bool:
+        """Return whether ``nick`` is online at ``address``."""
+        entry = self.table.entries.get(nick)
+        return entry is not None and entry.state == ONLINE and (
+            (entry.host, entry.port) == address
+            or ("%" in address[0] and self.reach(entry.host, entry.port) == address))
 
-    @property
-    def size(self) -> int:
-        """How many bytes the texts have in UTF-8."""
-        joined = "".join(self.texts)
-        return len(joined) if joined.isascii() else len(joined.encode())
+    def are_behind_one_router(self, nick: str) -> bool:
+        """Return whether the server sees ``nick`` at the same host as us."""
+        entry, own = self.table.entries.get(nick), self.table.entries.get(self._link.nick)
+        return entry is not None and own is not None and entry.host == own.host
 
-    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
-        """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
-        times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
-        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
-                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
+    def begin_session(self, boot: int, version: int) -> None:
+        """Catch up with a server, as it runs since ``boot``, whose table has that version."""
+        self._shows_us = self._is_confirmed = False
+        super().begin_session(boot, version)
+        if not (self.is_of_this_boot or self._old_table_timer.is_set):
+            self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
+        if self.is_of_this_boot and self.is_whole:
+            self._confirm()
+            self._refresh_own_state()
+        else:
+            self._ask()
 
-    @classmethod
-    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
-        """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
-        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
-        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
-            raise ValueError("the texts are damaged")
-        if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
-            raise ValueError("the times are damaged")
-        if continued and not set(continued) <= set(range(n, n + numbers)):
-            raise ValueError("nobody knows which texts go together")
-        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
-        if max(map(len, encoded)) > MAX_PIECE:
-            raise ValueError("a piece is too long")
-        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
+    def end_session(self) -> None:
+        """Stop asking for the table: there is no session."""
+        self._sync_timer.cancel()
 
+    def stop(self) -> None:
+        """Neither ask nor wait any more: the client leaves."""
+        self._sync_timer.cancel()
+        self._old_table_timer.cancel()
 
-StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
-DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
+    def _ask(self) -> None:
+        if not self._link.sync(self.version):
+            return
+        self._pages = 0
+        self._asked = self._loop.now()
+        self._sync_timer.set(self._asked + jittered(self._loop, self.interval))
 
+    def ask_soon(self) -> None:
+        """Ask for what is missing, at once unless that was done just now."""
+        if not self._sync_timer.is_set:
+            self._sync_timer.set(max(self._loop.now(), self._asked + SYNC_INTERVAL))
 
-class Mailbox:
-    """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
+    def on_version(self, version: int) -> None:
+        """Note how far the server is; ask if something is missing here."""
+        if self.expect(version):
+            self.ask_soon()
 
-    ``commit`` writes everything that was changed since the last one, in one transaction, and only while the file is
-    still where it was opened (see ``StoreFile``). Reading sees only what is committed.
-    """
+    def on_table(self, info: Info) -> None:
+        """Accept a page of the table."""
+        if not self._link.has_joined:
+            return
+        changed = self.apply(Page(since_of(info), info["version"], info["set"]))
+        if changed is None:
+            self.ask_soon()
+            return
+        self._pages += 1
+        self._note_changes(changed)
+        if self.is_whole:
+            self._sync_timer.cancel()
+            self._old_table_timer.cancel()
+            self._confirm()
+            if not self._shows_us:
+                self._refresh_own_state()
+        elif self._pages >= SYNC_PAGES:
+            self._ask()
+        else:
+            self._sync_timer.set(self._loop.now() + jittered(self._loop, SYNC_INTERVAL))
 
-    def __init__(self, path: str, server_id: bytes, now: float = 0.0) -> None:
-        """Open or make the store; ``server_id`` is a random id for a new one. Raise StoreError if that fails."""
-        global json, sqlite3    # only a store needs them: a client has none, and its start is measured (tests/bench.py)
-        import json
-        import sqlite3
-        try:
-            self._file = StoreFile(path, server_id)
-            self._db = self._file.db
-            self._load()
-            self._base = self._last_uptime() - now      # the uptime when ``now`` was 0
-        except OSError as error:
-            raise StoreError(f"cannot open the store {path}: {error.strerror}") from None
-        except (sqlite3.Error, LookupError, TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, sqlite3.OperationalError) else f"it is damaged: {error}"
-            if "locked" in reason:
-                reason = "another server has it open"
-            raise StoreError(f"cannot open the store {path}: {reason}") from None
-        self.damaged = 0            # rows that could not be read
-        self.failure = ""           # why the last commit that failed did
-        self._is_untidy = False     # see ``tidy``
-        self._rows: list[tuple[object, ...]] = []               # mail to insert
-        self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
-        self._streams: dict[tuple[str, int], int] = {}          # progress to write
-        self._changed: set[str] = set()                         # nicks to write
-        self._acked: set[str] = set()                           # nicks whose mail below ``first`` is to be deleted
-        self._forgotten: dict[int, str] = {}                    # id -> nick of those to delete
+    def _confirm(self) -> None:
+        """Tell the server and the user, once a session, that the table is here."""
+        if not self._is_confirmed:
+            self._is_confirmed = self.has_news = True
+            self._link.ping_until_answered()       # the version is in the ping
 
-    def _load(self) -> None:
-        execute = self._db.execute
-        self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
-        self.known: dict[str, Known] = {}
-        by_id: dict[int, Known] = {}
-        for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
-            known = Known(*row)
-            self.known[known.nick] = by_id[known.id] = known
-        self._next_id = max(by_id, default=0) + 1
-        for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
-            by_id[id_].messages, by_id[id_].size = messages, size
+    def _on_old_table_expired(self) -> None:
+        """Count everybody as offline: the old table's time is over, and there is no new one yet."""
+        self._note_changes(self.mark_all_offline())
 
-    # time
+    def _note_changes(self, nicks: Sequence[str]) -> None:
+        if not nicks:
+            return
+        self.has_news = True
+        self._on_changed(nicks)
+        if self._link.nick in nicks:
+            self._refresh_own_state()
 
-    def _last_uptime(self) -> float:
-        """Return the latest uptime in the store: what is written from now on is later.
-
-        What cannot be is left out. One number that is damaged on the disk must not make everybody else long offline.
-        """
-        execute = self._db.execute
-        noted = float(execute("SELECT value FROM meta WHERE key = 'uptime'").fetchone()[0])
-        written = execute("SELECT max(seen) FROM (SELECT seen FROM nicks UNION ALL SELECT seen FROM streams)"
-                          " WHERE seen <= ?", (noted + UPTIME_GAP,)).fetchone()[0]
-        return noted if written is None else max(noted, float(written))
-
-    def uptime(self, now: float) -> float:
-        """Return for how many seconds a server has run with this store, in all runs; a crash loses an hour at most."""
-        return self._base + now
-
-    def tidy(self) -> None:
-        """Let the next commit write the uptime, and forget the longest silent streams beyond ``MAX_STREAMS``."""
-        self._is_untidy = True
-
-    # who is known
-
-    def add(self, nick: str, host: str, port: int, owner: bytes | None, seen: float) -> Known:
-        """Make ``nick`` known."""
-        known = Known(self._next_id, nick, host, port, False, owner, seen)
-        self._next_id += 1
-        self.known[nick] = known
-        self._changed.add(nick)
-        return known
-
-    def changed(self, known: Known) -> None:
-        """Note that the attributes of ``known`` are to be written."""
-        self._changed.add(known.nick)
-
-    def forget(self, known: Known) -> None:
-        """Delete a nick with its owner, its mail and its streams."""
-        del self.known[known.nick]
-        self._forgotten[known.id] = known.nick
-        self._changed.discard(known.nick)
-        self._acked.discard(known.nick)
-        self._before.pop(known.nick, None)
-        self._rows = [row for row in self._rows if row[0] != known.id]
-
-    # mail
-
-    def stream_next(self, sender: str, stream: int) -> int | None:
-        """Return the number after the last that was kept of a stream, 1 for a new one. None: it cannot be read now."""
-        if (sender, stream) in self._streams:
-            return self._streams[sender, stream]
-        try:
-            found = self._db.execute("SELECT next FROM streams WHERE sender = ? AND stream = ?",
-                                     (sender, stream)).fetchone()
-        except sqlite3.Error:
-            return None
-        return int(found[0]) if found else 1
-
-    def keep(self, known: Known, sender: str, stream: int, parcel: Parcel) -> None:
-        """Put whole texts into somebody's mailbox, from the next ``commit`` on."""
-        if known.nick not in self._before:
-            self._before[known.nick] = (known.last, known.messages, known.size)
-        size = parcel.size
-        self._rows.append(parcel.row(known.id, known.last + 1, sender, stream, size))
-        known.last += len(parcel.texts)
-        known.messages += parcel.messages
-        known.size += size
-        self._streams[sender, stream] = parcel.n + len(parcel.texts)
-        self._changed.add(known.nick)
-
-    def fetch(self, known: Known, seq: int, limit: int) -> list[StoredLetter]:
-        """Return the committed mail from number ``seq`` on, at most ``limit`` letters; none if it is unreadable now."""
-        letters: list[StoredLetter] = []
-        try:
-            rows = self._db.execute(
-                "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
-                " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
-            row = next(rows, None)
-            while row is not None and len(letters) < limit:
-                following = next(rows, None)
-                start, numbers, *columns = row
-                most = (known.last + 1 if following is None else following[0]) - start
-                if following is not None or type(numbers) is not int or not 0 < numbers <= most:
-                    numbers = most      # the beginning of the next row is right, whatever is damaged in this one
-                found = self._letters(known.nick, numbers, *columns)
-                letters += found[seq - start:] if start < seq else found
-                row = following
-        except sqlite3.Error:
-            pass        # what was read until now is right
-        return letters[:limit]
-
-    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int,
-                 *columns: str) -> list[StoredLetter]:
-        """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
-        is_sender_whole = is_nick(sender)
-        is_stream_whole = type(stream) is int and stream >= 0
-        try:
-            if not is_sender_whole or not is_stream_whole:
-                raise ValueError("nobody knows whose it is")
-            parcel = Parcel.of_row(numbers, n, *columns)
-        except (ValueError, TypeError):
-            self.damaged += 1
-            return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
-                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False]] * numbers
-        more = parcel.more
-        return [[sender, stream, number, at, text, number in more]
-                for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
-
-    def acked(self, known: Known, first: int) -> None:
-        """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
-        if known.first < first <= known.last + 1:
-            known.first = first
-            self._acked.add(known.nick)
-
-    # the transaction
-
-    @property
-    def urgent(self) -> bool:
-        """Whether there is anything to commit before a client hears of it; mail that was acked can be deleted later."""
-        return bool(self._rows or self._streams or self._changed or self._forgotten or self._is_untidy)
-
-    @property
-    def pending(self) -> bool:
-        """Whether there is anything to commit."""
-        return self.urgent or bool(self._acked)
-
-    def commit(self, now: float) -> bool:
-        """Write everything since the last commit; return whether that went well. If not, undo the mail of this turn."""
-        if not self.pending:
-            return True
-        try:
-            self._file.check()
-            self._db.execute("BEGIN IMMEDIATE")
-            freed = self._write(self.uptime(now))
-            self._db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            self.failure = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            self._undo()
-            return False
-        for known, messages, size in freed:
-            known.messages -= messages
-            known.size -= size
-        self._drop_mail_of_this_turn()
-        for written in (self._changed, self._acked, self._forgotten):
-            written.clear()
-        self._is_untidy = False
-        return True
-
-    def _write(self, uptime: float) -> list[tuple[Known, int, int]]:
-        """Write everything pending; return from whose mailbox how many messages and bytes were deleted."""
-        run, many = self._db.execute, self._db.executemany
-        for id_, nick in self._forgotten.items():
-            run("DELETE FROM nicks WHERE id = ?", (id_,))
-            run("DELETE FROM mail WHERE recipient = ?", (id_,))
-            run("DELETE FROM streams WHERE sender = ?", (nick,))
-        many(INSERT_MAIL, self._rows)
-        many("INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?)",
-             [(*key, next_, uptime) for key, next_ in self._streams.items()])
-        freed = []
-        for nick in self._acked:
-            freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
-        changed = [self.known[nick] for nick in self._changed | self._acked]
-        many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
-             " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
-             " first = excluded.first, last = excluded.last",
-             [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
-        if self._is_untidy:
-            run("UPDATE meta SET value = ? WHERE key = 'uptime'", (uptime,))
-            run("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC LIMIT 1 OFFSET ?)",
-                (MAX_STREAMS - 1,))
-        return freed
-
-    def _delete_mail(self, known: Known) -> tuple[int, int]:
-        """Delete the mail below ``first``; return how many messages and bytes that was."""
-        run = self._db.execute
-        whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
-        below = (known.id, known.first, known.first)
-        messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
-        run("DELETE FROM mail " + whole, below)
-        # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more
-        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail"
-                                                 " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
-            run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
-            try:
-                parcel = Parcel.of_row(*columns)
-            except (ValueError, TypeError):
-                continue        # damaged on the disk: nobody can read it any more
-            rest = parcel.part(known.first - seq, len(parcel.texts))
-            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream, rest.size))
-            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
-        return int(messages), int(size)
-
-    def _undo(self) -> None:
-        try:
-            self._db.execute("ROLLBACK")
-        except sqlite3.Error:
-            pass    # SQLite has rolled back by itself
-        for nick, (last, messages, size) in self._before.items():
-            known = self.known[nick]
-            known.last, known.messages, known.size = last, messages, size
-        self._drop_mail_of_this_turn()
-
-    def _drop_mail_of_this_turn(self) -> None:
-        for dropped in (self._before, self._rows, self._streams):
-            dropped.clear()
-
-    def close(self) -> None:
-        """Close the file; what is not committed is lost."""
-        self._file.close()
+    def _refresh_own_state(self) -> None:
+        was_online, self._shows_us = self._shows_us, self.table.is_online(self._link.nick) and self.is_of_this_boot
+        self._on_own_state(self._shows_us, was_online)
 
 
 # --- sessions -------------------------------------------------------------------------------------------------
@@ -770,6 +548,13 @@ class Sessions:
 
 
 # --- the registry ---------------------------------------------------------------------------------------------
+
+MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail is forgotten, see ``IdleNicks``
+MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
+MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
+NICK_LAPSE = 90.0               # days offline after which a nick is forgotten; only time in which the server ran counts
+DAY = 86400.0                   # s
+
 
 class ClaimVerdict(Enum):
     """What becomes of a request for a nick. The values of the refusals travel in a ``refused``."""
@@ -1083,3 +868,60 @@ class Registry:
         if session is not None:
             self._end(session, now, EVICTED)
         self.forget(nick)
+
+
+# --- writing the store ----------------------------------------------------------------------------------------
+
+DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
+STORE_RECOVERY_TIME = 1.0  # s without a failure after which the store counts as good again
+
+
+class Committer:
+    """When the store is written, and whether it can be.
+
+    What must be on the disk before a client hears of it is written at the end of its turn, in one transaction.
+    Mail that was acked need not be deleted at once: after a crash it is sent once more, and a client that still runs
+    does not show it twice. The log names the first commit that fails, and the first that succeeds a while after the
+    last failure; not each of them.
+    """
+
+    def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
+        self.failures = 0
+        self.loop = loop
+        self.mailbox = mailbox
+        self._failed = NEVER        # when a commit failed last; ``NEVER``: the store counts as good
+        self._deletion_timer = RestartableTimer(loop, self._delete_acked)
+
+    def commit(self) -> bool:
+        """Write what must be on the disk before a client hears of it; return whether that went well."""
+        if self.mailbox.urgent:
+            return self.commit_all()
+        if self.mailbox.pending and not self._deletion_timer.is_set:
+            self._deletion_timer.set(self.loop.now() + DELETION_GAP)
+        return True
+
+    def commit_all(self) -> bool:
+        """Write everything that has changed; return whether that went well."""
+        now = self.loop.now()
+        committed = self.mailbox.commit(now)
+        if not committed:
+            self.failures += 1
+            if self._failed == NEVER:
+                log.error("the store cannot be written (%s): no mail is kept, no owner of a new nick is remembered",
+                          self.mailbox.failure)
+            self._failed = now
+        elif now >= self._failed + STORE_RECOVERY_TIME:
+            log.warning("the store can be written again")
+            self._failed = NEVER
+        return committed
+
+    def close(self) -> bool:
+        """Write everything and close the store; return whether that went well, and log it if not."""
+        self.mailbox.tidy()     # so that there is something to write, which shows whether the store is still there
+        self._failed = NEVER
+        committed = self.commit_all()
+        self.mailbox.close()
+        return committed
+
+    def _delete_acked(self) -> None:
+        self.commit_all()

@@ -21,7 +21,6 @@ The parts
     Gate            registration: address validation, claims, admission
     Prober          "are you there?": liveness, and moves to another address
     Keeper          messages to be kept: verdicts, acks and refusals
-    Committer       when the store is written, and whether it can be
     Postman         stored mail on its way to its recipients
     Announcer       the table: answers to those who miss some of it, and broadcasts
 
@@ -58,8 +57,9 @@ import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
 from secure import CallLimit, Cookies
 from stream import ReceiveStream, Run, SendStream
+from home import Parcel
 from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN,
-                      UNKNOWN, ClaimVerdict, Mailbox, Parcel, Registry, Session)
+                      UNKNOWN, ClaimVerdict, Committer, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 
 
@@ -413,8 +413,6 @@ class Prober:
 
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
-DELETION_GAP = 0.2        # s in which what was acked may stay in the store: a commit for each ack would be slow
-STORE_RECOVERY_TIME = 1.0          # s without a failure after which the store counts as good again
 
 
 class Refusal(Enum):
@@ -605,57 +603,6 @@ class Keeper:
             _, old = self.streams.popitem(last=False)
             self.early -= old.last_count
             self._with_early.pop(old, None)
-
-
-class Committer:
-    """When the store is written, and whether it can be.
-
-    What must be on the disk before a client hears of it is written at the end of its turn, in one transaction.
-    Mail that was acked need not be deleted at once: after a crash it is sent once more, and a client that still runs
-    does not show it twice. The log names the first commit that fails, and the first that succeeds a while after the
-    last failure; not each of them.
-    """
-
-    def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
-        self.failures = 0
-        self.loop = loop
-        self.mailbox = mailbox
-        self._failed = NEVER        # when a commit failed last; ``NEVER``: the store counts as good
-        self._deletion_timer = RestartableTimer(loop, self._delete_acked)
-
-    def commit(self) -> bool:
-        """Write what must be on the disk before a client hears of it; return whether that went well."""
-        if self.mailbox.urgent:
-            return self.commit_all()
-        if self.mailbox.pending and not self._deletion_timer.is_set:
-            self._deletion_timer.set(self.loop.now() + DELETION_GAP)
-        return True
-
-    def commit_all(self) -> bool:
-        """Write everything that has changed; return whether that went well."""
-        now = self.loop.now()
-        committed = self.mailbox.commit(now)
-        if not committed:
-            self.failures += 1
-            if self._failed == NEVER:
-                log.error("the store cannot be written (%s): no mail is kept, no owner of a new nick is remembered",
-                          self.mailbox.failure)
-            self._failed = now
-        elif now >= self._failed + STORE_RECOVERY_TIME:
-            log.warning("the store can be written again")
-            self._failed = NEVER
-        return committed
-
-    def close(self) -> bool:
-        """Write everything and close the store; return whether that went well, and log it if not."""
-        self.mailbox.tidy()     # so that there is something to write, which shows whether the store is still there
-        self._failed = NEVER
-        committed = self.commit_all()
-        self.mailbox.close()
-        return committed
-
-    def _delete_acked(self) -> None:
-        self.commit_all()
 
 
 # --- mail -----------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ except ModuleNotFoundError as missing:
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 if TYPE_CHECKING:
     from editor import Prompt, Style
-    from registry import Mailbox
+    from home import Mailbox
     from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
@@ -542,7 +542,7 @@ def default_store(port: int) -> str:
 
 def open_store(path: str, now: float = 0.0) -> Mailbox:
     """Open or make the store at ``path``, and its directory if it is ours; ``now``: monotonic time. Raise Failure."""
-    from registry import Mailbox, StoreError
+    from home import Mailbox, StoreError
     state = state_home()
     try:
         if state is not None and os.path.dirname(path) == state:

@@ -38,13 +38,13 @@ from unittest import mock
 import msgpack
 
 import protocol
-from client import Client
+from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from home import ERROR, INFO, clean, token_for
+from home import ERROR, INFO, Mailbox, clean, token_for
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
 from protocol import Address, encode
-from registry import DAY, Mailbox, Registry, State
-from secure import LINK_OFFLINE, LINK_REGISTERING, Patience
+from registry import DAY, Registry, State
+from secure import Patience
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer

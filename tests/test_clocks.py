@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 import home
-import registry
-from home import hash_of
+from home import Mailbox, Parcel, StoreError, hash_of
 from protocol import encode
-from registry import DAY, FULL, GRANTED, Mailbox, Parcel, Registry, StoreError
+from registry import DAY, FULL, GRANTED, Registry
 from server import HOUSEKEEPING
 from tests.processes import SAVED, WELCOME, Chat
 from tests.test_strangers import Desk, home as home_of, save
@@ -191,7 +190,7 @@ def test_one_time_that_is_damaged_on_the_disk_does_not_make_everybody_long_offli
 
 def test_the_streams_that_are_forgotten_are_those_longest_silent_over_restarts(
         path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_STREAMS", 2)
+    monkeypatch.setattr(home, "MAX_STREAMS", 2)
     for number, start in enumerate((9e6, 5.0, 7e7), 1):
         box = Mailbox(str(path), SERVER, start)
         if "bob" not in box.known:
@@ -289,7 +288,7 @@ def test_who_was_longest_offline_in_an_old_store_still_is(path: Path, latest: fl
 
 
 def test_the_streams_of_an_old_store_keep_their_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_STREAMS", 3)
+    monkeypatch.setattr(home, "MAX_STREAMS", 3)
     old_store(path, NOW)
     box = Mailbox(str(path), SERVER)
     keep(box, "a", 1.0)

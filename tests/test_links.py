@@ -16,10 +16,9 @@ from typing import cast
 import pytest
 
 import loop
-from client import TableSync
+from client import ServerLink
 from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
-from registry import ONLINE
-from secure import ServerLink
+from registry import ONLINE, TableSync
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, Process, has_ipv6, received)
 
@@ -257,8 +256,8 @@ def test_a_client_reaches_link_local_peers_on_the_link_of_its_server(server: str
     link = cast(ServerLink, SimpleNamespace(endpoint=Endpoint(selector_loop, [(server, 4119)])))
     table = TableSync(selector_loop, link, lambda nicks: None, lambda is_online, was_online: None)
     table.table.set("bob", host, 5000, ONLINE)
-    place = table.place_of("bob")
-    assert place is not None and place.address == ((reached, 5000) if reached is not None else None)
+    address = table.reach(host, 5000)
+    assert address == ((reached, 5000) if reached is not None else None)
     if reached is not None:
         assert table.is_at("bob", (reached, 5000)) and not table.is_at("bob", (reached, 5001))
     assert not table.is_at("bob", ("fe80::2%4", 5000))      # the same on another of our links

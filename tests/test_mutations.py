@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from client import TableSync
+from client import ServerLink
 from conversation import Delivery, Inbox
 from loop import Output
 from protocol import SESSION_SIZE, encode, padded
-from registry import Session, Table
-from secure import ServerLink
-from server import Committer, Postman, Server
-from terminal import Shell
+from registry import Committer, Session, Table, TableSync
+from server import Postman, Server
 from stream import ReceiveStream, SendStream
+from terminal import Shell
 from tests.simulate import run_seed
 
 SEEDS = 300               # that are tried for a fault whose own seed does not find it any more

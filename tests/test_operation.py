@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import udpchat
-from server import Drop, Server
-from home import ERROR, json_line
+from home import ERROR, Mailbox, json_line
 from loop import Random, Scheduler, SystemRandom
 from protocol import encode, padded
-from registry import Mailbox, Registry
+from registry import Registry
+from server import Drop, Server
 from tests.pages import section
 from tests.processes import DEADLINE, NO_PKTINFO, ROOT, SAVED, WELCOME, Chat, Process, received
 

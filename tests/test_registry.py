@@ -25,10 +25,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import home
 import protocol
 import registry
+from home import Known, Mailbox, Parcel, StoreError, StoredLetter
 from protocol import MAX_PIECE
 from registry import (BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, OFFLINE, ONLINE, OWNED, PROBE_HOLDER,
-                      PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Known, Mailbox, Mirror, Page, Parcel,
-                      Registry, Session, State, StoredLetter, StoreError, Table)
+                      PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Mirror, Page, Registry, Session, State,
+                      Table)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
@@ -804,9 +805,9 @@ def test_a_store_can_be_open_only_once(box: Mailbox, path: Path) -> None:
 
 
 def test_another_process_cannot_open_a_store_that_is_in_use(box: Mailbox, path: Path) -> None:
-    script = "import sys, registry\nregistry.Mailbox(sys.argv[1], bytes(16)).close()"
+    script = "import sys, home\nhome.Mailbox(sys.argv[1], bytes(16)).close()"
     command = [sys.executable, "-c", script, str(path)]
-    folder = Path(registry.__file__).parent
+    folder = Path(home.__file__).parent
     refused = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, check=False)
     assert refused.returncode == 1 and b"another server has it open" in refused.stderr
     box.close()
@@ -1011,7 +1012,7 @@ def tidied(box: Mailbox, now: float) -> Mailbox:
 
 
 def test_of_too_many_streams_those_longest_silent_are_pruned(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_STREAMS", 3)
+    monkeypatch.setattr(home, "MAX_STREAMS", 3)
     for number in (1, 2, 3, 4, 5, 2):
         keep(box, "bob", "text", stream=number)
         box.commit(now := 1000.0 + box.known["bob"].last)
@@ -1022,7 +1023,7 @@ def test_of_too_many_streams_those_longest_silent_are_pruned(box: Mailbox, monke
 
 
 def test_as_many_streams_as_allowed_are_left_alone(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_STREAMS", 3)
+    monkeypatch.setattr(home, "MAX_STREAMS", 3)
     for number in (1, 2, 3):
         keep(box, "bob", "text", stream=number)
         box.commit(WALL + number)

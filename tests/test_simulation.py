@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 import protocol
-from client import OLD_TABLE_TIME, SYNC_INTERVAL
+from client import PINGS_REMEMBERED, PING_INTERVAL
 from home import token_for
 from protocol import Address, encode
-from secure import NO_REQUEST, PING_INTERVAL, PINGS_REMEMBERED, Handshake
+from registry import OLD_TABLE_TIME, SYNC_INTERVAL
+from secure import NO_REQUEST, Handshake
 from stream import NEVER
 from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, Router, ServerNode, Weather, World, own_secret, replay,
                             run_seed)

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 import udpchat
-from home import StoreFile
-from registry import Mailbox, Parcel
+from home import Mailbox, Parcel, StoreFile
 from tests.processes import ROOT, SAVED, Chat, Process, received
 
 SERVER, STREAM = b"s" * 16, 2 ** 62 + 1

@@ -32,15 +32,15 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import SYNC_INTERVAL, Client
+from client import LINK_LEAVING, PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
-from home import clean, load_secret, token_for
+from home import DAMAGED, Mailbox, clean, load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
-from registry import DAMAGED, DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, Mailbox, Registry, Table
-from secure import COOKIE_TIME, LINK_LEAVING, PING_INTERVAL
-from terminal import Display
+from registry import DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, SYNC_INTERVAL, Registry, Table
+from secure import COOKIE_TIME
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
+from terminal import Display
 from tests.corpus import mutants, record
 from tests.processes import DEADLINE, NOT_RESPONDING, OFFLINE, SAVED, WELCOME, Chat, is_offline, received
 from tests.simulate import EPOCH, SERVER, Ledger, Life, Node, World
