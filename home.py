@@ -12,10 +12,10 @@ Rules of this file
 The store
 ---------
 ``StoreFile`` is the SQLite file; ``Mailbox`` is what it holds: the nicks that are known, their owners, the messages
-that wait, and how far each stream was kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it is
-deleted from the low end, when the recipient has acked it. Everything that one turn of the loop changes is written in
-one transaction by ``commit``. If that fails, the messages of this turn count as never accepted, and everything else is
-tried again.
+that wait, and how far each stream was kept. The mail of one recipient is numbered 1, 2, 3 ... without gaps for good; it
+is deleted from the low end, when the recipient has acked it. Everything that one turn of the loop changes is written
+in one transaction by ``commit``. If that fails, the messages of this turn count as never accepted, and everything else
+is tried again.
 """
 from __future__ import annotations
 
@@ -377,12 +377,14 @@ class LineFile:
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
-STORE_FORMAT = 2                # the version of the tables below
-OLD_FORMATS = (1,)              # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
+STORE_FORMAT = 3                # the version of the tables below
+OLD_FORMATS = (1, 2)            # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
+SERVER_KEY = "key"              # in ``meta``: the secret of the server's key, once it has encrypted
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
-    online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL);
+    online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, key BLOB,
+    proof BLOB);
 CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, numbers INTEGER NOT NULL, sender TEXT NOT NULL,
     stream INTEGER NOT NULL, n INTEGER NOT NULL, texts TEXT NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
     messages INTEGER NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
@@ -451,7 +453,10 @@ class StoreFile:
             execute("INSERT INTO meta VALUES ('server', ?), ('uptime', 0.0)", (server_id,))
             execute(f"PRAGMA user_version = {STORE_FORMAT}")
         elif execute("PRAGMA user_version").fetchone()[0] != STORE_FORMAT:
-            self._convert_times()
+            if execute("PRAGMA user_version").fetchone()[0] == 1:
+                self._convert_times()
+            for column in ("key", "proof"):     # format 2 had none
+                execute(f"ALTER TABLE nicks ADD COLUMN {column} BLOB")
             execute(f"PRAGMA user_version = {STORE_FORMAT}")
         execute("COMMIT")
         execute("PRAGMA journal_mode = WAL")
@@ -543,15 +548,18 @@ class StoreError(Exception):
 class Known:
     """What is known of one nick for good, and the state of its mailbox."""
 
-    __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "messages", "size")
+    __slots__ = ("id", "nick", "host", "port", "online", "owner", "seen", "first", "last", "key", "proof", "messages",
+                 "size")
 
     def __init__(self, id_: int, nick: str, host: str, port: int, online: bool, owner: bytes | None, seen: float,
-                 first: int = 1, last: int = 0) -> None:
+                 first: int = 1, last: int = 0, key: bytes | None = None, proof: bytes | None = None) -> None:
         self.id = id_
         self.nick = nick
         self.host, self.port = host, port
         self.online = bool(online)  # when it was last written: after a crash, its client may still run
-        self.owner = owner          # SHA-256 of the token of its owner; None: it belongs to nobody
+        self.owner = owner          # SHA-256 of the token of its owner; None: none was shown
+        self.key = key              # the public key of its owner, who has encrypted; None: none was shown
+        self.proof = proof          # the ``bind_proof`` that came with the key
         self.seen = seen            # ``Mailbox.uptime`` at its last sign of life
         self.first = first          # number of the first mail that is not acked
         self.last = last            # number of the last mail ever kept
@@ -656,12 +664,32 @@ class Mailbox:
         self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
         self.known: dict[str, Known] = {}
         by_id: dict[int, Known] = {}
-        for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last FROM nicks ORDER BY id"):
+        for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last, key, proof FROM nicks"
+                           " ORDER BY id"):
             known = Known(*row)
             self.known[known.nick] = by_id[known.id] = known
         self._next_id = max(by_id, default=0) + 1
         for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
             by_id[id_].messages, by_id[id_].size = messages, size
+
+    def server_secret(self, new: bytes) -> bytes:
+        """Return the secret of the server's key; ``new``: 32 random bytes, which become it in a store that has none.
+
+        Raise StoreError if it cannot be written.
+        """
+        try:
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (SERVER_KEY, new))
+            secret = bytes(self._db.execute("SELECT value FROM meta WHERE key = ?", (SERVER_KEY,)).fetchone()[0])
+        except (sqlite3.Error, TypeError) as error:
+            raise StoreError(f"the key of the server cannot be kept: {error}") from None
+        if len(secret) != SECRET_BYTES:
+            raise StoreError("the key of the server is damaged")
+        return secret
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a server has encrypted with this store."""
+        return self._db.execute("SELECT 1 FROM meta WHERE key = ?", (SERVER_KEY,)).fetchone() is not None
 
     # time
 
@@ -824,10 +852,12 @@ class Mailbox:
         for nick in self._acked:
             freed.append((self.known[nick], *self._delete_mail(self.known[nick])))
         changed = [self.known[nick] for nick in self._changed | self._acked]
-        many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET host = excluded.host,"
-             " port = excluded.port, online = excluded.online, owner = excluded.owner, seen = excluded.seen,"
-             " first = excluded.first, last = excluded.last",
-             [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last) for k in changed])
+        many("INSERT INTO nicks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+             " host = excluded.host, port = excluded.port, online = excluded.online, owner = excluded.owner,"
+             " seen = excluded.seen, first = excluded.first, last = excluded.last, key = excluded.key,"
+             " proof = excluded.proof",
+             [(k.id, k.nick, k.host, k.port, k.online, k.owner, k.seen, k.first, k.last, k.key, k.proof)
+              for k in changed])
         if self._is_untidy:
             run("UPDATE meta SET value = ? WHERE key = 'uptime'", (uptime,))
             run("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC LIMIT 1 OFFSET ?)",
@@ -958,3 +988,28 @@ def is_hash_of(owner: bytes, token: bytes) -> bool:
     """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
     import hmac
     return hmac.compare_digest(owner, hash_of(token))
+
+
+def static_secret(identity: bytes) -> bytes:
+    """Return the secret of a user's key, from the secret in the identity file.
+
+    No token is made of these bytes: a nick, which stands there behind 16 bytes, has no blank and no zero byte.
+    """
+    import hmac
+    return hmac.digest(identity, b"udpchat static key 1\0", "sha256")
+
+
+def bind_proof(owner: bytes, server_key: bytes, client_key: bytes) -> bytes:
+    """Return the proof that the owner of a nick has a public key. ``owner``: what is kept of the nick's token.
+
+    The server may keep that, too, so the token itself is not sent. A server that claims to be another one learns
+    nothing of use there: the proof is good for these two keys only.
+    """
+    import hmac
+    return hmac.digest(owner, b"udpchat bind 1" + server_key + client_key, "sha256")
+
+
+def is_bind_proof(proof: bytes, owner: bytes, server_key: bytes, client_key: bytes) -> bool:
+    """Return whether ``proof`` is right, in a time that does not show how wrong it is."""
+    import hmac
+    return hmac.compare_digest(proof, bind_proof(owner, server_key, client_key))

@@ -36,7 +36,7 @@ from enum import Enum
 from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
-from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_hash_of
+from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_bind_proof, is_hash_of
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import MAX_PIECE, SYNC_PAGES, Info, Spellings, mixes_scripts, since_of
 
@@ -420,11 +420,19 @@ class End(Enum):
 BYE, REPLACED, EVICTED = End.BYE, End.REPLACED, End.EVICTED
 
 
+class Channel(Protocol):
+    """What encrypts for one client, see ``secure``."""
+
+    index: bytes
+
+    def seal(self, text: bytes) -> bytes: ...
+
+
 class Session:
     """One registration of one client."""
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
-                 "knocks", "own")
+                 "knocks", "own", "channel")
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
@@ -438,6 +446,7 @@ class Session:
         self.holds_table = False
         self.knocks = False                 # its client knows ``call``
         self.own: Address | None = None     # of the client in its own network, as it says
+        self.channel: Channel | None = None     # in which all of the session goes, None: in plain
 
     @property
     def has_had_its_mail(self) -> bool:
@@ -562,9 +571,17 @@ class ClaimVerdict(Enum):
     GRANTED = "granted"
     PROBE_HOLDER = "probe holder"   # ask whether its holder is there: no answer grants the nick, an answer refuses it
     TAKEN = "taken"         # its holder has answered
-    OWNED = "owned"         # it has an owner, and this is not their token; or it looks like another one
+    OWNED = "owned"         # it has an owner, who has shown something else; or it looks like another one
+    ENCRYPTED = "encrypted"     # this is its owner, who has encrypted before, and does not now
     FULL = "full"           # there are too many clients, or too many nicks
     SPENT = "replaced"      # that request had a session, which is over
+
+
+class ShownKey(NamedTuple):
+    """The key of a client that encrypts, which is to own its nick. That it has the secret is shown by its channel."""
+
+    public: bytes
+    proof: bytes        # see ``bind_proof``
 
 
 class SaveVerdict(Enum):
@@ -577,6 +594,7 @@ class SaveVerdict(Enum):
 
 GRANTED, PROBE_HOLDER, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.PROBE_HOLDER, ClaimVerdict.TAKEN
 OWNED, FULL, SPENT = ClaimVerdict.OWNED, ClaimVerdict.FULL, ClaimVerdict.SPENT
+ENCRYPTED = ClaimVerdict.ENCRYPTED
 KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
 
@@ -625,6 +643,7 @@ class Registry:
         self.table = Table()
         self.sessions = Sessions()
         self.max_clients, self.mailbox_limit, self.max_known = max_clients, mailbox_limit, max_known
+        self.public_key = b""       # of the server, b"" if it does not encrypt
         self.maybe_running: dict[str, Address] = {}     # online when the server last stopped
         self._at: dict[Address, Session] = {}           # who is online there
         self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)
@@ -646,12 +665,11 @@ class Registry:
 
     # who gets a nick
 
-    def claim(self, nick: str, address: Address, token: bytes | None) -> ClaimVerdict:
-        """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED or FULL."""
+    def claim(self, nick: str, address: Address, token: bytes | None, key: ShownKey | None = None) -> ClaimVerdict:
+        """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED, ENCRYPTED, FULL."""
         known = self.mailbox.known.get(nick)
-        if known is not None and known.owner is not None:
-            if token is None or not is_hash_of(known.owner, token):
-                return OWNED
+        if known is not None and not self._owns(known, token, key):
+            return ENCRYPTED if self._owned_before(known, token) else OWNED
         if known is None and (self.table.spellings.of(nick) or mixes_scripts(nick)):
             return OWNED
         if self.holder(nick) not in (None, address):
@@ -663,11 +681,30 @@ class Registry:
             return FULL
         return GRANTED
 
+    def _owns(self, known: Known, token: bytes | None, key: ShownKey | None) -> bool:
+        """Return whether somebody may have a nick: by its key, by its token, or because it is nobody's."""
+        if known.key is not None:
+            return key is not None and key.public == known.key
+        if known.owner is None:
+            return True
+        if key is not None:
+            return is_bind_proof(key.proof, known.owner, self.public_key, key.public)
+        return token is not None and is_hash_of(known.owner, token)
+
+    def _owned_before(self, known: Known, token: bytes | None) -> bool:
+        """Return whether a token, shown without a key, is that of the owner of the nick's key."""
+        if token is None or known.key is None or known.proof is None:
+            return False
+        return is_bind_proof(known.proof, hash_of(token), self.public_key, known.key)
+
     def holder(self, nick: str) -> Address | None:
         """Return where somebody may be running with ``nick``, None if nobody is."""
         session = self.sessions.of(nick)
         if session is not None and self.sessions.is_live(session):
             return session.address
+        known = self.mailbox.known.get(nick)
+        if known is not None and known.key is not None:
+            return None     # its channel has ended, so it cannot be asked; and only its owner has the key
         return self.maybe_running.get(nick)
 
     def knocks(self, nick: str) -> bool:
@@ -681,7 +718,8 @@ class Registry:
             del self.maybe_running[nick]
             self._idle.add(self.mailbox.known[nick])
 
-    def admit(self, now: float, id_: bytes, nick: str, address: Address, token: bytes | None, request: int) -> Session:
+    def admit(self, now: float, id_: bytes, nick: str, address: Address, token: bytes | None, request: int,
+              key: ShownKey | None = None) -> Session:
         """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced."""
         old = self.sessions.of(nick)
         if old is not None:
@@ -691,24 +729,27 @@ class Registry:
             if unresponsive is not None:
                 self._end(unresponsive, now, EVICTED)
         self.maybe_running.pop(nick, None)
-        known = self._know(now, nick, address, token)
+        known = self._know(now, nick, address, token, key)
         session = Session(id_, known, address, request, now)
         self.sessions.add(session)
         self.place(session, address, now)
         session.version = self.table.version
         return session
 
-    def _know(self, now: float, nick: str, address: Address, token: bytes | None) -> Known:
+    def _know(self, now: float, nick: str, address: Address, token: bytes | None, key: ShownKey | None) -> Known:
         """Return the record of a nick, made or updated; if there are too many, forget an idle one first."""
-        owner = hash_of(token) if token is not None else None
         known = self.mailbox.known.get(nick)
         if known is None:
             idle = self._idle.first() if len(self.mailbox.known) >= self.max_known else None
             if idle is not None:
                 self._drop(idle, now)
-            return self.mailbox.add(nick, *address, owner, self.mailbox.uptime(now))
+            known = self.mailbox.add(nick, *address, None, self.mailbox.uptime(now))
+        if token is not None:
+            known.owner = hash_of(token)
+        if key is not None:
+            known.key, known.proof = key
         known.host, known.port = address
-        known.owner, known.seen = owner, self.mailbox.uptime(now)
+        known.seen = self.mailbox.uptime(now)
         self.mailbox.changed(known)
         return known
 

@@ -313,29 +313,6 @@ class KeyPair:
         self.secret, self.public = secret, sodium.public(secret)
 
 
-def static_secret(identity: bytes) -> bytes:
-    """Return the secret of a user's static key, from the secret in the identity file.
-
-    No token is made of these bytes: a nick, which stands there behind 16 bytes, has no blank and no zero byte.
-    """
-    return hmac_sha256(identity, b"udpchat static key 1\0")
-
-
-def bind_proof(owner: bytes, server_key: bytes, client_key: bytes) -> bytes:
-    """Return the proof that the owner of a nick has a static key. ``owner``: the SHA-256 of the nick's token.
-
-    The server keeps that hash, so the token itself is not sent. A server that claims to be another one learns nothing
-    of use there: the proof is good for these two public keys only.
-    """
-    return hmac_sha256(owner, b"udpchat bind 1" + server_key + client_key)
-
-
-def is_bind_proof(proof: bytes, owner: bytes, server_key: bytes, client_key: bytes) -> bool:
-    """Return whether ``proof`` is right, in a time that does not show how wrong it is."""
-    import hmac
-    return hmac.compare_digest(proof, bind_proof(owner, server_key, client_key))
-
-
 def fingerprint(*keys: bytes) -> str:
     """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
     number = int.from_bytes(sha256(b"udpchat fingerprint 1" + b"".join(sorted(keys))), "big")

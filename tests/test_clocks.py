@@ -221,6 +221,9 @@ SEEN = {"right": 1.79e9, "a year late": 1.79e9 - YEAR, "a year early": 1.79e9 + 
         "before 1970": -1e6}
 
 
+WITHOUT_KEYS = home.TABLES.replace(", key BLOB,\n    proof BLOB", "")      # as format 1 and 2 had the tables
+
+
 def old_store(path: Path, latest: float, crashed: bool = False) -> None:
     """Make a store of format 1. a, b, c, d were seen in this order, a day between two; e was online at the end.
 
@@ -228,7 +231,7 @@ def old_store(path: Path, latest: float, crashed: bool = False) -> None:
     """
     db = sqlite3.connect(path, isolation_level=None)
     for statement in (f"PRAGMA application_id = {home.APPLICATION_ID}", "PRAGMA user_version = 1",
-                      *home.TABLES.split(";"), "PRAGMA journal_mode = WAL"):
+                      *WITHOUT_KEYS.split(";"), "PRAGMA journal_mode = WAL"):
         db.execute(statement)
     db.execute("INSERT INTO meta VALUES ('server', ?)", (SERVER,))
     for number, nick in enumerate("cadbe", 1):

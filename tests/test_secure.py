@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import secure
-from home import hash_of, token_for
+from home import bind_proof, hash_of, is_bind_proof, static_secret, token_for
 from protocol import MAX_DATAGRAM, Decoder, is_nick
 from secure import (COUNTER_LIMIT, HEADER_SIZE, KEY_SIZE, MAX_SEALED, PATTERNS, RECORD, RECORD_EXTRA, REPLAY_WINDOW,
                     TAG_SIZE, Channel, ChannelEnded, CipherState, Forged, HandshakeState, KeyPair, Letters,
-                    ReplayWindow, Sodium, SymmetricState, bind_proof, compiled_sodium, fingerprint, index_of,
-                    is_bind_proof, letter_prologue, load_sodium, public_sodium, sha256, static_secret)
+                    ReplayWindow, Sodium, SymmetricState, compiled_sodium, fingerprint, index_of,
+                    letter_prologue, load_sodium, public_sodium, sha256)
 from tests.processes import ROOT
 
 Patch = Callable[[pytest.MonkeyPatch], None]
