@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Protocol
 
 from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Inbox, Outbox, Place
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
@@ -32,7 +31,7 @@ from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jit
 from protocol import (PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map, are_neighbours,
                       encode, folded, is_private, padded)
 from registry import ONLINE, SYNC_INTERVAL, TableSync
-from secure import NO_REQUEST, Handshake, Patience, Send
+from secure import MAPS, NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Forged, Handshake, Patience, Send
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
@@ -69,20 +68,6 @@ TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
 }
 
 
-class LinkOwner(Protocol):
-    """What a ``ServerLink`` reports to its owner."""
-
-    def on_registered(self, session: bytes, boot: int, version: int) -> None: ...   # version: of the server's table
-    def on_session_lost(self) -> None: ...                  # the server does not know it; a new one is asked for
-    def on_server_silent(self, is_news: bool) -> None: ...
-    def on_server_back(self, is_same: bool) -> None: ...    # is_same: it still knows the session
-    # the answer to a ping sent at ``asked``: the version of the server's table, the number of the last mail
-    def on_pong(self, asked: float, version: int, mail: int) -> None: ...
-    def on_refused(self, reason: str, spelling: str) -> None: ...   # spelling: in which the nick is registered
-    def on_unanswered(self) -> None: ...                    # no answer to a start or to a dereg: the client ends
-    def on_left(self) -> None: ...
-
-
 class ServerLink:
     """What lies between a client and its server: handshake, keepalive, outage and return, deregistering.
 
@@ -111,21 +96,18 @@ class ServerLink:
     which holds no secret, goes to all its addresses; what holds the session goes only where it was found.
     """
 
-    def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: LinkOwner,
-                 table_version: Callable[[], int], proof: Callable[[bytes, str], bytes] | None,
-                 patience: Patience, own_address: Callable[[Address], Address | None]) -> None:
-        """``table_version``: returns up to which version the server's table is here.
-
-        ``proof``: returns the token for (server id, nick), which shows that the nick is ours; None: anonymous.
-        ``own_address``: see ``Handshake``.
-        """
+    def __init__(self, loop: Loop, send: Send, nick: str, endpoint: Endpoint, owner: Client,
+                 table_version: Callable[[], int], handshake: Handshake, patience: Patience) -> None:
+        """``table_version``: returns up to which version the server's table is here."""
         self.state = LINK_OFFLINE
         self.is_silent = False                  # the server does not answer
         self.was_heard = False                  # it has spoken in this turn
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
-        self.handshake = Handshake(send, proof, own_address)
+        self.handshake = handshake
+        self.channel: Channel | None = None     # in which the session goes, None: in plain
+        self._has_hint = False                  # somebody says that the server does not know our channel
         self._loop, self._send, self._owner = loop, send, owner
         self._table_version, self.patience = table_version, patience
         self._boot = 0
@@ -148,9 +130,29 @@ class ServerLink:
         return self.state in (LINK_REGISTERING, LINK_SYNCING)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether what comes in plain may count."""
+        return self.channel is None and self.handshake.is_plain
+
+    @property
     def has_joined(self) -> bool:
         """Whether others may know us: there is a session, or a new one is asked for after an earlier one."""
         return self.state in REGISTERED_STATES
+
+    # what goes to the server, and comes from it
+
+    def send(self, datagram: bytes, address: Address | None = None) -> None:
+        """Send to the server, in the channel if there is one; ``address``: to another than where it is."""
+        if self.channel is not None:
+            datagram = self.channel.seal(MAPS, datagram)
+        self._send(datagram, address or self.endpoint.current)
+
+    def opened(self, record: bytes) -> bytes | None:
+        """Return what the server has sealed in a record, None if this is none of its."""
+        try:
+            return self.channel.open(record) if self.channel is not None else None
+        except Forged:
+            return None
 
     # registering
 
@@ -170,11 +172,22 @@ class ServerLink:
         self._registration.stop()
         self.handshake.id = NO_REQUEST
 
-    def on_welcome(self, info: Info, address: Address) -> None:
+    def on_hello(self, info: Info, address: Address) -> None:
+        """Accept the answer of a server that encrypts."""
+        found = self.handshake.on_hello(info)
+        if found is not None:
+            _, answer, channel = found
+            if channel is not None:
+                self.on_welcome(answer, address, channel)
+            else:
+                self.on_refused(answer, address)
+
+    def on_welcome(self, info: Info, address: Address, channel: Channel | None = None) -> None:
         """Begin a session."""
         if info["id"] != self.handshake.id or info["nick"] != self.nick:
             return
         self._stop_registering()
+        self.channel, self._has_hint = channel, False
         self.endpoint.found(address)
         self.patience.renew()
         self.heard(is_same=False)
@@ -187,7 +200,9 @@ class ServerLink:
 
     def _reg_unanswered(self) -> None:
         """End a client that starts, unless it is patient; one that was online tries again."""
-        if self.is_starting and not self.patience.is_endless:
+        if self.handshake.doubt is not None:    # only now: whoever forges one cookie cannot end a program
+            self._owner.on_refused(self.handshake.doubt, self.nick)
+        elif self.is_starting and not self.patience.is_endless:
             self._owner.on_unanswered()
         else:
             self.patience.reason = None
@@ -236,7 +251,7 @@ class ServerLink:
 
     def heard(self, is_same: bool = True) -> None:
         """Note a sign of life of the server; ``is_same``: it still knows this session."""
-        self.was_heard = True
+        self.was_heard, self._has_hint = True, False
         if self.is_silent:
             self.is_silent = False
             if not self._registration.is_running and not self.handshake.has_cookie:
@@ -264,10 +279,14 @@ class ServerLink:
 
     def _ping_and_ask(self) -> None:
         self.send_ping()
-        if self.is_silent and self._ping_request.is_running and not self._registration.is_running:
-            if self._ping_request.attempts == 1 or self.handshake.id == NO_REQUEST:
+        attempts, is_running = self._ping_request.attempts, self._ping_request.is_running
+        is_lost = self.is_silent or (self._has_hint and attempts > 1)
+        if is_lost and is_running and not self._registration.is_running:
+            if attempts == 1 or self.handshake.id == NO_REQUEST:
                 self.handshake.begin(new_id(self._loop), self.nick)
-            self.handshake.ask(self.endpoint.to_ask(self._ping_request.attempts, is_lost=True))
+                if self._has_hint:
+                    log.info("the server does not know this session any more, as it seems: registering again")
+            self.handshake.ask(self.endpoint.to_ask(attempts, self.is_silent))
 
     def send_ping(self) -> None:
         """Send one ping, if there is a session: its answer says how much mail there is."""
@@ -279,16 +298,19 @@ class ServerLink:
             self._pings[info["id"]] = self._loop.now()
             if len(self._pings) > PINGS_REMEMBERED:
                 self._pings.popitem(last=False)
-            self._send(padded("ping", info, SESSION_SIZE), address)
+            self.send(padded("ping", info, SESSION_SIZE), address)
 
     def sync(self, version: int) -> bool:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
-        self._send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE), self.endpoint.current)
+        self.send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE))
         return True
 
     def _ping_unanswered(self) -> None:
+        if self.handshake.doubt is not None:
+            self._owner.on_refused(self.handshake.doubt, self.nick)
+            return
         if self.is_starting and not self.patience.is_endless:
             self._owner.on_unanswered()
             return
@@ -302,6 +324,7 @@ class ServerLink:
         asked = self._pings.pop(info["id"], None)
         if asked is None:
             if address in self.endpoint.last_two():
+                self._has_hint = self.channel is not None
                 self._ping_soon()
             return
         self.endpoint.found(address)
@@ -341,11 +364,12 @@ class ServerLink:
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
-        if info["to"] == self.nick and self.session is not None and (self.has_joined or self.state is LINK_LEAVING):
+        if (is_trusted or self.is_plain) and info["to"] == self.nick and self.session is not None and (
+                self.has_joined or self.state is LINK_LEAVING):
             answer: Info = {"id": info["id"], "nick": self.nick}
             if is_trusted:
                 answer["session"] = self.session
-            self._send(encode("alive", answer), self.endpoint.current)
+            self.send(encode("alive", answer))
 
     def leave(self, is_hasty: bool = False) -> None:
         """Deregister; ``is_hasty``: there is little time."""
@@ -357,7 +381,7 @@ class ServerLink:
 
     def _send_dereg(self) -> None:
         if self.session is not None:
-            self._send(padded("dereg", {"session": self.session}, SESSION_SIZE), self.endpoint.current)
+            self.send(padded("dereg", {"session": self.session}, SESSION_SIZE))
 
     def on_bye(self, info: Info, address: Address) -> None:
         """Accept the answer to a deregistration."""
@@ -376,7 +400,7 @@ class ServerLink:
         self.stop_asking()
         self._deregistration.stop()
         self.is_silent = False
-        self.session = None
+        self.session = self.channel = None
         self._go(LINK_OFFLINE)
 
 
@@ -424,7 +448,10 @@ class Sending:
         now = self._loop.now()
         if outbox.due() <= now:
             for datagram, address in outbox.poll(now, self._loop.drained):
-                self._send(datagram, address if address is not None else link.endpoint.current)
+                if address is not None:
+                    self._send(datagram, address)
+                else:
+                    link.send(datagram)
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
@@ -522,7 +549,10 @@ class Receiving:
         acks = self.inbox.acks()       # in every state: an ack that may not be sent now is dropped
         if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
             for info, address in acks:
-                self._send(encode("ack", info), address if address is not None else self._link.endpoint.current)
+                if address is not None:
+                    self._send(encode("ack", info), address)
+                else:
+                    self._link.send(encode("ack", info))
 
 
 # --- two who are behind routers -------------------------------------------------------------------------------
@@ -740,8 +770,10 @@ class Leaving:
 
 # --- the client -----------------------------------------------------------------------------------------------
 
-# tags that need no ``for``, and count from any address: we and the server alone know the session, or id, in them
-SELF_PROVING = frozenset({"cookie", "welcome", "pong", "refused", "bye"})
+# reasons of refusals, and what is told of them: all others as "taken"
+REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts", "secure": "must-encrypt",
+            "insecure": "server-insecure", "key-changed": "server-key-changed"}
+HINTS = frozenset({"cookie", "hello", "pong"})  # may come in plain beside a channel: what they say is proved otherwise
 
 
 class Client:
@@ -751,11 +783,9 @@ class Client:
     """
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Endpoint,
-                 proof: Callable[[bytes, str], bytes] | None = None, ack_timeout: float = ACK_TIMEOUT,
-                 stay: bool = False, is_typed: bool = False, observer: Observer | None = None,
-                 patience: Patience | None = None,
-                 own_address: Callable[[Address], Address | None] = lambda server: None) -> None:
-        """``proof``, ``own_address``: see ``Handshake``. ``ack_timeout``: s. ``stay``: go on at the end of stdin.
+                 handshake: Handshake | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
+                 is_typed: bool = False, observer: Observer | None = None, patience: Patience | None = None) -> None:
+        """``handshake``: by default that of an anonymous client. ``ack_timeout``: s. ``stay``: go on at stdin's end.
 
         ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
         """
@@ -766,10 +796,9 @@ class Client:
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox()
         self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version,
-                               proof, patience, own_address)
+                               handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
-        self.receipts = Receipts(loop, display, lambda nick: self.outbox.conversations[nick].route is DIRECT,
-                                 observer)
+        self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
         self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self._place_of)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
         self.meetings = Meetings(loop, send, self.link, self.table_sync, self.outbox)
@@ -781,12 +810,13 @@ class Client:
         self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack,
-            "cookie": self.link.handshake.on_cookie, "welcome": self.link.on_welcome, "pong": self.link.on_pong,
-            "refused": self.link.on_refused, "bye": self.link.on_bye, "knock": self.meetings.on_knock}
+            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "knock": self.meetings.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
             "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
             "mail": self._on_mail, "call": self.meetings.on_call}
+        self._proving: dict[str, Callable[[Info, Address], None]] = {
+            "cookie": self.link.handshake.on_cookie, "hello": self.link.on_hello, "welcome": self.link.on_welcome,
+            "pong": self.link.on_pong, "refused": self.link.on_refused, "bye": self.link.on_bye}
 
     def start(self) -> None:
         """Come online."""
@@ -799,31 +829,57 @@ class Client:
 
         From the server's address, a map counts if a ``for`` with our session stands before it: nobody else can guess
         it. From elsewhere, chat counts if the table says that its sender is there, and an ack if the stream in it, a
-        random number, went there (see ``Outbox``). What proves itself (``SELF_PROVING``) counts from anywhere.
+        random number, went there (see ``Outbox``). What proves itself counts from anywhere. Where there is a channel,
+        it is the record that counts, wherever it comes from, and nothing else of the server's but hints.
         """
         if self.leaving.is_over:
             return
-        maps, link, server = self.decoder.decode(datagram), self.link, self._server
+        link, server = self.link, self._server
+        if link.channel is not None and datagram[:1] == RECORD_MARK:
+            text = link.opened(datagram)
+            if text is not None:
+                self._receive_in_channel(self.decoder.decode(text), address)
+            return
+        maps = self.decoder.decode(datagram)
         if address != server.current and address != server.other:
             self._allowance = len(datagram)
             # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
             may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in maps:
                 handler = self._from_peers.get(tag)
-                if handler is not None and (may_send or tag in SELF_PROVING):
+                if handler is None:
+                    self._prove(tag, info, address)
+                elif may_send:
                     handler(info, address)
         else:
             self._receive_from_server(maps, address)
+
+    def _prove(self, tag: str, info: Info, address: Address) -> None:
+        """Accept what only the server can say: we and it alone know the session, or the id, in it."""
+        if tag in self._proving and (tag in HINTS or self.link.is_plain):
+            self._proving[tag](info, address)
+
+    def _receive_in_channel(self, maps: Sequence[Map], address: Address) -> None:
+        if address in self._server.last_two():      # elsewhere, it may not hear us; or somebody passes records on
+            self.link.heard()
+        for tag, info in maps:
+            if tag in self._from_server:
+                self._from_server[tag](info)
+            elif tag in self._proving:
+                self._proving[tag](info, address)
+            elif tag == "probe":
+                self.link.on_probe(info, is_trusted=True)
 
     def _receive_from_server(self, maps: Sequence[Map], address: Address) -> None:
         link, is_trusted = self.link, False
         for tag, info in maps:
             if tag == "for":
-                is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES]
+                is_trusted = link.is_plain and link.session is not None and (
+                    info["session"] == link.session[:PROOF_BYTES])
                 if is_trusted:
                     link.heard()
-            elif tag in SELF_PROVING:
-                self._from_peers[tag](info, address)
+            elif tag in self._proving:
+                self._prove(tag, info, address)
             elif tag == "probe":
                 link.on_probe(info, is_trusted)
             elif is_trusted and tag in self._from_server:
@@ -861,15 +917,21 @@ class Client:
     # what the link and the table report
 
     def on_registered(self, session: bytes, boot: int, version: int) -> None:
-        """Begin a session; the nick may be spelled in another way than we were given it, see ``on_refused``."""
+        """Begin a session with a server whose table has that ``version``.
+
+        The nick may be spelled in another way than we were given it, see ``on_refused``.
+        """
         self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
-        self.outbox.register(self._loop.now(), session)
+        self.outbox.register(self._loop.now(), session, RECORD_EXTRA if self.link.channel is not None else 0)
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)
+        if self.link.channel is None and self.link.handshake.tells_of_plain:
+            self.link.handshake.tells_of_plain = False
+            self.display.tell("insecure")
         self.table_sync.begin_session(boot, version)
 
     def on_session_lost(self) -> None:
-        """Wait for another session."""
+        """Wait for another session: the server does not know this one."""
         self.table_sync.end_session()
 
     def on_server_silent(self, is_news: bool) -> None:
@@ -883,14 +945,14 @@ class Client:
             self.table_sync.interval = OUTAGE_PING_INTERVAL
 
     def on_server_back(self, is_same: bool) -> None:
-        """Tell that an outage has passed."""
+        """Tell that an outage has passed; ``is_same``: the server still knows the session."""
         self.outbox.server_is_silent = False
         self.table_sync.interval = SYNC_INTERVAL
         if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
             self.display.tell("back")
 
     def on_pong(self, asked: float, version: int, mail: int) -> None:
-        """Note how far the table and the mail are."""
+        """Note how far the table and the mail were when the server answered the ping that was sent at ``asked``."""
         self.inbox.answer(asked, mail)
         self.table_sync.on_version(version)
 
@@ -905,7 +967,9 @@ class Client:
             self.link.nick = spelling
             self.link.start()
             return
-        self.display.tell({"full": "server-full", "owned": "owned"}.get(reason, "taken"), nick=self.nick)
+        self.display.tell(REFUSALS.get(reason, "taken"), nick=self.nick)
+        if reason == "encrypted":
+            log.warning("that takes the extra secure (pip install 'udpchat[secure]'), and no --secure off")
         self.leaving.give_up(1)
 
     def on_unanswered(self) -> None:

@@ -183,7 +183,8 @@ class Conversation:
         self.peer = peer
         self.id = id_                               # of the stream
         self.ack_timeout = ack_timeout
-        self.session = bytes(SESSION_BYTES)         # the owner's, at the server
+        self.session = bytes(SESSION_BYTES)         # the owner's, at the server ...
+        self.seal_size = 0                          # ... and by how many bytes it makes a datagram there grow
         self.events: list[Event] = []
         self.route = DIRECT
         self.place: Place | None = None
@@ -212,7 +213,8 @@ class Conversation:
 
         The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
         """
-        return MAX_DATAGRAM - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
+        room = MAX_DATAGRAM if route is DIRECT else MAX_DATAGRAM - self.seal_size
+        return room - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
 
     def _pending_sizes(self, items: list[Any]) -> list[int]:
         return text_sizes(items, self.stream.base, self.stream.continued, self.route is not DIRECT)
@@ -537,7 +539,7 @@ class Outbox:
         self.awaiting_recount: dict[str, Conversation] = {}     # whose events were taken, for ``recount``
         self.me = me
         self._ack_timeout, self._is_patient = ack_timeout, is_patient
-        self._session = bytes(SESSION_BYTES)
+        self._session, self._seal_size = bytes(SESSION_BYTES), 0
         self._server_is_silent = False
         self._offline = False
         self.by_stream: dict[int, Conversation] = {}
@@ -618,11 +620,11 @@ class Outbox:
 
     # what the owner says
 
-    def register(self, now: float, session: bytes) -> None:
-        """Learn the session that the server has given: it goes into every ``save``."""
-        self._session = session
+    def register(self, now: float, session: bytes, seal_size: int = 0) -> None:
+        """Learn the session that the server has given: it is in each ``save``, which encryption makes longer."""
+        self._session, self._seal_size = session, seal_size
         for conversation in self.conversations.values():
-            conversation.session = session
+            conversation.session, conversation.seal_size = session, seal_size
         for nick, conversation in self._sending.items():
             conversation.on_registered(now)
             self._touched[nick] = conversation
@@ -631,7 +633,7 @@ class Outbox:
         """Begin a conversation with a recipient that has none; ``stream`` is a random id."""
         conversation = Conversation(self.me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
-        conversation.session = self._session
+        conversation.session, conversation.seal_size = self._session, self._seal_size
         self._forget_idle()
         self.conversations[nick] = conversation
         self.by_stream[stream] = conversation

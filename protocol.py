@@ -4,8 +4,8 @@ Rules of this module
 --------------------
 - It knows fields and bytes, nothing else: no sockets, no clock, no randomness, and no role. The client and the server
   use the same functions.
-- It is the only module that imports msgpack. Encryption would go between ``encode`` and ``Decoder`` on one side and the
-  socket on the other.
+- It is the only module that imports msgpack. Encryption (``secure``) goes between ``encode`` and ``Decoder`` on one
+  side and the socket on the other.
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
   types and bounds of ``SCHEMA``.
 - Bytes from the network never raise. What is not valid is dropped and counted.
@@ -63,6 +63,11 @@ SYNC_PAGES = 32           # datagrams that answer one ``sync``; after as many, t
 SESSION_BYTES = 16        # 128 bits: nobody guesses one
 PROOF_BYTES = 8           # of a session, in what the server sends: 64 bits, nobody guesses them while it lasts
 TOKEN_BYTES = 32          # an HMAC-SHA256
+KEY_BYTES = 32            # a public key of X25519
+INDEX_BYTES = 4           # of a channel: chosen by the receiver of its records, which finds the channel by them
+MAX_HELLO = 512           # bytes of one message of a handshake of Noise
+JOIN_SIZE = 320           # bytes a ``join`` is padded to: its size says nothing of the nick
+NO_NICK = "-"             # stands where a nick is required, and is not to be said, or means nothing
 REG_SIZE = 128            # bytes a ``reg`` without cookie is padded to, so that its answer is never larger
 SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for`` and a ``probe`` are never larger
 
@@ -88,6 +93,11 @@ def integer(low: int, high: int) -> Check:
 def binary(size: int) -> Check:
     """Return a check for exactly ``size`` bytes."""
     return lambda value: type(value) is bytes and len(value) == size
+
+
+def binary_up_to(size: int) -> Check:
+    """Return a check for 1 to ``size`` bytes."""
+    return lambda value: type(value) is bytes and 0 < len(value) <= size
 
 
 def boolean(value: Any) -> bool:
@@ -218,6 +228,8 @@ PORT = integer(0, 65535)
 SESSION = binary(SESSION_BYTES)
 PROOF = binary(PROOF_BYTES)
 TOKEN = binary(TOKEN_BYTES)
+KEY = binary(KEY_BYTES)
+INDEX = binary(INDEX_BYTES)
 NUMBERS = rows(NUMBER)
 ENTRY = row(NICK, HOST, PORT, STATE)
 ADDRESS = row(HOST, PORT)
@@ -226,6 +238,8 @@ RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
 REQUIRED: dict[str, dict[str, Check]] = {
     "reg": {"id": COUNT, "nick": NICK},
     "cookie": {"id": COUNT, "server": SESSION, "cookie": SESSION},
+    "hello": {"id": COUNT, "message": binary_up_to(MAX_HELLO)},
+    "join": {"nick": NICK, "index": INDEX},
     "welcome": {"id": COUNT, "nick": NICK, "boot": COUNT, "session": SESSION, "version": COUNT},
     "refused": {"nick": NICK, "reason": REASON},
     "for": {"session": PROOF},
@@ -249,7 +263,11 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "bye": {"session": SESSION},
 }
 OPTIONAL: dict[str, dict[str, Check]] = {
-    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS},
+    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS, "secure": boolean},
+    "cookie": {"key": KEY},
+    "hello": {"cookie": SESSION},
+    "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
+    "welcome": {"index": INDEX},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK},
     "table": {"since": COUNT},
     "chat": {"more": NUMBERS},

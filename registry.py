@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from itertools import takewhile
@@ -39,6 +39,7 @@ from typing import Any, NamedTuple, Protocol
 from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_bind_proof, is_hash_of
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import MAX_PIECE, SYNC_PAGES, Info, Spellings, mixes_scripts, since_of
+from secure import Channel, Hello
 
 Address = tuple[str, int]
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
@@ -420,14 +421,6 @@ class End(Enum):
 BYE, REPLACED, EVICTED = End.BYE, End.REPLACED, End.EVICTED
 
 
-class Channel(Protocol):
-    """What encrypts for one client, see ``secure``."""
-
-    index: bytes
-
-    def seal(self, text: bytes) -> bytes: ...
-
-
 class Session:
     """One registration of one client."""
 
@@ -473,6 +466,8 @@ class Sessions:
         self.live: OrderedDict[bytes, Session] = OrderedDict()      # longest silent first
         self.ended: OrderedDict[bytes, End] = OrderedDict()
         self.spent: OrderedDict[int, None] = OrderedDict()          # the requests that had made those
+        self.channels: dict[bytes, Channel] = {}        # by index; those of ended sessions, too, to answer in them ...
+        self._ended_channels: deque[bytes] = deque()    # ... which are these
         self._just_ended: list[Session] = []
 
     def __len__(self) -> int:
@@ -541,6 +536,14 @@ class Sessions:
         for remembered in (self.ended, self.spent):
             if len(remembered) > MAX_ENDED:
                 remembered.popitem(last=False)
+        if session.channel is not None:
+            self._ended_channels.append(session.channel.index)
+            if len(self._ended_channels) > MAX_ENDED:
+                del self.channels[self._ended_channels.popleft()]
+
+    def encrypt(self, session: Session, channel: Channel) -> None:
+        """Let all of a session go in ``channel`` from now on."""
+        session.channel = self.channels[channel.index] = channel
 
     def pop_ended(self) -> list[Session]:
         """Return the sessions that ended since the last call."""
@@ -573,6 +576,7 @@ class ClaimVerdict(Enum):
     TAKEN = "taken"         # its holder has answered
     OWNED = "owned"         # it has an owner, who has shown something else; or it looks like another one
     ENCRYPTED = "encrypted"     # this is its owner, who has encrypted before, and does not now
+    MUST_ENCRYPT = "secure"     # the server speaks with nobody who does not encrypt
     FULL = "full"           # there are too many clients, or too many nicks
     SPENT = "replaced"      # that request had a session, which is over
 
@@ -584,6 +588,27 @@ class ShownKey(NamedTuple):
     proof: bytes        # see ``bind_proof``
 
 
+class Claim(NamedTuple):
+    """A request for a nick, from an address that is proved."""
+
+    nick: str
+    address: Address
+    token: bytes | None
+    request: int        # the id of the ``reg``
+    knocks: bool        # its client knows ``call``
+    own: Address | None     # of the client in its own network, as it says
+    hello: Hello | None = None      # the handshake of a client that encrypts ...
+    key: ShownKey | None = None     # ... and what is to own the nick, None: nobody
+
+    @classmethod
+    def of(cls, hello: Hello) -> Claim:
+        """Return what a client claims in its handshake."""
+        join = hello.join
+        key = ShownKey(hello.key, join["proof"]) if "proof" in join else None
+        return cls(join["nick"], hello.address, None, hello.request, join.get("knocks", False), join.get("own"), hello,
+                   key)
+
+
 class SaveVerdict(Enum):
     """What becomes of messages that somebody wants to be kept."""
 
@@ -592,9 +617,18 @@ class SaveVerdict(Enum):
     UNKNOWN = "unknown"     # refused: there is no such nick
 
 
+class Refusal(Enum):
+    """Why messages are not kept. The values travel in a ``nack``."""
+
+    NO_SUCH_NICK = "unknown"
+    MAILBOX_FULL = "full"
+    DISK_FAILS = "disk"
+
+
 GRANTED, PROBE_HOLDER, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.PROBE_HOLDER, ClaimVerdict.TAKEN
 OWNED, FULL, SPENT = ClaimVerdict.OWNED, ClaimVerdict.FULL, ClaimVerdict.SPENT
-ENCRYPTED = ClaimVerdict.ENCRYPTED
+NO_SUCH_NICK, MAILBOX_FULL, DISK_FAILS = Refusal.NO_SUCH_NICK, Refusal.MAILBOX_FULL, Refusal.DISK_FAILS
+ENCRYPTED, MUST_ENCRYPT = ClaimVerdict.ENCRYPTED, ClaimVerdict.MUST_ENCRYPT
 KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
 

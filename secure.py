@@ -30,9 +30,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from loop import NEVER
-from protocol import REG_SIZE, SESSION_BYTES, Address, Info, encode, folded, is_private, padded
+from home import bind_proof, hash_of
+from loop import NEVER, Loop
+from protocol import (INDEX_BYTES, JOIN_SIZE, NO_NICK, REG_SIZE, SESSION_BYTES, Address, Decoder, Info, encode, folded,
+                      is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -47,14 +50,27 @@ class Handshake:
     """A request to register. It goes to all addresses of the server, until the first cookie decides on one of them.
 
     Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
+
+    With ``keys``, the cookie of a server that encrypts has its key. Then the request goes on as a handshake of Noise,
+    and only what is in that counts as its answer. From then on this program speaks to the owner of that key alone:
+    a cookie that names another key, or none, anybody on the way may have made.
     """
 
-    def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None,
-                 own_address: Callable[[Address], Address | None] = lambda server: None) -> None:
+    def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None = None,
+                 own_address: Callable[[Address], Address | None] = lambda server: None,
+                 keys: Keys | None = None, must_encrypt: bool = False) -> None:
         """``proof``: returns the token for (server id, nick); None: the nick will be nobody's.
 
         ``own_address``: returns from which address this machine sends to a server; None: it is not known.
+        ``must_encrypt``: with a server that cannot, nothing but the question is spoken.
         """
+        self.server_key: bytes | None = None    # once there was one
+        self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
+        self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
+        self._keys, self._must_encrypt = keys, must_encrypt
+        self._noise: HandshakeState | None = None       # once this request is one of Noise; None behind its answer
+        self._hello = b""                       # its first message, as it is sent
+        self._index = self._key_asked = b""     # what is in it: how records are to call our channel; and for which key
         self.id = NO_REQUEST
         self.own: Address | None = None         # our address, if it is one of a private network
         self._own_address = own_address
@@ -66,28 +82,87 @@ class Handshake:
     def begin(self, id_: int, nick: str) -> None:
         """Make a new request, for ``nick``; ``id_`` is a new random number."""
         self.id, self.has_cookie, self._nick = id_, False, nick
+        self._noise, self._hello, self.doubt = None, b"", None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an answer in plain may count."""
+        return self.server_key is None and not self._hello and not self._must_encrypt
 
     def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         """Send the request: to ``addresses``, or to where the cookie came from."""
-        info: Info = {"id": self.id, "nick": self._nick}
         self._cookies_left = cookies_left
-        if self.has_cookie:
-            address, server, info["cookie"] = self._cookie
-            addresses, info["knocks"] = (address,), True
-            own = self._own_address(address)
-            self.own = own if own is not None and is_private(own[0]) else None
-            if self.own is not None:
-                info["own"] = self.own
+        if not self.has_cookie:
+            info: Info = {"id": self.id, "nick": self._nick}
+            if self._keys is not None:
+                info.update(nick=NO_NICK, secure=True)
+            for address in addresses:
+                self._send(padded("reg", info, REG_SIZE), address)
+        elif self._hello:
+            self._send(self._hello, self._cookie[0])
+        elif self.is_plain:
+            address, server, cookie = self._cookie
+            info = {"id": self.id, "nick": self._nick, "cookie": cookie, **self._about_us(address)}
             if self._proof is not None:
                 info["token"] = self._proof(server, self._nick)
-        for address in addresses:
             self._send(padded("reg", info, REG_SIZE), address)
+
+    def _about_us(self, server: Address) -> Info:
+        """Return what a server hears of this program beside its nick."""
+        own = self._own_address(server)
+        self.own = own if own is not None and is_private(own[0]) else None
+        return {"knocks": True} if self.own is None else {"knocks": True, "own": self.own}
 
     def on_cookie(self, info: Info, address: Address) -> None:
         """Prove our address."""
         if info["id"] == self.id and self._cookies_left and not (self.has_cookie and address != self._cookie[0]):
-            self.has_cookie, self._cookie = True, (address, info["server"], info["cookie"])
+            cookie = address, info["server"], info["cookie"]
+            if self._keys is not None and not (self._hello and cookie == self._cookie):
+                self._begin_noise(self._keys, info, address)
+            self.has_cookie, self._cookie = True, cookie
             self.ask((), self._cookies_left - 1)
+
+    def _begin_noise(self, keys: Keys, info: Info, address: Address) -> None:
+        """Make the first message for the server whose cookie this is, once: it is repeated byte for byte."""
+        shown = info.get("key")
+        self.doubt = None
+        if shown is None and not self.is_plain:
+            self.doubt = "insecure"
+        elif self.server_key not in (None, shown):
+            self.doubt = "key-changed"
+        key = self.server_key or shown
+        if key is None:
+            return
+        join: Info = {"nick": self._nick, "index": keys.random()[:INDEX_BYTES], **self._about_us(address)}
+        if self._proof is not None:
+            token = self._proof(info["server"], self._nick)
+            join["proof"] = bind_proof(hash_of(token), key, keys.pair.public)
+        prologue = hello_prologue(info["server"], self.id, info["cookie"])
+        noise = HandshakeState(keys.sodium, "IK", True, prologue, keys.pair, key)
+        try:
+            message = noise.write(padded("join", join, JOIN_SIZE), keys.random())
+        except Forged:      # this key was made up: no secret belongs to it
+            return
+        self._noise, self._index, self._key_asked = noise, join["index"], key
+        self._hello = encode("hello", {"id": self.id, "cookie": info["cookie"], "message": message})
+
+    def on_hello(self, info: Info) -> tuple[str, Info, Channel | None] | None:
+        """Return tag and fields of the server's answer, and the channel if it is a welcome; None: it is no answer."""
+        noise = self._noise
+        if noise is None or info["id"] != self.id:
+            return None
+        try:
+            payload = noise.read(info["message"])
+        except Forged:
+            return None
+        self._noise, self.server_key, self.doubt = None, self._key_asked, None
+        maps = Decoder().decode(payload)
+        if len(maps) != 1 or maps[0][0] not in ("welcome", "refused"):
+            return None
+        (tag, answer), = maps
+        index = answer.get("index")
+        channel = Channel(noise.split(), self._index, index) if tag == "welcome" and index is not None else None
+        return None if tag == "welcome" and channel is None else (tag, answer, channel)
 
 
 REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts, after refusals that may pass
@@ -159,19 +234,184 @@ class Cookies:
 CALLS_PER_SECOND = 20     # to one client, at most
 
 
-class CallLimit:
-    """How many calls go to one client: somebody who asks for many must not make it do more than anybody else can."""
+class RateLimit:
+    """How often something may happen in a second: for each key, and for all of them together."""
 
-    def __init__(self) -> None:
-        self._second = 0                        # the one that is counted, and ...
-        self._calls: dict[bytes, int] = {}      # ... the calls in it, by session
+    def __init__(self, most: int, total: float = NEVER) -> None:
+        self._most, self._total = most, total
+        self._second, self._sum = 0, 0          # the one that is counted, and what has happened in it, ...
+        self._counts: dict[bytes | str, int] = {}       # ... by key
 
-    def allows(self, now: float, session: bytes) -> bool:
-        """Count a call, and return whether it may be sent."""
+    def is_reached(self, now: float, key: bytes | str) -> bool:
+        """Return whether no more may happen in this second."""
         if int(now) != self._second:
-            self._second, self._calls = int(now), {}
-        self._calls[session] = self._calls.get(session, 0) + 1
-        return self._calls[session] <= CALLS_PER_SECOND
+            self._second, self._sum, self._counts = int(now), 0, {}
+        return self._sum >= self._total or self._counts.get(key, 0) >= self._most
+
+    def allows(self, now: float, key: bytes | str) -> bool:
+        """Count something, and return whether it may happen."""
+        if self.is_reached(now, key):
+            return False
+        self._counts[key] = self._counts.get(key, 0) + 1
+        self._sum += 1
+        return True
+
+
+class ReplyLimit:
+    """The amplification limit, for answers to an address that may be forged.
+
+    All answers to a datagram together are never larger than it was: it is no use to forge the address of a victim, and
+    to let the server do the flooding. And there are not more than ``most`` answers a second.
+    """
+
+    def __init__(self, loop: Loop, send: Send, most: int) -> None:
+        self.allowance = 0          # bytes that may still answer the datagram at hand
+        self.refused = 0            # answers that were not sent
+        self._loop, self._send, self._most = loop, send, most
+        self._second = 0            # the one that is counted, and ...
+        self._replies = 0           # ... the answers in it
+
+    def allows(self, size: int) -> bool:
+        """Count ``size`` bytes that are to be sent; return False, and count nothing, if they may not be."""
+        second = int(self._loop.now())
+        if second != self._second:
+            self._second, self._replies = second, 0
+        if size > self.allowance or self._replies >= self._most:
+            self.refused += 1
+            return False
+        self.allowance -= size
+        self._replies += 1
+        return True
+
+    def reply(self, datagram: bytes, address: Address, channel: Channel | None = None) -> None:
+        """Answer the datagram at hand, in the channel in which it came, if that is allowed."""
+        if channel is not None:
+            datagram = channel.seal(MAPS, datagram)
+        if self.allows(len(datagram)):
+            self._send(datagram, address)
+
+
+HELLO_TIME = 5.0          # s; a handshake whose channel is not used by then is forgotten
+HELLOS_PER_NICK = 2       # handshakes that are not done, at most; beyond it the oldest are forgotten
+HELLOS_PER_ADDRESS = 64   # the same, from one address ...
+MAX_HELLOS = 16384        # ... and in all: 50 MB
+FAILURES_PER_NETWORK = 5  # handshakes a second that fail; nobody there is listened to for the rest of that second
+FAILURES = 200            # a second, in all: each costs as much as twenty datagrams
+
+
+class Hello:
+    """The server's side of a handshake that is not done: it is when the first record has come in its channel."""
+
+    __slots__ = ("message", "address", "request", "deadline", "noise", "join", "reply", "session", "channel")
+
+    def __init__(self, message: bytes, address: Address, request: int, deadline: float, noise: HandshakeState,
+                 join: Info) -> None:
+        self.message, self.address, self.request, self.deadline = message, address, request, deadline
+        self.noise = noise
+        self.join = join                # what the client has said in its message
+        self.reply = b""                # our answer, repeated when the message is ...
+        self.session = b""              # ... the id of the session in it, b"" if it is a refusal
+        self.channel: Channel | None = None
+
+    @property
+    def key(self) -> bytes:
+        """The public key of the client."""
+        return self.noise.received["s"]
+
+
+class Hellos:
+    """Handshakes of a server that are not done. A message that comes again gets the same answer again.
+
+    There is a session only once a record has come: so a message of somebody else, recorded and sent again, cannot end
+    the session that it once made. Whoever is here has proved to receive at an address.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self._hellos: dict[bytes, Hello] = {}       # by message, oldest first
+        self._at: dict[Address, list[Hello]] = {}   # by address, oldest first
+        self._by_index: dict[bytes, Hello] = {}     # those that are answered with a channel
+        self._failures = RateLimit(FAILURES_PER_NETWORK, FAILURES)
+
+    def __len__(self) -> int:
+        return len(self._hellos)
+
+    def find(self, message: bytes) -> Hello | None:
+        """Return the handshake that this message has begun."""
+        return self._hellos.get(message)
+
+    def of_index(self, index: bytes) -> Hello | None:
+        """Return the handshake whose channel a record calls by ``index``."""
+        return self._by_index.get(index)
+
+    def read(self, now: float, address: Address, server_id: bytes, info: Info) -> Hello | None:
+        """Begin a handshake with a ``hello``; return None if it is not genuine, or too many others were not."""
+        message, prologue = info["message"], hello_prologue(server_id, info["id"], info["cookie"])
+        network = network_of(address[0])
+        if self._failures.is_reached(now, network):
+            return None
+        noise = HandshakeState(self.keys.sodium, "IK", False, prologue, self.keys.pair)
+        try:
+            maps = Decoder().decode(noise.read(message))
+        except Forged:
+            maps = []
+        if len(maps) != 1 or maps[0][0] != "join":
+            self._failures.allows(now, network)
+            return None
+        hello = Hello(message, address, info["id"], now + HELLO_TIME, noise, maps[0][1])
+        self._make_room(now, address, hello.join["nick"])
+        self._hellos[message] = hello
+        self._at.setdefault(address, []).append(hello)
+        return hello
+
+    def _make_room(self, now: float, address: Address, nick: str) -> None:
+        """Forget those whose time is over, and what one more from ``address`` for ``nick`` would be too many."""
+        while self._hellos:
+            oldest = next(iter(self._hellos.values()))
+            if oldest.deadline > now and len(self._hellos) < MAX_HELLOS:
+                break
+            self.forget(oldest)
+        others = self._at.get(address, [])
+        alike = [one for one in others if folded(one.join["nick"]) == folded(nick)]
+        for found, most in ((alike, HELLOS_PER_NICK), (list(others), HELLOS_PER_ADDRESS)):
+            for one in found[:max(0, len(found) + 1 - most)]:
+                self.forget(one)
+
+    def answer(self, hello: Hello, tag: str, info: Info) -> bytes:
+        """Return our message with a ``welcome`` or a ``refused``, and keep it. A welcome comes with a channel."""
+        index = self.keys.random()[:INDEX_BYTES]
+        if tag == "welcome":
+            info = {**info, "index": index}
+            hello.session = info["session"]
+        message = hello.noise.write(encode(tag, info), self.keys.random())
+        hello.reply = encode("hello", {"id": hello.request, "message": message})
+        if tag == "welcome" and self.find(hello.message) is hello:
+            hello.channel = Channel(hello.noise.split(), index, hello.join["index"])
+            self._by_index[index] = hello
+        return hello.reply
+
+    def forget(self, hello: Hello) -> None:
+        """Remove a handshake: it is done, or nobody has used its channel."""
+        if self._hellos.pop(hello.message, None) is None:
+            return
+        self._at[hello.address].remove(hello)
+        if not self._at[hello.address]:
+            del self._at[hello.address]
+        if hello.channel is not None:
+            self._by_index.pop(hello.channel.index, None)
+
+
+def network_of(host: str) -> str:
+    """Return what one user may have many addresses in: the /64 of an IPv6 host, or an IPv4 host itself."""
+    if ":" not in host:
+        return host
+    import ipaddress        # here: most users never see an IPv6 address
+    return str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(host)) >> 64 << 64))
+
+
+def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
+    """Return what a handshake between client and server is bound to."""
+    return encode("udpchat hello 1", {"server": server_id, "id": request, "cookie": cookie})
 
 
 # --- encryption: libsodium and keys -----------------------------------------------------------------------------
@@ -311,6 +551,14 @@ class KeyPair:
 
     def __init__(self, sodium: Sodium, secret: bytes) -> None:
         self.secret, self.public = secret, sodium.public(secret)
+
+
+class Keys(NamedTuple):
+    """What a program needs to encrypt."""
+
+    sodium: Sodium
+    pair: KeyPair                   # its own static key
+    random: Callable[[], bytes]     # returns 32 random bytes, others each time
 
 
 def fingerprint(*keys: bytes) -> str:
@@ -490,8 +738,9 @@ class HandshakeState:
 # --- encryption: records and letters ----------------------------------------------------------------------------
 
 RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it
-INDEX_SIZE = 4            # bytes, chosen by the receiver, which finds its channel by them
-INDEX_END = 2 + INDEX_SIZE
+RECORD_MARK = bytes((RECORD,))
+MAPS = 0                  # the kind of a record that holds what is a datagram otherwise
+INDEX_END = 2 + INDEX_BYTES
 HEADER_SIZE = INDEX_END + 8
 RECORD_EXTRA = HEADER_SIZE + TAG_SIZE   # bytes by which a text grows
 REPLAY_WINDOW = 1024      # counters up to the highest one, of which each that is missing may still come
@@ -535,7 +784,7 @@ class Channel:
 
     def __init__(self, ciphers: tuple[CipherState, CipherState], index: bytes, their_index: bytes) -> None:
         """``ciphers``: from ``HandshakeState.split``, for nobody else. ``index``: in records to us."""
-        if len(index) != INDEX_SIZE or len(their_index) != INDEX_SIZE:
+        if len(index) != INDEX_BYTES or len(their_index) != INDEX_BYTES:
             raise ValueError("an index has 4 bytes")
         self._sending, self._receiving = ciphers
         self.index, self.their_index, self.window = index, their_index, ReplayWindow()

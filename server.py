@@ -17,7 +17,6 @@ The parts
 
     Server          sessions, dispatch, trust, the order of a turn, counters, housekeeping
     SendQueue       the datagrams of this turn
-    ReplyLimit      what may go to an address that may be forged
     Gate            registration: address validation, claims, admission
     Prober          "are you there?": liveness, and moves to another address
     Keeper          messages to be kept: verdicts, acks and refusals
@@ -51,16 +50,17 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from typing import NamedTuple
 
 import protocol
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
-from secure import CallLimit, Cookies
-from stream import ReceiveStream, Run, SendStream
 from home import Parcel
-from registry import (BYE, DAY, GRANTED, NICK_LAPSE, PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN,
-                      UNKNOWN, ClaimVerdict, Committer, Registry, Session)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
+from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, PROBE_HOLDER,
+                      PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict, Committer,
+                      Refusal, Registry, Session)
+from secure import (CALLS_PER_SECOND, MAPS, RECORD_MARK, Channel, Cookies, Forged, Hello, Hellos, Keys, RateLimit,
+                    ReplyLimit, index_of)
+from stream import ReceiveStream, Run, SendStream
 
 
 class Drop(Enum):
@@ -71,8 +71,10 @@ class Drop(Enum):
     WRONG_COOKIE = "drop_wrong_cookie"
     UNKNOWN_SESSION = "drop_unknown_session"
     OTHER_ADDRESS = "drop_other_address"
+    OTHER_CHANNEL = "drop_other_channel"
+    UNKNOWN_CHANNEL = "drop_unknown_channel"
+    FORGED = "drop_forged"
     UNKNOWN_STREAM = "drop_unknown_stream"
-    NO_REPLY = "drop_no_reply"
     SAVE_LIMIT = "drop_save_limit"
     CALL_LIMIT = "drop_call_limit"
     STORE_UNREADABLE = "drop_store_unreadable"
@@ -80,7 +82,8 @@ class Drop(Enum):
 
 NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = Drop.NOT_FOR_SERVERS, Drop.NO_COOKIE, Drop.WRONG_COOKIE
 UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = Drop.UNKNOWN_SESSION, Drop.OTHER_ADDRESS, Drop.UNKNOWN_STREAM
-NO_REPLY, SAVE_LIMIT, STORE_UNREADABLE = Drop.NO_REPLY, Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
+OTHER_CHANNEL, UNKNOWN_CHANNEL, FORGED = Drop.OTHER_CHANNEL, Drop.UNKNOWN_CHANNEL, Drop.FORGED
+SAVE_LIMIT, STORE_UNREADABLE = Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
 
 Drops = dict[Drop, int]     # how often each has happened since the start
 
@@ -88,6 +91,13 @@ Drops = dict[Drop, int]     # how often each has happened since the start
 # --- sending --------------------------------------------------------------------------------------------------
 
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
+
+
+def told(session: Session, *maps: bytes) -> bytes:
+    """Return maps as a datagram that shows that it is the server who says this: in its channel, or behind a ``for``."""
+    if session.channel is None:
+        return addressed(session.id, *maps)
+    return session.channel.seal(MAPS, b"".join(maps))
 
 
 class SendQueue:
@@ -102,8 +112,12 @@ class SendQueue:
         self._datagrams.append((datagram, address))
 
     def put_for(self, session: Session, *maps: bytes) -> None:
-        """Send maps to a client, behind a ``for`` that proves that it is the server who says this."""
-        self._datagrams.append((addressed(session.id, *maps), session.address))
+        """Send maps to a client, see ``told``."""
+        self._datagrams.append((told(session, *maps), session.address))
+
+    def answer(self, session: Session, answer: bytes) -> None:
+        """Send a map that needs no ``for``: what is in it shows that the server has made it."""
+        self._datagrams.append((answer if session.channel is None else told(session, answer), session.address))
 
     def flush(self) -> None:
         """Send everything."""
@@ -112,50 +126,7 @@ class SendQueue:
             self._send(datagram, address)
 
 
-class ReplyLimit:
-    """The amplification limit, for answers to an address that may be forged.
-
-    All answers to a datagram together are never larger than it was: it is no use to forge the address of a victim, and
-    to let the server do the flooding. And there are not more than ``most`` answers a second.
-    """
-
-    def __init__(self, loop: Loop, send_queue: SendQueue, drops: Drops, most: int) -> None:
-        self.allowance = 0          # bytes that may still answer the datagram at hand
-        self._loop, self._send_queue, self._drops = loop, send_queue, drops
-        self._most = most
-        self._second = 0            # the one that is counted, and ...
-        self._replies = 0           # ... the answers in it
-
-    def allows(self, size: int) -> bool:
-        """Count ``size`` bytes that are to be sent; return False, and count nothing, if they may not be."""
-        second = int(self._loop.now())
-        if second != self._second:
-            self._second, self._replies = second, 0
-        if size > self.allowance or self._replies >= self._most:
-            self._drops[NO_REPLY] += 1
-            return False
-        self.allowance -= size
-        self._replies += 1
-        return True
-
-    def reply(self, datagram: bytes, address: Address) -> None:
-        """Answer the datagram at hand, if that is allowed."""
-        if self.allows(len(datagram)):
-            self._send_queue.put(datagram, address)
-
-
 # --- registration ---------------------------------------------------------------------------------------------
-
-class Claim(NamedTuple):
-    """A request for a nick, from an address that is proved."""
-
-    nick: str
-    address: Address
-    token: bytes | None
-    request: int        # the id of the ``reg``
-    knocks: bool        # its client knows ``call``
-    own: Address | None     # of the client in its own network, as it says
-
 
 class Gate:
     """Registration: who gets a session for which nick. The handshake::
@@ -163,54 +134,87 @@ class Gate:
         client                                  server
           reg, padded, without a cookie   -->
                                           <--   cookie: a proof of the address, nothing is remembered
-          reg with that cookie            -->   claim: is the nick free, or theirs?
+          reg with that cookie, or hello  -->   claim: is the nick free, or theirs?
                                                   PROBE_HOLDER  the holder is probed where it was last:
                                                                   no answer  claim again
                                                                   an answer  refused: taken
                                                   GRANTED       a session is made
                                           <--   welcome, or refused (taken, owned, full)
 
+    ``hello`` is a ``reg`` that encrypts: it and its answer, another ``hello``, are a handshake of Noise. Then a session
+    is made only when the first record comes in the new channel (see ``Hellos``).
+
     Until the cookie has come back, the server keeps no state for the client: a flood from forged addresses cannot
     fill anything (RFC 9147 §5.1). A ``reg`` that brings no good cookie must be padded: its answer may not be larger.
     """
 
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit, drops: Drops,
-                 prober: Prober, boot: int) -> None:
+                 prober: Prober, boot: int, keys: Keys | None, must_encrypt: bool) -> None:
+        """``keys``: None to speak in plain. ``must_encrypt``: whoever does not is refused."""
         self.refusals = 0
+        self.hellos = Hellos(keys) if keys is not None else None
+        self._must_encrypt = must_encrypt
         self.cookies = Cookies(loop.random.getrandbits(256).to_bytes(32, "big"))
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
-        self._limit = limit
-        self._drops = drops
-        self._prober = prober
-        self._boot = boot
+        self._limit, self._drops, self._prober, self._boot = limit, drops, prober, boot
 
-    def on_reg(self, info: Info, address: Address) -> None:
+    def on_reg(self, info: Info, address: Address, channel: Channel | None = None) -> None:
         """Answer with a cookie, or go on with the claim of somebody who has brought one."""
+        if not self._has_cookie(info, address):
+            return
+        claim = Claim(info["nick"], address, info.get("token"), info["id"], info.get("knocks", False), info.get("own"))
+        if self._must_encrypt:
+            self.refuse(claim, MUST_ENCRYPT)
+        else:
+            self.consider(claim)
+
+    def _has_cookie(self, info: Info, address: Address) -> bool:
+        """Return whether a request has brought a good cookie; answer with one if not."""
         now = self._loop.now()
         if self.cookies.accepts(info.get("cookie"), now, address):
-            self.consider(Claim(info["nick"], address, info.get("token"), info["id"], info.get("knocks", False),
-                                info.get("own")))
-            return
+            return True
         self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
-            self._limit.reply(encode("cookie", {"id": info["id"], "server": self._registry.server_id,
-                                                "cookie": self.cookies.make(now, address)}), address)
+            answer: Info = {"id": info["id"], "server": self._registry.server_id,
+                            "cookie": self.cookies.make(now, address)}
+            if self.hellos is not None and (info.get("secure") or "message" in info):
+                answer["key"] = self.hellos.keys.pair.public
+            self._limit.reply(encode("cookie", answer), address)
+        return False
+
+    def on_hello(self, info: Info, address: Address, channel: Channel | None = None) -> None:
+        """Go on with the claim of somebody who encrypts. (The cookie comes first: a handshake costs much more.)"""
+        if self.hellos is None or not self._has_cookie(info, address):
+            return
+        hello = self.hellos.find(info["message"])
+        if hello is not None:
+            if hello.reply:
+                self._send_queue.put(hello.reply, address)
+            return
+        hello = self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
+        if hello is None:
+            self._drops[FORGED] += 1
+        else:
+            self.consider(Claim.of(hello))
 
     def consider(self, claim: Claim) -> None:
         """Register the client, or refuse that, or ask first whether the holder of the nick is there."""
         registry, sessions = self._registry, self._registry.sessions
         session = sessions.of(claim.nick)
         if session is not None and (session.address, session.request) == (claim.address, claim.request):
-            self._welcome(session)      # the same request again: its answer was lost
+            if session.channel is None:
+                self._welcome(session)      # the same request again: its answer was lost
             return
         if sessions.is_spent(claim.request):
             # A copy that was delayed by the network: the client who sent it has gone on since, and ignores this. Or the
             # welcome was lost, and another one has got the nick meanwhile: that client must begin again.
             self.refuse(claim, SPENT)
             return
-        verdict = registry.claim(claim.nick, claim.address, claim.token)
-        if verdict == GRANTED:
-            self._admit(claim)
+        verdict = registry.claim(claim.nick, claim.address, claim.token, claim.key)
+        if verdict == GRANTED and claim.hello is not None:
+            self._offer(claim, claim.hello)
+        elif verdict == GRANTED:
+            self._welcome(self._admit(claim, self._new_session()))
         elif verdict == PROBE_HOLDER:
             holder = registry.holder(claim.nick)
             assert holder is not None
@@ -220,19 +224,40 @@ class Gate:
         else:
             self.refuse(claim, verdict)
 
-    def _admit(self, claim: Claim) -> None:
-        id_ = self._loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
-        session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token,
-                                       claim.request)
+    def _new_session(self) -> bytes:
+        return self._loop.random.getrandbits(128).to_bytes(protocol.SESSION_BYTES, "big")
+
+    def _admit(self, claim: Claim, id_: bytes) -> Session:
+        session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token, claim.request,
+                                       claim.key)
         session.knocks, session.own = claim.knocks, claim.own
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
-        self._welcome(session)
+        return session
 
     def _welcome(self, session: Session) -> None:
         self._send_queue.put(encode("welcome", {
             "id": session.request, "nick": session.nick, "boot": self._boot, "session": session.id,
             "version": session.version}), session.address)
+
+    def _offer(self, claim: Claim, hello: Hello) -> None:
+        """Answer with a channel: its first record makes the session."""
+        self._answer(hello, "welcome", {"id": claim.request, "nick": claim.nick, "boot": self._boot,
+                                        "session": self._new_session(), "version": self._registry.table.version})
+
+    def _answer(self, hello: Hello, tag: str, info: Info) -> None:
+        assert self.hellos is not None
+        self._send_queue.put(self.hellos.answer(hello, tag, info), hello.address)
+
+    def confirm(self, hello: Hello) -> bool:
+        """Make a session: a record has come in its channel. Return False if the nick has gone to somebody else."""
+        assert self.hellos is not None and hello.channel is not None
+        self.hellos.forget(hello)
+        claim = Claim.of(hello)
+        if self._registry.claim(claim.nick, claim.address, None, claim.key) != GRANTED:
+            return False
+        self._registry.sessions.encrypt(self._admit(claim, hello.session), hello.channel)
+        return True
 
     def refuse(self, claim: Claim, verdict: ClaimVerdict) -> None:
         """Tell the client that it does not get the nick."""
@@ -242,7 +267,10 @@ class Gate:
         spelling = self._registry.table.spelling_of(claim.nick)
         if spelling not in (None, claim.nick):
             refused["spelling"] = spelling      # their nick, perhaps: the proof of that is made for this spelling
-        self._send_queue.put(encode("refused", refused), claim.address)
+        if claim.hello is not None:
+            self._answer(claim.hello, "refused", refused)
+        else:
+            self._send_queue.put(encode("refused", refused), claim.address)
 
 
 # --- probes ---------------------------------------------------------------------------------------------------
@@ -270,7 +298,7 @@ class Probe:
     def datagram(self) -> bytes:
         """Return the question as it is sent."""
         probe = encode("probe", {"id": self.id, "to": self.nick})
-        return addressed(self.session.id, probe) if self.session is not None else probe
+        return told(self.session, probe) if self.session is not None else probe
 
 
 class Prober:
@@ -355,14 +383,14 @@ class Prober:
             self._unresponsive(session)
         self._unanswered(probe)
 
-    def on_alive(self, info: Info, address: Address) -> None:
+    def on_alive(self, info: Info, address: Address, channel: Channel | None = None) -> None:
         """End the probe that this answers."""
         probe = self.probes.get(info["id"])
         if probe is None or (info["nick"], address) != (probe.nick, probe.address):
-            self._on_late_alive(info, address)
+            self._on_late_alive(info, address, channel)
             return
         session = probe.session
-        if session is not None and info.get("session") != session.id:
+        if session is not None and (info.get("session"), channel) != (session.id, session.channel):
             return
         self._end(probe)
         if session is not None and self._registry.sessions.get(session.id) is session:
@@ -373,10 +401,10 @@ class Prober:
             self._note_answer(session.nick)
         self._answered(probe)
 
-    def _on_late_alive(self, info: Info, address: Address) -> None:
+    def _on_late_alive(self, info: Info, address: Address, channel: Channel | None) -> None:
         """Count a late answer as a sign of life."""
         session = self._registry.sessions.get(info.get("session", b""))
-        if session is not None and session.address == address:
+        if session is not None and session.address == address and session.channel is channel:
             self._heard(session)
 
     def _note_answer(self, nick: str) -> None:
@@ -413,17 +441,6 @@ class Prober:
 
 MAX_SAVE_STREAMS = 8192   # streams whose receiving end is in memory; the store remembers the others
 MAX_SAVED_EARLY = 16384   # numbers that came early, in all of them together: 48 MiB at most
-
-
-class Refusal(Enum):
-    """Why messages are not kept. The values travel in a ``nack``."""
-
-    NO_SUCH_NICK = "unknown"
-    MAILBOX_FULL = "full"
-    DISK_FAILS = "disk"
-
-
-NO_SUCH_NICK, MAILBOX_FULL, DISK_FAILS = Refusal.NO_SUCH_NICK, Refusal.MAILBOX_FULL, Refusal.DISK_FAILS
 
 
 class SaveStream:
@@ -665,10 +682,10 @@ class Postman:
         if self.registry.note_table(session, version):
             self.wake(session)
 
-    def on_ack(self, info: Info, address: Address) -> None:
+    def on_ack(self, info: Info, address: Address, channel: Channel | None = None) -> None:
         """Note what a client has shown of its mail."""
         mail = self._by_stream.get(info["stream"])
-        if mail is None or mail.session.address != address:
+        if mail is None or mail.session.address != address or mail.session.channel is not channel:
             self._drops[UNKNOWN_STREAM] += 1
             return
         session = mail.session
@@ -768,6 +785,7 @@ class Announcer:
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._send = send                       # at once: a broadcast comes behind everything in the queue
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
+        self._put_off: set[bytes] = set()       # those of them that were put off by a turn
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
         self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
         self._cached_version = 0                # of the table when the cache was empty
@@ -784,8 +802,12 @@ class Announcer:
         if not self._to_sync:
             return
         for id_ in list(self._to_sync)[:SYNC_SLICE]:
-            version = self._to_sync.pop(id_)
             session = self._registry.sessions.get(id_)
+            if session is not None and session.version > self.announced_version and id_ not in self._put_off:
+                self._put_off.add(id_)      # a turn later: others shall hear of somebody new before their user does
+                continue
+            self._put_off.discard(id_)
+            version = self._to_sync.pop(id_)
             if session is not None:
                 self._send_missing(session, version)
         if self._to_sync:
@@ -854,7 +876,7 @@ class Announcer:
         for session, page in itertools.islice(unsent, BROADCAST_DATAGRAMS):
             count += 1
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
-                self._send(addressed(session.id, page), session.address)
+                self._send(told(session, page), session.address)
         return count < BROADCAST_DATAGRAMS
 
 
@@ -873,7 +895,8 @@ class Server:
     """
 
     def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
-                 nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES) -> None:
+                 nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES,
+                 keys: Keys | None = None, must_encrypt: bool = False) -> None:
         self.loop = loop
         self.registry = registry
         self.nick_lapse = nick_lapse
@@ -881,21 +904,23 @@ class Server:
         self.boot = new_id(loop)        # another one in each run of the server
         self.drops: Drops = dict.fromkeys(Drop, 0)
         self.send_queue = SendQueue(send)
-        self.limit = ReplyLimit(loop, self.send_queue, self.drops, stranger_replies)
+        self.limit = ReplyLimit(loop, self.send_queue.put, stranger_replies)
         self.prober = Prober(loop, registry, self.send_queue, self.limit, self._heard, self._unresponsive,
                              self._answered, self._unanswered)
-        self.gate = Gate(loop, registry, self.send_queue, self.limit, self.drops, self.prober, self.boot)
+        self.gate = Gate(loop, registry, self.send_queue, self.limit, self.drops, self.prober, self.boot, keys,
+                         must_encrypt)
         self.postman = Postman(loop, registry, self.send_queue, self.drops, self._heard)
         self.keeper = Keeper(loop, registry, self.send_queue, self.drops, self.prober, self.postman.note)
         self.committer = Committer(loop, registry.mailbox)
         self.announcer = Announcer(loop, registry, self.send_queue, send)
-        self.calls = CallLimit()
+        self.calls = RateLimit(CALLS_PER_SECOND)
         self._notices: deque[Address] = deque()     # where to say that the server is back
         self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
             "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save, "meet": self._on_meet}
-        self._from_anybody: dict[str, Callable[[Info, Address], None]] = {
-            "reg": self.gate.on_reg, "alive": self.prober.on_alive, "ack": self.postman.on_ack,
-            "dereg": self._on_dereg}
+        registry.public_key = keys.pair.public if keys is not None else b""
+        self._from_anybody: dict[str, Callable[[Info, Address, Channel | None], None]] = {
+            "reg": self.gate.on_reg, "hello": self.gate.on_hello, "alive": self.prober.on_alive,
+            "ack": self.postman.on_ack, "dereg": self._on_dereg}
 
     def start(self) -> None:
         """Tell the last known addresses that the server is there, and begin to look after the nicks."""
@@ -910,13 +935,20 @@ class Server:
     def receive(self, datagram: bytes, address: Address) -> None:
         """Handle a datagram from the network."""
         self.limit.allowance = len(datagram)
+        channel: Channel | None = None
+        index = index_of(datagram) if datagram[:1] == RECORD_MARK and self.gate.hellos is not None else None
+        if index is not None:
+            opened = self._opened(index, datagram, address)
+            if opened is None:
+                return
+            channel, datagram = opened
         for tag, info in self.decoder.decode(datagram):
             if tag in self._from_sessions:
-                session = self._session(info, address)
+                session = self._session(info, address, channel)
                 if session is not None:
                     self._from_sessions[tag](session, info)
             elif tag in self._from_anybody:
-                self._from_anybody[tag](info, address)
+                self._from_anybody[tag](info, address, channel)
             else:
                 self.drops[NOT_FOR_SERVERS] += 1
 
@@ -936,16 +968,38 @@ class Server:
         return {**self.registry.counters(), "save_streams": len(self.keeper.streams),
                 "mail_streams": len(self.postman.streams), "probes": len(self.prober.probes),
                 "refusals": self.gate.refusals, "store_failures": self.committer.failures,
-                "drop_invalid": self.decoder.dropped, **{why.value: count for why, count in self.drops.items()}}
+                "drop_invalid": self.decoder.dropped, "drop_no_reply": self.limit.refused,
+                **{why.value: count for why, count in self.drops.items()}}
 
     # sessions
 
-    def _session(self, info: Info, address: Address) -> Session | None:
+    def _opened(self, index: bytes, record: bytes, address: Address) -> tuple[Channel, bytes] | None:
+        """Return the channel of a record, and what was sealed in it; answer with a hint if there is none."""
+        channel, hello = self.registry.sessions.channels.get(index), None
+        if channel is None and self.gate.hellos is not None:
+            hello = self.gate.hellos.of_index(index)
+            channel = hello.channel if hello is not None else None
+        if channel is None:
+            self.drops[UNKNOWN_CHANNEL] += 1
+            self.limit.reply(self._pong(0, 0), address)     # of an earlier run of the server, perhaps
+            return None
+        try:
+            text = channel.open(record)
+        except Forged:
+            self.drops[FORGED] += 1
+            return None
+        is_good = hello is None or self.gate.confirm(hello)
+        return (channel, text) if is_good else None
+
+    def _session(self, info: Info, address: Address, channel: Channel | None) -> Session | None:
         """Return the session that ``info`` speaks for, if it comes from where that is known to be; answer if not."""
         session = self.registry.sessions.get(info["session"])
         if session is None:
             self.drops[UNKNOWN_SESSION] += 1
-            self._answer_unknown(info, address)
+            self._answer_unknown(info, address, channel)
+            return None
+        if session.channel is not channel:
+            self.drops[OTHER_CHANNEL] += 1
             return None
         if session.address != address:
             self.drops[OTHER_ADDRESS] += 1
@@ -954,17 +1008,16 @@ class Server:
         self._heard(session)
         return session
 
-    def _answer_unknown(self, info: Info, address: Address) -> None:
+    def _answer_unknown(self, info: Info, address: Address, channel: Channel | None) -> None:
         """Answer a request whose session is not known: it was replaced, it was evicted, or the server has restarted."""
         how = self.registry.sessions.how_ended(info["session"])
         if how == REPLACED:
-            # the nick is required, and means nothing here
-            refused = {"session": info["session"], "nick": "-", "reason": how.value}
-            self.limit.reply(encode("refused", refused), address)
+            refused = {"session": info["session"], "nick": protocol.NO_NICK, "reason": how.value}
+            self.limit.reply(encode("refused", refused), address, channel)
         else:
             # Boot 0 makes the client register again: with our own it would believe that its session is good.
             # BYE: a late copy of a ping, its client has left.
-            self.limit.reply(self._pong(info.get("id", 0), self.boot if how == BYE else 0), address)
+            self.limit.reply(self._pong(info.get("id", 0), self.boot if how == BYE else 0), address, channel)
 
     def _heard(self, session: Session) -> None:
         """Note a sign of life, and send a client that comes back with it what it has missed."""
@@ -994,7 +1047,7 @@ class Server:
             self.gate.consider(claim)
 
     def _on_ping(self, session: Session, info: Info) -> None:
-        self.send_queue.put(self._pong(info["id"], self.boot, session), session.address)
+        self.send_queue.answer(session, self._pong(info["id"], self.boot, session))
         self.postman.note_version(session, info["version"])
 
     def _on_sync(self, session: Session, info: Info) -> None:
@@ -1015,15 +1068,15 @@ class Server:
             call["own"] = session.own
         self.send_queue.put_for(recipient, encode("call", call))
 
-    def _on_dereg(self, info: Info, address: Address) -> None:
-        if self.registry.sessions.how_ended(info["session"]) == BYE:
-            self.limit.reply(encode("bye", {"session": info["session"]}), address)      # again: the first one was lost
+    def _on_dereg(self, info: Info, address: Address, channel: Channel | None) -> None:
+        if self.registry.sessions.how_ended(info["session"]) == BYE:    # again: the first answer was lost
+            self.limit.reply(encode("bye", {"session": info["session"]}), address, channel)
             return
-        session = self._session(info, address)
+        session = self._session(info, address, channel)
         if session is not None:
             log.info("%s deregistered", session.nick)
             self.registry.deregister(session, self.loop.now())
-            self.send_queue.put(encode("bye", {"session": session.id}), address)
+            self.send_queue.answer(session, encode("bye", {"session": session.id}))
 
     def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
         return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.announced_version,

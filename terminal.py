@@ -336,6 +336,7 @@ class EventFormat(NamedTuple):
     reason: str | None = None
 
 
+NOT_SAVED = "[The server cannot save messages now, message for {to} not saved.]"
 EVENT_FORMATS: dict[str, EventFormat] = {
     "registered": EventFormat("[Welcome, You are registered.]", NEWS, "registered"),
     "table": EventFormat("[Client table updated.]", NEWS, "table"),
@@ -348,8 +349,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "unknown": EventFormat("[Unknown client {to}.]", FAILURE, "failed", "unknown"),
     "too-long": EventFormat("[Message too long: {size} bytes, at most {most}.]", FAILURE, "failed", "too-long"),
     "full": EventFormat("[Mailbox of {to} is full, message not saved.]", FAILURE, "failed", "full"),
-    "disk": EventFormat("[The server cannot save messages now, message for {to} not saved.]", FAILURE, "failed",
-                        "disk"),
+    "disk": EventFormat(NOT_SAVED, FAILURE, "failed", "disk"),
     "send-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
     "undelivered": EventFormat("", FAILURE, "failed", "not-delivered"),
     "one-undelivered": EventFormat("[1 message not delivered.]", FAILURE, "undelivered"),
@@ -361,6 +361,11 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "server-full": EventFormat("[The server is full.]", FAILURE, "refused", "full"),
     "taken": EventFormat("[Nickname {nick} is taken.]", FAILURE, "refused", "taken"),
     "owned": EventFormat("[Nickname {nick} belongs to someone else.]", FAILURE, "refused", "owned"),
+    "owner-encrypts": EventFormat("[Nickname {nick} is used with encryption.]", FAILURE, "refused", "encrypted"),
+    "must-encrypt": EventFormat("[The server requires encryption.]", FAILURE, "refused", "secure"),
+    "server-insecure": EventFormat("[The server cannot encrypt.]", FAILURE, "refused", "not-secure"),
+    "insecure": EventFormat("[This connection is not encrypted.]", FAILURE, "insecure"),
+    "server-key-changed": EventFormat("[The key of the server has changed.]", FAILURE, "refused", "key-changed"),
     "talk-unknown": EventFormat("[Unknown client {nick}.]", FAILURE, "error", "unknown-client"),
     "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
     "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
@@ -372,7 +377,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
 }
 STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
 ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
-FOR_PEOPLE = frozenset({"back"})                                # not promised to scripts that read plain lines
+FOR_PEOPLE = frozenset({"back", "insecure"})                    # not promised to scripts that read plain lines
 FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, in JSON
 
 
@@ -1005,9 +1010,7 @@ class RunningClient(Protocol):
 
 class LeavingClient(Protocol):
     """What the console asks of the part of the client that knows the end."""
-
     exit_code: int | None                                   # None until the end
-
     def interrupt(self) -> None: ...                        # leave in order; the second time, at once
 
 

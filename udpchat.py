@@ -38,20 +38,21 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from home import (LEVELS, LineFile, check_store, clean, config_home, is_private, json_line, load_secret, make_private,
-                  read_settings, remember_nicks, state_home, token_for)
-from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
-                  Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
-                  read_some, show_address, unmapped)
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
 except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
+from home import (LEVELS, SECRET_BYTES, LineFile, check_store, clean, config_home, is_private, json_line, load_secret,
+                  make_private, read_settings, remember_nicks, state_home, static_secret, token_for)
+from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
+                  Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
+                  read_some, show_address, unmapped)
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
+    from secure import Keys, Sodium
     from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
@@ -147,6 +148,9 @@ def add_common_options(parser: Parser) -> None:
                         help="append the diagnostics to this file (default: they go to stderr)")
     parser.add_argument("--log-format", default="text", choices=("text", "json"),
                         help="format of the diagnostics (default: %(default)s)")
+    parser.add_argument("--secure", default="auto", choices=("auto", "require", "off"),
+                        help="encrypt: auto, with everybody who can; require, or do not speak; off, never"
+                        " (default: %(default)s)")
     path = (config_path() or "none, there is no home directory").replace("%", "%%")
     parser.add_argument("--config", metavar="PATH", help=f"file with settings (default: {path})")
 
@@ -463,10 +467,12 @@ def run_server(options: argparse.Namespace) -> int:
         raise Failure(f"cannot listen at {show_address(address)}: {error.strerror}") from None
     loop = SelectorLoop()
     mailbox = open_store(options.store or default_store(sock.getsockname()[1]), loop.now())
+    keys = keys_of_server(options, mailbox)
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     where = unmapped(sock.getsockname())
     port = AnsweringSocket(sock, loop) if where[0] in WILDCARDS else UdpSocket(sock, loop)
-    server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies)
+    server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies, keys,
+                    options.secure == "require")
     began = time.monotonic()
 
     def settle() -> None:
@@ -482,7 +488,8 @@ def run_server(options: argparse.Namespace) -> int:
     loop.on_signal(signal.SIGUSR1, summarize)
     loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
-    announce(f"[Server listening on {show_address(where)}]\n" + (how_to_join(where) if os.isatty(STDOUT) else ""))
+    announce(f"[Server listening on {show_address(where)}]\n" + shown_fingerprint(keys)
+             + (how_to_join(where) if os.isatty(STDOUT) else ""))
     loop.run()
     loop.close()
     return 0 if server.stop() else EXIT_FAILED
@@ -530,6 +537,55 @@ def complain_of_stdout(error: OSError) -> None:
     """Say why stdout cannot be written, unless it only has no reader any more."""
     if not isinstance(error, ConnectionError):
         complain(f"cannot write to stdout: {error.strerror}")
+
+
+def sodium_for(options: argparse.Namespace) -> Sodium | None:
+    """Return what encrypts, None if nothing does. Raise Usage if something must."""
+    if options.secure == "off":
+        return None
+    from secure import load_sodium
+    sodium = load_sodium()
+    if sodium is None and options.secure == "require":
+        raise Usage("--secure require takes the extra secure: pip install 'udpchat[secure]'")
+    return sodium
+
+
+def keys_of_server(options: argparse.Namespace, mailbox: Mailbox) -> Keys | None:
+    """Return what a server encrypts with, None to speak in plain. Raise Usage and Failure."""
+    from home import StoreError
+    try:
+        sodium = sodium_for(options)
+        if sodium is not None:
+            from secure import Keys, KeyPair
+            return Keys(sodium, KeyPair(sodium, mailbox.server_secret(os.urandom(SECRET_BYTES))), new_secret)
+        if mailbox.has_keys and options.secure != "off":
+            raise Failure("the store is that of a server that encrypts, which takes the extra secure:"
+                          " pip install 'udpchat[secure]'")
+        return None
+    except StoreError as error:
+        raise Failure(str(error)) from None
+
+
+def keys_of_client(options: argparse.Namespace, secret: bytes | None) -> Keys | None:
+    """Return what a client encrypts with, None to speak in plain; ``secret``: the user's, if any. Raise Usage."""
+    sodium = sodium_for(options)
+    if sodium is None:
+        return None
+    from secure import Keys, KeyPair
+    return Keys(sodium, KeyPair(sodium, static_secret(secret) if secret is not None else new_secret()), new_secret)
+
+
+def new_secret() -> bytes:
+    """Return random bytes that nobody guesses."""
+    return os.urandom(SECRET_BYTES)
+
+
+def shown_fingerprint(keys: Keys | None) -> str:
+    """Return the line by which people compare the key of a server that encrypts."""
+    if keys is None:
+        return ""
+    from secure import fingerprint
+    return f"[Fingerprint {fingerprint(keys.pair.public)}]\n"
 
 
 def default_store(port: int) -> str:
@@ -760,14 +816,15 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
-    from secure import Patience
+    from secure import Handshake, Patience
     from terminal import Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
-    proof = proof_of(options)
+    secret = secret_of(options)
+    proof, keys = proof_of(secret), keys_of_client(options, secret)
     loop = SelectorLoop()
     sock = client_socket(addresses, is_named, options.client_port)
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
@@ -779,9 +836,10 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
-    client = Client(loop, port.send, display, nick, server, proof, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)),
-                    own_address=port.own_address)
+    handshake = Handshake(port.send, proof, port.own_address, keys, options.secure == "require")
+    handshake.tells_of_plain &= not (options.mode == "send" and options.quiet)
+    client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
+                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)))
     if prompt is not None:
         show_log_above_prompt(display)
     port.receive = client.receive
@@ -805,9 +863,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
 
 
-def proof_of(options: argparse.Namespace) -> Callable[[bytes, str], bytes] | None:
-    """Return what makes the token for (server id, nick), None for an anonymous client. Raise Usage."""
-    secret = secret_of(options)
+def proof_of(secret: bytes | None) -> Callable[[bytes, str], bytes] | None:
+    """Return what makes the token for (server id, nick), None for an anonymous client."""
     return functools.partial(token_for, secret) if secret is not None else None
 
 

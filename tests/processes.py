@@ -361,7 +361,7 @@ class Chat:
         return process
 
     def server(self, *options: str, port: int = 0, host: str = "127.0.0.1", store: str | None = None,
-               command: Sequence[str] = PROGRAM) -> Process:
+               command: Sequence[str] | None = None) -> Process:
         """Start the server of this world (a new one after the old one has ended), and wait until it is ready."""
         server = self.run("server", str(port), "--host", host, "--store", store or str(self.store), *options,
                           command=command)
@@ -381,13 +381,13 @@ class Chat:
         return self.server(*options, port=self._port)
 
     def start(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None, stdin: int = PIPE,
-              stdout: int = PIPE, command: Sequence[str] = PROGRAM) -> Process:
+              stdout: int = PIPE, command: Sequence[str] | None = None) -> Process:
         """Start a client."""
         return self.run("client", nick, host, str(port or self.port), "0", *options, stdin=stdin, stdout=stdout,
                         command=command)
 
     def client(self, nick: str, *options: str, host: str = "127.0.0.1", port: int | None = None,
-               stdin: int = PIPE, command: Sequence[str] = PROGRAM) -> Process:
+               stdin: int = PIPE, command: Sequence[str] | None = None) -> Process:
         """Start a client, and wait until it is registered."""
         client = self.start(nick, *options, host=host, port=port, stdin=stdin, command=command)
         client.see(WELCOME)

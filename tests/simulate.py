@@ -40,11 +40,11 @@ import msgpack
 import protocol
 from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from home import ERROR, INFO, Mailbox, clean, token_for
+from home import ERROR, INFO, Mailbox, clean, static_secret, token_for
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
 from protocol import Address, encode
 from registry import DAY, Registry, State
-from secure import Patience
+from secure import RECORD_MARK, Handshake, Keys, KeyPair, Patience, Sodium, load_sodium
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
@@ -466,7 +466,10 @@ class ServerNode(Node):
         disk.step, disk.failing = self.step, False
         mailbox = disk.open(world.random.getrandbits(128).to_bytes(16, "big"), self.loop.now())
         self._greetings: dict[bytes, int] = {}      # of each session: the last mail that waited when it began
-        self.server = Server(self.loop, self.send, Registry(mailbox, mailbox_limit=world.mailbox))
+        registry, keys = Registry(mailbox, mailbox_limit=world.mailbox), None
+        if world.encrypts:
+            keys = world.keys(mailbox.server_secret(world.new_secret()))
+        self.server = Server(self.loop, self.send, registry, keys=keys)
         world.trace("%s starts", self.name)
         self.server.start()
         self.wake(world.now)
@@ -602,9 +605,11 @@ class Life(Node):
         formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
+        own = static_secret(secret) if secret is not None else b""
+        keys = world.keys(own or world.new_secret()) if world.encrypts else None
         endpoint = Endpoint(self.loop, world.names, world.look_up)
-        self.client = Client(self.loop, self.send, self.display, nick, endpoint, proof, stay=stay, observer=Watch(self),
-                             patience=Patience(timeout < NEVER, nick_patience))
+        self.client = Client(self.loop, self.send, self.display, nick, endpoint, Handshake(self.send, proof, keys=keys),
+                             stay=stay, observer=Watch(self), patience=Patience(timeout < NEVER, nick_patience))
         self.client.inbox.on_release = self.note_release
         if timeout < NEVER:
             self.loop.call_at(self.loop.now() + timeout, self.client.leaving.time_is_over)
@@ -734,7 +739,7 @@ class Life(Node):
         state = self.client.link.state
         if state in (LINK_OFFLINE, LINK_REGISTERING):
             tags = [value["tag"] for value in unpack(datagram)]
-            if state is LINK_OFFLINE or tags != ["reg"]:
+            if state is LINK_OFFLINE or tags not in (["reg"], ["hello"]):
                 raise Violation(f"{self.name} is {state} and sends {tags}")
         super().send(datagram, address)
 
@@ -820,6 +825,7 @@ class Network:
         self.datagrams = 0
         self.digest = 0
         self.captured: deque[tuple[bytes, str]] = deque(maxlen=50)      # what peers said lately, and to whom
+        self.overheard: deque[tuple[bytes, Address, Address]] = deque(maxlen=200)   # of server and clients: from, to
         self.balance: Counter[Address] = Counter()      # bytes that strangers sent, less what they got
 
     def send(self, node: Node, datagram: bytes, address: Address) -> None:
@@ -843,9 +849,11 @@ class Network:
             data = datagram
             if weather.garble and chance() < weather.garble:
                 data = self._garbled(datagram)
-            world.call_at(world.now + delay, functools.partial(self._arrive, node.host, source, data, address))
+            world.call_at(world.now + delay, functools.partial(self.arrive, node.host, source, data, address))
         if node is not world.server and not world.is_server(address):
             self.captured.append((datagram, node.host))
+        elif world.encrypts:
+            self.overheard.append((datagram, source, address))
 
     def _passes(self, node: Node, datagram: bytes, address: Address) -> bool:
         if self.filter is None:
@@ -858,7 +866,8 @@ class Network:
             return datagram[:self.world.random.randrange(len(datagram))]
         return datagram + self.world.random.getrandbits(64).to_bytes(8, "big")
 
-    def _arrive(self, host: str, source: Address, datagram: bytes, address: Address) -> None:
+    def arrive(self, host: str, source: Address, datagram: bytes, address: Address) -> None:
+        """Let a datagram arrive from ``host``, if there is a way; ``source``: what stands in it."""
         node = self.world.at.get(address)
         if node is None:
             self.world.trace("nobody is at %s:%d: %s", *address, Shown(datagram))
@@ -874,7 +883,7 @@ class Network:
         self.world.trace("stranger -> %s %s", node.name, Shown(datagram))
         if node is self.world.server:
             self.balance[source] += len(datagram)
-        self._arrive("stranger", source, datagram, node.address)
+        self.arrive("stranger", source, datagram, node.address)
 
     def block(self, source: str, target: str, seconds: float = NEVER) -> None:
         """Let nothing pass from one host to the other for that time."""
@@ -909,7 +918,8 @@ class Shown:
 
     def __str__(self) -> str:
         return " + ".join(f"{value['tag']}({self._fields(value['info'])})" for value in unpack(self._datagram)
-                          if isinstance(value.get("info"), dict)) or f"{len(self._datagram)} bytes of nothing"
+                          if isinstance(value.get("info"), dict)) or (
+            f"{len(self._datagram)} bytes of {'a record' if self._datagram[:1] == RECORD_MARK else 'nothing'}")
 
     @staticmethod
     def _fields(info: dict[str, Any]) -> str:
@@ -936,11 +946,30 @@ def own_secret(nick: str) -> bytes:
     return zlib.crc32(nick.encode()).to_bytes(4, "big") * 8
 
 
+SODIUM = load_sodium()
+
+
+class Watched(Sodium):
+    """What encrypts in a world. It notes what was sealed with which key and nonce."""
+
+    def __init__(self, sodium: Sodium, sealed: dict[tuple[bytes, bytes], tuple[bytes, bytes]]) -> None:
+        self.__dict__.update(vars(sodium))
+        self._sealed = sealed
+
+    def seal(self, key: bytes, nonce: bytes, data: bytes, text: bytes) -> bytes:
+        """Seal. Raise Violation if anything else was sealed with that key and nonce: who sees both could forge."""
+        if self._sealed.setdefault((key, nonce), (data, text)) != (data, text):
+            raise Violation("two texts are sealed with one key and nonce")
+        return super().seal(key, nonce, data, text)
+
+
 class World:
     """Virtual time, and everything that happens in it."""
 
-    def __init__(self, seed: int, tracing: bool = False, mailbox: int = 100_000) -> None:
+    def __init__(self, seed: int, tracing: bool = False, mailbox: int = 100_000, encrypts: bool = False) -> None:
         self.random = random.Random(seed)
+        self.encrypts = encrypts            # everybody does
+        self._sealed: dict[tuple[bytes, bytes], tuple[bytes, bytes]] = {}       # by key and nonce
         self.now = START
         self.tracing = tracing
         self.mailbox = mailbox              # messages that the server keeps for one recipient
@@ -961,6 +990,16 @@ class World:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._ports = 5000
+
+    def new_secret(self) -> bytes:
+        """Return 32 random bytes."""
+        return self.random.getrandbits(256).to_bytes(32, "big")
+
+    def keys(self, secret: bytes) -> Keys:
+        """Return what a program encrypts with, as the owner of ``secret``. Whatever is sealed is looked at."""
+        assert SODIUM is not None
+        sodium = Watched(SODIUM, self._sealed)
+        return Keys(sodium, KeyPair(sodium, secret), self.new_secret)
 
     def trace(self, text: str, *values: object) -> None:
         """Print what happens, if that is wanted."""
@@ -1053,7 +1092,8 @@ class Storm:
         self.seed = seed
         self.random = random.Random(f"storm {seed}")
         pick = self.random
-        self.world = World(seed, tracing, mailbox=pick.choice((100_000, 100_000, 100_000, 12)))
+        self.world = World(seed, tracing, mailbox=pick.choice((100_000, 100_000, 100_000, 12)),
+                           encrypts=bool(seed % 2) and SODIUM is not None)
         if has_routers:
             routers = random.Random(f"routers {seed}")
             self.world.new_router = lambda: routers.choice(
@@ -1063,6 +1103,7 @@ class Storm:
         self.lives: Counter[str] = Counter()
         self.ports: dict[str, list[Address]] = {nick: [] for nick in self.nicks}
         self._serial = 0
+        self._meddler = random.Random(f"meddler {seed}")
         self._clocks = random.Random(f"clocks {seed}")     # apart: nothing else may depend on what a clock says
         self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
@@ -1317,6 +1358,23 @@ class Storm:
         if captured and nodes:
             world.network.forge(source, pick.choice(captured)[0], pick.choice(nodes))
 
+        if world.network.overheard and nodes:
+            for _ in range(10):
+                self._meddle(nodes)
+
+    def _meddle(self, nodes: Sequence[Node]) -> None:
+        """Send what somebody can send who reads the wire between server and clients: from any address, to anybody."""
+        pick, network = self._meddler, self.world.network
+        datagram, source, to = pick.choice(network.overheard)
+        if pick.random() < 0.5:
+            place = pick.randrange(len(datagram))
+            datagram = datagram[:place] + bytes((datagram[place] ^ 1 << pick.randrange(8),)) + datagram[place + 1:]
+        node = pick.choice(nodes) if pick.random() < 0.3 else self.world.at.get(to)
+        if node is not None and pick.random() < 0.7:
+            network.arrive("stranger", source, datagram, node.address)
+        elif node is not None:
+            network.forge(("10.66.6.7", pick.randrange(1, 65536)), datagram, node)
+
     def _forgery(self) -> bytes:
         pick = self.random
         sender, to, number = pick.choice(self.nicks), pick.choice(self.nicks), pick.getrandbits(63)
@@ -1392,6 +1450,9 @@ class Storm:
     def _check_everybody_reaches_everybody(self) -> None:
         """Send from each to each; raise Violation unless all of it is received, or behind routers kept at least."""
         lives = list(self.world.running())
+        closed = [conversation.reach.closed_until - life.loop.now() for life in lives
+                  for conversation in life.client.outbox.conversations.values()]
+        self.world.run(max(0.0, 0.0, *closed))      # a path that has failed is tried again later, each time later
         for life in lives:
             for other in lives:
                 self._serial += 1

@@ -138,7 +138,7 @@ def test_first_line_of_the_server_is_a_line_of_its_own_in_a_file(chat: Chat, bef
     chat.until(lambda: path.read_text().endswith("]\n"), "the server to be ready")
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
-    *others, line = path.read_text().splitlines()
+    *others, line, _ = path.read_text().splitlines()
     assert others == before.splitlines() and line.startswith("[Server listening on 127.0.0.1:")
 
 
@@ -176,25 +176,27 @@ def test_server_fails_if_its_address_is_in_use(chat: Chat) -> None:
 # --- options of the server ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_server_ends_with_0_on_a_signal_and_says_one_line_in_its_life(chat: Chat, number: int) -> None:
+def test_server_ends_with_0_on_a_signal_and_says_where_it_is_and_its_fingerprint(chat: Chat, number: int) -> None:
     server = chat.server()
     chat.absent("bob")
     server.signal(number)
     assert server.wait() == 0
-    assert server.lines == [f"[Server listening on 127.0.0.1:{chat.port}]"] and not server.err.data
+    where, fingerprint = server.lines
+    assert where == f"[Server listening on 127.0.0.1:{chat.port}]" and not server.err.data
+    assert re.fullmatch(r"\[Fingerprint( \d{5}){12}\]", fingerprint)
 
 
 def test_server_logs_what_it_does_if_asked(chat: Chat) -> None:
     server = chat.server("--log-level", "info")
     chat.absent("bob")
     chat.until(lambda: b"bob registered" in server.err.data, "the log of a registration")
-    assert len(server.lines) == 1
+    assert len(server.lines) == 2
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
 def test_ipv6_address_works_on_both_sides(chat: Chat) -> None:
     server = chat.server(host="::1")
-    assert server.lines == [f"[Server listening on [::1]:{chat.port}]"]
+    assert server.lines[0] == f"[Server listening on [::1]:{chat.port}]"
     bob = chat.client("bob", host="::1")
     alice = chat.client("alice", host="::1")
     alice.feed("send bob hello\n")

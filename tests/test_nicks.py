@@ -477,7 +477,7 @@ def test_a_client_asks_once_more_and_only_for_what_counts_as_its_nick(chat: Chat
 
 def test_a_client_that_was_online_keeps_its_spelling(chat: Chat, tmp_path: Path) -> None:
     """Others know it as it is: it ends, if a server that has started anew has its nick in another spelling."""
-    server = chat.server()
+    server = chat.server("--secure", "off")      # in plain: another store means another key
     chat.absent("alice")
     bob = chat.client("bob")
     bob.wait_for("alice", "offline")
@@ -486,7 +486,7 @@ def test_a_client_that_was_online_keeps_its_spelling(chat: Chat, tmp_path: Path)
     mailbox.add("BOB", "127.0.0.1", 9, None, NOW)
     assert mailbox.commit(NOW)
     mailbox.close()
-    chat.server(port=chat.port, store=str(tmp_path / "new.db"))
+    chat.server("--secure", "off", port=chat.port, store=str(tmp_path / "new.db"))
     bob.feed("send alice hello\n")      # the server knows no such session: bob need not wait for the next ping
     assert bob.wait() == 1
     assert bob.lines[-3:] == ["[Nickname bob belongs to someone else.]", "[1 message not delivered.]", EXITING]

@@ -70,7 +70,7 @@ def test_log_goes_to_a_file_if_asked_and_stderr_stays_empty(chat: Chat) -> None:
     chat.absent("bob")
     wait_for_log(chat, log, "bob deregistered")
     assert [text.split()[:2] for text in messages(log)] == [["bob", "registered"], ["bob", "deregistered"]]
-    assert not server.err.data and len(server.lines) == 1
+    assert not server.err.data and len(server.lines) == 2
 
 
 def test_log_file_is_appended_to(chat: Chat) -> None:
@@ -232,12 +232,13 @@ def test_drops_are_counted_by_their_reason(chat: Chat) -> None:
     session = bytes(16)
     request = {"id": 1, "nick": "bob", "cookie": session}
     datagrams = {
-        "drop_invalid": b"\xc1 nonsense",
+        "drop_invalid": b"\xc1 nonsense",       # too short for a record
         "drop_not_for_servers": encode("bye", {"session": session}),
         "drop_no_cookie": encode("reg", {"id": 1, "nick": "bob"}),
         "drop_wrong_cookie": encode("reg", request),
         "drop_unknown_session": padded("dereg", {"session": session}, 184),
         "drop_unknown_stream": encode("ack", {"stream": 5, "next": 1, "have": [], "room": 0}),
+        "drop_unknown_channel": b"\xc1" + bytes(60),
     }
     before = summary(chat, server, log)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -314,11 +315,15 @@ def test_the_program_to_join_with_is_the_one_that_was_called(monkeypatch: pytest
     assert udpchat.how_to_join(("10.1.2.3", 4119)) == f"[Join with: {program} client NICK 10.1.2.3 4119]\n"
 
 
-def test_on_a_pipe_the_server_says_one_line(chat: Chat) -> None:
-    server = chat.server()
-    server.signal(signal.SIGTERM)
-    assert server.wait() == 0
-    assert bytes(server.out.data) == f"[Server listening on 127.0.0.1:{chat.port}]\n".encode()
+def test_on_a_pipe_the_server_says_where_it_is_and_its_fingerprint_at_once(chat: Chat) -> None:
+    for options in ((), ("--secure", "off")):
+        server = chat.server(*options, port=chat.port if options else 0)
+        shown = [rf"\[Server listening on 127\.0\.0\.1:{chat.port}\]\n"]
+        if not options:
+            shown.append(r"\[Fingerprint( \d{5}){12}\]\n")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert re.fullmatch("".join(shown), server.out.data.decode())
 
 
 def test_server_on_all_addresses_is_reached_at_each_of_them(chat: Chat) -> None:

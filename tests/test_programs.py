@@ -212,6 +212,36 @@ def limits(chat: Chat) -> list[Event]:
     return alice.events + again.events + more.events + thief.events
 
 
+def encryption(chat: Chat) -> list[Event]:
+    """Return what clients say to servers that encrypt, that do not, and that do not any more."""
+    events: list[Event] = []
+
+    def refused(nick: str, option: str) -> None:
+        client = Program(chat, nick, "--secure", option, ready=False)
+        assert client.process.wait() == 1
+        events.extend(client.events)
+
+    server = chat.server("--secure", "off")
+    alice = Program(chat, "alice")
+    alice.see("insecure")
+    refused("bob", "require")
+    assert alice.finish() == 0
+    server.kill()
+    server = chat.restart()
+    assert Program(chat, "alice").finish() == 0
+    refused("alice", "off")
+    server.kill()
+    server = chat.restart("--secure", "require")
+    refused("zoe", "off")
+    carol = Program(chat, "carol")
+    server.kill()
+    chat.server(port=chat.port, store=str(chat.directory / "another"))
+    carol.tell(dereg="alice")
+    carol.send("alice", "hello")
+    assert carol.process.wait() == 1
+    return events + alice.events + carol.events
+
+
 def by_itself(_: Chat) -> list[Event]:
     """Return the event of a disk that fails, which only the simulated world has."""
     line = JsonFormatter("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
@@ -232,6 +262,8 @@ PRODUCED: dict[Any, Kinds] = {
     silence: {("server-silent", None), ("server-back", None), ("failed", "not-delivered"), ("undelivered", None),
               ("exiting", None)},
     limits: {("failed", "full"), ("refused", "full"), ("refused", "taken"), ("refused", "owned")},
+    encryption: {("insecure", None), ("refused", "not-secure"), ("refused", "encrypted"), ("refused", "secure"),
+                 ("refused", "key-changed")},
     by_itself: {("failed", "disk")},
 }
 
@@ -660,6 +692,7 @@ def test_a_job_outlives_a_restart_of_the_server_and_says_nothing_of_it(chat: Cha
         assert not {"server-silent", "server-back"} & {event["type"] for event in events_of(sent)}
     else:
         assert NOT_RESPONDING not in sent.lines
+    chat.until(lambda: any(line.endswith(" hello") for line in bob.lines), "the message, or the mail")
     assert bob.finish() == 0
     assert sum(line.endswith(" hello") for line in bob.lines) == 1
 

@@ -18,9 +18,11 @@ SESSION, TOKEN = b"s" * 16, b"t" * 32
 ENTRY = ["bob", "192.0.2.1", 5000, "online"]
 EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION, "knocks": True,
-            "own": ["10.0.0.5", 40001]},
-    "cookie": {"id": ID, "server": SESSION, "cookie": SESSION},
-    "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9},
+            "own": ["10.0.0.5", 40001], "secure": True},
+    "cookie": {"id": ID, "server": SESSION, "cookie": SESSION, "key": TOKEN},
+    "hello": {"id": ID, "cookie": SESSION, "message": SESSION},
+    "join": {"nick": "bob", "index": SESSION[:4], "proof": TOKEN, "knocks": True, "own": ["10.0.0.5", 40001]},
+    "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9, "index": SESSION[:4]},
     "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob"},
     "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]]},

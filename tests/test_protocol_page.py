@@ -320,6 +320,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "token": "protocol.TOKEN_BYTES",
     "secret": "home.SECRET_BYTES",
     "reg without cookie": "protocol.REG_SIZE",
+    "join": "protocol.JOIN_SIZE",
     "ping, sync, dereg": "protocol.SESSION_SIZE",
     "pages for one sync": "protocol.SYNC_PAGES",
     "life of a cookie": "secure.COOKIE_TIME",
@@ -330,6 +331,8 @@ OBEYED = {      # a constant of the page -> its name in the code
     "first window": "protocol.INITIAL_ROOM",
     "largest room": "protocol.MAX_EARLY",
     "at in the future": "registry.DAY",
+    "unused handshake": "secure.HELLO_TIME",
+    "replay window": "secure.REPLAY_WINDOW",
     "jitter of repeated requests": "loop.JITTER",
 }
 CHOSEN = {

@@ -38,7 +38,7 @@ from home import DAMAGED, Mailbox, clean, load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
 from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
 from registry import DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, SYNC_INTERVAL, Registry, Table
-from secure import COOKIE_TIME
+from secure import COOKIE_TIME, Handshake, Keys
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from terminal import Display
 from tests.corpus import mutants, record
@@ -88,14 +88,15 @@ class DeskLoop:
 class Desk:
     """A server on arguments alone; ``sent`` is what it has sent."""
 
-    def __init__(self, store: str = ":memory:", nick_lapse: float = NICK_LAPSE, **options: int) -> None:
+    def __init__(self, store: str = ":memory:", nick_lapse: float = NICK_LAPSE, keys: Keys | None = None,
+                 **options: int) -> None:
         self.loop = DeskLoop()
         self.sent: list[tuple[bytes, Address]] = []
         replies = options.pop("stranger_replies", STRANGER_REPLIES)
         self.registry = Registry(Mailbox(store, b"i" * 16, self.loop.now()), **options)
         self.send: Callable[[bytes, Address], None] = lambda datagram, address: self.sent.append((datagram, address))
         self.server = Server(self.loop, lambda datagram, address: self.send(datagram, address), self.registry,
-                             nick_lapse, replies)
+                             nick_lapse, replies, keys)
         self.server.start()
         self.turn()
 
@@ -1088,7 +1089,7 @@ def test_only_the_server_whose_cookie_comes_first_gets_the_proof_of_a_nick() -> 
     loop, sent = DeskLoop(), []
     proof: Callable[[bytes, str], bytes] = lambda server, nick: server + server
     alice = Client(loop, lambda *datagram: sent.append(datagram), Display(Output(len)), "alice",
-                   Endpoint(loop, [SERVER, EVE, STRANGER]), proof)
+                   Endpoint(loop, [SERVER, EVE, STRANGER]), Handshake(lambda *datagram: sent.append(datagram), proof))
     alice.start()
     while len(sent) < 4:
         loop.time += 0.05
