@@ -25,13 +25,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Inbox, Outbox, Place
+from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Account, Inbox, Outbox, Place
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
 from protocol import (PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map, are_neighbours,
                       encode, folded, is_private, padded)
 from registry import ONLINE, SYNC_INTERVAL, TableSync
-from secure import MAPS, NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Forged, Handshake, Patience, Send
+from secure import NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Connection, Handshake, Patience, Send
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ class ServerLink:
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
-        self.handshake = handshake
-        self.channel: Channel | None = None     # in which the session goes, None: in plain
+        self.handshake, handshake.on_welcome, handshake.on_refused = handshake, self.on_welcome, self.on_refused
+        self.connection = Connection(send, endpoint, handshake)
         self._has_hint = False                  # somebody says that the server does not know our channel
         self._loop, self._send, self._owner = loop, send, owner
         self._table_version, self.patience = table_version, patience
@@ -130,29 +130,9 @@ class ServerLink:
         return self.state in (LINK_REGISTERING, LINK_SYNCING)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether what comes in plain may count."""
-        return self.channel is None and self.handshake.is_plain
-
-    @property
     def has_joined(self) -> bool:
         """Whether others may know us: there is a session, or a new one is asked for after an earlier one."""
         return self.state in REGISTERED_STATES
-
-    # what goes to the server, and comes from it
-
-    def send(self, datagram: bytes, address: Address | None = None) -> None:
-        """Send to the server, in the channel if there is one; ``address``: to another than where it is."""
-        if self.channel is not None:
-            datagram = self.channel.seal(MAPS, datagram)
-        self._send(datagram, address or self.endpoint.current)
-
-    def opened(self, record: bytes) -> bytes | None:
-        """Return what the server has sealed in a record, None if this is none of its."""
-        try:
-            return self.channel.open(record) if self.channel is not None else None
-        except Forged:
-            return None
 
     # registering
 
@@ -172,22 +152,12 @@ class ServerLink:
         self._registration.stop()
         self.handshake.id = NO_REQUEST
 
-    def on_hello(self, info: Info, address: Address) -> None:
-        """Accept the answer of a server that encrypts."""
-        found = self.handshake.on_hello(info)
-        if found is not None:
-            _, answer, channel = found
-            if channel is not None:
-                self.on_welcome(answer, address, channel)
-            else:
-                self.on_refused(answer, address)
-
     def on_welcome(self, info: Info, address: Address, channel: Channel | None = None) -> None:
         """Begin a session."""
         if info["id"] != self.handshake.id or info["nick"] != self.nick:
             return
         self._stop_registering()
-        self.channel, self._has_hint = channel, False
+        self.connection.channel, self._has_hint = channel, False
         self.endpoint.found(address)
         self.patience.renew()
         self.heard(is_same=False)
@@ -298,13 +268,13 @@ class ServerLink:
             self._pings[info["id"]] = self._loop.now()
             if len(self._pings) > PINGS_REMEMBERED:
                 self._pings.popitem(last=False)
-            self.send(padded("ping", info, SESSION_SIZE), address)
+            self.connection.send(padded("ping", info, SESSION_SIZE), address)
 
     def sync(self, version: int) -> bool:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
-        self.send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE))
+        self.connection.send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE))
         return True
 
     def _ping_unanswered(self) -> None:
@@ -324,10 +294,12 @@ class ServerLink:
         asked = self._pings.pop(info["id"], None)
         if asked is None:
             if address in self.endpoint.last_two():
-                self._has_hint = self.channel is not None
+                self._has_hint = self.connection.channel is not None
                 self._ping_soon()
             return
-        self.endpoint.found(address)
+        if self.connection.channel is None or self.is_silent:
+            # (In a channel, the server is heard from any address, and the one that we have asked is good.)
+            self.endpoint.found(address)
         is_same = info["boot"] == self._boot
         self.heard(is_same)
         if not is_same:
@@ -364,12 +336,12 @@ class ServerLink:
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""
-        if (is_trusted or self.is_plain) and info["to"] == self.nick and self.session is not None and (
+        if (is_trusted or self.connection.is_plain) and info["to"] == self.nick and self.session is not None and (
                 self.has_joined or self.state is LINK_LEAVING):
             answer: Info = {"id": info["id"], "nick": self.nick}
             if is_trusted:
                 answer["session"] = self.session
-            self.send(encode("alive", answer))
+            self.connection.send(encode("alive", answer))
 
     def leave(self, is_hasty: bool = False) -> None:
         """Deregister; ``is_hasty``: there is little time."""
@@ -381,7 +353,7 @@ class ServerLink:
 
     def _send_dereg(self) -> None:
         if self.session is not None:
-            self.send(padded("dereg", {"session": self.session}, SESSION_SIZE))
+            self.connection.send(padded("dereg", {"session": self.session}, SESSION_SIZE))
 
     def on_bye(self, info: Info, address: Address) -> None:
         """Accept the answer to a deregistration."""
@@ -400,7 +372,7 @@ class ServerLink:
         self.stop_asking()
         self._deregistration.stop()
         self.is_silent = False
-        self.session = self.channel = None
+        self.session = self.connection.channel = None
         self._go(LINK_OFFLINE)
 
 
@@ -409,12 +381,16 @@ class ServerLink:
 class Sending:
     """Messages out: queues them, and polls the conversations to which something happened or whose time has come."""
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, outbox: Outbox, receipts: Receipts,
-                 place_of: Callable[[str], Place | None]) -> None:
-        """``place_of``: returns where a nick can be reached; None: nobody knows it."""
-        self.outbox, self._place_of, self._loop, self._send = outbox, place_of, loop, send
-        self._link, self._receipts = link, receipts
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox,
+                 receipts: Receipts) -> None:
+        self.outbox, self._loop, self._send = outbox, loop, send
+        self._link, self._table, self._receipts = link, table, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
+
+    def place_of(self, nick: str) -> Place | None:
+        """Return where ``nick`` can be reached; None: nobody knows that nick."""
+        entry = self._table.table.get(nick)
+        return Place(entry.state == ONLINE, self._table.reach(entry.host, entry.port)) if entry is not None else None
 
     def queue(self, command: SendCommand) -> bool:
         """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
@@ -423,7 +399,7 @@ class Sending:
         """
         outbox, nick, now = self.outbox, command.nick, self._loop.now()
         if nick not in outbox.conversations:
-            outbox.open(now, nick, self._place_of(nick), new_id(self._loop))
+            outbox.open(now, nick, self.place_of(nick), new_id(self._loop))
         room = outbox.room(now, nick)
         if room:
             texts = self._receipts.fitting(command, command.take(room))
@@ -436,6 +412,11 @@ class Sending:
             command.texts = []
             return True
         return False
+
+    def on_exists(self, info: Info) -> None:
+        """Learn from the server that a recipient is there, and where."""
+        _, host, port, _ = info["entry"]
+        self.outbox.on_exists(self._loop.now(), info, self._table.reach(host, port))
 
     def settle(self) -> None:
         """Send what is due, and tell what has happened to messages."""
@@ -451,7 +432,7 @@ class Sending:
                 if address is not None:
                     self._send(datagram, address)
                 else:
-                    link.send(datagram)
+                    link.connection.send(datagram)
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
@@ -552,7 +533,7 @@ class Receiving:
                 if address is not None:
                     self._send(encode("ack", info), address)
                 else:
-                    self._link.send(encode("ack", info))
+                    self._link.connection.send(encode("ack", info))
 
 
 # --- two who are behind routers -------------------------------------------------------------------------------
@@ -799,7 +780,7 @@ class Client:
                                handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
-        self.sending = Sending(loop, send, self.link, self.outbox, self.receipts, self._place_of)
+        self.sending = Sending(loop, send, self.link, self.table_sync, self.outbox, self.receipts)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
         self.meetings = Meetings(loop, send, self.link, self.table_sync, self.outbox)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
@@ -812,11 +793,12 @@ class Client:
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "knock": self.meetings.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack, "exists": self._on_exists,
-            "mail": self._on_mail, "call": self.meetings.on_call}
+            "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack,
+            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.meetings.on_call}
         self._proving: dict[str, Callable[[Info, Address], None]] = {
-            "cookie": self.link.handshake.on_cookie, "hello": self.link.on_hello, "welcome": self.link.on_welcome,
-            "pong": self.link.on_pong, "refused": self.link.on_refused, "bye": self.link.on_bye}
+            "cookie": self.link.handshake.on_cookie, "hello": self.link.handshake.on_hello,
+            "welcome": self.link.on_welcome, "refused": self.link.on_refused, "pong": self.link.on_pong,
+            "bye": self.link.on_bye}
 
     def start(self) -> None:
         """Come online."""
@@ -834,11 +816,11 @@ class Client:
         """
         if self.leaving.is_over:
             return
-        link, server = self.link, self._server
-        if link.channel is not None and datagram[:1] == RECORD_MARK:
-            text = link.opened(datagram)
+        link, server, connection = self.link, self._server, self.link.connection
+        if connection.channel is not None and datagram[:1] == RECORD_MARK:
+            text = connection.opened(datagram)
             if text is not None:
-                self._receive_in_channel(self.decoder.decode(text), address)
+                self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
             return
         maps = self.decoder.decode(datagram)
         if address != server.current and address != server.other:
@@ -854,36 +836,30 @@ class Client:
         else:
             self._receive_from_server(maps, address)
 
-    def _prove(self, tag: str, info: Info, address: Address) -> None:
+    def _prove(self, tag: str, info: Info, address: Address, is_sealed: bool = False) -> None:
         """Accept what only the server can say: we and it alone know the session, or the id, in it."""
-        if tag in self._proving and (tag in HINTS or self.link.is_plain):
+        if tag in self._proving and (is_sealed or tag in HINTS or self.link.connection.is_plain):
             self._proving[tag](info, address)
 
-    def _receive_in_channel(self, maps: Sequence[Map], address: Address) -> None:
-        if address in self._server.last_two():      # elsewhere, it may not hear us; or somebody passes records on
-            self.link.heard()
+    def _receive_from_server(self, maps: Sequence[Map], address: Address, is_sealed: bool = False) -> None:
+        """``is_sealed``: this came in our channel. In plain, a ``for`` has to show that it is the server who speaks."""
+        link, is_trusted = self.link, is_sealed
+        if is_sealed and address in self._server.last_two():    # from elsewhere it is no sign that we are heard
+            link.heard()
         for tag, info in maps:
             if tag in self._from_server:
-                self._from_server[tag](info)
-            elif tag in self._proving:
-                self._proving[tag](info, address)
-            elif tag == "probe":
-                self.link.on_probe(info, is_trusted=True)
-
-    def _receive_from_server(self, maps: Sequence[Map], address: Address) -> None:
-        link, is_trusted = self.link, False
-        for tag, info in maps:
-            if tag == "for":
-                is_trusted = link.is_plain and link.session is not None and (
-                    info["session"] == link.session[:PROOF_BYTES])
                 if is_trusted:
-                    link.heard()
-            elif tag in self._proving:
-                self._prove(tag, info, address)
+                    self._from_server[tag](info)
+            elif tag == "for":
+                if not is_sealed:
+                    is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES] and (
+                        link.connection.is_plain)
+                    if is_trusted:
+                        link.heard()
             elif tag == "probe":
                 link.on_probe(info, is_trusted)
-            elif is_trusted and tag in self._from_server:
-                self._from_server[tag](info)
+            else:
+                self._prove(tag, info, address, is_sealed)
 
     def _on_ack(self, info: Info, address: Address | None = None) -> None:
         """Accept what a peer has received, or (without an address) what the server has kept."""
@@ -892,10 +868,6 @@ class Client:
     def _on_nack(self, info: Info, address: Address | None = None) -> None:
         """Accept what a peer, or (without an address) the server, refuses."""
         self.outbox.on_nack(self._loop.now(), info, address)
-
-    def _on_exists(self, info: Info) -> None:
-        _, host, port, _ = info["entry"]
-        self.outbox.on_exists(self._loop.now(), info, self.table_sync.reach(host, port))
 
     def _on_mail(self, info: Info) -> None:
         if info["to"] == self.nick and self.table_sync.is_of_this_boot:
@@ -922,10 +894,11 @@ class Client:
         The nick may be spelled in another way than we were given it, see ``on_refused``.
         """
         self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
-        self.outbox.register(self._loop.now(), session, RECORD_EXTRA if self.link.channel is not None else 0)
+        is_sealed = self.link.connection.channel is not None
+        self.outbox.register(self._loop.now(), Account(session, RECORD_EXTRA if is_sealed else 0))
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)
-        if self.link.channel is None and self.link.handshake.tells_of_plain:
+        if self.link.handshake.tells_of_plain and not is_sealed:
             self.link.handshake.tells_of_plain = False
             self.display.tell("insecure")
         self.table_sync.begin_session(boot, version)
@@ -992,14 +965,7 @@ class Client:
         """Follow those who came, went or moved."""
         for nick in nicks:
             self.meetings.forget(nick)
-            self.outbox.locate(self._loop.now(), nick, self._place_of(nick))
-
-    def _place_of(self, nick: str) -> Place | None:
-        """Return where ``nick`` can be reached; None: nobody knows that nick."""
-        entry = self.table_sync.table.get(nick)
-        if entry is None:
-            return None
-        return Place(entry.state == ONLINE, self.table_sync.reach(entry.host, entry.port))
+            self.outbox.locate(self._loop.now(), nick, self.sending.place_of(nick))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:
         """Follow what the table says of us; a ping brings us back online."""

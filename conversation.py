@@ -119,6 +119,13 @@ class Place(NamedTuple):
     address: Address | None
 
 
+class Account(NamedTuple):
+    """What a server knows the owner by, and by how many bytes a datagram grows that goes there encrypted."""
+
+    session: bytes = bytes(SESSION_BYTES)
+    seal_size: int = 0
+
+
 class Reach:
     """What is known of the direct path to a recipient, and of the attempts to open it.
 
@@ -183,8 +190,7 @@ class Conversation:
         self.peer = peer
         self.id = id_                               # of the stream
         self.ack_timeout = ack_timeout
-        self.session = bytes(SESSION_BYTES)         # the owner's, at the server ...
-        self.seal_size = 0                          # ... and by how many bytes it makes a datagram there grow
+        self.account = Account()                    # the owner's, at the server
         self.events: list[Event] = []
         self.route = DIRECT
         self.place: Place | None = None
@@ -213,7 +219,7 @@ class Conversation:
 
         The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
         """
-        room = MAX_DATAGRAM if route is DIRECT else MAX_DATAGRAM - self.seal_size
+        room = MAX_DATAGRAM if route is DIRECT else MAX_DATAGRAM - self.account.seal_size
         return room - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
 
     def _pending_sizes(self, items: list[Any]) -> list[int]:
@@ -233,7 +239,7 @@ class Conversation:
         if route is DIRECT:
             info["from"] = self.me
             return encode("chat", info)
-        info.update(session=self.session, at=times, relay=route is RELAY)       # the session says who sends
+        info.update(session=self.account.session, at=times, relay=route is RELAY)       # the session says who sends
         return encode("save", info)
 
     # what is pending
@@ -391,7 +397,7 @@ class Conversation:
         datagrams: list[tuple[bytes, Address | None]] = []
         if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self._silent_since < NEVER:
             self.reach.meet(now)
-            info = {"session": self.session, "to": self.peer, "stream": self.id}
+            info = {"session": self.account.session, "to": self.peer, "stream": self.id}
             datagrams.append((padded("meet", info, SESSION_SIZE), None))
         for packet in packets:
             numbers = range(packet.first, packet.end)
@@ -539,7 +545,7 @@ class Outbox:
         self.awaiting_recount: dict[str, Conversation] = {}     # whose events were taken, for ``recount``
         self.me = me
         self._ack_timeout, self._is_patient = ack_timeout, is_patient
-        self._session, self._seal_size = bytes(SESSION_BYTES), 0
+        self._account = Account()
         self._server_is_silent = False
         self._offline = False
         self.by_stream: dict[int, Conversation] = {}
@@ -620,11 +626,11 @@ class Outbox:
 
     # what the owner says
 
-    def register(self, now: float, session: bytes, seal_size: int = 0) -> None:
-        """Learn the session that the server has given: it is in each ``save``, which encryption makes longer."""
-        self._session, self._seal_size = session, seal_size
+    def register(self, now: float, account: Account) -> None:
+        """Learn the session that the server has given: it goes into every ``save``."""
+        self._account = account
         for conversation in self.conversations.values():
-            conversation.session, conversation.seal_size = session, seal_size
+            conversation.account = account
         for nick, conversation in self._sending.items():
             conversation.on_registered(now)
             self._touched[nick] = conversation
@@ -633,7 +639,7 @@ class Outbox:
         """Begin a conversation with a recipient that has none; ``stream`` is a random id."""
         conversation = Conversation(self.me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
-        conversation.session, conversation.seal_size = self._session, self._seal_size
+        conversation.account = self._account
         self._forget_idle()
         self.conversations[nick] = conversation
         self.by_stream[stream] = conversation

@@ -668,6 +668,24 @@ class IdleNicks:
         return None
 
 
+def owns(known: Known, token: bytes | None, key: ShownKey | None, server_key: bytes) -> bool:
+    """Return whether somebody may have a nick: by its key, by its token, or because it is nobody's."""
+    if known.key is not None:
+        return key is not None and key.public == known.key
+    if known.owner is None:
+        return True
+    if key is not None:
+        return is_bind_proof(key.proof, known.owner, server_key, key.public)
+    return token is not None and is_hash_of(known.owner, token)
+
+
+def has_encrypted(known: Known, token: bytes | None, server_key: bytes) -> bool:
+    """Return whether a token, shown without a key, is that of the owner of the nick's key."""
+    if token is None or known.key is None or known.proof is None:
+        return False
+    return is_bind_proof(known.proof, hash_of(token), server_key, known.key)
+
+
 class Registry:
     """What the server decides on table, store and sessions; see the opening of this module."""
 
@@ -702,8 +720,8 @@ class Registry:
     def claim(self, nick: str, address: Address, token: bytes | None, key: ShownKey | None = None) -> ClaimVerdict:
         """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED, ENCRYPTED, FULL."""
         known = self.mailbox.known.get(nick)
-        if known is not None and not self._owns(known, token, key):
-            return ENCRYPTED if self._owned_before(known, token) else OWNED
+        if known is not None and not owns(known, token, key, self.public_key):
+            return ENCRYPTED if has_encrypted(known, token, self.public_key) else OWNED
         if known is None and (self.table.spellings.of(nick) or mixes_scripts(nick)):
             return OWNED
         if self.holder(nick) not in (None, address):
@@ -714,22 +732,6 @@ class Registry:
         if known is None and len(self.mailbox.known) >= self.max_known and self._idle.first() is None:
             return FULL
         return GRANTED
-
-    def _owns(self, known: Known, token: bytes | None, key: ShownKey | None) -> bool:
-        """Return whether somebody may have a nick: by its key, by its token, or because it is nobody's."""
-        if known.key is not None:
-            return key is not None and key.public == known.key
-        if known.owner is None:
-            return True
-        if key is not None:
-            return is_bind_proof(key.proof, known.owner, self.public_key, key.public)
-        return token is not None and is_hash_of(known.owner, token)
-
-    def _owned_before(self, known: Known, token: bytes | None) -> bool:
-        """Return whether a token, shown without a key, is that of the owner of the nick's key."""
-        if token is None or known.key is None or known.proof is None:
-            return False
-        return is_bind_proof(known.proof, hash_of(token), self.public_key, known.key)
 
     def holder(self, nick: str) -> Address | None:
         """Return where somebody may be running with ``nick``, None if nobody is."""

@@ -17,7 +17,8 @@ How it works
       a token, made for this server
                                       <--   welcome: a session, which every further request names
 
-    Handshake    the request to register, up to the proofs
+    Handshake    the request to register, up to the proofs, in plain or by Noise
+    Connection   what goes to the server and comes from it, in plain or in a channel
     Patience     for how long a refusal is waited out
     Cookies      the server's side of the proof of an address
 
@@ -33,7 +34,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from home import bind_proof, hash_of
-from loop import NEVER, Loop
+from loop import NEVER, Endpoint, Loop
 from protocol import (INDEX_BYTES, JOIN_SIZE, NO_NICK, REG_SIZE, SESSION_BYTES, Address, Decoder, Info, encode, folded,
                       is_private, padded)
 
@@ -69,6 +70,8 @@ class Handshake:
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
         self._keys, self._must_encrypt = keys, must_encrypt
         self._noise: HandshakeState | None = None       # once this request is one of Noise; None behind its answer
+        self.on_welcome: Callable[[Info, Address, Channel], None] = lambda info, address, channel: None
+        self.on_refused: Callable[[Info, Address], None] = lambda info, address: None
         self._hello = b""                       # its first message, as it is sent
         self._index = self._key_asked = b""     # what is in it: how records are to call our channel; and for which key
         self.id = NO_REQUEST
@@ -146,23 +149,49 @@ class Handshake:
         self._noise, self._index, self._key_asked = noise, join["index"], key
         self._hello = encode("hello", {"id": self.id, "cookie": info["cookie"], "message": message})
 
-    def on_hello(self, info: Info) -> tuple[str, Info, Channel | None] | None:
-        """Return tag and fields of the server's answer, and the channel if it is a welcome; None: it is no answer."""
+    def on_hello(self, info: Info, address: Address) -> None:
+        """Accept the answer of a server that encrypts, and hand it on: to ``on_welcome``, or to ``on_refused``."""
         noise = self._noise
         if noise is None or info["id"] != self.id:
-            return None
+            return
         try:
-            payload = noise.read(info["message"])
+            maps = Decoder().decode(noise.read(info["message"]))
+        except Forged:
+            return
+        self._noise, self.server_key, self.doubt = None, self._key_asked, None
+        for tag, answer in maps:
+            if tag == "welcome" and "index" in answer:
+                self.on_welcome(answer, address, Channel(noise.split(), self._index, answer["index"]))
+            elif tag == "refused":
+                self.on_refused(answer, address)
+
+
+class Connection:
+    """The way between a client and its server: in plain, or in the channel of the session."""
+
+    def __init__(self, send: Send, endpoint: Endpoint, handshake: Handshake) -> None:
+        self.endpoint = endpoint                # where the server is
+        self.handshake = handshake
+        self.channel: Channel | None = None     # None: the session is in plain, or there is none
+        self._send = send
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what comes in plain may count."""
+        return self.channel is None and self.handshake.is_plain
+
+    def send(self, datagram: bytes, address: Address | None = None) -> None:
+        """Send to the server; ``address``: to another than where it is."""
+        if self.channel is not None:
+            datagram = self.channel.seal(MAPS, datagram)
+        self._send(datagram, address or self.endpoint.current)
+
+    def opened(self, record: bytes) -> bytes | None:
+        """Return what the server has sealed in a record, None if this is none of its."""
+        try:
+            return self.channel.open(record) if self.channel is not None else None
         except Forged:
             return None
-        self._noise, self.server_key, self.doubt = None, self._key_asked, None
-        maps = Decoder().decode(payload)
-        if len(maps) != 1 or maps[0][0] not in ("welcome", "refused"):
-            return None
-        (tag, answer), = maps
-        index = answer.get("index")
-        channel = Channel(noise.split(), self._index, index) if tag == "welcome" and index is not None else None
-        return None if tag == "welcome" and channel is None else (tag, answer, channel)
 
 
 REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts, after refusals that may pass

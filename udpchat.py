@@ -575,6 +575,11 @@ def keys_of_client(options: argparse.Namespace, secret: bytes | None) -> Keys | 
     return Keys(sodium, KeyPair(sodium, static_secret(secret) if secret is not None else new_secret()), new_secret)
 
 
+def tells_of_plain(options: argparse.Namespace) -> bool:
+    """Return whether the user hears that a connection is not encrypted."""
+    return not (options.mode == "send" and options.quiet)
+
+
 def new_secret() -> bytes:
     """Return random bytes that nobody guesses."""
     return os.urandom(SECRET_BYTES)
@@ -824,7 +829,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
     secret = secret_of(options)
-    proof, keys = proof_of(secret), keys_of_client(options, secret)
+    keys = keys_of_client(options, secret)
     loop = SelectorLoop()
     sock = client_socket(addresses, is_named, options.client_port)
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
@@ -836,10 +841,10 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
-    handshake = Handshake(port.send, proof, port.own_address, keys, options.secure == "require")
-    handshake.tells_of_plain &= not (options.mode == "send" and options.quiet)
+    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require")
+    handshake.tells_of_plain &= tells_of_plain(options)
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, proof is not None)))
+                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)))
     if prompt is not None:
         show_log_above_prompt(display)
     port.receive = client.receive

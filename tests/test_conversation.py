@@ -13,8 +13,8 @@ from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Outbox, Place,
-                          Route)
+                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Account, Conversation, Event, EventKind, Outbox,
+                          Place, Route)
 from protocol import SERVER_ATTEMPTS, Address, Map, join_pieces
 from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
@@ -32,7 +32,7 @@ class World:
     def __init__(self, place: Place | None = BOB_ONLINE) -> None:
         self.now = 1000.0
         self.conversation = Conversation("alice", "bob", STREAM)
-        self.conversation.session = SESSION
+        self.conversation.account = Account(SESSION)
         self.conversation.locate(self.now, place)
         self.receivers: dict[Route, ReceiveStream] = {}
         self.met: list[float] = []          # when the server was asked to introduce us

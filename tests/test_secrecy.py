@@ -14,10 +14,10 @@ import pytest
 from home import Mailbox, bind_proof, hash_of, static_secret, token_for
 from protocol import JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, encode, padded
 from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
-from secure import (FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS, MAX_HELLOS,
-                    RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Sodium, hello_prologue,
+from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
+                    MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Sodium, hello_prologue,
                     load_sodium)
-from tests.processes import EXITING, NOT_RESPONDING, SAVED, WELCOME, Chat, received
+from tests.processes import EXITING, SAVED, WELCOME, Chat, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping
 
@@ -267,6 +267,8 @@ def test_a_message_is_bound_to_its_cookie_its_request_and_its_server() -> None:
     assert alice.answer(alice.hello({**cookie, "server": b"another server!!"})) is None
     alice.server_key = keys_of(b"x" * 32).pair.public
     assert alice.answer(alice.hello(cookie)) is None
+    server.wait(COOKIE_TIME)
+    assert server.say(alice.address, encode("hello", {**hello, "cookie": alice.ask()["cookie"]})) == []
     assert not server.registry.sessions and not len(server.server.gate.hellos or ())
 
 
@@ -364,6 +366,31 @@ def test_a_session_counts_in_its_channel_alone() -> None:
     assert server.state() == before
     assert server.server.counters()["drop_other_channel"] == 2 * len(speaking)
     assert alice.say(alice.ping()) == ["pong"]
+    server.wait(40)     # nothing is heard of them since
+    heard = {one.nick: one.heard for one in server.registry.sessions.by_id.values()}
+    server.say(alice.address, encode("alive", {"id": 1, "nick": "alice", "session": session}))
+    assert {one.nick: one.heard for one in server.registry.sessions.by_id.values()} == heard
+    bob.say(encode("alive", {"id": 1, "nick": "alice", "session": session}))
+    assert {one.nick: one.heard for one in server.registry.sessions.by_id.values()} == heard
+
+
+def test_mail_is_acked_in_the_channel_alone() -> None:
+    server = desk()
+    alice, bob = Visitor(server, "alice", 1).online(), Visitor(server, "bob", 2, secret=b"b" * 32).online()
+    bob.say(padded("dereg", {"session": bob.info["session"]}, SESSION_SIZE))
+    alice.say(encode("save", {"session": alice.info["session"], "to": "bob", "stream": 7, "n": 1, "base": 1,
+                              "text": ["hi"], "at": [1.5], "relay": False}))
+    assert server.registry.mailbox.known["bob"].waiting == 1
+    again = Visitor(server, "bob", 2, secret=b"b" * 32)
+    assert again.join() == "welcome"
+    assert "mail" in again.say(again.ping())
+    stream, = server.server.postman.streams.values()
+    ack = encode("ack", {"stream": stream.stream.id, "next": 2, "have": [], "room": 9})
+    server.say(again.address, ack)
+    alice.say(ack)
+    assert server.registry.mailbox.known["bob"].waiting == 1
+    again.say(ack)
+    assert server.registry.mailbox.known["bob"].waiting == 0
 
 
 def test_a_record_that_is_changed_repeated_or_unknown_does_nothing() -> None:
@@ -458,7 +485,8 @@ def encrypted(*nicks: str, seed: int = 1) -> tuple[World, Wire, list[Life]]:
 
 def is_ready(life: Life, *nicks: str) -> bool:
     """Return whether a client is online, and sees the others there."""
-    return life.client.link.channel is not None and all(life.client.table_sync.table.is_online(nick) for nick in nicks)
+    client = life.client
+    return client.link.connection.channel is not None and all(client.table_sync.table.is_online(nick) for nick in nicks)
 
 
 def welcomes(life: Life) -> int:
@@ -609,14 +637,33 @@ def test_hints_that_anybody_forges_cause_one_ping_a_second_at_most() -> None:
     assert welcomes(alice) == 1
 
 
-def test_records_that_somebody_passes_on_from_elsewhere_are_no_sign_of_life() -> None:
+def test_what_somebody_passes_on_from_elsewhere_is_no_sign_that_the_server_hears_us() -> None:
     world, wire, (alice,) = encrypted("alice")
-    for datagram, _, to in [sent for sent in wire.sent if sent[1] == SERVER]:
-        wire.forge(datagram, ("10.66.6.6", 1), to)
     assert world.server is not None
+    session = world.server.server.registry.sessions.of("alice")
+    assert session is not None and session.channel is not None
     world.server.crash()
-    world.run(40)
-    assert NOT_RESPONDING in alice.lines
+    world.run_until(lambda: alice.client.link.is_silent, 30)
+    for source, is_silent in ((EVE, True), (SERVER, False)):
+        wire.forge(session.channel.seal(MAPS, encode("probe", {"id": 1, "to": "x"})), source, alice.address)
+        world.run(0.01)
+        assert alice.client.link.is_silent is is_silent
+
+
+def test_nobody_who_passes_records_on_faster_than_the_network_gets_what_a_client_says() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    network = world.network
+    network.block(alice.host, bob.host)
+
+    def pass_on(datagram: bytes, source: Address, to: Address) -> None:
+        if source == SERVER:
+            wire.forge(datagram, EVE, to)
+    wire.before = pass_on
+    for number in range(10):
+        alice.type(f"send bob m{number}")
+        world.run(10)
+    assert EVE not in {to for _, _, to in wire.sent}
+    assert sum("m" in line and "alice:" in line for line in bob.lines) == 10
 
 
 # --- as processes ---------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Tap:
 
 def forge(world: World, source: Address, datagram: bytes, life: Life) -> None:
     """Send a datagram with a forged source to a client."""
-    world.network._arrive("stranger", source, datagram, life.address)
+    world.network.arrive("stranger", source, datagram, life.address)
 
 
 def chat(sender: str, to: str, text: str, stream: int = 7, n: int = 1) -> bytes:
@@ -1681,7 +1681,7 @@ def throw(world: World, mutant: bytes, random: Random, direct: bool) -> None:
         source = random.choice([*homes, SERVER, STRANGER])
     else:
         source = random.choice([SERVER, SERVER, STRANGER, ("10.0.1.1", 1)])
-    world.network._arrive("stranger", source, mutant, target.address)
+    world.network.arrive("stranger", source, mutant, target.address)
 
 
 def test_mutants_of_other_chats_from_the_right_and_the_wrong_addresses_do_nothing() -> None:
