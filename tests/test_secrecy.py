@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from home import Mailbox, bind_proof, hash_of, static_secret, token_for
-from protocol import JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, encode, padded
+from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, addressed,
+                      encode, padded, table_map)
 from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
 from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
                     MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Sodium, hello_prologue,
@@ -635,6 +636,44 @@ def test_hints_that_anybody_forges_cause_one_ping_a_second_at_most() -> None:
     own = [datagram for datagram, source, _ in wire.sent if source == alice.address]
     assert len(own) <= 12 and {datagram[:1] for datagram in own} == {RECORD_MARK}, "if it is answered, no handshake"
     assert welcomes(alice) == 1
+
+
+def test_in_plain_nothing_of_the_server_counts_beside_a_channel_whatever_is_known_of_the_session() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    session = alice.client.link.session
+    assert session is not None
+    del wire.sent[:]
+    entry = ["bob", "10.66.6.6", 5, "online"]
+    version = alice.client.table_sync.version + 1
+    for plain in (addressed(session, table_map(version - 1, version, [entry])),
+                  encode("probe", {"id": 1, "to": "alice"}), encode("bye", {"session": session}),
+                  addressed(session, encode("probe", {"id": 2, "to": "alice"})),
+                  encode("refused", {"nick": "alice", "session": session, "reason": "replaced"})):
+        wire.forge(plain, SERVER, alice.address)
+        world.run(0.01)
+    assert alice.client.table_sync.table.entries["bob"].host != "10.66.6.6"
+    assert [sent for sent in wire.sent if sent[1] == alice.address] == [] and alice.alive
+
+
+def test_no_datagram_is_too_large_for_the_longest_nicks_and_texts() -> None:
+    nicks = "\U00010400" * 24, "\U00010401" * 24       # 96 bytes each
+    world, wire, (alice, bob) = encrypted(*nicks)
+    world.network.block(alice.host, bob.host)
+    world.network.block(bob.host, alice.host)
+    for length in (*range(700, 800, 3), 5000, 65536):
+        alice.type(f"send {bob.nick} " + "x" * length)
+    for length in range(600):
+        alice.type(f"send {bob.nick} " + "y" * (length % 61))      # they fill datagrams to the last byte
+    world.run(20)
+    bob.type(f"dereg {bob.nick}")
+    world.run(2)
+    for length in (*range(1100, 1200, 3), 65536):
+        alice.type(f"send {bob.nick} " + "x" * length)
+    world.run(20)
+    bob.type(f"reg {bob.nick}")
+    world.run(20)
+    assert sum(line.endswith("xxx") for line in bob.lines) == 71
+    assert MAX_DATAGRAM - 20 < max(map(len, wire.of_server())) <= MAX_DATAGRAM
 
 
 def test_what_somebody_passes_on_from_elsewhere_is_no_sign_that_the_server_hears_us() -> None:
