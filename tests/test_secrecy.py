@@ -663,7 +663,7 @@ def test_no_datagram_is_too_large_for_the_longest_nicks_and_texts() -> None:
     for length in (*range(700, 800, 3), 5000, 65536):
         alice.type(f"send {bob.nick} " + "x" * length)
     for length in range(600):
-        alice.type(f"send {bob.nick} " + "y" * (length % 61))      # they fill datagrams to the last byte
+        alice.type(f"send {bob.nick} {length} " + "y" * (length % 61))      # they fill datagrams to the last byte
     world.run(20)
     bob.type(f"dereg {bob.nick}")
     world.run(2)
