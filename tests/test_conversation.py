@@ -106,6 +106,19 @@ def saving() -> World:
     return world
 
 
+def test_what_goes_to_the_server_leaves_room_for_encryption() -> None:
+    rooms = {}
+    for seal_size in (0, 30):
+        for place in (BOB_ONLINE, BOB_OFFLINE):
+            conversation = Conversation("alice", "bob", STREAM)
+            conversation.account = Account(SESSION, seal_size)
+            conversation.locate(1.0, place)
+            conversation.send(1.0, ["hello"], 1.0)
+            rooms[place, seal_size] = conversation.stream.capacity
+    assert rooms[BOB_OFFLINE, 30] == rooms[BOB_OFFLINE, 0] - 30
+    assert rooms[BOB_ONLINE, 30] == rooms[BOB_ONLINE, 0], "what goes straight is not encrypted"
+
+
 def test_a_server_that_answers_but_takes_nothing_is_asked_seldom_once_the_message_is_stuck() -> None:
     world, sent = World(), [0, 0, 0]        # datagrams in each half minute: straight, by the server, when it is stuck
     start = world.now
