@@ -941,7 +941,9 @@ class Client:
             self.link.start()
             return
         self.display.tell(REFUSALS.get(reason, "taken"), nick=self.nick)
-        if reason == "encrypted":
+        if reason == "key-changed":
+            log.error("%s", self.link.handshake.pin.advice)
+        elif reason == "encrypted":
             log.warning("that takes the extra secure (pip install 'udpchat[secure]'), and no --secure off")
         self.leaving.give_up(1)
 

@@ -649,6 +649,7 @@ class Mailbox:
             if "locked" in reason:
                 reason = "another server has it open"
             raise StoreError(f"cannot open the store {path}: {reason}") from None
+        self.is_lasting = path != ":memory:"
         self.damaged = 0            # rows that could not be read
         self.failure = ""           # why the last commit that failed did
         self._is_untidy = False     # see ``tidy``
@@ -901,6 +902,58 @@ class Mailbox:
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
         self._file.close()
+
+
+# --- the keys of others ---------------------------------------------------------------------------------------
+
+KNOWN_LIMIT = 2 ** 24     # characters: 150,000 keys
+KNOWN_LINE = r"server (\S+) ([0-9a-f]{64})|peer [0-9a-f]{64} \S+ [0-9a-f]{64} (?:seen|verified)|.* torn|"
+
+
+class KnownKeys:
+    """The keys that servers had at first contact, in the file ``known``: a line ``server HOST:PORT KEY`` for each.
+
+    Lines are only appended, each by one write, so that several programs may do that at once. The last one for a name
+    counts. If a crash has torn the last line, the next write marks it as such. Any other line that cannot be read may
+    be one that matters: then the file is not used.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Read the file, if there is one. Raise OSError."""
+        self._path = path
+        self._servers: dict[str, bytes] = {}
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read(KNOWN_LIMIT + 1)
+        except FileNotFoundError:
+            text = ""
+        if len(text) > KNOWN_LIMIT:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        *lines, self._rest = text.split("\n")
+        for number, line in enumerate((*lines, self._rest), 1):
+            found = re.fullmatch(KNOWN_LINE, line)
+            if found is not None and found[1]:
+                self._servers[found[1]] = bytes.fromhex(found[2])
+            elif found is None and number <= len(lines):
+                raise OSError(errno.EINVAL, f"line {number} cannot be read")
+
+    def server(self, name: str) -> bytes | None:
+        """Return the key of the server with a name, None if it is not known."""
+        return self._servers.get(name)
+
+    def add_server(self, name: str, key: bytes) -> None:
+        """Note the key of a server, on the disk. Raise OSError."""
+        os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+        end = "" if not self._rest else "\n" if re.fullmatch(KNOWN_LINE, self._rest) else " torn\n"
+        data = f"{end}server {name} {key.hex()}\n".encode()
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._rest, self._servers[name] = "", key
 
 
 # --- the user's identity --------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "cookie": {"key": KEY},
     "hello": {"cookie": SESSION},
     "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
-    "welcome": {"index": INDEX},
+    "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK},
     "table": {"since": COUNT},
     "chat": {"more": NUMBERS},

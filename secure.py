@@ -17,6 +17,7 @@ How it works
       a token, made for this server
                                       <--   welcome: a session, which every further request names
 
+    Pin          which key the server must have
     Handshake    the request to register, up to the proofs, in plain or by Noise
     Connection   what goes to the server and comes from it, in plain or in a channel
     Patience     for how long a refusal is waited out
@@ -47,6 +48,41 @@ COOKIES_PER_ATTEMPT = 3   # cookies accepted for one attempt to register
 NO_REQUEST = -1           # an id that no request has
 
 
+class Pin:
+    """Which key the server must have: that of an earlier contact, or the one whose fingerprint the user has given.
+
+    Without either it is the first one that comes, and that one from then on.
+    """
+
+    def __init__(self, key: bytes | None = None, digits: str = "",
+                 keep: Callable[[bytes], None] = lambda key: None) -> None:
+        """``digits``: see ``fingerprint``; "": any. ``keep``: called with a key at first contact, to be remembered."""
+        self.key = key if not digits or (key is not None and fingerprint(key) == digits) else None
+        self.digits = digits
+        self.refused = b""      # another key, which was shown last
+        self._keep = keep
+
+    def admits(self, key: bytes) -> bool:
+        """Return whether this may be the server's key."""
+        if self.key is not None:
+            return key == self.key
+        return not self.digits or fingerprint(key) == self.digits
+
+    def accept(self, key: bytes, is_lasting: bool) -> None:
+        """Note the key with which a handshake has succeeded; ``is_lasting``: the server has it in its next run, too."""
+        if self.key is None:
+            self.key = key
+            if is_lasting:
+                self._keep(key)
+
+    @property
+    def advice(self) -> str:
+        """How to go on if the key that was refused is the right one."""
+        expected, shown = fingerprint(self.key) if self.key is not None else self.digits, fingerprint(self.refused)
+        return (f"the fingerprint of the server was {expected}, and is {shown} now; if that is right, start with"
+                f" --server-key '{shown}'")
+
+
 class Handshake:
     """A request to register. It goes to all addresses of the server, until the first cookie decides on one of them.
 
@@ -59,13 +95,13 @@ class Handshake:
 
     def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None = None,
                  own_address: Callable[[Address], Address | None] = lambda server: None,
-                 keys: Keys | None = None, must_encrypt: bool = False) -> None:
+                 keys: Keys | None = None, must_encrypt: bool = False, pin: Pin | None = None) -> None:
         """``proof``: returns the token for (server id, nick); None: the nick will be nobody's.
 
         ``own_address``: returns from which address this machine sends to a server; None: it is not known.
-        ``must_encrypt``: with a server that cannot, nothing but the question is spoken.
+        ``must_encrypt``: with a server that cannot, nothing but the question is spoken. ``pin``: of this server.
         """
-        self.server_key: bytes | None = None    # once there was one
+        self.pin = pin or Pin()
         self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
         self._keys, self._must_encrypt = keys, must_encrypt
@@ -90,7 +126,7 @@ class Handshake:
     @property
     def is_plain(self) -> bool:
         """Whether an answer in plain may count."""
-        return self.server_key is None and not self._hello and not self._must_encrypt
+        return not (self.pin.key or self.pin.digits or self._hello or self._must_encrypt)
 
     def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         """Send the request: to ``addresses``, or to where the cookie came from."""
@@ -131,9 +167,9 @@ class Handshake:
         self.doubt = None
         if shown is None and not self.is_plain:
             self.doubt = "insecure"
-        elif self.server_key not in (None, shown):
-            self.doubt = "key-changed"
-        key = self.server_key or shown
+        elif shown is not None and not self.pin.admits(shown):
+            self.doubt, self.pin.refused = "key-changed", shown
+        key = self.pin.key or (shown if self.doubt is None else None)
         if key is None:
             return
         join: Info = {"nick": self._nick, "index": keys.random()[:INDEX_BYTES], **self._about_us(address)}
@@ -158,9 +194,10 @@ class Handshake:
             maps = Decoder().decode(noise.read(info["message"]))
         except Forged:
             return
-        self._noise, self.server_key, self.doubt = None, self._key_asked, None
+        self._noise, self.doubt = None, None
         for tag, answer in maps:
             if tag == "welcome" and "index" in answer:
+                self.pin.accept(self._key_asked, answer.get("lasting", True))
                 self.on_welcome(answer, address, Channel(noise.split(), self._index, answer["index"]))
             elif tag == "refused":
                 self.on_refused(answer, address)

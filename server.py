@@ -151,9 +151,8 @@ class Gate:
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, limit: ReplyLimit, drops: Drops,
                  prober: Prober, boot: int, keys: Keys | None, must_encrypt: bool) -> None:
         """``keys``: None to speak in plain. ``must_encrypt``: whoever does not is refused."""
-        self.refusals = 0
+        self.refusals, self._must_encrypt = 0, must_encrypt
         self.hellos = Hellos(keys) if keys is not None else None
-        self._must_encrypt = must_encrypt
         self.cookies = Cookies(loop.random.getrandbits(256).to_bytes(32, "big"))
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit, self._drops, self._prober, self._boot = limit, drops, prober, boot
@@ -242,8 +241,9 @@ class Gate:
 
     def _offer(self, claim: Claim, hello: Hello) -> None:
         """Answer with a channel: its first record makes the session."""
-        self._answer(hello, "welcome", {"id": claim.request, "nick": claim.nick, "boot": self._boot,
-                                        "session": self._new_session(), "version": self._registry.table.version})
+        self._answer(hello, "welcome", {
+            "id": claim.request, "nick": claim.nick, "boot": self._boot, "session": self._new_session(),
+            "version": self._registry.table.version, "lasting": self._registry.mailbox.is_lasting})
 
     def _answer(self, hello: Hello, tag: str, info: Info) -> None:
         assert self.hellos is not None

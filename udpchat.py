@@ -44,15 +44,15 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
-from home import (LEVELS, SECRET_BYTES, LineFile, check_store, clean, config_home, is_private, json_line, load_secret,
-                  make_private, read_settings, remember_nicks, state_home, static_secret, token_for)
+from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, check_store, clean, config_home, is_private, json_line,
+                  load_secret, make_private, read_settings, remember_nicks, state_home, static_secret, token_for)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
                   Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
                   read_some, show_address, unmapped)
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
-    from secure import Keys, Sodium
+    from secure import Keys, Pin, Sodium
     from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
@@ -163,6 +163,14 @@ def nick_argument(text: str) -> str:
     return nick
 
 
+def fingerprint_argument(text: str) -> str:
+    """Return the digits of a fingerprint, in groups of five: an argument type."""
+    digits = re.sub(r"\s", "", text)
+    if not re.fullmatch("[0-9]{60}", digits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fingerprint: 60 digits")
+    return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
+
+
 def nicks_argument(text: str) -> list[str]:
     """Return nicks, which have commas between them, each once: an argument type."""
     return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
@@ -249,6 +257,8 @@ def add_chat_options(parser: Parser) -> None:
     from conversation import ACK_TIMEOUT
     parser.add_argument("--server", type=server_argument, metavar="HOST[:PORT]",
                         help="the server (default: UDPCHAT_SERVER, or 127.0.0.1)")
+    parser.add_argument("--server-key", type=fingerprint_argument, metavar="DIGITS",
+                        help="fingerprint of the server (default: UDPCHAT_SERVER_KEY, or that of the first contact)")
     parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
                         help="your nick (default: UDPCHAT_NICK, or the login name)")
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
@@ -304,7 +314,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-ENVIRONMENT = {"server": "UDPCHAT_SERVER", "nick": "UDPCHAT_NICK", "color": "NO_COLOR"}   # they win over the file
+ENVIRONMENT = {"server": "UDPCHAT_SERVER", "server-key": "UDPCHAT_SERVER_KEY", "nick": "UDPCHAT_NICK",
+               "color": "NO_COLOR"}     # they win over the file
 NO_SETTINGS = frozenset({"help", "config", "forget"})       # options that mean one call
 
 
@@ -580,6 +591,35 @@ def tells_of_plain(options: argparse.Namespace) -> bool:
     return not (options.mode == "send" and options.quiet)
 
 
+def pin_of(options: argparse.Namespace, server: Address, keys: Keys | None) -> Pin | None:
+    """Return which key the server must have; one that is new is remembered. Raise Usage and Failure."""
+    if keys is None:
+        return None
+    from secure import Pin
+    digits, state = options.server_key or "", state_home()
+    if not digits and os.environ.get("UDPCHAT_SERVER_KEY"):
+        try:
+            digits = fingerprint_argument(os.environ["UDPCHAT_SERVER_KEY"])
+        except argparse.ArgumentTypeError as error:
+            raise Usage(f"UDPCHAT_SERVER_KEY: {error}") from None
+    if state is None:
+        log.warning("the key of the server is not remembered: there is no home directory")
+        return Pin(None, digits)
+    host, port = server
+    name, path = f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}", os.path.join(state, "known")
+    try:
+        known = KnownKeys(path)
+    except OSError as error:
+        raise Failure(f"the keys of servers in {path}: {error.strerror}") from None
+
+    def keep(key: bytes) -> None:
+        try:
+            known.add_server(name, key)
+        except OSError as error:
+            log.warning("the key of the server is not remembered: %s: %s", path, error.strerror)
+    return Pin(known.server(name), digits, keep)
+
+
 def new_secret() -> bytes:
     """Return random bytes that nobody guesses."""
     return os.urandom(SECRET_BYTES)
@@ -841,7 +881,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
-    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require")
+    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require",
+                          pin_of(options, (host, server_port), keys))
     handshake.tells_of_plain &= tells_of_plain(options)
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)))

@@ -114,6 +114,9 @@ wrong arguments, or a mistake in the file with settings
 .B UDPCHAT_SERVER
 the server, HOST[:PORT]
 .TP
+.B UDPCHAT_SERVER_KEY
+the fingerprint of the server, 60 digits
+.TP
 .B UDPCHAT_NICK
 your nick
 .TP
@@ -130,6 +133,9 @@ environment, and that wins over the file.
 .TP
 .I ~/.local/state/udpchat/identity
 the secret that proves which nicks are yours
+.TP
+.I ~/.local/state/udpchat/known
+the keys that servers had at first contact
 .TP
 .I ~/.local/state/udpchat/history
 the lines that were typed

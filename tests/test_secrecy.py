@@ -5,20 +5,22 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from home import Mailbox, bind_proof, hash_of, static_secret, token_for
+from home import KnownKeys, Mailbox, bind_proof, hash_of, static_secret, token_for
 from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, addressed,
                       encode, padded, table_map)
 from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
 from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
                     MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Sodium, hello_prologue,
                     load_sodium)
-from tests.processes import EXITING, SAVED, WELCOME, Chat, received
+from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping
 
@@ -568,13 +570,13 @@ def test_forged_answers_that_come_first_have_no_effect() -> None:
     alice = world.client("alice")
     world.run(5)
     assert is_ready(alice, "alice") and welcomes(alice) == 1 and alice.alive
-    assert rogue.pair.public != alice.client.link.handshake.server_key
+    assert rogue.pair.public != alice.client.link.handshake.pin.key
 
 
 def test_a_forged_cookie_costs_a_moment_and_ends_no_program() -> None:
     world, wire, (alice,) = encrypted("alice", seed=4)
     assert world.server is not None
-    rogue, genuine = keys_of(b"r" * 32), alice.client.link.handshake.server_key
+    rogue, genuine = keys_of(b"r" * 32), alice.client.link.handshake.pin.key
 
     def answer(datagram: bytes, source: Address, to: Address) -> None:
         for tag, info in Decoder().decode(datagram):
@@ -586,7 +588,7 @@ def test_a_forged_cookie_costs_a_moment_and_ends_no_program() -> None:
     world.run(1)
     world.start_server()
     world.run(60)
-    assert alice.alive and is_ready(alice, "alice") and alice.client.link.handshake.server_key == genuine
+    assert alice.alive and is_ready(alice, "alice") and alice.client.link.handshake.pin.key == genuine
 
 
 def test_a_client_is_back_soon_after_its_server_was_killed_and_never_in_plain() -> None:
@@ -821,3 +823,120 @@ def test_a_server_that_is_killed_is_used_again_in_secret(chat: Chat) -> None:
     bob.see("alice: hello")
     assert (alice.finish(), bob.finish()) == (0, 0)
     assert not re.search("not encrypted", chat.report())
+
+
+# --- the key of a server is remembered ------------------------------------------------------------------------
+
+def fingerprint_of(server: Process) -> str:
+    """Return what a server shows."""
+    return server.see_match(r"\[Fingerprint ((?:\d{5} ?){12})\]").group(1)
+
+
+def known(chat: Chat) -> Path:
+    """Return the file with the keys of servers."""
+    return Path(chat.environment["XDG_STATE_HOME"]) / "udpchat" / "known"
+
+
+def refused(chat: Chat, *options: str, environment: dict[str, str] | None = None) -> Process:
+    """Return a client that does not come online."""
+    client = chat.run("client", "alice", "127.0.0.1", str(chat.port), *options, environment=environment)
+    assert client.wait() == 1 and client.lines[-1] == EXITING
+    return client
+
+
+CHANGED, CANNOT = "[The key of the server has changed.]", "[The server cannot encrypt.]"
+
+
+def test_the_key_of_the_first_contact_is_remembered_and_another_one_is_refused_until_the_user_accepts_it(
+        chat: Chat) -> None:
+    server = chat.server()
+    first = fingerprint_of(server)
+    assert chat.client("alice").finish() == 0
+    assert known(chat).stat().st_mode & 0o777 == 0o600 and known(chat).read_text().count("\n") == 1
+    server.kill()
+    server = chat.restart()
+    assert chat.client("alice").finish() == 0, "the same key in the next run"
+    server.kill()
+    server = chat.server(port=chat.port, store=str(chat.directory / "another"))
+    second = fingerprint_of(server)
+    client = refused(chat)
+    assert client.lines == [CHANGED, EXITING]
+    assert first in client.errors[0] and f"--server-key '{second}'" in client.errors[0] and len(client.errors) == 1
+    assert refused(chat, "--server-key", first).lines == [CHANGED, EXITING]
+    for options, environment in (((), {"UDPCHAT_SERVER_KEY": second}), ((), {}), (("--server-key", second.replace(
+            " ", "")), {})):
+        client = chat.run("client", "alice", "127.0.0.1", str(chat.port), *options, environment=environment)
+        client.see(WELCOME)
+        assert client.finish() == 0
+    assert known(chat).read_text().count("\n") == 2, "each key is written once"
+
+
+def test_a_key_that_the_user_has_given_counts_at_the_first_contact(chat: Chat) -> None:
+    server = chat.server()
+    own = fingerprint_of(server)
+    wrong = own[:-1] + ("1" if own[-1] == "0" else "0")
+    client = refused(chat, "--server-key", wrong)
+    assert client.lines == [CHANGED, EXITING] and not known(chat).exists()
+    assert wrong in client.errors[0] and own in client.errors[0]
+    server.kill()
+    chat.server("--secure", "off", port=chat.port)
+    assert refused(chat, "--server-key", own).lines == [CANNOT, EXITING]
+    for text in ("123", "1" * 59 + "x", ""):
+        ended = chat.complete("client", "alice", "--server-key", text)
+        assert ended.wait() == 2 and len(ended.errors) == 1
+
+
+def test_a_server_that_was_seen_with_a_key_is_never_spoken_to_in_plain_again(chat: Chat) -> None:
+    server = chat.server()
+    assert chat.client("alice").finish() == 0
+    server.kill()
+    chat.server("--secure", "off", port=chat.port, store=str(chat.directory / "another"))
+    assert refused(chat).lines == [CANNOT, EXITING]
+
+
+def test_the_key_of_a_server_without_a_store_is_good_for_its_run_and_not_remembered(chat: Chat) -> None:
+    for number in range(2):
+        server = chat.server(store=":memory:", port=chat.port if number else 0)
+        assert chat.client("alice").finish() == 0
+        server.kill()
+    assert not known(chat).exists()
+
+
+def test_a_file_of_keys_that_cannot_be_read_ends_a_client_and_a_torn_line_does_not(chat: Chat) -> None:
+    chat.server()
+    known(chat).parent.mkdir(parents=True, exist_ok=True)
+    known(chat).write_text("server 127.0.0.1:9 nonsense\n")
+    client = chat.run("client", "alice", "127.0.0.1", str(chat.port))
+    assert client.wait() == 1 and not client.lines
+    assert len(client.errors) == 1 and client.errors[0].endswith("known: line 1 cannot be read")
+    known(chat).unlink()
+    known(chat).symlink_to("/dev/zero")
+    client = chat.run("client", "alice", "127.0.0.1", str(chat.port))
+    assert client.wait() == 1 and len(client.errors) == 1
+    known(chat).unlink()
+    known(chat).write_text("server 127.0.0.1:9 0123")
+    assert chat.client("alice").finish() == 0
+    assert chat.client("alice").finish() == 0
+    torn, whole = known(chat).read_text().splitlines()
+    assert torn == "server 127.0.0.1:9 0123 torn" and whole.startswith(f"server 127.0.0.1:{chat.port} ")
+
+
+def test_where_nothing_can_be_remembered_that_is_said(chat: Chat) -> None:
+    chat.server()
+    known(chat).parent.mkdir(parents=True, exist_ok=True)
+    known(chat).symlink_to(chat.directory / "missing" / "known")
+    client = chat.client("alice", "--identity", str(chat.directory / "identity"))
+    assert client.finish() == 0
+    assert len(client.errors) == 1 and "the key of the server is not remembered" in client.errors[0]
+
+
+def test_many_programs_note_keys_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "known"
+    script = ("import sys, home\nkeys = home.KnownKeys(sys.argv[1])\n"
+              "for n in range(100): keys.add_server(f'{sys.argv[2]}-{n}:4119', bytes([n]) * 32)")
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    found = KnownKeys(str(path))
+    assert all(found.server(f"{name}-{n}:4119") == bytes([n]) * 32 for name in "ab" for n in range(100))
+    found.add_server("a-7:4119", b"x" * 32)
+    assert KnownKeys(str(path)).server("a-7:4119") == b"x" * 32, "the last one counts"

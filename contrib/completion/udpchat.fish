@@ -33,6 +33,7 @@ complete -c udpchat -n '__fish_seen_subcommand_from client' -l no-time -d 'do no
 complete -c udpchat -n '__fish_seen_subcommand_from client' -s q -l quiet -d 'show messages only, no status lines'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l secure -x -a 'auto require off' -d 'encrypt: auto, with everybody who can; require, or do not speak; off, never (default: auto)'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l server -x -d 'the server (default: UDPCHAT_SERVER, or 127.0.0.1)'
+complete -c udpchat -n '__fish_seen_subcommand_from client' -l server-key -x -d 'fingerprint of the server (default: UDPCHAT_SERVER_KEY, or that of the first contact)'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l stay -d 'go on receiving at the end of stdin, until a signal'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l time -d 'show the time of day before each line (default: on a terminal)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l ack-timeout -x -d 'time without an answer after which a message goes to the server (default: 500)'
@@ -49,6 +50,7 @@ complete -c udpchat -n '__fish_seen_subcommand_from send' -s n -l nick -x -d 'yo
 complete -c udpchat -n '__fish_seen_subcommand_from send' -s q -l quiet -d 'show messages only, no status lines'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l secure -x -a 'auto require off' -d 'encrypt: auto, with everybody who can; require, or do not speak; off, never (default: auto)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l server -x -d 'the server (default: UDPCHAT_SERVER, or 127.0.0.1)'
+complete -c udpchat -n '__fish_seen_subcommand_from send' -l server-key -x -d 'fingerprint of the server (default: UDPCHAT_SERVER_KEY, or that of the first contact)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -s t -l timeout -x -d 'wait for everything so long: the server, a nick in use, the recipient; what is not closed then counts as not delivered (default: none)'
 function __udpchat_nicks
     set -l state $XDG_STATE_HOME
