@@ -1,37 +1,44 @@
-"""The handshake between a client and its server; and encryption, which nothing uses yet.
+"""How a client and its server meet: addresses, nicks and keys are proved; and the encryption between them.
 
 Rules of this file
 ------------------
 - No socket, no clock, no randomness of its own: they come as arguments.
 - PyNaCl is imported by ``load_sodium`` alone. Encrypted bytes that do not verify raise ``Forged``, and change nothing.
 - A client and a server that differ in what is made here do not understand each other: see docs/protocol.md.
+- What costs much is done only for those whose address is proved. Who they are is believed only after that.
 
 How it works
 ------------
-::
+Where one side cannot encrypt, and where both can::
 
-    client                                  server
-      reg                             -->
-                                      <--   cookie: only who receives at that address can repeat it
-      reg with the cookie, and with   -->   the address is proved, and so is the nick
-      a token, made for this server
-                                      <--   welcome: a session, which every further request names
+    client                          server          client                          server
+      reg                     -->                     reg, without a nick     -->
+                              <--   cookie                                    <--   cookie, and the server's key
+      reg: cookie, nick and   -->                     hello: cookie, and      -->
+      token                                           message 1 of Noise IK
+                              <--   welcome                                   <--   hello: message 2, a welcome in it
+      all in plain                                    all in records: the first one makes the session
+
+Only who receives at an address can repeat the cookie that went there, so it proves the address. The token proves the
+nick in plain, and is good for this server alone; in message 1, the client's key and a proof made of the token do.
 
     Pin          which key the server must have
-    Handshake    the request to register, up to the proofs, in plain or by Noise
+    Handshake    the client's side, in plain or by Noise
     Connection   what goes to the server and comes from it, in plain or in a channel
     Patience     for how long a refusal is waited out
     Cookies      the server's side of the proof of an address
+    RateLimit    how often something may happen; and ``ReplyLimit``: how much may go to an address that may be forged
+    Hellos       the server's side of Noise
 
     Sodium           the primitives, each called in one place
     HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)
     Channel          records: datagrams that are sealed, and accepted once
-    Letters          texts that wait at the server, which cannot read them
+    Letters          texts that wait at the server, which cannot read them (not used yet)
 """
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from home import bind_proof, hash_of
@@ -392,8 +399,9 @@ class Hellos:
     the session that it once made. Whoever is here has proved to receive at an address.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self.keys = keys
+    def __init__(self, keys: Keys, taken: Container[bytes] = ()) -> None:
+        """``taken``: indices that other channels have."""
+        self.keys, self._taken = keys, taken
         self._hellos: dict[bytes, Hello] = {}       # by message, oldest first
         self._at: dict[Address, list[Hello]] = {}   # by address, oldest first
         self._by_index: dict[bytes, Hello] = {}     # those that are answered with a channel
@@ -446,6 +454,8 @@ class Hellos:
     def answer(self, hello: Hello, tag: str, info: Info) -> bytes:
         """Return our message with a ``welcome`` or a ``refused``, and keep it. A welcome comes with a channel."""
         index = self.keys.random()[:INDEX_BYTES]
+        while index in self._by_index or index in self._taken:
+            index = self.keys.random()[:INDEX_BYTES]
         if tag == "welcome":
             info = {**info, "index": index}
             hello.session = info["session"]

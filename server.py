@@ -152,7 +152,7 @@ class Gate:
                  prober: Prober, boot: int, keys: Keys | None, must_encrypt: bool) -> None:
         """``keys``: None to speak in plain. ``must_encrypt``: whoever does not is refused."""
         self.refusals, self._must_encrypt = 0, must_encrypt
-        self.hellos = Hellos(keys) if keys is not None else None
+        self.hellos = Hellos(keys, registry.sessions.channels) if keys is not None else None
         self.cookies = Cookies(loop.random.getrandbits(256).to_bytes(32, "big"))
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit, self._drops, self._prober, self._boot = limit, drops, prober, boot

@@ -254,6 +254,19 @@ def test_only_so_many_handshakes_wait_for_one_address_and_for_one_nick_there() -
     assert [bool(visitor.say(visitor.ping())) for visitor in same] == [False, False, True, True]
 
 
+def test_no_two_channels_of_a_server_have_the_same_index() -> None:
+    server = desk()
+    hellos = server.server.gate.hellos
+    assert hellos is not None
+    numbers = iter(b"aaaab")
+    hellos.keys = hellos.keys._replace(random=lambda: bytes([next(numbers, 0)]) * 32)
+    alice, bob = Visitor(server, "alice", 1), Visitor(server, "bob", 2, secret=b"b" * 32)
+    alice.online()
+    bob.online()
+    assert len(server.registry.sessions.channels) == 2
+    assert alice.say(alice.ping()) == bob.say(bob.ping()) == ["pong"]
+
+
 @pytest.mark.parametrize("change", [{"nick": "a b"}, {"index": b"123"}, {"proof": b"short"}, {"own": ["::1"]}])
 def test_what_is_sealed_in_a_message_is_checked_like_all_that_comes(change: Info) -> None:
     server = desk()
