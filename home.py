@@ -925,7 +925,7 @@ class KnownKeys:
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read(KNOWN_LIMIT + 1)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             text = ""
         if len(text) > KNOWN_LIMIT:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

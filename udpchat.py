@@ -52,7 +52,7 @@ from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, Answerin
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
-    from secure import Keys, Pin, Sodium
+    from secure import Handshake, Keys, Pin, Sodium
     from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
@@ -577,9 +577,8 @@ def keys_of_server(options: argparse.Namespace, mailbox: Mailbox) -> Keys | None
         raise Failure(str(error)) from None
 
 
-def keys_of_client(options: argparse.Namespace, secret: bytes | None) -> Keys | None:
-    """Return what a client encrypts with, None to speak in plain; ``secret``: the user's, if any. Raise Usage."""
-    sodium = sodium_for(options)
+def keys_of_client(sodium: Sodium | None, secret: bytes | None) -> Keys | None:
+    """Return what a client encrypts with, None to speak in plain; ``secret``: the user's, if any."""
     if sodium is None:
         return None
     from secure import Keys, KeyPair
@@ -591,10 +590,11 @@ def tells_of_plain(options: argparse.Namespace) -> bool:
     return not (options.mode == "send" and options.quiet)
 
 
-def pin_of(options: argparse.Namespace, server: Address, keys: Keys | None) -> Pin | None:
-    """Return which key the server must have; one that is new is remembered. Raise Usage and Failure."""
-    if keys is None:
-        return None
+def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> Pin:
+    """Return which key the server must have; one that is new is remembered. Raise Usage and Failure.
+
+    ``warns``: the user has not heard yet that nothing can be remembered.
+    """
     from secure import Pin
     digits, state = options.server_key or "", state_home()
     if not digits and os.environ.get("UDPCHAT_SERVER_KEY"):
@@ -603,7 +603,8 @@ def pin_of(options: argparse.Namespace, server: Address, keys: Keys | None) -> P
         except argparse.ArgumentTypeError as error:
             raise Usage(f"UDPCHAT_SERVER_KEY: {error}") from None
     if state is None:
-        log.warning("the key of the server is not remembered: there is no home directory")
+        if warns:
+            log.warning("the key of the server is not remembered: there is no home directory")
         return Pin(None, digits)
     host, port = server
     name, path = f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}", os.path.join(state, "known")
@@ -616,7 +617,8 @@ def pin_of(options: argparse.Namespace, server: Address, keys: Keys | None) -> P
         try:
             known.add_server(name, key)
         except OSError as error:
-            log.warning("the key of the server is not remembered: %s: %s", path, error.strerror)
+            if warns:
+                log.warning("the key of the server is not remembered: %s: %s", path, error.strerror)
     return Pin(known.server(name), digits, keep)
 
 
@@ -683,13 +685,14 @@ def forget(options: argparse.Namespace) -> int:
     return 0
 
 
-def secret_of(options: argparse.Namespace) -> bytes | None:
-    """Return the user's secret, None for an anonymous client. Raise Usage."""
+def secret_of(options: argparse.Namespace, encrypts: bool = False) -> bytes | None:
+    """Return the user's secret, None for an anonymous client; ``encrypts``: the client does. Raise Usage."""
     if options.anonymous:
         return None
     state = state_home()
+    outcome = "anonymous, the nick is nobody's" + (", and no key of a server is remembered" if encrypts else "")
     if options.identity is None and state is None:
-        log.warning("no identity (there is no home directory): anonymous, the nick is nobody's")
+        log.warning("no identity (there is no home directory): %s", outcome)
         return None
     path = options.identity or os.path.join(state or "", "identity")
     try:
@@ -700,7 +703,7 @@ def secret_of(options: argparse.Namespace) -> bytes | None:
     except OSError as error:
         if options.identity or error.errno == errno.EINVAL:     # a broken one: nobody should lose a nick unawares
             raise Usage(f"the identity {path}: {error.strerror}") from None
-        log.warning("no identity (%s: %s): anonymous, the nick is nobody's", path, error.strerror)
+        log.warning("no identity (%s: %s): %s", path, error.strerror, outcome)
         return None
 
 
@@ -861,15 +864,15 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
-    from secure import Handshake, Patience
+    from secure import Patience
     from terminal import Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
-    secret = secret_of(options)
-    keys = keys_of_client(options, secret)
+    sodium = sodium_for(options)
+    secret = secret_of(options, sodium is not None)
     loop = SelectorLoop()
     sock = client_socket(addresses, is_named, options.client_port)
     port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
@@ -881,9 +884,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
-    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require",
-                          pin_of(options, (host, server_port), keys))
-    handshake.tells_of_plain &= tells_of_plain(options)
+    handshake = handshake_for(options, port, secret, keys_of_client(sodium, secret), (host, server_port))
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)))
     if prompt is not None:
@@ -907,6 +908,16 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     if is_terminal:
         remember_nicks([known.nick for known in client.clients()])
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | None, keys: Keys | None,
+                  server: Address) -> Handshake:
+    """Return what registers a client at a server. Raise Usage and Failure."""
+    from secure import Handshake
+    pin = pin_of(options, server, warns=secret is not None or options.anonymous) if keys is not None else None
+    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin)
+    handshake.tells_of_plain &= tells_of_plain(options)
+    return handshake
 
 
 def proof_of(secret: bytes | None) -> Callable[[bytes, str], bytes] | None:

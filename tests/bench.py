@@ -69,6 +69,7 @@ from loop import SelectorLoop    # noqa: E402
 from conversation import DIRECT, QUEUE_LIMIT, Conversation, Place    # noqa: E402
 from protocol import FOR_SIZE, Decoder, Info, addressed, encode, letters_of, padded, since_of    # noqa: E402
 from registry import ONLINE, Page, Table    # noqa: E402
+from secure import MAPS, RECORD_MARK, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
 from terminal import show_time    # noqa: E402
 from tests.build_zipapp import archive    # noqa: E402
@@ -765,19 +766,22 @@ class Swarm:
                 return
             except OSError:
                 continue
-            if datagram.startswith(TABLE_START, FOR_SIZE):
-                self.table_bytes += len(datagram)
-                if member.session is not None and datagram.startswith(addressed(member.session)):
-                    page = read_page(datagram[FOR_SIZE:])
-                    if page is not None:
-                        self._on_page(member, page)
-                continue
-            trusted = False
-            for tag, info in self._decoder.decode(datagram):
-                if tag == "for":
-                    trusted = member.session is not None and member.session.startswith(info["session"])
-                elif tag in self._handlers and (trusted or tag not in ("table", "mail")):
-                    self._handlers[tag](member, info)
+            self._take(member, datagram)
+
+    def _take(self, member: Member, datagram: bytes) -> None:
+        if datagram.startswith(TABLE_START, FOR_SIZE):
+            self.table_bytes += len(datagram)
+            if member.session is not None and datagram.startswith(addressed(member.session)):
+                page = read_page(datagram[FOR_SIZE:])
+                if page is not None:
+                    self._on_page(member, page)
+            return
+        trusted = False
+        for tag, info in self._decoder.decode(datagram):
+            if tag == "for":
+                trusted = member.session is not None and member.session.startswith(info["session"])
+            elif tag in self._handlers and (trusted or tag not in ("table", "mail")):
+                self._handlers[tag](member, info)
 
     # what members do
 
@@ -937,6 +941,52 @@ class Swarm:
         return found
 
 
+class SecretSwarm(Swarm):
+    """A swarm whose members encrypt."""
+
+    def __init__(self, port: int, count: int) -> None:
+        super().__init__(port, count)
+        sodium = load_sodium()
+        assert sodium is not None
+        self._channels: dict[Member, Channel] = {}
+        self._handshakes: dict[Member, Handshake] = {}
+        for member in self.members:
+            keys = Keys(sodium, KeyPair(sodium, os.urandom(32)), lambda: os.urandom(32))
+            handshake = Handshake(functools.partial(self._say, member), keys=keys)
+            handshake.on_welcome = functools.partial(self._begin, member)
+            self._handshakes[member] = handshake
+
+    def _say(self, member: Member, data: bytes, server: protocol.Address) -> None:
+        super()._send(member, data)
+
+    def _begin(self, member: Member, info: Info, server: protocol.Address, channel: Channel) -> None:
+        self._channels[member] = channel
+        self._on_welcome(member, info)
+
+    def _send(self, member: Member, data: bytes) -> None:
+        super()._send(member, self._channels[member].seal(MAPS, data))
+
+    def _send_reg(self, member: Member) -> None:
+        handshake = self._handshakes[member]
+        if handshake.id != member.request:
+            handshake.begin(member.request, member.nick)
+        handshake.ask((self.server,))
+
+    def _take(self, member: Member, datagram: bytes) -> None:
+        if datagram[:1] == RECORD_MARK:
+            text = self._channels[member].open(datagram)
+            self.table_bytes += len(datagram) * text.startswith(TABLE_START)
+            for tag, info in self._decoder.decode(text):
+                if tag in self._handlers:
+                    self._handlers[tag](member, info)
+            return
+        for tag, info in self._decoder.decode(datagram):
+            if tag == "cookie":
+                self._handshakes[member].on_cookie(info, self.server)
+            elif tag == "hello":
+                self._handshakes[member].on_hello(info, self.server)
+
+
 def raise_limit() -> int:
     """Allow as many descriptors as may be; return how many members a swarm may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1077,6 +1127,59 @@ def measure_many(names: set[str]) -> Iterator[Row]:
         yield Row("idle", "not measured: the crowd was not complete", "-", "-", "<= 5 %, <= 80 MB", False)
     if costs:
         yield from table_rows(costs)
+
+
+# --- encryption -----------------------------------------------------------------------------------------------
+
+SECRET_LINES = 100_000
+SECRET_ROUNDS = 3         # of lines kept and delivered, plain and encrypted by turns
+SECRET_STARTS = 15        # the same of starts of a client
+
+
+def speaks_plain(chat: Chat, is_plain: bool) -> None:
+    """Let all programs that start from now on encrypt, or not."""
+    path = Path(chat.environment["XDG_CONFIG_HOME"]) / "udpchat" / "config"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    secure = "off" if is_plain else "require"
+    path.write_text(f"[client]\nsecure = {secure}\n[server]\nsecure = {secure}\n")
+
+
+def mail_pair(is_plain: bool, lines: Sequence[str]) -> tuple[float, float]:
+    """Lines a second that are kept, and that are delivered."""
+    with world() as chat:
+        speaks_plain(chat, is_plain)
+        chat.server("--mailbox-limit", str(len(lines) + 1))
+        chat.absent("bob")
+        return keep_lines(chat, lines), deliver_lines(chat, lines)
+
+
+def start_pairs() -> Iterator[tuple[float, float]]:
+    """Seconds from the start of a client to its welcome, plain and encrypted."""
+    with world() as plain, world() as secret:
+        for chat, is_plain in ((plain, True), (secret, False)):
+            speaks_plain(chat, is_plain)
+            chat.absent("carol")
+        for _ in range(SECRET_STARTS):
+            yield welcomed(plain), welcomed(secret)
+
+
+def measure_secret(names: set[str]) -> Iterator[Row]:
+    """What encryption costs: the same encrypted and plain, by turns."""
+    plain, secret = (statistics.median(column) for column in zip(*start_pairs()))
+    yield Row("secret", f"welcome {secret * 1e3:.1f} ms", f"{plain * 1e3:.1f} ms: plain", f"{secret / plain:.2f}",
+              "+ 5 ms at most", secret <= plain + 0.005)
+    lines = texts(SECRET_LINES)
+    rounds = [(mail_pair(True, lines), mail_pair(False, lines)) for _ in range(SECRET_ROUNDS)]
+    for position, name in enumerate(("keep", "deliver")):
+        before, after = (statistics.median(one[kind][position] for one in rounds) for kind in (0, 1))
+        yield Row("secret", f"{name} {after:,.0f} lines/s", f"{before:,.0f} lines/s: plain", f"{after / before:.2f}",
+                  ">= 0.55 of plain", after >= 0.55 * before)
+    raise_limit()
+    with world() as chat:
+        speaks_plain(chat, False)
+        server = chat.server()
+        with SecretSwarm(chat.port, SMALL_CROWD) as swarm:
+            yield measure_crowd(swarm, server, SMALL_CROWD)._replace(name="secret")
 
 
 # --- timers ---------------------------------------------------------------------------------------------------
@@ -1300,7 +1403,8 @@ def measure_loss(names: set[str]) -> Iterator[Row]:
 MEASURES: dict[str, Callable[[set[str]], Iterator[Row]]] = {
     "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
     "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
-    "crowd": measure_many, "idle": measure_many, "table": measure_many, "zipapp": measure_zipapp}
+    "crowd": measure_many, "idle": measure_many, "table": measure_many, "secret": measure_secret,
+    "zipapp": measure_zipapp}
 ROLES: dict[str, Callable[[list[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,
     "--watched": watched}

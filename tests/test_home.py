@@ -54,8 +54,8 @@ def test_client_without_a_home_is_anonymous_and_says_so_and_makes_no_directory(c
     assert alice.finish() == 0
     assert alice.lines[:2] == [WELCOME, UPDATED]
     assert [line.partition("WARNING ")[2] for line in alice.errors] == [
-        "no identity (there is no home directory): anonymous, the nick is nobody's",
-        "the key of the server is not remembered: there is no home directory"]
+        "no identity (there is no home directory): anonymous, the nick is nobody's, and no key of a server is"
+        " remembered"]
     assert sorted(path.name for path in chat.directory.iterdir()) == before
 
 
