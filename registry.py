@@ -104,6 +104,11 @@ class Table:
         """Return the entry of ``nick``, None for an unknown one."""
         return self.entries.get(nick)
 
+    def version_of(self, nick: str) -> int:
+        """Return the version of the last change of ``nick``, 0 for an unknown one."""
+        entry = self.entries.get(nick)
+        return entry.version if entry is not None else 0
+
     def is_online(self, nick: str) -> bool:
         """Return whether ``nick`` is known and online."""
         entry = self.entries.get(nick)
@@ -541,9 +546,10 @@ class Sessions:
             if len(self._ended_channels) > MAX_ENDED:
                 del self.channels[self._ended_channels.popleft()]
 
-    def encrypt(self, session: Session, channel: Channel) -> None:
-        """Let all of a session go in ``channel`` from now on."""
+    def encrypt(self, session: Session, channel: Channel, version: int) -> None:
+        """Let all of a session go in ``channel`` from now on; ``version``: the client was told to reach that table."""
         session.channel = self.channels[channel.index] = channel
+        session.version = version
 
     def pop_ended(self) -> list[Session]:
         """Return the sessions that ended since the last call."""

@@ -375,7 +375,8 @@ FAILURES = 200            # a second, in all: each costs as much as twenty datag
 class Hello:
     """The server's side of a handshake that is not done: it is when the first record has come in its channel."""
 
-    __slots__ = ("message", "address", "request", "deadline", "noise", "join", "reply", "session", "channel")
+    __slots__ = ("message", "address", "request", "deadline", "noise", "join", "reply", "session", "version",
+                 "channel")
 
     def __init__(self, message: bytes, address: Address, request: int, deadline: float, noise: HandshakeState,
                  join: Info) -> None:
@@ -383,7 +384,8 @@ class Hello:
         self.noise = noise
         self.join = join                # what the client has said in its message
         self.reply = b""                # our answer, repeated when the message is ...
-        self.session = b""              # ... the id of the session in it, b"" if it is a refusal
+        self.session = b""              # ... the id of the session in it, b"" if it is a refusal, ...
+        self.version = 0                # ... and the version of the table that the client was told to reach
         self.channel: Channel | None = None
 
     @property
@@ -458,7 +460,7 @@ class Hellos:
             index = self.keys.random()[:INDEX_BYTES]
         if tag == "welcome":
             info = {**info, "index": index}
-            hello.session = info["session"]
+            hello.session, hello.version = info["session"], info["version"]
         message = hello.noise.write(encode(tag, info), self.keys.random())
         hello.reply = encode("hello", {"id": hello.request, "message": message})
         if tag == "welcome" and self.find(hello.message) is hello:

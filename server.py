@@ -185,16 +185,14 @@ class Gate:
         """Go on with the claim of somebody who encrypts. (The cookie comes first: a handshake costs much more.)"""
         if self.hellos is None or not self._has_cookie(info, address):
             return
-        hello = self.hellos.find(info["message"])
-        if hello is not None:
-            if hello.reply:
-                self._send_queue.put(hello.reply, address)
-            return
-        hello = self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
+        known = self.hellos.find(info["message"])
+        hello = known or self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
         if hello is None:
             self._drops[FORGED] += 1
-        else:
+        elif known is None:
             self.consider(Claim.of(hello))
+        elif known.reply:
+            self._send_queue.put(known.reply, address)
 
     def consider(self, claim: Claim) -> None:
         """Register the client, or refuse that, or ask first whether the holder of the nick is there."""
@@ -256,7 +254,7 @@ class Gate:
         claim = Claim.of(hello)
         if self._registry.claim(claim.nick, claim.address, None, claim.key) != GRANTED:
             return False
-        self._registry.sessions.encrypt(self._admit(claim, hello.session), hello.channel)
+        self._registry.sessions.encrypt(self._admit(claim, hello.session), hello.channel, hello.version)
         return True
 
     def refuse(self, claim: Claim, verdict: ClaimVerdict) -> None:
@@ -803,7 +801,8 @@ class Announcer:
             return
         for id_ in list(self._to_sync)[:SYNC_SLICE]:
             session = self._registry.sessions.get(id_)
-            if session is not None and session.version > self.announced_version and id_ not in self._put_off:
+            is_news = session is not None and self._registry.table.version_of(session.nick) > self.announced_version
+            if is_news and id_ not in self._put_off:
                 self._put_off.add(id_)      # a turn later: others shall hear of somebody new before their user does
                 continue
             self._put_off.discard(id_)

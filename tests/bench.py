@@ -975,7 +975,12 @@ class SecretSwarm(Swarm):
     def _take(self, member: Member, datagram: bytes) -> None:
         if datagram[:1] == RECORD_MARK:
             text = self._channels[member].open(datagram)
-            self.table_bytes += len(datagram) * text.startswith(TABLE_START)
+            if text.startswith(TABLE_START):
+                self.table_bytes += len(datagram)
+                page = read_page(text)
+                if page is not None:
+                    self._on_page(member, page)
+                return
             for tag, info in self._decoder.decode(text):
                 if tag in self._handlers:
                     self._handlers[tag](member, info)

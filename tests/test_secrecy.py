@@ -153,6 +153,21 @@ def test_a_session_begins_with_the_first_record_in_its_channel() -> None:
     assert server.registry.mailbox.known["alice"].key == alice.keys.pair.public
 
 
+def test_whoever_holds_the_table_that_it_was_told_to_reach_hears_of_every_change_from_then_on() -> None:
+    server = desk()
+    Visitor(server, "bob", 1, secret=b"b" * 32).online()
+    server.wait(0.2)
+    alice = Visitor(server, "alice")
+    assert alice.join() == "welcome"
+    before = len(server.sent)
+    alice.desk.server.receive(alice.seal(ping(alice.info["session"], alice.info["version"])), alice.address)
+    server.wait(0.2)
+    told = [datagram for datagram, to in server.sent[before:] if to == alice.address and datagram[:1] == RECORD_MARK]
+    entries = [entry for datagram in told for tag, info in Decoder().decode(alice.channel.open(datagram))
+               if tag == "table" for entry in info["set"]]
+    assert "alice" in {entry[0] for entry in entries}, "its own entry is the first change"
+
+
 def test_an_older_session_lives_until_the_new_one_is_used() -> None:
     server = desk()
     first = Visitor(server, "alice").online()
