@@ -119,11 +119,11 @@ class Place(NamedTuple):
     address: Address | None
 
 
-class Account(NamedTuple):
+class Account:
     """What a server knows the owner by, and by how many bytes a datagram grows that goes there encrypted."""
 
-    session: bytes = bytes(SESSION_BYTES)
-    seal_size: int = 0
+    def __init__(self, session: bytes = bytes(SESSION_BYTES), seal_size: int = 0) -> None:
+        self.session, self.seal_size = session, seal_size
 
 
 class Reach:

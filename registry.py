@@ -587,24 +587,31 @@ class ClaimVerdict(Enum):
     SPENT = "replaced"      # that request had a session, which is over
 
 
-class ShownKey(NamedTuple):
+# These are no NamedTuples: each of those costs every start of a client a tenth of a millisecond.
+
+class ShownKey:
     """The key of a client that encrypts, which is to own its nick. That it has the secret is shown by its channel."""
 
-    public: bytes
-    proof: bytes        # see ``bind_proof``
+    __slots__ = ("public", "proof")
+
+    def __init__(self, public: bytes, proof: bytes) -> None:
+        """``proof``: see ``bind_proof``."""
+        self.public, self.proof = public, proof
 
 
-class Claim(NamedTuple):
+class Claim:
     """A request for a nick, from an address that is proved."""
 
-    nick: str
-    address: Address
-    token: bytes | None
-    request: int        # the id of the ``reg``
-    knocks: bool        # its client knows ``call``
-    own: Address | None     # of the client in its own network, as it says
-    hello: Hello | None = None      # the handshake of a client that encrypts ...
-    key: ShownKey | None = None     # ... and what is to own the nick, None: nobody
+    __slots__ = ("nick", "address", "token", "request", "knocks", "own", "hello", "key")
+
+    def __init__(self, nick: str, address: Address, token: bytes | None, request: int, knocks: bool,
+                 own: Address | None, hello: Hello | None = None, key: ShownKey | None = None) -> None:
+        self.nick, self.address, self.token = nick, address, token
+        self.request = request      # the id of the ``reg``
+        self.knocks = knocks        # its client knows ``call``
+        self.own = own              # of the client in its own network, as it says
+        self.hello = hello          # the handshake of a client that encrypts ...
+        self.key = key              # ... and what is to own the nick, None: nobody
 
     @classmethod
     def of(cls, hello: Hello) -> Claim:
@@ -789,7 +796,7 @@ class Registry:
         if token is not None:
             known.owner = hash_of(token)
         if key is not None:
-            known.key, known.proof = key
+            known.key, known.proof = key.public, key.proof
         known.host, known.port = address
         known.seen = self.mailbox.uptime(now)
         self.mailbox.changed(known)

@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
 
 from home import bind_proof, hash_of
 from loop import NEVER, Endpoint, Loop
@@ -631,12 +630,12 @@ class KeyPair:
         self.secret, self.public = secret, sodium.public(secret)
 
 
-class Keys(NamedTuple):
+class Keys:
     """What a program needs to encrypt."""
 
-    sodium: Sodium
-    pair: KeyPair                   # its own static key
-    random: Callable[[], bytes]     # returns 32 random bytes, others each time
+    def __init__(self, sodium: Sodium, pair: KeyPair, random: Callable[[], bytes]) -> None:
+        """``pair``: its own static key. ``random``: returns 32 random bytes, others each time."""
+        self.sodium, self.pair, self.random = sodium, pair, random
 
 
 def fingerprint(*keys: bytes) -> str:

@@ -274,7 +274,7 @@ def test_no_two_channels_of_a_server_have_the_same_index() -> None:
     hellos = server.server.gate.hellos
     assert hellos is not None
     numbers = iter(b"aaaab")
-    hellos.keys = hellos.keys._replace(random=lambda: bytes([next(numbers, 0)]) * 32)
+    hellos.keys.random = lambda: bytes([next(numbers, 0)]) * 32
     alice, bob = Visitor(server, "alice", 1), Visitor(server, "bob", 2, secret=b"b" * 32)
     alice.online()
     bob.online()
