@@ -104,11 +104,6 @@ class Table:
         """Return the entry of ``nick``, None for an unknown one."""
         return self.entries.get(nick)
 
-    def version_of(self, nick: str) -> int:
-        """Return the version of the last change of ``nick``, 0 for an unknown one."""
-        entry = self.entries.get(nick)
-        return entry.version if entry is not None else 0
-
     def is_online(self, nick: str) -> bool:
         """Return whether ``nick`` is known and online."""
         entry = self.entries.get(nick)

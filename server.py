@@ -783,7 +783,7 @@ class Announcer:
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._send = send                       # at once: a broadcast comes behind everything in the queue
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
-        self._put_off: set[bytes] = set()       # those of them that were put off by a turn
+        self.newcomers: set[bytes] = set()      # of this turn: others shall hear of them before they hear of others
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
         self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
         self._cached_version = 0                # of the table when the cache was empty
@@ -799,16 +799,12 @@ class Announcer:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
         if not self._to_sync:
             return
-        for id_ in list(self._to_sync)[:SYNC_SLICE]:
-            session = self._registry.sessions.get(id_)
-            is_news = session is not None and self._registry.table.version_of(session.nick) > self.announced_version
-            if is_news and id_ not in self._put_off:
-                self._put_off.add(id_)      # a turn later: others shall hear of somebody new before their user does
-                continue
-            self._put_off.discard(id_)
+        for id_ in [id_ for id_ in self._to_sync if id_ not in self.newcomers][:SYNC_SLICE]:
             version = self._to_sync.pop(id_)
+            session = self._registry.sessions.get(id_)
             if session is not None:
                 self._send_missing(session, version)
+        self.newcomers.clear()
         if self._to_sync:
             self._sync_timer.set(self._loop.now())
 
@@ -875,7 +871,8 @@ class Announcer:
         for session, page in itertools.islice(unsent, BROADCAST_DATAGRAMS):
             count += 1
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
-                self._send(told(session, page), session.address)
+                datagram = addressed(session.id, page) if session.channel is None else told(session, page)
+                self._send(datagram, session.address)       # (a call for each of millions is saved here)
         return count < BROADCAST_DATAGRAMS
 
 
@@ -987,8 +984,11 @@ class Server:
         except Forged:
             self.drops[FORGED] += 1
             return None
-        is_good = hello is None or self.gate.confirm(hello)
-        return (channel, text) if is_good else None
+        if hello is not None:
+            if not self.gate.confirm(hello):
+                return None
+            self.announcer.newcomers.add(hello.session)
+        return channel, text
 
     def _session(self, info: Info, address: Address, channel: Channel | None) -> Session | None:
         """Return the session that ``info`` speaks for, if it comes from where that is known to be; answer if not."""
