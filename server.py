@@ -799,7 +799,7 @@ class Announcer:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
         if not self._to_sync:
             return
-        for id_ in [id_ for id_ in self._to_sync if id_ not in self.newcomers][:SYNC_SLICE]:
+        for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in self.newcomers), SYNC_SLICE)):
             version = self._to_sync.pop(id_)
             session = self._registry.sessions.get(id_)
             if session is not None:
