@@ -21,6 +21,7 @@ import sys
 import termios
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -323,6 +324,8 @@ class Chat:
         """Start the program. ``terminal``: a descriptor of the one that is to be its own."""
         def take_terminal() -> None:
             os.setsid()
+            for number in (signal.SIGINT, signal.SIGQUIT):      # as a shell does, whatever the tests were started from
+                signal.signal(number, signal.SIG_DFL)
             if terminal is not None:
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
@@ -466,6 +469,7 @@ class Proxy:
         self.doubled = 0.0          # part of them that comes twice
         self.swallows = False       # nothing comes through
         self.largest = 0            # bytes of the largest datagram that a client sent
+        self.seen: deque[bytes] = deque(maxlen=10_000)      # what it was to pass on, in both directions
         self._random = random.Random(seed)
         self._server = ("127.0.0.1", port)
         self._front = self._socket()
@@ -505,6 +509,7 @@ class Proxy:
                     self._pass_on(self._front, datagram, clients[sock])
 
     def _pass_on(self, sock: socket.socket, datagram: bytes, address: tuple[str, int]) -> None:
+        self.seen.append(datagram)
         if self.swallows or self._random.random() < self.loss:
             return
         for _ in range(1 + (self._random.random() < self.doubled)):

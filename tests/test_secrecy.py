@@ -853,6 +853,30 @@ def test_a_server_that_is_killed_is_used_again_in_secret(chat: Chat) -> None:
     assert not re.search("not encrypted", chat.report())
 
 
+def test_on_a_real_wire_to_the_server_no_nick_and_no_text_is_seen(chat: Chat) -> None:
+    server = chat.server()
+    proxies = chat.proxy(), chat.proxy()
+    alice, bob = (chat.client(nick, port=proxy.port) for nick, proxy in zip(("alice", "bob"), proxies))
+    alice.wait_for("bob")
+    bob.wait_for("alice")
+    alice.feed("send bob first-secret\n")      # no datagram gets straight from one to the other
+    chat.until(lambda: any(line.endswith("first-secret") for line in bob.lines), "the message, by the server")
+    server.kill()
+    chat.restart()
+    chat.until(lambda: alice.lines.count(WELCOME) == bob.lines.count(WELCOME) == 2, "both to be back")
+    bob.feed("dereg bob\n")
+    alice.wait_for("bob", "offline")
+    alice.feed("send bob second-secret\n")
+    chat.until(lambda: alice.lines.count(SAVED) == 2, "the mail to be kept")
+    bob.feed("reg bob\n")
+    chat.until(lambda: any(line.endswith("second-secret") for line in bob.lines), "the mail")
+    assert (alice.finish(), bob.finish()) == (0, 0)
+    seen = b"\n".join(datagram for proxy in proxies for datagram in proxy.seen)
+    assert len(seen) > 2000
+    for word in (b"alice", b"bob", b"first-secret", b"second-secret"):
+        assert word not in seen
+
+
 # --- the key of a server is remembered ------------------------------------------------------------------------
 
 def fingerprint_of(server: Process) -> str:
