@@ -221,7 +221,7 @@ class ServerLink:
 
     def heard(self, is_same: bool = True) -> None:
         """Note a sign of life of the server; ``is_same``: it still knows this session."""
-        self.was_heard, self._has_hint = True, False
+        self.was_heard, self._has_hint, self.handshake.doubt = True, False, None
         if self.is_silent:
             self.is_silent = False
             if not self._registration.is_running and not self.handshake.has_cookie:

@@ -268,7 +268,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "hello": {"cookie": SESSION},
     "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
     "welcome": {"index": INDEX, "lasting": boolean},
-    "refused": {"id": COUNT, "session": SESSION, "spelling": NICK},
+    "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS},

@@ -725,14 +725,18 @@ class Registry:
 
     # who gets a nick
 
-    def claim(self, nick: str, address: Address, token: bytes | None, key: ShownKey | None = None) -> ClaimVerdict:
-        """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED, ENCRYPTED, FULL."""
+    def claim(self, nick: str, address: Address, token: bytes | None, key: ShownKey | None = None,
+              is_sealed: bool = False) -> ClaimVerdict:
+        """Return whether ``nick`` may be registered from ``address``: GRANTED, PROBE_HOLDER, OWNED, ENCRYPTED, FULL.
+
+        ``is_sealed``: the client encrypts.
+        """
         known = self.mailbox.known.get(nick)
         if known is not None and not owns(known, token, key, self.public_key):
             return ENCRYPTED if has_encrypted(known, token, self.public_key) else OWNED
         if known is None and (self.table.spellings.of(nick) or mixes_scripts(nick)):
             return OWNED
-        if self.holder(nick) not in (None, address):
+        if self._is_held(nick, address, key, is_sealed):
             return PROBE_HOLDER
         sessions = self.sessions
         if sessions.of(nick) is None and len(sessions) >= self.max_clients and sessions.oldest_unresponsive() is None:
@@ -740,6 +744,19 @@ class Registry:
         if known is None and len(self.mailbox.known) >= self.max_known and self._idle.first() is None:
             return FULL
         return GRANTED
+
+    def _is_held(self, nick: str, address: Address, key: ShownKey | None, is_sealed: bool) -> bool:
+        """Return whether somebody else may be running with ``nick``.
+
+        Who encrypts is known by the key of the nick, if it has one, not by the address: others can speak from there.
+        Who was online when the server stopped can only be asked in plain: for those who do not encrypt.
+        """
+        session, holder = self.sessions.of(nick), self.holder(nick)
+        if session is None or not self.sessions.is_live(session):
+            return not is_sealed and holder not in (None, address)
+        if session.channel is not None and (key is None or session.known.key != key.public):
+            return True
+        return holder != address
 
     def holder(self, nick: str) -> Address | None:
         """Return where somebody may be running with ``nick``, None if nobody is."""

@@ -202,8 +202,8 @@ class Handshake:
             return
         self._noise, self.doubt = None, None
         for tag, answer in maps:
+            self.pin.accept(self._key_asked, answer.get("lasting", True))   # whatever it answers, it has the key
             if tag == "welcome" and "index" in answer:
-                self.pin.accept(self._key_asked, answer.get("lasting", True))
                 self.on_welcome(answer, address, Channel(noise.split(), self._index, answer["index"]))
             elif tag == "refused":
                 self.on_refused(answer, address)

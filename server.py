@@ -207,7 +207,7 @@ class Gate:
             # welcome was lost, and another one has got the nick meanwhile: that client must begin again.
             self.refuse(claim, SPENT)
             return
-        verdict = registry.claim(claim.nick, claim.address, claim.token, claim.key)
+        verdict = registry.claim(claim.nick, claim.address, claim.token, claim.key, claim.hello is not None)
         if verdict == GRANTED and claim.hello is not None:
             self._offer(claim, claim.hello)
         elif verdict == GRANTED:
@@ -241,10 +241,11 @@ class Gate:
         """Answer with a channel: its first record makes the session."""
         self._answer(hello, "welcome", {
             "id": claim.request, "nick": claim.nick, "boot": self._boot, "session": self._new_session(),
-            "version": self._registry.table.version, "lasting": self._registry.mailbox.is_lasting})
+            "version": self._registry.table.version})
 
     def _answer(self, hello: Hello, tag: str, info: Info) -> None:
         assert self.hellos is not None
+        info["lasting"] = self._registry.mailbox.is_lasting
         self._send_queue.put(self.hellos.answer(hello, tag, info), hello.address)
 
     def confirm(self, hello: Hello) -> bool:
@@ -252,7 +253,7 @@ class Gate:
         assert self.hellos is not None and hello.channel is not None
         self.hellos.forget(hello)
         claim = Claim.of(hello)
-        if self._registry.claim(claim.nick, claim.address, None, claim.key) != GRANTED:
+        if self._registry.claim(claim.nick, claim.address, None, claim.key, is_sealed=True) != GRANTED:
             return False
         self._registry.sessions.encrypt(self._admit(claim, hello.session), hello.channel, hello.version)
         return True

@@ -18,8 +18,8 @@ from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, 
                       encode, padded, table_map)
 from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
 from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
-                    MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Sodium, hello_prologue,
-                    load_sodium)
+                    MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
+                    hello_prologue, load_sodium)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping
@@ -378,6 +378,28 @@ def test_an_anonymous_client_encrypts_and_owns_nothing() -> None:
     assert Visitor(server, "alice", 1, secret=b"b" * 32).join() == "welcome"
 
 
+def test_an_anonymous_session_is_not_given_to_whoever_speaks_from_its_address() -> None:
+    server = desk()
+    alice = Visitor(server, "alice", is_bound=False).online()
+    other, before = Visitor(server, "alice", is_bound=False, secret=b"b" * 32), len(server.sent)
+    assert [tag for tag, _ in server.ask_for("alice", alice.address)] != ["welcome"], "in plain"
+    assert other.answer(other.hello()) is None, "by another channel: its holder is asked first"
+    assert alice.opened(server.sent[before:]) == ["probe"]
+    assert alice.say(alice.ping()) == ["pong"]
+
+
+def test_after_a_restart_nobody_who_encrypts_is_asked_for_by_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    first = desk(store=path)
+    Visitor(first, "alice", 1, is_bound=False).online()
+    first.turn()
+    first.server.stop()
+    second = desk(store=path)
+    other = Visitor(second, "alice", 2, is_bound=False, secret=b"b" * 32)
+    assert other.join() == "welcome"
+    assert not [datagram for datagram, _ in second.sent if b"alice" in datagram]
+
+
 # --- a session and its channel --------------------------------------------------------------------------------
 
 def test_a_session_counts_in_its_channel_alone() -> None:
@@ -655,6 +677,37 @@ def test_a_server_that_does_not_encrypt_any_more_ends_the_client_and_hears_nothi
     world.run(60)
     assert alice.exit_code == 1 and "[The server cannot encrypt.]" in alice.lines
     assert b"alice" not in b"".join(wire.of_server()) and b"a-secret" not in b"".join(wire.of_server())
+
+
+def test_a_key_that_has_refused_is_remembered_as_one_that_has_welcomed() -> None:
+    """Somebody strips the key from every cookie behind the first: the client must not go on in plain."""
+    world = World(5, encrypts=True)
+    wire = Wire(world)
+    world.start_server()
+    world.client("alice", secret=b"x" * 32)
+    world.run(2)
+    kept: list[bytes] = []
+    eve = world.client("alice", name="eve", secret=b"y" * 32)
+    eve.client.link.handshake.pin = Pin(keep=kept.append)
+    world.run(2)
+    assert eve.exit_code == 1 and "[Nickname alice belongs to someone else.]" in eve.lines
+    assert world.server is not None and eve.client.link.handshake.pin.key is not None
+    assert b"alice" not in b"".join(wire.of_server()) and not eve.client.link.handshake.is_plain
+
+
+def test_a_forged_cookie_is_forgotten_when_the_server_is_heard_again() -> None:
+    world, wire, (alice,) = encrypted("alice")
+    assert world.server is not None
+    handshake = alice.client.link.handshake
+    world.server.stop_for(4.0)
+    world.run(1)
+    wire.forge(encode("pong", {"id": 0, "boot": 0, "version": 0, "mail": 0}), SERVER, alice.address)
+    world.run_until(lambda: handshake.id >= 0, 10)
+    wire.forge(encode("cookie", {"id": handshake.id, "server": bytes(16), "cookie": bytes(16)}), SERVER, alice.address)
+    world.run(0.01)
+    assert handshake.doubt == "insecure"
+    world.run(10)
+    assert handshake.doubt is None and alice.alive and is_ready(alice, "alice")
 
 
 def test_hints_that_anybody_forges_cause_one_ping_a_second_at_most() -> None:
