@@ -18,7 +18,7 @@ from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, 
                       encode, padded, table_map)
 from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
 from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
-                    MAX_HELLOS, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
+                    MAX_HELLOS, RECORD_EXTRA, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
                     hello_prologue, load_sodium)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
@@ -759,6 +759,7 @@ def test_no_datagram_is_too_large_for_the_longest_nicks_and_texts() -> None:
     world.run(20)
     assert sum(line.endswith("xxx") for line in bob.lines) == 71
     assert MAX_DATAGRAM - 60 < max(map(len, wire.of_server())) <= MAX_DATAGRAM
+    assert {one.account.seal_size for one in alice.client.outbox.conversations.values()} == {RECORD_EXTRA}
 
 
 def test_what_somebody_passes_on_from_elsewhere_is_no_sign_that_the_server_hears_us() -> None:
