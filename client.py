@@ -13,11 +13,11 @@ The parts
     ServerLink    registering, keepalive, outage and return, deregistering: one state
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
-    Meetings      how two behind routers reach each other
+    PeerLinks     what comes straight from other clients, and may be believed
     Leaving       the order in which things end: sends, then what is to be written, then the registration
 
 Others are elsewhere: ``TableSync`` in ``registry`` (the copy of the server's table); in ``terminal`` ``Shell`` (the
-command language), ``Receipts`` (what became of each message), ``Display``.
+command language), ``Receipts`` (what became of each message), ``Display``; ``Meetings`` in ``conversation``.
 """
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, RELAY, SILENT, Account, Inbox, Outbox, Place
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Account, Inbox, Meetings, Outbox, Place
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map, are_neighbours,
-                      encode, folded, is_private, padded)
-from registry import ONLINE, SYNC_INTERVAL, TableSync
-from secure import NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Connection, Handshake, Patience, Send
+from protocol import (ONLINE, PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map,
+                      encode, folded, padded)
+from registry import SYNC_INTERVAL, Patience, TableSync
+from secure import NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Connection, Handshake, Send
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
@@ -413,6 +413,14 @@ class Sending:
             return True
         return False
 
+    def on_ack(self, info: Info) -> None:
+        """Learn what the server has kept."""
+        self.outbox.on_ack(self._loop.now(), info, None)
+
+    def on_nack(self, info: Info) -> None:
+        """Learn what the server refuses to keep."""
+        self.outbox.on_nack(self._loop.now(), info, None)
+
     def on_exists(self, info: Info) -> None:
         """Learn from the server that a recipient is there, and where."""
         _, host, port, _ = info["entry"]
@@ -536,64 +544,51 @@ class Receiving:
                     self._link.connection.send(encode("ack", info))
 
 
-# --- two who are behind routers -------------------------------------------------------------------------------
+# --- other clients --------------------------------------------------------------------------------------------
 
-class Meetings:
-    """How two clients reach each other whose routers let in only what they take for an answer::
+class PeerLinks:
+    """What comes straight from other clients, as far as it can be trusted.
 
-        alice                   server                  bob
-          chat ------------------------------------X        his router drops it
-          meet ----------------->
-                                  call ----------------->    alice is at this address
-          <----------------------------------------- knock   his router now takes what she sends for the answer
-          chat -------------------------------------------->
-
-    alice's part is that of ``Reach``. Two in the same private network may not reach each other by way of their router:
-    so ``call`` also tells alice's own address if the server sees both at the same one, and bob knocks there, too, if it
-    is in the network of his own. Then he accepts her chat from there, and she his knock.
+    Chat counts if the table says that its sender is there, and an ack if the stream in it, a random number, went there
+    (see ``Outbox``).
     """
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox) -> None:
-        self._loop, self._send, self._link, self._table, self._outbox = loop, send, link, table, outbox
-        self._beside: dict[str, Address] = {}       # where those are who have called from our own network
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox,
+                 receiving: Receiving) -> None:
+        self.allowance = 0                      # bytes of not-me that may still answer the datagram at hand
+        self.meetings = Meetings(send, outbox, table, lambda: link.handshake.own, link.endpoint.last_two)
+        self._loop, self._send, self._link, self._table = loop, send, link, table
+        self._outbox, self._receiving = outbox, receiving
 
-    def _is_beside_us(self, address: Address) -> bool:
-        own = self._link.handshake.own
-        return (own is not None and address != own and address not in self._link.endpoint.last_two()
-                and is_private(address[0]) and are_neighbours(own[0], address[0]))
+    def on_ack(self, info: Info, address: Address) -> None:
+        """Accept what a peer has received."""
+        self._outbox.on_ack(self._loop.now(), info, address)
 
-    def on_call(self, info: Info) -> None:
-        """Knock where somebody is who does not get through to us."""
-        address, beside = self._table.reach(info["host"], info["port"]), info.get("own")
-        addresses = [address] if address is not None and address not in self._link.endpoint.last_two() else []
-        if beside is not None and self._is_beside_us((beside[0], beside[1])):
-            self._beside[info["from"]] = beside[0], beside[1]
-            addresses.append(self._beside[info["from"]])
-        for one in addresses:
-            self._send(encode("knock", {"stream": info["stream"]}), one)
+    def on_nack(self, info: Info, address: Address) -> None:
+        """Accept what a peer refuses."""
+        self._outbox.on_nack(self._loop.now(), info, address)
 
     def on_knock(self, info: Info, address: Address) -> None:
-        """Send again at once to somebody who has knocked, from where the table says, or in our own network."""
-        conversation = self._outbox.by_stream.get(info["stream"])
-        if conversation is None or conversation.place is None or not conversation.place.online:
-            return
-        is_beside = self._is_beside_us(address) and self._table.are_behind_one_router(conversation.peer)
-        if address == conversation.place.address or is_beside:
-            self._outbox.on_knock(self._loop.now(), conversation, address)
+        """Send again at once to somebody who has knocked."""
+        self.meetings.on_knock(self._loop.now(), info, address)
 
-    def note_chat(self, nick: str, address: Address) -> None:
-        """Note that somebody's chat came straight from ``address``, where they are: we reach them there, too."""
-        conversation = self._outbox.conversations.get(nick)
-        if conversation is not None and conversation.route is RELAY:
-            self._outbox.on_knock(self._loop.now(), conversation, address)
+    def on_chat(self, info: Info, address: Address) -> None:
+        """Accept messages, if they are for us, and their sender is where they come from."""
+        sender = info["from"]
+        if info["to"] != self._outbox.me:   # who was at this address before
+            self._refuse(info, address)
+        elif self._table.is_at(sender, address) or self.meetings.admits(sender, address):
+            self.meetings.note_chat(self._loop.now(), sender, address)
+            self._receiving.on_chat(info, address)
+        else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
+            self._table.ask_soon()
 
-    def admits(self, nick: str, address: Address) -> bool:
-        """Return whether ``nick`` has called from ``address``, in our own network."""
-        return self._beside.get(nick) == address
-
-    def forget(self, nick: str) -> None:
-        """Forget where somebody was: the table has changed."""
-        self._beside.pop(nick, None)
+    def _refuse(self, info: Info, address: Address) -> None:
+        nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
+                               "last": info["n"] + len(info["text"]) - 1})
+        if len(nack) <= self.allowance:     # an answer is never larger than its question
+            self.allowance -= len(nack)
+            self._send(nack, address)
 
 
 # --- leaving --------------------------------------------------------------------------------------------------
@@ -782,19 +777,19 @@ class Client:
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
         self.sending = Sending(loop, send, self.link, self.table_sync, self.outbox, self.receipts)
         self.receiving = Receiving(loop, send, self.link, self.inbox, display)
-        self.meetings = Meetings(loop, send, self.link, self.table_sync, self.outbox)
+        self.peers = PeerLinks(loop, send, self.link, self.table_sync, self.outbox, self.receiving)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
-        self._allowance = 0                     # bytes of not-me that may still answer the datagram at hand
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self._on_chat, "ack": self._on_ack, "nack": self._on_nack, "knock": self.meetings.on_knock}
+            "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
+            "knock": self.peers.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self.table_sync.on_table, "ack": self._on_ack, "nack": self._on_nack,
-            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.meetings.on_call}
+            "table": self.table_sync.on_table, "ack": self.sending.on_ack, "nack": self.sending.on_nack,
+            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peers.meetings.on_call}
         self._proving: dict[str, Callable[[Info, Address], None]] = {
             "cookie": self.link.handshake.on_cookie, "hello": self.link.handshake.on_hello,
             "welcome": self.link.on_welcome, "refused": self.link.on_refused, "pong": self.link.on_pong,
@@ -824,7 +819,7 @@ class Client:
             return
         maps = self.decoder.decode(datagram)
         if address != server.current and address != server.other:
-            self._allowance = len(datagram)
+            self.peers.allowance = len(datagram)
             # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
             may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in maps:
@@ -861,30 +856,9 @@ class Client:
             else:
                 self._prove(tag, info, address, is_sealed)
 
-    def _on_ack(self, info: Info, address: Address | None = None) -> None:
-        """Accept what a peer has received, or (without an address) what the server has kept."""
-        self.outbox.on_ack(self._loop.now(), info, address)
-
-    def _on_nack(self, info: Info, address: Address | None = None) -> None:
-        """Accept what a peer, or (without an address) the server, refuses."""
-        self.outbox.on_nack(self._loop.now(), info, address)
-
     def _on_mail(self, info: Info) -> None:
         if info["to"] == self.nick and self.table_sync.is_of_this_boot:
             self.receiving.on_mail(info)
-
-    def _on_chat(self, info: Info, address: Address) -> None:
-        if info["to"] != self.nick:     # who was at this address before; an answer is never larger than its question
-            nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
-                                   "last": info["n"] + len(info["text"]) - 1})
-            if len(nack) <= self._allowance:
-                self._allowance -= len(nack)
-                self._send(nack, address)
-        elif self.table_sync.is_at(info["from"], address) or self.meetings.admits(info["from"], address):
-            self.meetings.note_chat(info["from"], address)
-            self.receiving.on_chat(info, address)
-        else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
-            self.table_sync.ask_soon()
 
     # what the link and the table report
 
@@ -966,7 +940,7 @@ class Client:
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
         for nick in nicks:
-            self.meetings.forget(nick)
+            self.peers.meetings.forget(nick)
             self.outbox.locate(self._loop.now(), nick, self.sending.place_of(nick))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:

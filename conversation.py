@@ -50,12 +50,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL,
-                      SESSION_BYTES, SESSION_SIZE, Address, Info, are_short, encode, join_pieces, letters_of, padded,
-                      pieces_of, runs_of_one_stream, text_sizes)
-from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, ReceiveStream, SendStream, SendTimes
+                      SESSION_BYTES, SESSION_SIZE, Address, Info, are_neighbours, are_short, encode, is_private,
+                      join_pieces, letters_of, padded, pieces_of, runs_of_one_stream, text_sizes)
+from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Incoming, Reach, ReceiveStream, SendStream,
+                    SendTimes)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -63,9 +64,6 @@ from stream import INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Receive
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
-RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again, twice as long ...
-MAX_RELAY_TIME = 600.0    # ... after each further time, up to this
-KNOCK_TIMEOUT = 0.3       # s; a recipient that was asked to knock, and can, has done so by then
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 
 
@@ -124,41 +122,6 @@ class Account:
 
     def __init__(self, session: bytes = bytes(SESSION_BYTES), seal_size: int = 0) -> None:
         self.session, self.seal_size = session, seal_size
-
-
-class Reach:
-    """What is known of the direct path to a recipient, and of the attempts to open it.
-
-    A router, or a firewall, lets in only what it takes for an answer. So two who are behind such must both send first:
-    when the recipient does not answer, the server is asked to introduce us (``meet``), and the recipient *knocks* from
-    behind its own router, which takes what we send from then on for the answer. Once for each silence.
-    """
-
-    def __init__(self) -> None:
-        self.beside: Address | None = None      # where it is in our own network, if it has knocked from there
-        self.closed_until = -NEVER              # the path did not work: it is not tried before that
-        self.met_at = -NEVER                    # when the server was asked to introduce us, in this silence or the last
-        self.awaits_knock = False               # none has come since then
-        self._failures = 0                      # since the path worked last
-
-    def fail(self, now: float) -> None:
-        """Note that the path does not work: it is tried again later, and each time later."""
-        self.closed_until = now + min(RELAY_TIME * 2 ** self._failures, MAX_RELAY_TIME)
-        self._failures = min(self._failures + 1, 16)
-        self.beside, self.awaits_knock = None, True
-
-    def work(self) -> None:
-        """Note that the path works."""
-        self.closed_until = self.met_at = -NEVER
-        self.awaits_knock, self._failures = False, 0
-
-    def meet(self, now: float) -> None:
-        """Note that the server is asked to introduce us."""
-        self.met_at, self.awaits_knock = now, True
-
-    def is_hopeless(self, now: float) -> bool:
-        """Return whether the recipient was asked to knock long enough ago, and nothing has come."""
-        return self.awaits_knock and -NEVER < self.met_at <= now - KNOCK_TIMEOUT
 
 
 class Backlog:
@@ -783,6 +746,76 @@ class Outbox:
                 self._sending.pop(nick, None)
 
 
+# --- two who are behind routers -------------------------------------------------------------------------------
+
+class Whereabouts(Protocol):
+    """What ``Meetings`` asks the client table."""
+
+    def reach(self, host: str, port: int) -> Address | None: ...        # how we reach an address; None: we cannot
+    def are_behind_one_router(self, nick: str) -> bool: ...             # we, and that one
+
+
+class Meetings:
+    """How two clients reach each other whose routers let in only what they take for an answer::
+
+        alice                   server                  bob
+          chat ------------------------------------X        his router drops it
+          meet ----------------->
+                                  call ----------------->    alice is at this address
+          <----------------------------------------- knock   his router now takes what she sends for the answer
+          chat -------------------------------------------->
+
+    alice's part is that of ``Reach``. Two in the same private network may not reach each other by way of their router:
+    so ``call`` also tells alice's own address if the server sees both at the same one, and bob knocks there, too, if it
+    is in the network of his own. Then he accepts her chat from there, and she his knock.
+    """
+
+    def __init__(self, send: Callable[[bytes, Address], None], outbox: Outbox, table: Whereabouts,
+                 own_address: Callable[[], Address | None], servers: Callable[[], Sequence[Address]]) -> None:
+        """``own_address``: returns ours, if it is one of a private network; ``servers``: where the server may be."""
+        self._send, self._outbox, self._table = send, outbox, table
+        self._own_address, self._servers = own_address, servers
+        self._beside: dict[str, Address] = {}       # where those are who have called from our own network
+
+    def _is_beside_us(self, address: Address) -> bool:
+        own = self._own_address()
+        return (own is not None and address != own and address not in self._servers()
+                and is_private(address[0]) and are_neighbours(own[0], address[0]))
+
+    def on_call(self, info: Info) -> None:
+        """Knock where somebody is who does not get through to us."""
+        address, beside = self._table.reach(info["host"], info["port"]), info.get("own")
+        addresses = [address] if address is not None and address not in self._servers() else []
+        if beside is not None and self._is_beside_us((beside[0], beside[1])):
+            self._beside[info["from"]] = beside[0], beside[1]
+            addresses.append(self._beside[info["from"]])
+        for one in addresses:
+            self._send(encode("knock", {"stream": info["stream"]}), one)
+
+    def on_knock(self, now: float, info: Info, address: Address) -> None:
+        """Send again at once to somebody who has knocked, from where the table says, or in our own network."""
+        conversation = self._outbox.by_stream.get(info["stream"])
+        if conversation is None or conversation.place is None or not conversation.place.online:
+            return
+        is_beside = self._is_beside_us(address) and self._table.are_behind_one_router(conversation.peer)
+        if address == conversation.place.address or is_beside:
+            self._outbox.on_knock(now, conversation, address)
+
+    def note_chat(self, now: float, nick: str, address: Address) -> None:
+        """Note that somebody's chat came straight from ``address``, where they are: we reach them there, too."""
+        conversation = self._outbox.conversations.get(nick)
+        if conversation is not None and conversation.route is RELAY:
+            self._outbox.on_knock(now, conversation, address)
+
+    def admits(self, nick: str, address: Address) -> bool:
+        """Return whether ``nick`` has called from ``address``, in our own network."""
+        return self._beside.get(nick) == address
+
+    def forget(self, nick: str) -> None:
+        """Forget where somebody was: the table has changed."""
+        self._beside.pop(nick, None)
+
+
 # --- what comes in --------------------------------------------------------------------------------------------
 
 HOLD_TIME = 5.0           # s that a stream waits for the server to say whether missing messages are in the mail
@@ -806,34 +839,6 @@ class Delivery(NamedTuple):
     written: Callable[[int], None]
     stream: int = 0
     first: int = 0
-
-
-class Incoming:
-    """One stream of a peer, or of the client's own mail, and whether it is held until mail is shown.
-
-    A held stream waits for two things, one after the other::
-
-        not held --numbers are missing--> held, ``awaited_mail`` None: for the server's answer
-                 --answer-------------->  held, ``awaited_mail`` set: until the mail up to that number is shown
-                 --shown, or HOLD_TIME without an answer--> not held: what is missing is given up
-    """
-
-    def __init__(self, stream: ReceiveStream, unacked: dict[Incoming, None]) -> None:
-        self.stream = stream
-        self.address: Address | None = None     # where acks go; None: to the server
-        self.sender = ""
-        self.last_count = 0                     # numbers buffered, when the inbox counted them
-        self.held_since = NEVER                 # when numbers were found missing, or the server was asked again
-        self.held_base = 0                      # the missing numbers are below this one
-        self.awaited_mail: int | None = None
-        self._unacked = unacked                 # the inbox's: this stream is in it while an ack is owed
-
-    def written(self, texts: int) -> None:
-        """Note that ``texts`` more of the texts handed out are written, see ``ReceiveStream``."""
-        before = self.stream.next
-        self.stream.written(texts)
-        if self.stream.next != before:
-            self._unacked[self] = None
 
 
 class Inbox:

@@ -28,14 +28,19 @@ an unknown tag, or with a field that is missing or fails its check, is dropped a
 its datagram. Fields that are not in the schema are ignored, so that later versions can add some.
 
 docs/protocol.md says what the tags mean and who sends them when.
+
+``Table`` is what ``table`` maps carry from the server to its clients: who is where, and in which version of the table
+that has changed.
 """
 from __future__ import annotations
 
 import functools
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from enum import Enum
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -483,6 +488,171 @@ class Spellings:
             return alike[0]
         composed = unicodedata.normalize("NFC", nick)
         return composed if composed in alike else None
+
+
+# --- the table of clients -------------------------------------------------------------------------------------
+
+EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
+
+
+class State(str, Enum):
+    """What the table says of a nick. It is a string, too, because it travels in a ``table`` and an ``exists``."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+    GONE = "gone"       # forgotten: the entry is a tombstone, for those who still have the nick in their table
+
+    __str__ = str.__str__       # format() and f-strings show the value in every version of Python, not State.ONLINE
+
+
+ONLINE, OFFLINE, GONE = State.ONLINE, State.OFFLINE, State.GONE
+STATES: dict[str, State] = {state.value: state for state in State}
+
+
+class Entry(NamedTuple):
+    """One client, as of the version of its last change."""
+
+    nick: str
+    host: str
+    port: int
+    state: State
+    version: int
+
+    def row(self) -> EntryRow:
+        """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
+        return [self.nick, self.host.partition("%")[0], self.port, self.state]
+
+
+class Page(NamedTuple):
+    """Every entry that changed in (since, version]."""
+
+    since: int
+    version: int
+    rows: list[EntryRow]
+
+
+ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
+MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
+
+
+class Table:
+    """The versioned dictionary of clients: nick -> ``Entry``.
+
+    Every change gives one entry a new version, no two entries share one, and an entry remembers the version of its
+    last change. So "what changed since version v" is one question with one kind of answer, whether v is the version
+    before (a broadcast) or 0 (a snapshot).
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.entries: dict[str, Entry] = {}
+        self._gone: dict[str, Entry] = {}
+        self._log: list[Entry] = []     # by version; entries that changed again are stale
+        self._spellings: Spellings | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def get(self, nick: str) -> Entry | None:
+        """Return the entry of ``nick``, None for an unknown one."""
+        return self.entries.get(nick)
+
+    def is_online(self, nick: str) -> bool:
+        """Return whether ``nick`` is known and online."""
+        entry = self.entries.get(nick)
+        return entry is not None and entry.state == ONLINE
+
+    @property
+    def spellings(self) -> Spellings:
+        """The nicks here, by what is the same for all spellings of each; made when somebody first asks for it."""
+        if self._spellings is None:
+            self._spellings = Spellings(self.entries)
+        return self._spellings
+
+    def spelling_of(self, nick: str) -> str | None:
+        """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
+        return nick if nick in self.entries else self.spellings.only(nick)
+
+    def set(self, nick: str, host: str, port: int, state: State) -> bool:
+        """Change one entry; return whether that changed anything (and so used a new version)."""
+        if self._says(nick, host, port, state):
+            return False
+        self.version += 1
+        self._put(Entry(nick, host, port, state, self.version))
+        return True
+
+    def _says(self, nick: str, host: str, port: int, state: State) -> bool:
+        """Return whether this is what the table says already."""
+        old = self.entries.get(nick)
+        if old is None:
+            return state == GONE
+        return (old.host, old.port, old.state) == (host, port, state)
+
+    def _put(self, entry: Entry) -> None:
+        if entry.state == GONE:
+            self._remove(entry.nick)
+            self._gone[entry.nick] = entry
+            if len(self._gone) > MAX_TOMBSTONES:
+                del self._gone[next(iter(self._gone))]
+        else:
+            self._gone.pop(entry.nick, None)
+            self._replace(entry)
+        self._log.append(entry)
+        if len(self._log) > 2 * (len(self.entries) + len(self._gone)) + 64:
+            self._log = [kept for kept in self._log if self._is_current(kept)]
+
+    def _replace(self, entry: Entry) -> None:
+        if self._spellings is not None and entry.nick not in self.entries:
+            self._spellings.add(entry.nick)
+        self.entries[entry.nick] = entry
+
+    def _remove(self, nick: str) -> None:
+        del self.entries[nick]
+        if self._spellings is not None:
+            self._spellings.remove(nick)
+
+    def _is_current(self, entry: Entry) -> bool:
+        return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
+
+    def pages(self, since: int, size: int) -> Iterator[Page]:
+        """Yield what changed after version ``since``, in pages of about ``size`` bytes on the wire.
+
+        Even a snapshot names those who are gone: part of an earlier answer to the same question may have arrived.
+        """
+        start, used, last = since, 0, since
+        rows: list[EntryRow] = []
+        for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
+            entry = self._log[index]
+            if not self._is_current(entry):
+                continue
+            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
+            if rows and used + cost > size:
+                yield Page(start, last, rows)
+                start, rows, used = last, [], 0
+            rows.append(entry.row())
+            used += cost
+            last = entry.version
+        if self.version > since:
+            yield Page(start, self.version, rows)
+
+    def apply(self, page: Page) -> list[str] | None:
+        """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
+        if page.since > self.version:
+            return None
+        if page.version <= self.version:
+            return []
+        changed = []
+        self.version = page.version
+        for nick, host, port, name in page.rows:
+            state = STATES[name]
+            if self._says(nick, host, port, state):
+                continue
+            if state == GONE:
+                self._remove(nick)
+            else:
+                self._replace(Entry(nick, host, port, state, page.version))
+            changed.append(nick)
+        return changed
 
 
 # --- texts ----------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
-"""Client table and its copies, nick ownership, and what is decided on stored mail.
+"""Who may register, who is registered, copies of the client table, and what is decided on stored mail.
 
 Rules of this file
 ------------------
 - No sockets, no clock, no printing. Monotonic time (``now``, in seconds) comes in as an argument; so do random ids.
   ``TableSync`` and ``Committer``, which do something later, have the ``Loop``. The only side effects are on the store.
 - No decision depends on the wall clock: see ``home``.
-- It knows nothing of datagrams: it decides, its owner informs the clients.
+- It knows nothing of what is in datagrams: it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
 
 How it works
 ------------
-``Table`` is the dictionary of clients. Every change gives one entry a new version, no two entries share one, and
-an entry remembers the version of its last change. So "what changed since version v" is one question with one kind
-of answer, whether v is the version before (a broadcast) or 0 (a snapshot). The server owns a table, every client
-has a ``Mirror`` of it, which ``TableSync`` keeps complete.
+The server owns a ``Table`` (see ``protocol``). Every client has a ``Mirror`` of it, which ``TableSync`` keeps
+complete.
+
+``Cookies`` prove the address of whoever registers, and ``ReplyLimit`` keeps answers small until that is done. At the
+client, ``Patience`` says for how long a registration that was refused is asked for again.
 
 ``Sessions`` holds the registrations of clients: those that exist, and those that ended lately. ``Registry`` is what the
 server decides on table, sessions and store: who gets a nick, when somebody goes online (not before the mail that waited
@@ -29,178 +30,20 @@ the time before that rule keeps working.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from itertools import takewhile
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_bind_proof, is_hash_of
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import MAX_PIECE, SYNC_PAGES, Info, Spellings, mixes_scripts, since_of
-from secure import Channel, Hello
-
-Address = tuple[str, int]
-EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
+from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Page, State, Table,
+                      mixes_scripts, since_of)
+from secure import MAPS, Channel, Hello, Send
 
 
-# --- the table ------------------------------------------------------------------------------------------------
-
-class State(str, Enum):
-    """What the table says of a nick. It is a string, too, because it travels in a ``table`` and an ``exists``."""
-
-    ONLINE = "online"
-    OFFLINE = "offline"
-    GONE = "gone"       # forgotten: the entry is a tombstone, for those who still have the nick in their table
-
-    __str__ = str.__str__       # format() and f-strings show the value in every version of Python, not State.ONLINE
-
-
-ONLINE, OFFLINE, GONE = State.ONLINE, State.OFFLINE, State.GONE
-STATES: dict[str, State] = {state.value: state for state in State}
-
-
-class Entry(NamedTuple):
-    """One client, as of the version of its last change."""
-
-    nick: str
-    host: str
-    port: int
-    state: State
-    version: int
-
-    def row(self) -> EntryRow:
-        """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
-        return [self.nick, self.host.partition("%")[0], self.port, self.state]
-
-
-class Page(NamedTuple):
-    """Every entry that changed in (since, version]."""
-
-    since: int
-    version: int
-    rows: list[EntryRow]
-
-
-ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
-MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
-
-
-class Table:
-    """The versioned dictionary of clients: nick -> ``Entry``."""
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.entries: dict[str, Entry] = {}
-        self._gone: dict[str, Entry] = {}
-        self._log: list[Entry] = []     # by version; entries that changed again are stale
-        self._spellings: Spellings | None = None
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def get(self, nick: str) -> Entry | None:
-        """Return the entry of ``nick``, None for an unknown one."""
-        return self.entries.get(nick)
-
-    def is_online(self, nick: str) -> bool:
-        """Return whether ``nick`` is known and online."""
-        entry = self.entries.get(nick)
-        return entry is not None and entry.state == ONLINE
-
-    @property
-    def spellings(self) -> Spellings:
-        """The nicks here, by what is the same for all spellings of each; made when somebody first asks for it."""
-        if self._spellings is None:
-            self._spellings = Spellings(self.entries)
-        return self._spellings
-
-    def spelling_of(self, nick: str) -> str | None:
-        """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
-        return nick if nick in self.entries else self.spellings.only(nick)
-
-    def set(self, nick: str, host: str, port: int, state: State) -> bool:
-        """Change one entry; return whether that changed anything (and so used a new version)."""
-        if self._says(nick, host, port, state):
-            return False
-        self.version += 1
-        self._put(Entry(nick, host, port, state, self.version))
-        return True
-
-    def _says(self, nick: str, host: str, port: int, state: State) -> bool:
-        """Return whether this is what the table says already."""
-        old = self.entries.get(nick)
-        if old is None:
-            return state == GONE
-        return (old.host, old.port, old.state) == (host, port, state)
-
-    def _put(self, entry: Entry) -> None:
-        if entry.state == GONE:
-            self._remove(entry.nick)
-            self._gone[entry.nick] = entry
-            if len(self._gone) > MAX_TOMBSTONES:
-                del self._gone[next(iter(self._gone))]
-        else:
-            self._gone.pop(entry.nick, None)
-            self._replace(entry)
-        self._log.append(entry)
-        if len(self._log) > 2 * (len(self.entries) + len(self._gone)) + 64:
-            self._log = [kept for kept in self._log if self._is_current(kept)]
-
-    def _replace(self, entry: Entry) -> None:
-        if self._spellings is not None and entry.nick not in self.entries:
-            self._spellings.add(entry.nick)
-        self.entries[entry.nick] = entry
-
-    def _remove(self, nick: str) -> None:
-        del self.entries[nick]
-        if self._spellings is not None:
-            self._spellings.remove(nick)
-
-    def _is_current(self, entry: Entry) -> bool:
-        return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
-
-    def pages(self, since: int, size: int) -> Iterator[Page]:
-        """Yield what changed after version ``since``, in pages of about ``size`` bytes on the wire.
-
-        Even a snapshot names those who are gone: part of an earlier answer to the same question may have arrived.
-        """
-        start, used, last = since, 0, since
-        rows: list[EntryRow] = []
-        for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
-            entry = self._log[index]
-            if not self._is_current(entry):
-                continue
-            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
-            if rows and used + cost > size:
-                yield Page(start, last, rows)
-                start, rows, used = last, [], 0
-            rows.append(entry.row())
-            used += cost
-            last = entry.version
-        if self.version > since:
-            yield Page(start, self.version, rows)
-
-    def apply(self, page: Page) -> list[str] | None:
-        """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
-        if page.since > self.version:
-            return None
-        if page.version <= self.version:
-            return []
-        changed = []
-        self.version = page.version
-        for nick, host, port, name in page.rows:
-            state = STATES[name]
-            if self._says(nick, host, port, state):
-                continue
-            if state == GONE:
-                self._remove(nick)
-            else:
-                self._replace(Entry(nick, host, port, state, page.version))
-            changed.append(nick)
-        return changed
-
+# --- copies of the table --------------------------------------------------------------------------------------
 
 class Mirror:
     """A client's copy of the server's table.
@@ -401,6 +244,106 @@ class TableSync(Mirror):
     def _refresh_own_state(self) -> None:
         was_online, self._shows_us = self._shows_us, self.table.is_online(self._link.nick) and self.is_of_this_boot
         self._on_own_state(self._shows_us, was_online)
+
+
+# --- registering ----------------------------------------------------------------------------------------------
+
+REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts, after refusals that may pass
+
+
+class Patience:
+    """For how long a registration that was refused is asked for again.
+
+    ``is_endless``: until its owner calls ``end``. Otherwise ``limit`` says how long a nick of ours that is in use is
+    waited for, in s since the first refusal.
+    """
+
+    def __init__(self, is_endless: bool = False, limit: float = 0.0) -> None:
+        self.is_endless, self.limit = is_endless, limit
+        self.renew()
+
+    def renew(self) -> None:
+        """Count from the next refusal on: the request was granted."""
+        self.reason: str | None = None      # of the refusal that is waited out
+        self._until = NEVER
+
+    def end(self) -> bool:
+        """Be endless no more; return whether it was."""
+        was_endless, self.is_endless = self.is_endless, False
+        return was_endless
+
+    def wait_after(self, now: float, reason: str, is_starting: bool, jitter: float) -> float:
+        """Return the seconds until the request is made again after a refusal, 0.0 if that is final.
+
+        ``is_starting``: nobody knows us yet. After a restart of a server its clients wait for a place for as long as
+        it takes. ``jitter``: by which the interval is multiplied. The last attempt is made when the time is over.
+        """
+        limits = {"taken": self.limit, "full": 0.0 if is_starting else NEVER}
+        self._until = min(self._until, now + limits.get(reason, 0.0))
+        wait = REFUSAL_INTERVALS.get(reason, 0.0) * jitter
+        if not self.is_endless:
+            wait = max(0.0, min(wait, self._until - now))
+        self.reason = reason if wait else None
+        return wait
+
+
+COOKIE_TIME = 30.0        # s; the time slot in a cookie: it is valid in its own slot and the next one, 30 to 60 s
+
+
+class Cookies:
+    """Proofs of address for which a server remembers nothing: HMAC over address and time (RFC 9147 §5.1).
+
+    RFC 9000 §8.1.2 calls such a proof an address validation token.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        """``secret`` signs the cookies; nobody else knows it."""
+        self.secret = secret
+
+    def make(self, now: float, address: Address, age: int = 0) -> bytes:
+        """Return the cookie for ``address`` of this time slot, or of that ``age`` slots ago."""
+        import hmac     # here: only registrations need it, and a start is measured
+        text = f"{address} {int(now / COOKIE_TIME) - age}"
+        return hmac.digest(self.secret, text.encode(), "sha256")[:SESSION_BYTES]
+
+    def accepts(self, cookie: bytes | None, now: float, address: Address) -> bool:
+        """Return whether ``cookie`` was made for ``address``, and not too long ago."""
+        import hmac
+        return cookie is not None and any(hmac.compare_digest(cookie, self.make(now, address, age)) for age in (0, 1))
+
+
+class ReplyLimit:
+    """The amplification limit, for answers to an address that may be forged.
+
+    All answers to a datagram together are never larger than it was: it is no use to forge the address of a victim, and
+    to let the server do the flooding. And there are not more than ``most`` answers a second.
+    """
+
+    def __init__(self, loop: Loop, send: Send, most: int) -> None:
+        self.allowance = 0          # bytes that may still answer the datagram at hand
+        self.refused = 0            # answers that were not sent
+        self._loop, self._send, self._most = loop, send, most
+        self._second = 0            # the one that is counted, and ...
+        self._replies = 0           # ... the answers in it
+
+    def allows(self, size: int) -> bool:
+        """Count ``size`` bytes that are to be sent; return False, and count nothing, if they may not be."""
+        second = int(self._loop.now())
+        if second != self._second:
+            self._second, self._replies = second, 0
+        if size > self.allowance or self._replies >= self._most:
+            self.refused += 1
+            return False
+        self.allowance -= size
+        self._replies += 1
+        return True
+
+    def reply(self, datagram: bytes, address: Address, channel: Channel | None = None) -> None:
+        """Answer the datagram at hand, in the channel in which it came, if that is allowed."""
+        if channel is not None:
+            datagram = channel.seal(MAPS, datagram)
+        if self.allows(len(datagram)):
+            self._send(datagram, address)
 
 
 # --- sessions -------------------------------------------------------------------------------------------------

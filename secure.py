@@ -25,9 +25,7 @@ nick in plain, and is good for this server alone; in message 1, the client's key
     Pin          which key the server must have
     Handshake    the client's side, in plain or by Noise
     Connection   what goes to the server and comes from it, in plain or in a channel
-    Patience     for how long a refusal is waited out
-    Cookies      the server's side of the proof of an address
-    RateLimit    how often something may happen; and ``ReplyLimit``: how much may go to an address that may be forged
+    RateLimit    how often something may happen
     Hellos       the server's side of Noise
 
     Sodium           the primitives, each called in one place
@@ -41,8 +39,8 @@ import struct
 from collections.abc import Callable, Container, Sequence
 
 from home import bind_proof, hash_of
-from loop import NEVER, Endpoint, Loop
-from protocol import (INDEX_BYTES, JOIN_SIZE, NO_NICK, REG_SIZE, SESSION_BYTES, Address, Decoder, Info, encode, folded,
+from loop import NEVER, Endpoint
+from protocol import (INDEX_BYTES, JOIN_SIZE, NO_NICK, REG_SIZE, Address, Decoder, Info, encode, folded,
                       is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
@@ -237,70 +235,7 @@ class Connection:
             return None
 
 
-REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts, after refusals that may pass
-
-
-class Patience:
-    """For how long a registration that was refused is asked for again.
-
-    ``is_endless``: until its owner calls ``end``. Otherwise ``limit`` says how long a nick of ours that is in use is
-    waited for, in s since the first refusal.
-    """
-
-    def __init__(self, is_endless: bool = False, limit: float = 0.0) -> None:
-        self.is_endless, self.limit = is_endless, limit
-        self.renew()
-
-    def renew(self) -> None:
-        """Count from the next refusal on: the request was granted."""
-        self.reason: str | None = None      # of the refusal that is waited out
-        self._until = NEVER
-
-    def end(self) -> bool:
-        """Be endless no more; return whether it was."""
-        was_endless, self.is_endless = self.is_endless, False
-        return was_endless
-
-    def wait_after(self, now: float, reason: str, is_starting: bool, jitter: float) -> float:
-        """Return the seconds until the request is made again after a refusal, 0.0 if that is final.
-
-        ``is_starting``: nobody knows us yet. After a restart of a server its clients wait for a place for as long as
-        it takes. ``jitter``: by which the interval is multiplied. The last attempt is made when the time is over.
-        """
-        limits = {"taken": self.limit, "full": 0.0 if is_starting else NEVER}
-        self._until = min(self._until, now + limits.get(reason, 0.0))
-        wait = REFUSAL_INTERVALS.get(reason, 0.0) * jitter
-        if not self.is_endless:
-            wait = max(0.0, min(wait, self._until - now))
-        self.reason = reason if wait else None
-        return wait
-
-
 # --- the server's side ----------------------------------------------------------------------------------------
-
-COOKIE_TIME = 30.0        # s; the time slot in a cookie: it is valid in its own slot and the next one, 30 to 60 s
-
-
-class Cookies:
-    """Proofs of address for which a server remembers nothing: HMAC over address and time (RFC 9147 §5.1).
-
-    RFC 9000 §8.1.2 calls such a proof an address validation token.
-    """
-
-    def __init__(self, secret: bytes) -> None:
-        """``secret`` signs the cookies; nobody else knows it."""
-        self.secret = secret
-
-    def make(self, now: float, address: Address, age: int = 0) -> bytes:
-        """Return the cookie for ``address`` of this time slot, or of that ``age`` slots ago."""
-        import hmac     # here: only registrations need it, and a start is measured
-        text = f"{address} {int(now / COOKIE_TIME) - age}"
-        return hmac.digest(self.secret, text.encode(), "sha256")[:SESSION_BYTES]
-
-    def accepts(self, cookie: bytes | None, now: float, address: Address) -> bool:
-        """Return whether ``cookie`` was made for ``address``, and not too long ago."""
-        import hmac
-        return cookie is not None and any(hmac.compare_digest(cookie, self.make(now, address, age)) for age in (0, 1))
 
 
 CALLS_PER_SECOND = 20     # to one client, at most
@@ -327,40 +262,6 @@ class RateLimit:
         self._counts[key] = self._counts.get(key, 0) + 1
         self._sum += 1
         return True
-
-
-class ReplyLimit:
-    """The amplification limit, for answers to an address that may be forged.
-
-    All answers to a datagram together are never larger than it was: it is no use to forge the address of a victim, and
-    to let the server do the flooding. And there are not more than ``most`` answers a second.
-    """
-
-    def __init__(self, loop: Loop, send: Send, most: int) -> None:
-        self.allowance = 0          # bytes that may still answer the datagram at hand
-        self.refused = 0            # answers that were not sent
-        self._loop, self._send, self._most = loop, send, most
-        self._second = 0            # the one that is counted, and ...
-        self._replies = 0           # ... the answers in it
-
-    def allows(self, size: int) -> bool:
-        """Count ``size`` bytes that are to be sent; return False, and count nothing, if they may not be."""
-        second = int(self._loop.now())
-        if second != self._second:
-            self._second, self._replies = second, 0
-        if size > self.allowance or self._replies >= self._most:
-            self.refused += 1
-            return False
-        self.allowance -= size
-        self._replies += 1
-        return True
-
-    def reply(self, datagram: bytes, address: Address, channel: Channel | None = None) -> None:
-        """Answer the datagram at hand, in the channel in which it came, if that is allowed."""
-        if channel is not None:
-            datagram = channel.seal(MAPS, datagram)
-        if self.allows(len(datagram)):
-            self._send(datagram, address)
 
 
 HELLO_TIME = 5.0          # s; a handshake whose channel is not used by then is forgotten

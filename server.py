@@ -57,9 +57,8 @@ from home import Parcel
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, PROBE_HOLDER,
                       PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict, Committer,
-                      Refusal, Registry, Session)
-from secure import (CALLS_PER_SECOND, MAPS, RECORD_MARK, Channel, Cookies, Forged, Hello, Hellos, Keys, RateLimit,
-                    ReplyLimit, index_of)
+                      Cookies, Refusal, Registry, ReplyLimit, Session)
+from secure import CALLS_PER_SECOND, MAPS, RECORD_MARK, Channel, Forged, Hello, Hellos, Keys, RateLimit, index_of
 from stream import ReceiveStream, Run, SendStream
 
 

@@ -52,7 +52,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from protocol import INITIAL_ROOM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Info
+from protocol import INITIAL_ROOM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Address, Info
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -201,6 +201,46 @@ class Path:
         """Return the window that fills the path but not its queue; at least half of the one that met a loss."""
         fills = min(self.congestion_window, self._rate * self.min_rtt) if self._rate else 0.0
         return max(self.congestion_window / 2, fills, MIN_CONGESTION_WINDOW)
+
+
+RELAY_TIME = 60.0         # s during which somebody who cannot be reached directly is not tried again, twice as long ...
+MAX_RELAY_TIME = 600.0    # ... after each further time, up to this
+KNOCK_TIMEOUT = 0.3       # s; a recipient that was asked to knock, and can, has done so by then
+
+
+class Reach:
+    """What is known of the direct path to a recipient, and of the attempts to open it.
+
+    A router, or a firewall, lets in only what it takes for an answer. So two who are behind such must both send first:
+    when the recipient does not answer, the server is asked to introduce us (``meet``), and the recipient *knocks* from
+    behind its own router, which takes what we send from then on for the answer. Once for each silence.
+    """
+
+    def __init__(self) -> None:
+        self.beside: Address | None = None      # where it is in our own network, if it has knocked from there
+        self.closed_until = -NEVER              # the path did not work: it is not tried before that
+        self.met_at = -NEVER                    # when the server was asked to introduce us, in this silence or the last
+        self.awaits_knock = False               # none has come since then
+        self._failures = 0                      # since the path worked last
+
+    def fail(self, now: float) -> None:
+        """Note that the path does not work: it is tried again later, and each time later."""
+        self.closed_until = now + min(RELAY_TIME * 2 ** self._failures, MAX_RELAY_TIME)
+        self._failures = min(self._failures + 1, 16)
+        self.beside, self.awaits_knock = None, True
+
+    def work(self) -> None:
+        """Note that the path works."""
+        self.closed_until = self.met_at = -NEVER
+        self.awaits_knock, self._failures = False, 0
+
+    def meet(self, now: float) -> None:
+        """Note that the server is asked to introduce us."""
+        self.met_at, self.awaits_knock = now, True
+
+    def is_hopeless(self, now: float) -> bool:
+        """Return whether the recipient was asked to knock long enough ago, and nothing has come."""
+        return self.awaits_knock and -NEVER < self.met_at <= now - KNOCK_TIMEOUT
 
 
 # --- sending --------------------------------------------------------------------------------------------------
@@ -887,6 +927,34 @@ class ReceiveStream:
             else:
                 spans.append([first, last])
         return spans[:MAX_RANGES]
+
+
+class Incoming:
+    """One stream of a peer, or of the client's own mail, and whether it is held until mail is shown.
+
+    A held stream waits for two things, one after the other::
+
+        not held --numbers are missing--> held, ``awaited_mail`` None: for the server's answer
+                 --answer-------------->  held, ``awaited_mail`` set: until the mail up to that number is shown
+                 --shown, or HOLD_TIME without an answer--> not held: what is missing is given up
+    """
+
+    def __init__(self, stream: ReceiveStream, unacked: dict[Incoming, None]) -> None:
+        self.stream = stream
+        self.address: Address | None = None     # where acks go; None: to the server
+        self.sender = ""
+        self.last_count = 0                     # numbers buffered, when the inbox counted them
+        self.held_since = NEVER                 # when numbers were found missing, or the server was asked again
+        self.held_base = 0                      # the missing numbers are below this one
+        self.awaited_mail: int | None = None
+        self._unacked = unacked                 # the inbox's: this stream is in it while an ack is owed
+
+    def written(self, texts: int) -> None:
+        """Note that ``texts`` more of the texts handed out are written, see ``ReceiveStream``."""
+        before = self.stream.next
+        self.stream.written(texts)
+        if self.stream.next != before:
+            self._unacked[self] = None
 
 
 DUPLICATE_FILTER_LIMIT = 65_536     # streams and ranges of numbers remembered of evicted streams: about 20 MB

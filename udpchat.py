@@ -864,7 +864,7 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
     """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
     from client import Client
-    from secure import Patience
+    from registry import Patience
     from terminal import Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)

@@ -67,8 +67,8 @@ import protocol    # noqa: E402
 import udpchat    # noqa: E402
 from loop import SelectorLoop    # noqa: E402
 from conversation import DIRECT, QUEUE_LIMIT, Conversation, Place    # noqa: E402
-from protocol import FOR_SIZE, Decoder, Info, addressed, encode, letters_of, padded, since_of    # noqa: E402
-from registry import ONLINE, Page, Table    # noqa: E402
+from protocol import FOR_SIZE, ONLINE, Decoder, Info, Page, Table    # noqa: E402
+from protocol import addressed, encode, letters_of, padded, since_of    # noqa: E402
 from secure import MAPS, RECORD_MARK, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
 from terminal import show_time    # noqa: E402

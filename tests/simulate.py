@@ -42,9 +42,9 @@ from client import LINK_OFFLINE, LINK_REGISTERING, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
 from home import ERROR, INFO, Mailbox, clean, static_secret, token_for
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import Address, encode
-from registry import DAY, Registry, State
-from secure import RECORD_MARK, Handshake, Keys, KeyPair, Patience, Sodium, load_sodium
+from protocol import Address, State, encode
+from registry import DAY, Patience, Registry
+from secure import RECORD_MARK, Handshake, Keys, KeyPair, Sodium, load_sodium
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer

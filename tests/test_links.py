@@ -18,7 +18,8 @@ import pytest
 import loop
 from client import ServerLink
 from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
-from registry import ONLINE, TableSync
+from protocol import ONLINE
+from registry import TableSync
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, Process, has_ipv6, received)
 

@@ -13,8 +13,8 @@ import pytest
 from client import ServerLink
 from conversation import Delivery, Inbox
 from loop import Output
-from protocol import SESSION_SIZE, encode, padded
-from registry import Committer, Session, Table, TableSync
+from protocol import SESSION_SIZE, Table, encode, padded
+from registry import Committer, Session, TableSync
 from secure import CipherState
 from server import Postman, Server
 from stream import ReceiveStream, SendStream

@@ -26,10 +26,9 @@ import home
 import protocol
 import registry
 from home import Known, Mailbox, Parcel, StoreError, StoredLetter
-from protocol import MAX_PIECE
-from registry import (BYE, DAY, EVICTED, FULL, GONE, GRANTED, KEEP, MAILBOX_SIZE, OFFLINE, ONLINE, OWNED, PROBE_HOLDER,
-                      PROBE_RECIPIENT, REPLACED, SILENCE, UNKNOWN, Address, Mirror, Page, Registry, Session, State,
-                      Table)
+from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Page, State, Table
+from registry import (BYE, DAY, EVICTED, FULL, GRANTED, KEEP, MAILBOX_SIZE, OWNED, PROBE_HOLDER, PROBE_RECIPIENT,
+                      REPLACED, SILENCE, UNKNOWN, Mirror, Registry, Session)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
@@ -312,7 +311,7 @@ def test_the_log_of_changes_stays_short_and_still_serves_every_version() -> None
 
 
 def test_of_those_who_went_only_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_TOMBSTONES", 3)
+    monkeypatch.setattr(protocol, "MAX_TOMBSTONES", 3)
     table = filled(6)
     since = table.version
     for nick in list(table.entries)[:5]:

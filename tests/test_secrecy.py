@@ -16,9 +16,9 @@ import pytest
 from home import KnownKeys, Mailbox, bind_proof, hash_of, static_secret, token_for
 from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, addressed,
                       encode, padded, table_map)
-from registry import ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
-from secure import (COOKIE_TIME, FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS,
-                    MAX_HELLOS, RECORD_EXTRA, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
+from registry import COOKIE_TIME, ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
+from secure import (FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS, MAX_HELLOS,
+                    RECORD_EXTRA, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
                     hello_prologue, load_sodium)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World

@@ -36,9 +36,9 @@ from client import LINK_LEAVING, PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import DAMAGED, Mailbox, clean, load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
-from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, padded
-from registry import DAY, NICK_LAPSE, OFFLINE as IS_OFFLINE, SYNC_INTERVAL, Registry, Table
-from secure import COOKIE_TIME, Handshake, Keys
+from protocol import OFFLINE as IS_OFFLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, encode, padded
+from registry import COOKIE_TIME, DAY, NICK_LAPSE, SYNC_INTERVAL, Registry
+from secure import Handshake, Keys
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from terminal import Display
 from tests.corpus import mutants, record
