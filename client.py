@@ -25,14 +25,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Account, Inbox, Meetings, Outbox, Place
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Account, Inbox, Meetings, Outbox
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (ONLINE, PROOF_BYTES, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info, Map,
-                      encode, folded, padded)
-from registry import SYNC_INTERVAL, Patience, TableSync
-from secure import NO_REQUEST, RECORD_EXTRA, RECORD_MARK, Channel, Connection, Handshake, Send
-from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
+from protocol import (MAX_NUMBER, ONLINE, PROOF_BYTES, RECORD_EXTRA, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL,
+                      SESSION_SIZE, Decoder, Info, Map, encode, folded, index_of, padded)
+from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
+                      LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
+from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, Send
+from terminal import REGISTRATION_REFUSALS, Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -41,31 +42,6 @@ OUTAGE_PING_INTERVAL = 2.0      # s between pings, and questions for the table, 
 HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
 PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
 PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
-
-
-class LinkState(Enum):
-    """Where a client stands with its server, see ``ServerLink``."""
-
-    OFFLINE = "offline"
-    REGISTERING = "registering"
-    SYNCING = "syncing"
-    ONLINE = "online"
-    RETURNING = "returning"
-    LEAVING = "leaving"
-
-
-# under names of their own: reading a member off its class is slow in Python 3.11
-LINK_OFFLINE, LINK_REGISTERING, LINK_SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
-LINK_ONLINE, LINK_RETURNING, LINK_LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
-
-REGISTERED_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
-COMMAND_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE)    # in which commands are carried out
-
-TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
-    LINK_OFFLINE: (LINK_REGISTERING,), LINK_REGISTERING: (LINK_SYNCING, LINK_OFFLINE),
-    LINK_SYNCING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_ONLINE: (LINK_RETURNING, LINK_LEAVING, LINK_OFFLINE),
-    LINK_RETURNING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_LEAVING: (LINK_OFFLINE,),
-}
 
 
 class ServerLink:
@@ -381,16 +357,11 @@ class ServerLink:
 class Sending:
     """Messages out: queues them, and polls the conversations to which something happened or whose time has come."""
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox,
-                 receipts: Receipts) -> None:
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
+                 outbox: Outbox, receipts: Receipts) -> None:
         self.outbox, self._loop, self._send = outbox, loop, send
-        self._link, self._table, self._receipts = link, table, receipts
+        self._link, self._peers, self._table, self._receipts = link, peers, table, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
-
-    def place_of(self, nick: str) -> Place | None:
-        """Return where ``nick`` can be reached; None: nobody knows that nick."""
-        entry = self._table.table.get(nick)
-        return Place(entry.state == ONLINE, self._table.reach(entry.host, entry.port)) if entry is not None else None
 
     def queue(self, command: SendCommand) -> bool:
         """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
@@ -399,7 +370,7 @@ class Sending:
         """
         outbox, nick, now = self.outbox, command.nick, self._loop.now()
         if nick not in outbox.conversations:
-            outbox.open(now, nick, self.place_of(nick), new_id(self._loop))
+            outbox.open(now, nick, self._table.place_of(nick), new_id(self._loop))
         room = outbox.room(now, nick)
         if room:
             texts = self._receipts.fitting(command, command.take(room))
@@ -412,14 +383,6 @@ class Sending:
             command.texts = []
             return True
         return False
-
-    def on_ack(self, info: Info) -> None:
-        """Learn what the server has kept."""
-        self.outbox.on_ack(self._loop.now(), info, None)
-
-    def on_nack(self, info: Info) -> None:
-        """Learn what the server refuses to keep."""
-        self.outbox.on_nack(self._loop.now(), info, None)
 
     def on_exists(self, info: Info) -> None:
         """Learn from the server that a recipient is there, and where."""
@@ -436,11 +399,15 @@ class Sending:
             return
         now = self._loop.now()
         if outbox.due() <= now:
-            for datagram, address in outbox.poll(now, self._loop.drained):
-                if address is not None:
-                    self._send(datagram, address)
-                else:
-                    link.connection.send(datagram)
+            peers = self._peers if link.connection.channel is not None else None
+            for conversation, datagrams in outbox.poll(now, self._loop.drained):
+                for datagram, address in datagrams:
+                    if address is None:
+                        link.connection.send(datagram)
+                    elif peers is None:
+                        self._send(datagram, address)
+                    else:
+                        peers.send(conversation.peer, datagram, address, conversation.stream.path.backoff > 1.0)
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
@@ -463,8 +430,9 @@ class Receiving:
     While a stream waits for messages that may be in the mail, the server is asked how much mail there is.
     """
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, inbox: Inbox, display: Display) -> None:
-        self.inbox = inbox
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, inbox: Inbox,
+                 display: Display) -> None:
+        self.inbox, self._peers = inbox, peers
         self.accepts = True                     # messages; not any more once the client is about to leave
         self._loop, self._send, self._link, self._display = loop, send, link, display
         self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
@@ -537,11 +505,14 @@ class Receiving:
         """Ack every stream that brought something, or of which something was written."""
         acks = self.inbox.acks()       # in every state: an ack that may not be sent now is dropped
         if self._link.state is not LINK_OFFLINE and self._link.state is not LINK_REGISTERING:
-            for info, address in acks:
-                if address is not None:
+            peers = self._peers if self._link.connection.channel is not None else None
+            for info, address, nick in acks:
+                if address is None:
+                    self._link.connection.send(encode("ack", info))
+                elif peers is None:
                     self._send(encode("ack", info), address)
                 else:
-                    self._link.connection.send(encode("ack", info))
+                    peers.answer(nick, encode("ack", info), address)
 
 
 # --- other clients --------------------------------------------------------------------------------------------
@@ -549,39 +520,91 @@ class Receiving:
 class PeerLinks:
     """What comes straight from other clients, as far as it can be trusted.
 
-    Chat counts if the table says that its sender is there, and an ack if the stream in it, a random number, went there
-    (see ``Outbox``).
+    In a channel with somebody, that one speaks. What is in plain counts only from those who have no key, if our session
+    is encrypted; then chat does if the table says that its sender is there, and an ack if the stream in it, a random
+    number, went there (see ``Outbox``).
     """
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, table: TableSync, outbox: Outbox,
-                 receiving: Receiving) -> None:
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
+                 outbox: Outbox, receiving: Receiving, display: Display) -> None:
         self.allowance = 0                      # bytes of not-me that may still answer the datagram at hand
-        self.meetings = Meetings(send, outbox, table, lambda: link.handshake.own, link.endpoint.last_two)
-        self._loop, self._send, self._link, self._table = loop, send, link, table
-        self._outbox, self._receiving = outbox, receiving
+        self.meetings = Meetings(send, outbox, table, lambda: link.handshake.own, link.endpoint.last_two, loop.now)
+        self._loop, self._send, self._link, self._peers, self._table = loop, send, link, peers, table
+        self._outbox, self._receiving, self._display = outbox, receiving, display
+        if peers is not None:
+            peers.key_of, peers.home_of, peers.is_at = table.key_of, table.home_of, self._is_at
+            peers.on_plain = self._on_plain
+
+    def on_news(self, nick: str) -> None:
+        """Forget where somebody was: the table has changed."""
+        self.meetings.forget(nick)
+        if self._peers is not None:
+            self._peers.on_news(nick)
+
+    def _is_at(self, nick: str, address: Address) -> bool:
+        return self._table.is_at(nick, address) or self.meetings.admits(nick, address)
+
+    def _takes_plain(self, nick: str) -> bool:
+        if self._peers is None or self._link.connection.channel is None:
+            return True
+        return self._peers.takes_plain(nick)
+
+    # keys and channels
+
+    def _on_plain(self, nick: str) -> None:
+        """Tell that what goes to somebody is not encrypted, or that nothing goes there."""
+        handshake, conversation = self._link.handshake, self._outbox.conversations.get(nick)
+        if handshake.must_encrypt and conversation is not None:
+            refusal = {"stream": conversation.id, "first": 1, "last": MAX_NUMBER - 1, "reason": "not-secure"}
+            self._outbox.on_nack(self._loop.now(), refusal, nick)
+        elif handshake.tells_of_plain:
+            handshake.tells_of_plain = self._display.names_messages     # to others than these, once
+            self._display.tell("peer-insecure", to=nick)
+
+    def on_offer(self, info: Info, address: Address) -> None:
+        """Agree to a channel with somebody of the table."""
+        is_known = self._table.holds(address) or self.meetings.holds(address)
+        if self._peers is not None and self._link.connection.channel is not None:
+            if not is_known or not self._peers.on_offer(info, address):
+                self._table.ask_soon()      # see ``on_chat``
+
+    def on_sealed(self, nick: str, maps: Sequence[Map], address: Address) -> None:
+        """Accept what somebody says in a channel."""
+        now = self._loop.now()
+        for tag, info in maps:
+            if tag == "chat" and (info["from"], info["to"]) == (nick, self._outbox.me):
+                if self._is_at(nick, address):
+                    self.meetings.note_chat(nick, address)
+                self._receiving.on_chat(info, address)
+            elif tag == "ack":
+                self._outbox.on_ack(now, info, nick)
+
+    # what is in plain
 
     def on_ack(self, info: Info, address: Address) -> None:
         """Accept what a peer has received."""
-        self._outbox.on_ack(self._loop.now(), info, address)
+        if self._link.connection.channel is None or self._may_answer(info):
+            self._outbox.on_ack(self._loop.now(), info, address)
 
     def on_nack(self, info: Info, address: Address) -> None:
-        """Accept what a peer refuses."""
-        self._outbox.on_nack(self._loop.now(), info, address)
+        """Accept that somebody else is at an address now."""
+        if info["reason"] == "not-me" and self._may_answer(info):
+            self._outbox.on_nack(self._loop.now(), info, address)
 
-    def on_knock(self, info: Info, address: Address) -> None:
-        """Send again at once to somebody who has knocked."""
-        self.meetings.on_knock(self._loop.now(), info, address)
+    def _may_answer(self, info: Info) -> bool:
+        conversation = self._outbox.by_stream.get(info["stream"])
+        return conversation is not None and self._takes_plain(conversation.peer)
 
     def on_chat(self, info: Info, address: Address) -> None:
         """Accept messages, if they are for us, and their sender is where they come from."""
         sender = info["from"]
         if info["to"] != self._outbox.me:   # who was at this address before
             self._refuse(info, address)
-        elif self._table.is_at(sender, address) or self.meetings.admits(sender, address):
-            self.meetings.note_chat(self._loop.now(), sender, address)
+        elif not self._is_at(sender, address):
+            self._table.ask_soon()  # a newcomer, a client that has moved, or somebody who poses as another: ...
+        elif self._takes_plain(sender):     # ... its sender will repeat it
+            self.meetings.note_chat(sender, address)
             self._receiving.on_chat(info, address)
-        else:       # a newcomer, a client that has moved, or somebody who poses as another: its sender will repeat it
-            self._table.ask_soon()
 
     def _refuse(self, info: Info, address: Address) -> None:
         nack = encode("nack", {"stream": info["stream"], "first": info["n"], "reason": "not-me",
@@ -746,9 +769,6 @@ class Leaving:
 
 # --- the client -----------------------------------------------------------------------------------------------
 
-# reasons of refusals, and what is told of them: all others as "taken"
-REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts", "secure": "must-encrypt",
-            "insecure": "server-insecure", "key-changed": "server-key-changed"}
 HINTS = frozenset({"cookie", "hello", "pong"})  # may come in plain beside a channel: what they say is proved otherwise
 
 
@@ -775,9 +795,13 @@ class Client:
                                handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
-        self.sending = Sending(loop, send, self.link, self.table_sync, self.outbox, self.receipts)
-        self.receiving = Receiving(loop, send, self.link, self.inbox, display)
-        self.peers = PeerLinks(loop, send, self.link, self.table_sync, self.outbox, self.receiving)
+        keys, must_encrypt = self.link.handshake.keys, self.link.handshake.must_encrypt
+        peers = Peers(keys, send, loop.now, lambda: new_id(loop), must_encrypt) if keys is not None else None
+        self._channels = peers                  # with other clients
+        self.sending = Sending(loop, send, self.link, peers, self.table_sync, self.outbox, self.receipts)
+        self.receiving = Receiving(loop, send, self.link, peers, self.inbox, display)
+        self.peers = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
+                               display)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
@@ -786,14 +810,17 @@ class Client:
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
-            "knock": self.peers.on_knock}
+            "knock": self.peers.meetings.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self.table_sync.on_table, "ack": self.sending.on_ack, "nack": self.sending.on_nack,
+            "table": self.table_sync.on_table, "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
+            "nack": lambda info: self.outbox.on_nack(loop.now(), info, None),
             "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peers.meetings.on_call}
         self._proving: dict[str, Callable[[Info, Address], None]] = {
             "cookie": self.link.handshake.on_cookie, "hello": self.link.handshake.on_hello,
             "welcome": self.link.on_welcome, "refused": self.link.on_refused, "pong": self.link.on_pong,
             "bye": self.link.on_bye}
+        if peers is not None:
+            self._from_peers.update(offer=self.peers.on_offer, accept=peers.on_accept)
 
     def start(self) -> None:
         """Come online."""
@@ -813,9 +840,7 @@ class Client:
             return
         link, server, connection = self.link, self._server, self.link.connection
         if connection.channel is not None and datagram[:1] == RECORD_MARK:
-            text = connection.opened(datagram)
-            if text is not None:
-                self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
+            self._receive_record(connection.channel, datagram, address)
             return
         maps = self.decoder.decode(datagram)
         if address != server.current and address != server.other:
@@ -830,6 +855,16 @@ class Client:
                     handler(info, address)
         else:
             self._receive_from_server(maps, address)
+
+    def _receive_record(self, channel: Channel, record: bytes, address: Address) -> None:
+        if index_of(record) == channel.index:
+            text = self.link.connection.opened(record)
+            if text is not None:
+                self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
+            return
+        found = self._channels.opened(record, address) if self._channels is not None else None
+        if found is not None:
+            self.peers.on_sealed(found[0], self.decoder.decode(found[1]), address)
 
     def _prove(self, tag: str, info: Info, address: Address, is_sealed: bool = False) -> None:
         """Accept what only the server can say: we and it alone know the session, or the id, in it."""
@@ -869,6 +904,8 @@ class Client:
         """
         self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
         is_sealed = self.link.connection.channel is not None
+        if self._channels is not None and self.link.handshake.pin.key is not None:
+            self._channels.me, self._channels.server_key = self.nick, self.link.handshake.pin.key
         self.outbox.register(self._loop.now(), Account(session, RECORD_EXTRA if is_sealed else 0))
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)
@@ -914,7 +951,7 @@ class Client:
             self.link.nick = spelling
             self.link.start()
             return
-        self.display.tell(REFUSALS.get(reason, "taken"), nick=self.nick)
+        self.display.tell(REGISTRATION_REFUSALS.get(reason, "taken"), nick=self.nick)
         if reason == "key-changed":
             log.error("%s", self.link.handshake.pin.advice)
         elif reason == "encrypted":
@@ -940,8 +977,8 @@ class Client:
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
         for nick in nicks:
-            self.peers.meetings.forget(nick)
-            self.outbox.locate(self._loop.now(), nick, self.sending.place_of(nick))
+            self.peers.on_news(nick)
+            self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:
         """Follow what the table says of us; a ping brings us back online."""

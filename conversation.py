@@ -53,8 +53,8 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL,
-                      SESSION_BYTES, SESSION_SIZE, Address, Info, are_neighbours, are_short, encode, is_private,
-                      join_pieces, letters_of, padded, pieces_of, runs_of_one_stream, text_sizes)
+                      SESSION_BYTES, SESSION_SIZE, Address, Info, Outgoing, Place, are_neighbours, are_short, encode,
+                      is_private, join_pieces, letters_of, padded, pieces_of, runs_of_one_stream, text_sizes)
 from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Incoming, Reach, ReceiveStream, SendStream,
                     SendTimes)
 
@@ -110,15 +110,8 @@ class Event(NamedTuple):
     relayed: bool = False
 
 
-class Place(NamedTuple):
-    """What a client's table says of a recipient; ``address`` is None if it cannot be sent to from here."""
-
-    online: bool
-    address: Address | None
-
-
 class Account:
-    """What a server knows the owner by, and by how many bytes a datagram grows that goes there encrypted."""
+    """What a server knows the owner by, and by how many bytes a datagram of its grows that is encrypted."""
 
     def __init__(self, session: bytes = bytes(SESSION_BYTES), seal_size: int = 0) -> None:
         self.session, self.seal_size = session, seal_size
@@ -166,7 +159,7 @@ class Conversation:
         self._is_last_try = False                   # this is the second DIRECT, after EXISTS
         self.reach = Reach()
         self._silence_limit = ack_timeout           # s without an answer on this route, after which it is given up
-        self._silent_since = NEVER                  # when the first datagram went out that nobody answered
+        self.silent_since = NEVER                   # when the first datagram went out that nobody answered
         self._server_is_silent = False              # and the event SILENT was added
         self._progress_at = NEVER                   # when messages were closed last, or the first of these was queued
         self._route_progress_at = NEVER             # the same, or when the route changed
@@ -182,7 +175,7 @@ class Conversation:
 
         The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
         """
-        room = MAX_DATAGRAM if route is DIRECT else MAX_DATAGRAM - self.account.seal_size
+        room = MAX_DATAGRAM - self.account.seal_size
         return room - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
 
     def _pending_sizes(self, items: list[Any]) -> list[int]:
@@ -223,7 +216,7 @@ class Conversation:
         stream = self.stream
         if stream.end == stream.base:
             self._route_progress_at = self._progress_at = now
-            self._silent_since = NEVER
+            self.silent_since = NEVER
             if not self._follows_table:
                 self._pick_route(now)
         self._times.add(stream.end, at, stream.base)
@@ -259,7 +252,7 @@ class Conversation:
         """Learn that the server is there: if it was silent, what waits for it goes out again."""
         if self.route is DIRECT:
             return
-        self._silent_since = NEVER
+        self.silent_since = NEVER
         if self._server_is_silent:
             self._server_is_silent = self.stuck = False
             self._route_progress_at = self._progress_at = self._judge_at = now
@@ -275,7 +268,7 @@ class Conversation:
             messages = self._count(base, next_)     # now: the stream forgets which numbers are continued
         closed = stream.on_ack(now, next_, have, room)
         if (route is DIRECT) == (self.route is DIRECT):     # any answer on the route in use is a sign of life
-            self._silent_since = NEVER
+            self.silent_since = NEVER
         if route is DIRECT and self.reach.met_at > -NEVER:
             self.reach.work()
         if closed:
@@ -293,11 +286,11 @@ class Conversation:
         """Process a refusal; it counts only on the route in use, and for the lowest number that is pending."""
         if (route is DIRECT) != (self.route is DIRECT) or not first <= self.stream.base <= last:
             return
-        if route is DIRECT:
+        if route is DIRECT and reason != "not-secure":      # which the owner says, no peer
             if reason == "not-me":
                 self._give_up_direct(now)
             return
-        self._silent_since = NEVER
+        self.silent_since = NEVER
         base = self.stream.base
         messages = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
@@ -340,7 +333,7 @@ class Conversation:
         """Return when ``poll`` must be called even if nothing happens."""
         return min(self.stream.due(), self._judge_at) if self.pending else NEVER
 
-    def poll(self, now: float, drained: bool = True) -> list[tuple[bytes, Address | None]]:
+    def poll(self, now: float, drained: bool = True) -> list[Outgoing]:
         """Return the datagrams to send now, and where to (None: the server).
 
         ``drained``: every socket was read empty. Otherwise the ack that ends a silence may be here, unread: a process
@@ -353,12 +346,12 @@ class Conversation:
             self._judge(now)
             self._judge_at = self._next_judgement()
         packets, route = stream.poll(now), self.route
-        if packets and self._silent_since == NEVER:
-            self._silent_since = now
+        if packets and self.silent_since == NEVER:
+            self.silent_since = now
             self._judge_at = min(self._judge_at, now + self._silence_limit)
         address = self._address if route is DIRECT else None
-        datagrams: list[tuple[bytes, Address | None]] = []
-        if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self._silent_since < NEVER:
+        datagrams: list[Outgoing] = []
+        if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self.silent_since < NEVER:
             self.reach.meet(now)
             info = {"session": self.account.session, "to": self.peer, "stream": self.id}
             datagrams.append((padded("meet", info, SESSION_SIZE), None))
@@ -377,7 +370,7 @@ class Conversation:
         it is allowed 30 s. The minute without progress on any route is for a recipient that registers again and again
         at another address and never receives anything: each change of route starts the 30 s again, but not the minute.
         """
-        silent = now >= self._silent_since + self._silence_limit
+        silent = now >= self.silent_since + self._silence_limit
         stalled = now >= self._route_progress_at + STALL_TIMEOUT
         if now >= self._progress_at + STUCK_TIMEOUT:
             self.stuck = True
@@ -403,7 +396,7 @@ class Conversation:
         """Return when ``_judge`` has something to decide, if nothing happens until then."""
         when = NEVER
         if not self._server_is_silent:
-            when = self._silent_since + self._silence_limit
+            when = self.silent_since + self._silence_limit
         is_stalled = self.stuck and self.route is not DIRECT and self.stream.timeout_cap == MAX_TIMEOUT
         if not is_stalled:
             when = min(when, self._route_progress_at + STALL_TIMEOUT)
@@ -459,7 +452,7 @@ class Conversation:
         elif self._server_is_silent:
             self.stream.resume()        # the silence is forgotten below, so the server is tried at once
         self.stream.timeout_cap = MAX_TIMEOUT if route is DIRECT else SERVER_INTERVAL   # as often as any request
-        self._silent_since = NEVER
+        self.silent_since = NEVER
         self._silence_limit = self.ack_timeout if route is DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
         self._server_is_silent = False
         self.stuck = self.pending > 0 and now >= self._progress_at + STUCK_TIMEOUT
@@ -643,31 +636,31 @@ class Outbox:
                 conversation.server_heard(now)
                 self._touched[nick] = conversation
 
-    # what the network says; address None: the server, in this session
+    # what the network says, and who it is: an address, a nick whose channel it has come in, or None, the server
 
-    def _addressed(self, info: Info, address: Address | None) -> Conversation | None:
-        """Return the conversation that an answer from ``address`` is about, if it may come from there."""
+    def _addressed(self, info: Info, who: Address | str | None) -> Conversation | None:
+        """Return the conversation that an answer is about, if it may be answered by ``who``."""
         conversation = self.by_stream.get(info["stream"])
-        if conversation is None or (address is not None and address not in conversation.addresses):
+        if conversation is None or (
+                who is not None and who not in conversation.addresses and who != conversation.peer):
             return None
         return conversation
 
-    def on_ack(self, now: float, info: Info, address: Address | None) -> None:
+    def on_ack(self, now: float, info: Info, who: Address | str | None) -> None:
         """Process an ``ack``."""
-        conversation = self._addressed(info, address)
+        conversation = self._addressed(info, who)
         if conversation is not None:
-            conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if address is None else DIRECT)
+            conversation.on_ack(now, info["next"], info["have"], info["room"], SAVE if who is None else DIRECT)
             if conversation.stream.end > conversation.stream.base:
                 self._touched[conversation.peer] = conversation
             else:
                 self.with_events[conversation.peer] = conversation      # there is nothing to send, so no need to poll
 
-    def on_nack(self, now: float, info: Info, address: Address | None) -> None:
+    def on_nack(self, now: float, info: Info, who: Address | str | None) -> None:
         """Process a ``nack``."""
-        conversation = self._addressed(info, address)
+        conversation = self._addressed(info, who)
         if conversation is not None:
-            conversation.on_nack(now, info["first"], info["last"], info["reason"],
-                                 SAVE if address is None else DIRECT)
+            conversation.on_nack(now, info["first"], info["last"], info["reason"], SAVE if who is None else DIRECT)
             self._touched[conversation.peer] = conversation
 
     def on_exists(self, now: float, info: Info, reachable: Address | None) -> None:
@@ -707,13 +700,13 @@ class Outbox:
             elif due < NEVER:
                 self._schedule(nick, due)
 
-    def poll(self, now: float, drained: bool = True) -> Iterator[tuple[bytes, Address | None]]:
+    def poll(self, now: float, drained: bool = True) -> Iterator[tuple[Conversation, list[Outgoing]]]:
         """Yield the datagrams to send now, and where to (None: the server); ``drained``: see ``Conversation.poll``."""
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
         for nick in list(islice(self._touched, POLLS_PER_TURN)):
             conversation = self._touched.pop(nick)
-            yield from conversation.poll(now, drained)
+            yield conversation, conversation.poll(now, drained)
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)
@@ -771,9 +764,10 @@ class Meetings:
     """
 
     def __init__(self, send: Callable[[bytes, Address], None], outbox: Outbox, table: Whereabouts,
-                 own_address: Callable[[], Address | None], servers: Callable[[], Sequence[Address]]) -> None:
+                 own_address: Callable[[], Address | None], servers: Callable[[], Sequence[Address]],
+                 now: Callable[[], float]) -> None:
         """``own_address``: returns ours, if it is one of a private network; ``servers``: where the server may be."""
-        self._send, self._outbox, self._table = send, outbox, table
+        self._send, self._outbox, self._table, self._now = send, outbox, table, now
         self._own_address, self._servers = own_address, servers
         self._beside: dict[str, Address] = {}       # where those are who have called from our own network
 
@@ -792,24 +786,28 @@ class Meetings:
         for one in addresses:
             self._send(encode("knock", {"stream": info["stream"]}), one)
 
-    def on_knock(self, now: float, info: Info, address: Address) -> None:
+    def on_knock(self, info: Info, address: Address) -> None:
         """Send again at once to somebody who has knocked, from where the table says, or in our own network."""
         conversation = self._outbox.by_stream.get(info["stream"])
         if conversation is None or conversation.place is None or not conversation.place.online:
             return
         is_beside = self._is_beside_us(address) and self._table.are_behind_one_router(conversation.peer)
         if address == conversation.place.address or is_beside:
-            self._outbox.on_knock(now, conversation, address)
+            self._outbox.on_knock(self._now(), conversation, address)
 
-    def note_chat(self, now: float, nick: str, address: Address) -> None:
+    def note_chat(self, nick: str, address: Address) -> None:
         """Note that somebody's chat came straight from ``address``, where they are: we reach them there, too."""
         conversation = self._outbox.conversations.get(nick)
         if conversation is not None and conversation.route is RELAY:
-            self._outbox.on_knock(now, conversation, address)
+            self._outbox.on_knock(self._now(), conversation, address)
 
     def admits(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` has called from ``address``, in our own network."""
         return self._beside.get(nick) == address
+
+    def holds(self, address: Address) -> bool:
+        """Return whether anybody has called from ``address``, in our own network."""
+        return address in self._beside.values()
 
     def forget(self, nick: str) -> None:
         """Forget where somebody was: the table has changed."""
@@ -969,13 +967,13 @@ class Inbox:
         else:
             self._buffering.pop(incoming, None)
 
-    def acks(self) -> list[tuple[Info, Address | None]]:
-        """Return the ``ack`` of every stream that owes one, and where to send it (None: to the server)."""
+    def acks(self) -> list[tuple[Info, Address | None, str]]:
+        """Return the ``ack`` of every stream that owes one, and where to and to whom (None: the server) it goes."""
         grow = self.buffered * PIECE_MEMORY < INBOX_LIMIT
         acks = []
         for incoming in self.unacked:
             if incoming.address is not None or incoming is self._mail:      # else it was only named in mail
-                acks.append((incoming.stream.ack(grow), incoming.address))
+                acks.append((incoming.stream.ack(grow), incoming.address, incoming.sender))
         self.unacked.clear()
         return acks
 

@@ -20,6 +20,7 @@ is tried again.
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import re
@@ -274,6 +275,15 @@ def clean(text: str) -> str:
     if text.isprintable():
         return text
     return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+
+
+@functools.lru_cache(maxsize=1024)
+def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Return a wall-clock time in local time, for people."""
+    try:
+        return time.strftime(form, time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return "at an unknown time"
 
 
 def rfc3339(at: float) -> str:

@@ -72,6 +72,7 @@ KEY_BYTES = 32            # a public key of X25519
 INDEX_BYTES = 4           # of a channel: chosen by the receiver of its records, which finds the channel by them
 MAX_HELLO = 512           # bytes of one message of a handshake of Noise
 JOIN_SIZE = 320           # bytes a ``join`` is padded to: its size says nothing of the nick
+GREET_SIZE = 160          # bytes a ``greet`` is padded to: the same of another client
 NO_NICK = "-"             # stands where a nick is required, and is not to be said, or means nothing
 REG_SIZE = 128            # bytes a ``reg`` without cookie is padded to, so that its answer is never larger
 SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for`` and a ``probe`` are never larger
@@ -174,6 +175,14 @@ def are_neighbours(host: str, other: str) -> bool:
     return int(ipaddress.IPv6Address(host)) >> 64 == int(ipaddress.IPv6Address(other)) >> 64
 
 
+def network_of(host: str) -> str:
+    """Return what one user may have many addresses in: the /64 of an IPv6 host, or an IPv4 host itself."""
+    if ":" not in host:
+        return host
+    import ipaddress        # here: most users never see an IPv6 address
+    return str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(host)) >> 64 << 64))
+
+
 def are_short(texts: Sequence[str], most: int) -> bool:
     """Return whether each text has at most ``most`` bytes of UTF-8, even if all its characters are of the widest."""
     longest = len(texts[0]) if len(texts) == 1 else len(max(texts, key=len))
@@ -258,6 +267,9 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
     "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "items": valid_mail_items},
     "meet": {"session": SESSION, "to": NICK, "stream": COUNT},
+    "offer": {"id": COUNT, "message": binary_up_to(MAX_HELLO)},
+    "accept": {"id": COUNT, "message": binary_up_to(MAX_HELLO)},
+    "greet": {"from": NICK, "index": INDEX},
     "call": {"from": NICK, "stream": COUNT, "host": HOST, "port": PORT},
     "knock": {"stream": COUNT},
     "probe": {"id": COUNT, "to": NICK},
@@ -274,7 +286,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
-    "table": {"since": COUNT},
+    "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY))},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS},
     "exists": {"knocks": boolean},
@@ -355,9 +367,11 @@ def addressed(session: bytes, *maps: bytes) -> bytes:
     return b"".join((_FOR, session[:PROOF_BYTES], *maps))
 
 
-def table_map(since: int, version: int, entries: list[list[object]]) -> bytes:
-    """Return a ``table``: the entries that changed in (since, version]."""
+def table_map(since: int, version: int, entries: list[list[object]], keys: Sequence[list[object]] = ()) -> bytes:
+    """Return a ``table``: the entries that changed in (since, version]; ``keys``: see ``Page``."""
     info: Info = {"version": version, "set": entries}
+    if keys:
+        info["keys"] = keys
     return encode("table", info if since == version - 1 else {"since": since, **info})
 
 
@@ -407,6 +421,51 @@ class Decoder:
             self.dropped += 1
             self._unpacker = self._new_unpacker()       # the old one would read the next datagram as the rest of this
         return maps
+
+
+RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it
+RECORD_MARK = bytes((RECORD,))
+
+
+INDEX_END = 2 + INDEX_BYTES
+
+
+REPLAY_WINDOW = 1024      # counters up to the highest one, of which each that is missing may still come
+
+
+class ReplayWindow:
+    """Which counters have come (RFC 4303 §3.4.3). ``highest``: the highest of them, -1 before the first one."""
+
+    def __init__(self) -> None:
+        self.highest = -1
+        self._seen = 0          # one bit for each counter, the lowest one for the highest counter
+
+    def is_new(self, counter: int) -> bool:
+        """Return whether ``counter`` has not come, and lies in the window or above it."""
+        age = self.highest - counter
+        return age < 0 or (age < REPLAY_WINDOW and not self._seen >> age & 1)
+
+    def add(self, counter: int) -> None:
+        """Remember a counter that is new."""
+        ahead = counter - self.highest
+        if ahead <= 0:
+            self._seen |= 1 << -ahead
+        else:
+            kept = self._seen << ahead if ahead < REPLAY_WINDOW else 0     # never a shift by what may be 2 ** 48
+            self._seen, self.highest = kept & ((1 << REPLAY_WINDOW) - 1) | 1, counter
+
+
+TAG_SIZE = 16             # bytes by which a text grows when it is sealed
+
+
+HEADER_SIZE = INDEX_END + 8
+RECORD_EXTRA = HEADER_SIZE + TAG_SIZE   # bytes by which a text grows
+
+
+def index_of(datagram: bytes) -> bytes | None:
+    """Return the index in a record, None if the datagram is not one."""
+    is_record = len(datagram) >= RECORD_EXTRA and datagram[0] == RECORD
+    return datagram[2:INDEX_END] if is_record else None
 
 
 # --- nicks that count as the same -----------------------------------------------------------------------------
@@ -493,6 +552,7 @@ class Spellings:
 # --- the table of clients -------------------------------------------------------------------------------------
 
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
+KeyRow = list[Any]          # its key: [position of the entry, key]
 
 
 class State(str, Enum):
@@ -517,6 +577,7 @@ class Entry(NamedTuple):
     port: int
     state: State
     version: int
+    key: bytes = b""        # by which others encrypt for this client, b"" if they cannot
 
     def row(self) -> EntryRow:
         """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
@@ -524,14 +585,16 @@ class Entry(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Every entry that changed in (since, version]."""
+    """Every entry that changed in (since, version]; ``keys``: the keys of those that have one, [position, key] each."""
 
     since: int
     version: int
     rows: list[EntryRow]
+    keys: Sequence[KeyRow] = ()
 
 
-ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host
+ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
+KEY_OVERHEAD = 38         # ... and of its key
 MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
 
@@ -573,20 +636,20 @@ class Table:
         """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
         return nick if nick in self.entries else self.spellings.only(nick)
 
-    def set(self, nick: str, host: str, port: int, state: State) -> bool:
+    def set(self, nick: str, host: str, port: int, state: State, key: bytes = b"") -> bool:
         """Change one entry; return whether that changed anything (and so used a new version)."""
-        if self._says(nick, host, port, state):
+        if self._says(nick, host, port, state, key):
             return False
         self.version += 1
-        self._put(Entry(nick, host, port, state, self.version))
+        self._put(Entry(nick, host, port, state, self.version, key))
         return True
 
-    def _says(self, nick: str, host: str, port: int, state: State) -> bool:
+    def _says(self, nick: str, host: str, port: int, state: State, key: bytes) -> bool:
         """Return whether this is what the table says already."""
         old = self.entries.get(nick)
         if old is None:
             return state == GONE
-        return (old.host, old.port, old.state) == (host, port, state)
+        return (old.host, old.port, old.state, old.key) == (host, port, state, key)
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
@@ -621,19 +684,22 @@ class Table:
         """
         start, used, last = since, 0, since
         rows: list[EntryRow] = []
+        keys: list[KeyRow] = []
         for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
             entry = self._log[index]
             if not self._is_current(entry):
                 continue
-            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
+            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD + (KEY_OVERHEAD if entry.key else 0)
             if rows and used + cost > size:
-                yield Page(start, last, rows)
-                start, rows, used = last, [], 0
+                yield Page(start, last, rows, tuple(keys))
+                start, rows, keys, used = last, [], [], 0
+            if entry.key:
+                keys.append([len(rows), entry.key])
             rows.append(entry.row())
             used += cost
             last = entry.version
         if self.version > since:
-            yield Page(start, self.version, rows)
+            yield Page(start, self.version, rows, tuple(keys))
 
     def apply(self, page: Page) -> list[str] | None:
         """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
@@ -643,16 +709,92 @@ class Table:
             return []
         changed = []
         self.version = page.version
-        for nick, host, port, name in page.rows:
-            state = STATES[name]
-            if self._says(nick, host, port, state):
+        keys: dict[int, bytes] = {position: key for position, key in page.keys}
+        for position, (nick, host, port, name) in enumerate(page.rows):
+            state, key = STATES[name], keys.get(position, b"")
+            if self._says(nick, host, port, state, key):
                 continue
             if state == GONE:
                 self._remove(nick)
             else:
-                self._replace(Entry(nick, host, port, state, page.version))
+                self._replace(Entry(nick, host, port, state, page.version, key))
             changed.append(nick)
         return changed
+
+
+class Mirror:
+    """A client's copy of the server's table.
+
+    A server that was restarted has another ``boot`` and numbers its table from the beginning. The new table grows
+    beside the old one, which stays in force until the new one is whole, and is dropped then.
+    """
+
+    def __init__(self) -> None:
+        self.table = Table()        # in force
+        self.boot = 0
+        self._fresh: Table | None = None     # of a new boot, until it is whole
+        self._target = 0            # the version to reach
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the table in force is that of the server as it runs now."""
+        return self._fresh is None
+
+    @property
+    def version(self) -> int:
+        """Up to which version the table of the server, as it runs now, is here."""
+        return (self.table if self._fresh is None else self._fresh).version
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether that is as far as the server is known to be."""
+        return self.version >= self._target
+
+    def begin_session(self, boot: int, version: int) -> None:
+        """Begin a session with a server whose table has that version."""
+        if boot != self.boot:
+            self.boot = boot
+            self._fresh = Table()
+        self._target = version
+
+    def expect(self, version: int) -> bool:
+        """Note how far the server is; return whether something is missing here."""
+        self._target = max(self._target, version)
+        return version > self.version
+
+    def apply(self, page: Page) -> list[str] | None:
+        """Apply a page; return the nicks that it changed in the table in force, None if pages before it are missing."""
+        if self._fresh is None:
+            changed = self.table.apply(page)
+        else:
+            changed = self._fresh.apply(page)
+            if changed is not None:
+                changed = self._swap(self._fresh) if self.is_whole else []
+        if changed is None:
+            self.expect(page.version)
+        return changed
+
+    def _swap(self, fresh: Table) -> list[str]:
+        """Put the table of the new boot in force; return the nicks of which it says something else."""
+        old, self.table, self._fresh = self.table, fresh, None
+        before, after = ({nick: (entry.row(), entry.key) for nick, entry in table.entries.items()}
+                         for table in (old, fresh))
+        return [nick for nick in {**before, **after} if before.get(nick) != after.get(nick)]
+
+    def mark_all_offline(self) -> list[str]:
+        """Mark everybody offline: the table in force is too old. Return the nicks that were online until now."""
+        return [nick for nick, host, port, _, _, key in list(self.table.entries.values())
+                if self.table.set(nick, host, port, OFFLINE, key)]
+
+
+Outgoing = tuple[bytes, Address | None]     # a datagram, and where it goes; None: to the server
+
+
+class Place(NamedTuple):
+    """What a client's table says of a recipient; ``address`` is None if it cannot be sent to from here."""
+
+    online: bool
+    address: Address | None
 
 
 # --- texts ----------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ Rules of this file
 
 How it works
 ------------
-The server owns a ``Table`` (see ``protocol``). Every client has a ``Mirror`` of it, which ``TableSync`` keeps
-complete.
+The server owns a ``Table``, every client a ``Mirror`` of it (see ``protocol``), which ``TableSync`` keeps complete.
 
 ``Cookies`` prove the address of whoever registers, and ``ReplyLimit`` keeps answers small until that is done. At the
-client, ``Patience`` says for how long a registration that was refused is asked for again.
+client, ``Patience`` says for how long a registration that was refused is asked for again. ``Hellos`` are those of
+clients that encrypt, as long as they are not done.
 
 ``Sessions`` holds the registrations of clients: those that exist, and those that ended lately. ``Registry`` is what the
 server decides on table, sessions and store: who gets a nick, when somebody goes online (not before the mail that waited
@@ -31,83 +31,19 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from enum import Enum
 from itertools import takewhile
 from typing import Protocol
 
 from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_bind_proof, is_hash_of
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Page, State, Table,
-                      mixes_scripts, since_of)
-from secure import MAPS, Channel, Hello, Send
+from protocol import (GONE, INDEX_BYTES, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Decoder, Info,
+                      Mirror, Page, Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
+from secure import FAILURES, MAPS, Channel, Forged, HandshakeState, Keys, RateLimit, Send, hello_prologue
 
 
 # --- copies of the table --------------------------------------------------------------------------------------
-
-class Mirror:
-    """A client's copy of the server's table.
-
-    A server that was restarted has another ``boot`` and numbers its table from the beginning. The new table grows
-    beside the old one, which stays in force until the new one is whole, and is dropped then.
-    """
-
-    def __init__(self) -> None:
-        self.table = Table()        # in force
-        self.boot = 0
-        self._fresh: Table | None = None     # of a new boot, until it is whole
-        self._target = 0            # the version to reach
-
-    @property
-    def is_of_this_boot(self) -> bool:
-        """Whether the table in force is that of the server as it runs now."""
-        return self._fresh is None
-
-    @property
-    def version(self) -> int:
-        """Up to which version the table of the server, as it runs now, is here."""
-        return (self.table if self._fresh is None else self._fresh).version
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether that is as far as the server is known to be."""
-        return self.version >= self._target
-
-    def begin_session(self, boot: int, version: int) -> None:
-        """Begin a session with a server whose table has that version."""
-        if boot != self.boot:
-            self.boot = boot
-            self._fresh = Table()
-        self._target = version
-
-    def expect(self, version: int) -> bool:
-        """Note how far the server is; return whether something is missing here."""
-        self._target = max(self._target, version)
-        return version > self.version
-
-    def apply(self, page: Page) -> list[str] | None:
-        """Apply a page; return the nicks that it changed in the table in force, None if pages before it are missing."""
-        if self._fresh is None:
-            changed = self.table.apply(page)
-        else:
-            changed = self._fresh.apply(page)
-            if changed is not None:
-                changed = self._swap(self._fresh) if self.is_whole else []
-        if changed is None:
-            self.expect(page.version)
-        return changed
-
-    def _swap(self, fresh: Table) -> list[str]:
-        """Put the table of the new boot in force; return the nicks of which it says something else."""
-        old, self.table, self._fresh = self.table, fresh, None
-        before, after = ({nick: entry.row() for nick, entry in table.entries.items()} for table in (old, fresh))
-        return [nick for nick in {**before, **after} if before.get(nick) != after.get(nick)]
-
-    def mark_all_offline(self) -> list[str]:
-        """Mark everybody offline: the table in force is too old. Return the nicks that were online until now."""
-        return [nick for nick, host, port, _, _ in list(self.table.entries.values())
-                if self.table.set(nick, host, port, OFFLINE)]
-
 
 SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
@@ -145,6 +81,8 @@ class TableSync(Mirror):
         self._is_confirmed = False              # in this session, the table was whole
         self._pages = 0                         # that came since the last question ...
         self._asked = -NEVER                    # ... and when that was
+        self._places: set[Address] = set()      # where anybody is online, ...
+        self._places_of = self.table, -1        # ... as of that version
         self._sync_timer = RestartableTimer(loop, self._ask)
         self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
 
@@ -152,12 +90,34 @@ class TableSync(Mirror):
         """Return where we reach an address of the table; None if we cannot: then the server relays."""
         return seen_from(self._link.endpoint.current, (host, port))
 
+    def place_of(self, nick: str) -> Place | None:
+        """Return where ``nick`` can be reached; None: nobody knows that nick."""
+        entry = self.table.entries.get(nick)
+        return Place(entry.state == ONLINE, self.reach(entry.host, entry.port)) if entry is not None else None
+
+    def home_of(self, nick: str) -> Address | None:
+        """Return where ``nick`` is online; None: nowhere that we reach."""
+        place = self.place_of(nick)
+        return place.address if place is not None and place.online else None
+
+    def key_of(self, nick: str) -> bytes | None:
+        """Return by which key ``nick`` is encrypted for; b"": it cannot be, in its present session. None: not known."""
+        entry = self.table.entries.get(nick)
+        return entry.key if entry is not None and (entry.key or entry.state == ONLINE) else None
+
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
         entry = self.table.entries.get(nick)
         return entry is not None and entry.state == ONLINE and (
             (entry.host, entry.port) == address
             or ("%" in address[0] and self.reach(entry.host, entry.port) == address))
+
+    def holds(self, address: Address) -> bool:
+        """Return whether anybody is online at ``address``."""
+        if self._places_of != (self.table, self.table.version):
+            self._places_of = self.table, self.table.version
+            self._places = {(entry.host, entry.port) for entry in self.table.entries.values() if entry.state == ONLINE}
+        return (address[0].partition("%")[0], address[1]) in self._places
 
     def are_behind_one_router(self, nick: str) -> bool:
         """Return whether the server sees ``nick`` at the same host as us."""
@@ -206,7 +166,7 @@ class TableSync(Mirror):
         """Accept a page of the table."""
         if not self._link.has_joined:
             return
-        changed = self.apply(Page(since_of(info), info["version"], info["set"]))
+        changed = self.apply(Page(since_of(info), info["version"], info["set"], info.get("keys", ())))
         if changed is None:
             self.ask_soon()
             return
@@ -247,6 +207,31 @@ class TableSync(Mirror):
 
 
 # --- registering ----------------------------------------------------------------------------------------------
+
+class LinkState(Enum):
+    """Where a client stands with its server, see ``ServerLink``."""
+
+    OFFLINE = "offline"
+    REGISTERING = "registering"
+    SYNCING = "syncing"
+    ONLINE = "online"
+    RETURNING = "returning"
+    LEAVING = "leaving"
+
+
+# under names of their own: reading a member off its class is slow in Python 3.11
+LINK_OFFLINE, LINK_REGISTERING, LINK_SYNCING = LinkState.OFFLINE, LinkState.REGISTERING, LinkState.SYNCING
+LINK_ONLINE, LINK_RETURNING, LINK_LEAVING = LinkState.ONLINE, LinkState.RETURNING, LinkState.LEAVING
+
+REGISTERED_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_SYNCING)
+COMMAND_STATES = (LINK_ONLINE, LINK_RETURNING, LINK_OFFLINE)    # in which commands are carried out
+
+TRANSITIONS: dict[LinkState, tuple[LinkState, ...]] = {
+    LINK_OFFLINE: (LINK_REGISTERING,), LINK_REGISTERING: (LINK_SYNCING, LINK_OFFLINE),
+    LINK_SYNCING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_ONLINE: (LINK_RETURNING, LINK_LEAVING, LINK_OFFLINE),
+    LINK_RETURNING: (LINK_ONLINE, LINK_LEAVING, LINK_OFFLINE), LINK_LEAVING: (LINK_OFFLINE,),
+}
+
 
 REFUSAL_INTERVALS = {"taken": 0.5, "full": 2.0}     # s between attempts, after refusals that may pass
 
@@ -346,6 +331,120 @@ class ReplyLimit:
             self._send(datagram, address)
 
 
+HELLO_TIME = 5.0          # s; a handshake whose channel is not used by then is forgotten
+HELLOS_PER_NICK = 2       # handshakes that are not done, at most; beyond it the oldest are forgotten
+HELLOS_PER_ADDRESS = 64   # the same, from one address ...
+MAX_HELLOS = 16384        # ... and in all: 50 MB
+FAILURES_PER_NETWORK = 5  # handshakes a second that fail; nobody there is listened to for the rest of that second
+
+
+class Hello:
+    """The server's side of a handshake that is not done: it is when the first record has come in its channel."""
+
+    __slots__ = ("message", "address", "request", "deadline", "noise", "join", "reply", "session", "version",
+                 "channel")
+
+    def __init__(self, message: bytes, address: Address, request: int, deadline: float, noise: HandshakeState,
+                 join: Info) -> None:
+        self.message, self.address, self.request, self.deadline = message, address, request, deadline
+        self.noise = noise
+        self.join = join                # what the client has said in its message
+        self.reply = b""                # our answer, repeated when the message is ...
+        self.session = b""              # ... the id of the session in it, b"" if it is a refusal, ...
+        self.version = 0                # ... and the version of the table that the client was told to reach
+        self.channel: Channel | None = None
+
+    @property
+    def key(self) -> bytes:
+        """The public key of the client."""
+        return self.noise.received["s"]
+
+
+class Hellos:
+    """Handshakes of a server that are not done. A message that comes again gets the same answer again.
+
+    There is a session only once a record has come: so a message of somebody else, recorded and sent again, cannot end
+    the session that it once made. Whoever is here has proved to receive at an address.
+    """
+
+    def __init__(self, keys: Keys, taken: Container[bytes] = ()) -> None:
+        """``taken``: indices that other channels have."""
+        self.keys, self._taken = keys, taken
+        self._hellos: dict[bytes, Hello] = {}       # by message, oldest first
+        self._at: dict[Address, list[Hello]] = {}   # by address, oldest first
+        self._by_index: dict[bytes, Hello] = {}     # those that are answered with a channel
+        self._failures = RateLimit(FAILURES_PER_NETWORK, FAILURES)
+
+    def __len__(self) -> int:
+        return len(self._hellos)
+
+    def find(self, message: bytes) -> Hello | None:
+        """Return the handshake that this message has begun."""
+        return self._hellos.get(message)
+
+    def of_index(self, index: bytes) -> Hello | None:
+        """Return the handshake whose channel a record calls by ``index``."""
+        return self._by_index.get(index)
+
+    def read(self, now: float, address: Address, server_id: bytes, info: Info) -> Hello | None:
+        """Begin a handshake with a ``hello``; return None if it is not genuine, or too many others were not."""
+        message, prologue = info["message"], hello_prologue(server_id, info["id"], info["cookie"])
+        network = network_of(address[0])
+        if self._failures.is_reached(now, network):
+            return None
+        noise = HandshakeState(self.keys.sodium, "IK", False, prologue, self.keys.pair)
+        try:
+            maps = Decoder().decode(noise.read(message))
+        except Forged:
+            maps = []
+        if len(maps) != 1 or maps[0][0] != "join":
+            self._failures.allows(now, network)
+            return None
+        hello = Hello(message, address, info["id"], now + HELLO_TIME, noise, maps[0][1])
+        self._make_room(now, address, hello.join["nick"])
+        self._hellos[message] = hello
+        self._at.setdefault(address, []).append(hello)
+        return hello
+
+    def _make_room(self, now: float, address: Address, nick: str) -> None:
+        """Forget those whose time is over, and what one more from ``address`` for ``nick`` would be too many."""
+        while self._hellos:
+            oldest = next(iter(self._hellos.values()))
+            if oldest.deadline > now and len(self._hellos) < MAX_HELLOS:
+                break
+            self.forget(oldest)
+        others = self._at.get(address, [])
+        alike = [one for one in others if folded(one.join["nick"]) == folded(nick)]
+        for found, most in ((alike, HELLOS_PER_NICK), (list(others), HELLOS_PER_ADDRESS)):
+            for one in found[:max(0, len(found) + 1 - most)]:
+                self.forget(one)
+
+    def answer(self, hello: Hello, tag: str, info: Info) -> bytes:
+        """Return our message with a ``welcome`` or a ``refused``, and keep it. A welcome comes with a channel."""
+        index = self.keys.random()[:INDEX_BYTES]
+        while index in self._by_index or index in self._taken:
+            index = self.keys.random()[:INDEX_BYTES]
+        if tag == "welcome":
+            info = {**info, "index": index}
+            hello.session, hello.version = info["session"], info["version"]
+        message = hello.noise.write(encode(tag, info), self.keys.random())
+        hello.reply = encode("hello", {"id": hello.request, "message": message})
+        if tag == "welcome" and self.find(hello.message) is hello:
+            hello.channel = Channel(hello.noise.split(), index, hello.join["index"])
+            self._by_index[index] = hello
+        return hello.reply
+
+    def forget(self, hello: Hello) -> None:
+        """Remove a handshake: it is done, or nobody has used its channel."""
+        if self._hellos.pop(hello.message, None) is None:
+            return
+        self._at[hello.address].remove(hello)
+        if not self._at[hello.address]:
+            del self._at[hello.address]
+        if hello.channel is not None:
+            self._by_index.pop(hello.channel.index, None)
+
+
 # --- sessions -------------------------------------------------------------------------------------------------
 
 MAX_CLIENTS = 10_000      # clients with a session
@@ -368,7 +467,7 @@ class Session:
     """One registration of one client."""
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
-                 "knocks", "own", "channel")
+                 "knocks", "own", "channel", "key")
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
@@ -382,7 +481,12 @@ class Session:
         self.holds_table = False
         self.knocks = False                 # its client knows ``call``
         self.own: Address | None = None     # of the client in its own network, as it says
-        self.channel: Channel | None = None     # in which all of the session goes, None: in plain
+        self.channel: Channel | None = None     # in which all of the session goes, None: in plain ...
+        self.key: bytes | None = None           # ... and the public key of the client who has made it
+
+    def told(self, *maps: bytes) -> bytes:
+        """Return maps as a datagram that shows that it is the server who says this: sealed, or behind a ``for``."""
+        return addressed(self.id, *maps) if self.channel is None else self.channel.seal(MAPS, b"".join(maps))
 
     @property
     def has_had_its_mail(self) -> bool:
@@ -424,6 +528,11 @@ class Sessions:
         """Return the session of ``nick``, None if it has none."""
         return self.by_nick.get(nick)
 
+    def knocks(self, nick: str) -> bool:
+        """Return whether the client of ``nick`` knocks if it is called."""
+        session = self.by_nick.get(nick)
+        return session is not None and session.knocks
+
     def is_live(self, session: Session) -> bool:
         """Return whether a session has not ended, and its client is believed to be there."""
         return session.id in self.live
@@ -446,9 +555,12 @@ class Sessions:
             return None
         return next(session for session in self.by_id.values() if session.id not in self.live)
 
-    def add(self, session: Session) -> None:
-        """Begin a session; its nick must have none."""
+    def add(self, session: Session, hello: Hello | None = None) -> None:
+        """Begin a session; its nick must have none. ``hello``: the handshake in whose channel all of it goes."""
         self.by_id[session.id] = self.by_nick[session.nick] = self.live[session.id] = session
+        if hello is not None and hello.channel is not None:
+            session.channel = self.channels[hello.channel.index] = hello.channel
+            session.key = hello.key
 
     def hear(self, session: Session, now: float) -> bool:
         """Note a sign of life; return whether the session was unresponsive and is live again."""
@@ -483,11 +595,6 @@ class Sessions:
             self._ended_channels.append(session.channel.index)
             if len(self._ended_channels) > MAX_ENDED:
                 del self.channels[self._ended_channels.popleft()]
-
-    def encrypt(self, session: Session, channel: Channel, version: int) -> None:
-        """Let all of a session go in ``channel`` from now on; ``version``: the client was told to reach that table."""
-        session.channel = self.channels[channel.index] = channel
-        session.version = version
 
     def pop_ended(self) -> list[Session]:
         """Return the sessions that ended since the last call."""
@@ -651,7 +758,7 @@ class Registry:
         self._at: dict[Address, Session] = {}           # who is online there
         self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)
         for known in mailbox.known.values():
-            self.table.set(known.nick, known.host, known.port, OFFLINE)
+            self.table.set(known.nick, known.host, known.port, OFFLINE, known.key or b"")
             if known.online:
                 self.maybe_running[known.nick] = (known.host, known.port)
 
@@ -711,11 +818,6 @@ class Registry:
             return None     # its channel has ended, so it cannot be asked; and only its owner has the key
         return self.maybe_running.get(nick)
 
-    def knocks(self, nick: str) -> bool:
-        """Return whether the client of ``nick`` knocks if it is called."""
-        session = self.sessions.of(nick)
-        return session is not None and session.knocks
-
     def not_there(self, nick: str, address: Address) -> None:
         """Note that nobody answers at ``address``, in case ``nick`` was online there when the server last stopped."""
         if self.maybe_running.get(nick) == address:
@@ -723,8 +825,11 @@ class Registry:
             self._idle.add(self.mailbox.known[nick])
 
     def admit(self, now: float, id_: bytes, nick: str, address: Address, token: bytes | None, request: int,
-              key: ShownKey | None = None) -> Session:
-        """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced."""
+              key: ShownKey | None = None, hello: Hello | None = None) -> Session:
+        """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced.
+
+        ``hello``: the handshake in whose channel all of it goes.
+        """
         old = self.sessions.of(nick)
         if old is not None:
             self._end(old, now, REPLACED)
@@ -735,9 +840,9 @@ class Registry:
         self.maybe_running.pop(nick, None)
         known = self._know(now, nick, address, token, key)
         session = Session(id_, known, address, request, now)
-        self.sessions.add(session)
+        self.sessions.add(session, hello)
         self.place(session, address, now)
-        session.version = self.table.version
+        session.version = hello.version if hello is not None else self.table.version
         return session
 
     def _know(self, now: float, nick: str, address: Address, token: bytes | None, key: ShownKey | None) -> Known:
@@ -778,7 +883,8 @@ class Registry:
             if other is not None:
                 self._lose(other)
             self._at[address] = session
-        self.table.set(nick, *address, state)
+        key = session.key if state == ONLINE else known.key
+        self.table.set(nick, *address, state, key or b"")
         known.online = state == ONLINE
         self.mailbox.changed(known)
 

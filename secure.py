@@ -36,12 +36,12 @@ nick in plain, and is good for this server alone; in message 1, the client's key
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 from home import bind_proof, hash_of
 from loop import NEVER, Endpoint
-from protocol import (INDEX_BYTES, JOIN_SIZE, NO_NICK, REG_SIZE, Address, Decoder, Info, encode, folded,
-                      is_private, padded)
+from protocol import (GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, NO_NICK, RECORD, REG_SIZE, TAG_SIZE,
+                      Address, Decoder, Info, ReplayWindow, encode, folded, index_of, is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -108,7 +108,7 @@ class Handshake:
         self.pin = pin or Pin()
         self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
-        self._keys, self._must_encrypt = keys, must_encrypt
+        self.keys, self.must_encrypt = keys, must_encrypt
         self._noise: HandshakeState | None = None       # once this request is one of Noise; None behind its answer
         self.on_welcome: Callable[[Info, Address, Channel], None] = lambda info, address, channel: None
         self.on_refused: Callable[[Info, Address], None] = lambda info, address: None
@@ -130,14 +130,14 @@ class Handshake:
     @property
     def is_plain(self) -> bool:
         """Whether an answer in plain may count."""
-        return not (self.pin.key or self.pin.digits or self._hello or self._must_encrypt)
+        return not (self.pin.key or self.pin.digits or self._hello or self.must_encrypt)
 
     def ask(self, addresses: Sequence[Address], cookies_left: int = COOKIES_PER_ATTEMPT) -> None:
         """Send the request: to ``addresses``, or to where the cookie came from."""
         self._cookies_left = cookies_left
         if not self.has_cookie:
             info: Info = {"id": self.id, "nick": self._nick}
-            if self._keys is not None:
+            if self.keys is not None:
                 info.update(nick=NO_NICK, secure=True)
             for address in addresses:
                 self._send(padded("reg", info, REG_SIZE), address)
@@ -160,8 +160,8 @@ class Handshake:
         """Prove our address."""
         if info["id"] == self.id and self._cookies_left and not (self.has_cookie and address != self._cookie[0]):
             cookie = address, info["server"], info["cookie"]
-            if self._keys is not None and not (self._hello and cookie == self._cookie):
-                self._begin_noise(self._keys, info, address)
+            if self.keys is not None and not (self._hello and cookie == self._cookie):
+                self._begin_noise(self.keys, info, address)
             self.has_cookie, self._cookie = True, cookie
             self.ask((), self._cookies_left - 1)
 
@@ -264,127 +264,7 @@ class RateLimit:
         return True
 
 
-HELLO_TIME = 5.0          # s; a handshake whose channel is not used by then is forgotten
-HELLOS_PER_NICK = 2       # handshakes that are not done, at most; beyond it the oldest are forgotten
-HELLOS_PER_ADDRESS = 64   # the same, from one address ...
-MAX_HELLOS = 16384        # ... and in all: 50 MB
-FAILURES_PER_NETWORK = 5  # handshakes a second that fail; nobody there is listened to for the rest of that second
 FAILURES = 200            # a second, in all: each costs as much as twenty datagrams
-
-
-class Hello:
-    """The server's side of a handshake that is not done: it is when the first record has come in its channel."""
-
-    __slots__ = ("message", "address", "request", "deadline", "noise", "join", "reply", "session", "version",
-                 "channel")
-
-    def __init__(self, message: bytes, address: Address, request: int, deadline: float, noise: HandshakeState,
-                 join: Info) -> None:
-        self.message, self.address, self.request, self.deadline = message, address, request, deadline
-        self.noise = noise
-        self.join = join                # what the client has said in its message
-        self.reply = b""                # our answer, repeated when the message is ...
-        self.session = b""              # ... the id of the session in it, b"" if it is a refusal, ...
-        self.version = 0                # ... and the version of the table that the client was told to reach
-        self.channel: Channel | None = None
-
-    @property
-    def key(self) -> bytes:
-        """The public key of the client."""
-        return self.noise.received["s"]
-
-
-class Hellos:
-    """Handshakes of a server that are not done. A message that comes again gets the same answer again.
-
-    There is a session only once a record has come: so a message of somebody else, recorded and sent again, cannot end
-    the session that it once made. Whoever is here has proved to receive at an address.
-    """
-
-    def __init__(self, keys: Keys, taken: Container[bytes] = ()) -> None:
-        """``taken``: indices that other channels have."""
-        self.keys, self._taken = keys, taken
-        self._hellos: dict[bytes, Hello] = {}       # by message, oldest first
-        self._at: dict[Address, list[Hello]] = {}   # by address, oldest first
-        self._by_index: dict[bytes, Hello] = {}     # those that are answered with a channel
-        self._failures = RateLimit(FAILURES_PER_NETWORK, FAILURES)
-
-    def __len__(self) -> int:
-        return len(self._hellos)
-
-    def find(self, message: bytes) -> Hello | None:
-        """Return the handshake that this message has begun."""
-        return self._hellos.get(message)
-
-    def of_index(self, index: bytes) -> Hello | None:
-        """Return the handshake whose channel a record calls by ``index``."""
-        return self._by_index.get(index)
-
-    def read(self, now: float, address: Address, server_id: bytes, info: Info) -> Hello | None:
-        """Begin a handshake with a ``hello``; return None if it is not genuine, or too many others were not."""
-        message, prologue = info["message"], hello_prologue(server_id, info["id"], info["cookie"])
-        network = network_of(address[0])
-        if self._failures.is_reached(now, network):
-            return None
-        noise = HandshakeState(self.keys.sodium, "IK", False, prologue, self.keys.pair)
-        try:
-            maps = Decoder().decode(noise.read(message))
-        except Forged:
-            maps = []
-        if len(maps) != 1 or maps[0][0] != "join":
-            self._failures.allows(now, network)
-            return None
-        hello = Hello(message, address, info["id"], now + HELLO_TIME, noise, maps[0][1])
-        self._make_room(now, address, hello.join["nick"])
-        self._hellos[message] = hello
-        self._at.setdefault(address, []).append(hello)
-        return hello
-
-    def _make_room(self, now: float, address: Address, nick: str) -> None:
-        """Forget those whose time is over, and what one more from ``address`` for ``nick`` would be too many."""
-        while self._hellos:
-            oldest = next(iter(self._hellos.values()))
-            if oldest.deadline > now and len(self._hellos) < MAX_HELLOS:
-                break
-            self.forget(oldest)
-        others = self._at.get(address, [])
-        alike = [one for one in others if folded(one.join["nick"]) == folded(nick)]
-        for found, most in ((alike, HELLOS_PER_NICK), (list(others), HELLOS_PER_ADDRESS)):
-            for one in found[:max(0, len(found) + 1 - most)]:
-                self.forget(one)
-
-    def answer(self, hello: Hello, tag: str, info: Info) -> bytes:
-        """Return our message with a ``welcome`` or a ``refused``, and keep it. A welcome comes with a channel."""
-        index = self.keys.random()[:INDEX_BYTES]
-        while index in self._by_index or index in self._taken:
-            index = self.keys.random()[:INDEX_BYTES]
-        if tag == "welcome":
-            info = {**info, "index": index}
-            hello.session, hello.version = info["session"], info["version"]
-        message = hello.noise.write(encode(tag, info), self.keys.random())
-        hello.reply = encode("hello", {"id": hello.request, "message": message})
-        if tag == "welcome" and self.find(hello.message) is hello:
-            hello.channel = Channel(hello.noise.split(), index, hello.join["index"])
-            self._by_index[index] = hello
-        return hello.reply
-
-    def forget(self, hello: Hello) -> None:
-        """Remove a handshake: it is done, or nobody has used its channel."""
-        if self._hellos.pop(hello.message, None) is None:
-            return
-        self._at[hello.address].remove(hello)
-        if not self._at[hello.address]:
-            del self._at[hello.address]
-        if hello.channel is not None:
-            self._by_index.pop(hello.channel.index, None)
-
-
-def network_of(host: str) -> str:
-    """Return what one user may have many addresses in: the /64 of an IPv6 host, or an IPv4 host itself."""
-    if ":" not in host:
-        return host
-    import ipaddress        # here: most users never see an IPv6 address
-    return str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(host)) >> 64 << 64))
 
 
 def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
@@ -392,11 +272,276 @@ def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
     return encode("udpchat hello 1", {"server": server_id, "id": request, "cookie": cookie})
 
 
+# --- between clients ------------------------------------------------------------------------------------------
+
+OFFER_INTERVAL = 0.1      # s between two offers to one client
+OFFER_TIME = 5.0          # s; for so long an offer is repeated byte for byte
+WAITING = 32              # datagrams for one client that wait for a channel; others are lost, and will be repeated
+UNUSED_CHANNELS = 2       # with one client, in which nothing has come yet; beyond it the oldest are forgotten
+USED_CHANNELS = 4         # the same, of those in which something has come
+OFFERS_READ = 10          # a second, from one address: each costs as much as fifty datagrams
+PEERS_KEPT = 10_000       # clients of whom something is known; beyond it the first one of whom it was is forgotten
+
+
+class Offer:
+    """A handshake that we have begun: message 1 as it is sent, and what reads the answer."""
+
+    def __init__(self, id_: int, noise: HandshakeState, index: bytes, message: bytes, made: float) -> None:
+        self.id, self.noise, self.index, self.made = id_, noise, index, made
+        self.datagram = encode("offer", {"id": id_, "message": message})
+        self.sent = -NEVER      # when, last ...
+        self.address = ("", 0)  # ... and where to
+
+
+class Peer:
+    """The channels with another client, and what waits for one."""
+
+    def __init__(self, nick: str) -> None:
+        self.nick = nick
+        self.key = b""                  # by which the channels were made
+        self.is_told = False            # the user knows that nothing is encrypted here
+        self.offer: Offer | None = None
+        self.waiting: list[tuple[bytes, Address]] = []
+        self.channel: Channel | None = None     # the one to send in: of those below, the one that was used first last
+        self.channels: list[Channel] = []       # oldest first
+        self.replies: dict[bytes, bytes] = {}   # to the last messages that were accepted
+        self.address: Address | None = None     # where the newest record of ``channel`` came from: answers go there ...
+        self.allowance = 0                      # ... with as many bytes as have come from there
+
+
+class Peers:
+    """The channels of a client with others, while its session is encrypted.
+
+    The client table says by which key another one is encrypted for, or that it cannot be. What is to be sent to
+    somebody waits for a channel: a handshake of Noise IK, bound to the server's key and to the nick of who is called::
+
+        alice                        bob
+          offer: message 1    -->      is she at this address, and is this her key?
+                              <--    accept: message 2
+          records             -->      now he, too, sends in this channel
+
+    Either side may begin, also both at once: they receive in both channels, and send in the one of which they knew last
+    that the other side has it. Who speaks follows from the channel, wherever a record comes from.
+    """
+
+    def __init__(self, keys: Keys, send: Send, now: Callable[[], float], new_id: Callable[[], int],
+                 must_encrypt: bool = False) -> None:
+        """``must_encrypt``: whoever cannot is not spoken to."""
+        self.me, self.server_key = "", b""      # our nick, and the key of our server
+        self.key_of: Callable[[str], bytes | None] = lambda nick: None      # b"": it cannot encrypt; None: not known
+        self.home_of: Callable[[str], Address | None] = lambda nick: None   # where it is, as the table says
+        self.is_at: Callable[[str, Address], bool] = lambda nick, address: False    # whether somebody may be there
+        self.on_plain: Callable[[str], None] = lambda nick: None    # hears whose messages cannot be encrypted
+        self._keys, self._send, self._now, self._new_id = keys, send, now, new_id
+        self._must_encrypt = must_encrypt
+        self._peers: dict[str, Peer] = {}
+        self._offers: dict[int, Peer] = {}      # by the id of the offer
+        self._by_index: dict[bytes, tuple[Peer, Channel]] = {}
+        self._reads, self._failures = RateLimit(OFFERS_READ), RateLimit(FAILURES)
+
+    def _peer(self, nick: str) -> Peer:
+        peer = self._peers.get(nick)
+        if peer is None:
+            if len(self._peers) >= PEERS_KEPT:
+                self._close(self._peers.pop(next(iter(self._peers))))
+            peer = self._peers[nick] = Peer(nick)
+        return peer
+
+    def _close(self, peer: Peer) -> None:
+        """Forget all channels with somebody, and those that are to be."""
+        for channel in peer.channels:
+            del self._by_index[channel.index]
+        if peer.offer is not None:
+            del self._offers[peer.offer.id]
+        peer.channel = peer.offer = peer.address = None
+        peer.channels, peer.replies = [], {}
+
+    def on_news(self, nick: str) -> None:
+        """Learn that the table says something new of somebody: with another key, it is another client than before."""
+        peer = self._peers.get(nick)
+        if peer is not None:
+            if self.key_of(nick) != peer.key:
+                self._close(peer)
+            waiting, peer.waiting = peer.waiting, []
+            for datagram, address in waiting:
+                self.send(nick, datagram, address)
+
+    def takes_plain(self, nick: str) -> bool:
+        """Return whether what somebody says in plain counts."""
+        return self.key_of(nick) == b"" and not self._must_encrypt
+
+    # what goes out
+
+    def send(self, nick: str, datagram: bytes, address: Address, is_unanswered: bool = False) -> None:
+        """Send to somebody, as soon as that may be.
+
+        ``is_unanswered``: this is not the first time. Perhaps it has been started anew, and does not know our channel.
+        """
+        peer = self._peer(nick)
+        if peer.channel is not None:
+            self._send(peer.channel.seal(MAPS, datagram), address)
+            if not is_unanswered:
+                return
+        key = self.key_of(nick)
+        if key == b"":
+            self._send_plain(peer, datagram, address)
+        elif len(peer.waiting) < WAITING:
+            peer.waiting.append((datagram, address))
+        if key:
+            self._offer(peer, key, address)
+
+    def answer(self, nick: str, datagram: bytes, address: Address) -> None:
+        """Send what answers somebody: to where the newest record came from; in plain, to ``address``."""
+        peer = self._peer(nick)
+        if peer.channel is not None and peer.address is not None:
+            record, home = peer.channel.seal(MAPS, datagram), self.home_of(nick)
+            if peer.address == home or self.is_at(nick, peer.address):
+                self._send(record, peer.address)
+                return
+            if len(record) <= peer.allowance:
+                peer.allowance -= len(record)
+                self._send(record, peer.address)
+            if home is not None:        # where it is, if it is not there that somebody only passes its records on
+                self._send(record, home)
+        elif self.takes_plain(nick):
+            self._send(datagram, address)
+
+    def _send_plain(self, peer: Peer, datagram: bytes, address: Address) -> None:
+        if self._must_encrypt or not peer.is_told:
+            peer.is_told = True
+            self.on_plain(peer.nick)
+        if not self._must_encrypt:
+            self._send(datagram, address)
+
+    # handshakes
+
+    def _offer(self, peer: Peer, key: bytes, address: Address) -> None:
+        """Send message 1: the same again, if the last one is not too old."""
+        now, offer = self._now(), peer.offer
+        if offer is None or now > offer.made + OFFER_TIME:
+            offer = self._new_offer(peer, key, now)
+        if offer is not None and (now >= offer.sent + OFFER_INTERVAL or address != offer.address):
+            offer.sent, offer.address = now, address
+            self._send(offer.datagram, address)
+
+    def _new_offer(self, peer: Peer, key: bytes, now: float) -> Offer | None:
+        if peer.offer is not None:
+            del self._offers[peer.offer.id]
+            del peer.waiting[:-1]       # they have waited too long: they are repeated, or have gone another way
+        peer.key = key
+        id_, index = self._new_id(), self._new_index()
+        noise = HandshakeState(self._keys.sodium, "IK", True, self._prologue(peer.nick, id_), self._keys.pair, key)
+        try:
+            message = noise.write(padded("greet", {"from": self.me, "index": index}, GREET_SIZE), self._keys.random())
+        except Forged:      # this key was made up
+            peer.offer = None
+            return None
+        peer.offer = Offer(id_, noise, index, message, now)
+        self._offers[id_] = peer
+        return peer.offer
+
+    def _new_index(self) -> bytes:
+        index = self._keys.random()[:INDEX_BYTES]
+        while index in self._by_index:
+            index = self._keys.random()[:INDEX_BYTES]
+        return index
+
+    def _prologue(self, to: str, id_: int) -> bytes:
+        return encode("udpchat offer 1", {"server": self.server_key, "to": folded(to), "id": id_})
+
+    def on_offer(self, info: Info, address: Address) -> bool:
+        """Answer somebody who wants a channel; return False if the table says something else than he."""
+        now = self._now()
+        if self._failures.is_reached(now, "") or not self._reads.allows(now, f"{address}"):
+            return True
+        noise = HandshakeState(self._keys.sodium, "IK", False, self._prologue(self.me, info["id"]), self._keys.pair)
+        try:
+            maps = Decoder().decode(noise.read(info["message"]))
+        except Forged:
+            maps = []
+        if len(maps) != 1 or maps[0][0] != "greet":
+            self._failures.allows(now, "")
+            return True
+        greet, key = maps[0][1], noise.received["s"]
+        if not self.is_at(greet["from"], address) or self.key_of(greet["from"]) != key:
+            self._failures.allows(now, "")
+            return False
+        peer = self._peer(greet["from"])
+        peer.key = key
+        if info["message"] not in peer.replies:
+            self._agree(peer, info, noise, greet["index"])
+        self._send(peer.replies[info["message"]], address)
+        return True
+
+    def _agree(self, peer: Peer, info: Info, noise: HandshakeState, their_index: bytes) -> None:
+        """Make message 2, which is the answer whenever message 1 comes, and the channel."""
+        index = self._new_index()
+        message = noise.write(padded("greet", {"from": self.me, "index": index}, GREET_SIZE), self._keys.random())
+        self._add(peer, Channel(noise.split(), index, their_index))
+        if len(peer.replies) == UNUSED_CHANNELS:
+            del peer.replies[next(iter(peer.replies))]
+        peer.replies[info["message"]] = encode("accept", {"id": info["id"], "message": message})
+
+    def on_accept(self, info: Info, address: Address) -> None:
+        """Use the channel that somebody else has agreed to."""
+        peer = self._offers.get(info["id"])
+        if peer is None or peer.offer is None:
+            return
+        try:
+            maps = Decoder().decode(peer.offer.noise.read(info["message"]))
+        except Forged:
+            return
+        offer, peer.offer = peer.offer, None
+        del self._offers[offer.id]
+        if len(maps) == 1 and maps[0][0] == "greet":
+            channel = Channel(offer.noise.split(), offer.index, maps[0][1]["index"])
+            self._add(peer, channel)
+            self._use(peer, channel)
+
+    def _add(self, peer: Peer, channel: Channel) -> None:
+        """Receive in one more channel, too; make room for it."""
+        peer.channels.append(channel)
+        self._by_index[channel.index] = peer, channel
+        unused = [one for one in peer.channels if one is not peer.channel and one.window.highest < 0]
+        used = [one for one in peer.channels if one is not peer.channel and one.window.highest >= 0]
+        for old in (*unused[:-UNUSED_CHANNELS], *used[:1 - USED_CHANNELS]):
+            peer.channels.remove(old)
+            del self._by_index[old.index]
+
+    def _use(self, peer: Peer, channel: Channel) -> None:
+        """Send in a channel from now on, and what has waited first: the other side has it."""
+        peer.channel, peer.address, peer.allowance = channel, None, 0
+        waiting, peer.waiting = peer.waiting, []
+        for datagram, address in waiting:
+            self._send(channel.seal(MAPS, datagram), address)
+
+    # what comes in
+
+    def opened(self, record: bytes, address: Address) -> tuple[str, bytes] | None:
+        """Return who has sealed a record, and what; None if nobody has."""
+        found = self._by_index.get(record[2:INDEX_END])
+        if found is None:
+            return None
+        peer, channel = found
+        highest = channel.window.highest
+        try:
+            text = channel.open(record)
+        except Forged:
+            return None
+        if highest < 0 and channel is not peer.channel:
+            self._use(peer, channel)
+        if channel is peer.channel and channel.window.highest > highest:
+            if address != peer.address:
+                peer.address, peer.allowance = address, 0
+            peer.allowance += len(record)
+            peer.waiting.clear()        # of what was sent in this channel, too, because it seemed to be unknown there
+        return peer.nick, text
+
+
 # --- encryption: libsodium and keys -----------------------------------------------------------------------------
 
 KEY_SIZE = 32             # bytes of a secret, of a public key and of a shared one
 NONCE_SIZE = 12           # bytes
-TAG_SIZE = 16             # bytes by which a text grows when it is sealed
 MAX_SEALED = 65535        # bytes of a sealed text, and of a message of a handshake (Noise §3)
 ZEROS = bytes(KEY_SIZE)
 ZEROS_TAG = bytes.fromhex("4eb972c9a8fb3a1b382bb4d36f5ffad1")  # what comes of sealing nothing with zeros
@@ -715,40 +860,12 @@ class HandshakeState:
 
 # --- encryption: records and letters ----------------------------------------------------------------------------
 
-RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it
-RECORD_MARK = bytes((RECORD,))
 MAPS = 0                  # the kind of a record that holds what is a datagram otherwise
-INDEX_END = 2 + INDEX_BYTES
-HEADER_SIZE = INDEX_END + 8
-RECORD_EXTRA = HEADER_SIZE + TAG_SIZE   # bytes by which a text grows
-REPLAY_WINDOW = 1024      # counters up to the highest one, of which each that is missing may still come
 COUNTER_LIMIT = 2 ** 48   # records in one direction of a channel: 89 years, at 100,000 a second
 
 
 class ChannelEnded(Exception):
     """A channel has sealed as many records as it may."""
-
-
-class ReplayWindow:
-    """Which counters have come (RFC 4303 §3.4.3). ``highest``: the highest of them, -1 before the first one."""
-
-    def __init__(self) -> None:
-        self.highest = -1
-        self._seen = 0          # one bit for each counter, the lowest one for the highest counter
-
-    def is_new(self, counter: int) -> bool:
-        """Return whether ``counter`` has not come, and lies in the window or above it."""
-        age = self.highest - counter
-        return age < 0 or (age < REPLAY_WINDOW and not self._seen >> age & 1)
-
-    def add(self, counter: int) -> None:
-        """Remember a counter that is new."""
-        ahead = counter - self.highest
-        if ahead <= 0:
-            self._seen |= 1 << -ahead
-        else:
-            kept = self._seen << ahead if ahead < REPLAY_WINDOW else 0     # never a shift by what may be 2 ** 48
-            self._seen, self.highest = kept & ((1 << REPLAY_WINDOW) - 1) | 1, counter
 
 
 class Channel:
@@ -786,12 +903,6 @@ class Channel:
         text = self._receiving.decrypt(record[:HEADER_SIZE], record[HEADER_SIZE:])
         self.window.add(counter)
         return text
-
-
-def index_of(datagram: bytes) -> bytes | None:
-    """Return the index in a record, None if the datagram is not one."""
-    is_record = len(datagram) >= RECORD_EXTRA and datagram[0] == RECORD
-    return datagram[2:INDEX_END] if is_record else None
 
 
 LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first

@@ -52,13 +52,14 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 
 import protocol
-from protocol import SYNC_PAGES, Address, Decoder, Info, addressed, encode, mail_runs, mail_sizes, table_map
+from protocol import (RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, addressed, encode, index_of, mail_runs,
+                      mail_sizes, table_map)
 from home import Parcel
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, PROBE_HOLDER,
                       PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict, Committer,
-                      Cookies, Refusal, Registry, ReplyLimit, Session)
-from secure import CALLS_PER_SECOND, MAPS, RECORD_MARK, Channel, Forged, Hello, Hellos, Keys, RateLimit, index_of
+                      Cookies, Hello, Hellos, Refusal, Registry, ReplyLimit, Session)
+from secure import CALLS_PER_SECOND, Channel, Forged, Keys, RateLimit
 from stream import ReceiveStream, Run, SendStream
 
 
@@ -92,13 +93,6 @@ Drops = dict[Drop, int]     # how often each has happened since the start
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
 
 
-def told(session: Session, *maps: bytes) -> bytes:
-    """Return maps as a datagram that shows that it is the server who says this: in its channel, or behind a ``for``."""
-    if session.channel is None:
-        return addressed(session.id, *maps)
-    return session.channel.seal(MAPS, b"".join(maps))
-
-
 class SendQueue:
     """The datagrams of this turn. They leave at its end, in the order in which they were put here."""
 
@@ -111,12 +105,12 @@ class SendQueue:
         self._datagrams.append((datagram, address))
 
     def put_for(self, session: Session, *maps: bytes) -> None:
-        """Send maps to a client, see ``told``."""
-        self._datagrams.append((told(session, *maps), session.address))
+        """Send maps to a client."""
+        self._datagrams.append((session.told(*maps), session.address))
 
     def answer(self, session: Session, answer: bytes) -> None:
         """Send a map that needs no ``for``: what is in it shows that the server has made it."""
-        self._datagrams.append((answer if session.channel is None else told(session, answer), session.address))
+        self._datagrams.append((answer if session.channel is None else session.told(answer), session.address))
 
     def flush(self) -> None:
         """Send everything."""
@@ -225,7 +219,7 @@ class Gate:
 
     def _admit(self, claim: Claim, id_: bytes) -> Session:
         session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token, claim.request,
-                                       claim.key)
+                                       claim.key, claim.hello)
         session.knocks, session.own = claim.knocks, claim.own
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
@@ -254,7 +248,7 @@ class Gate:
         claim = Claim.of(hello)
         if self._registry.claim(claim.nick, claim.address, None, claim.key, is_sealed=True) != GRANTED:
             return False
-        self._registry.sessions.encrypt(self._admit(claim, hello.session), hello.channel, hello.version)
+        self._admit(claim, hello.session)
         return True
 
     def refuse(self, claim: Claim, verdict: ClaimVerdict) -> None:
@@ -296,7 +290,7 @@ class Probe:
     def datagram(self) -> bytes:
         """Return the question as it is sent."""
         probe = encode("probe", {"id": self.id, "to": self.nick})
-        return told(self.session, probe) if self.session is not None else probe
+        return self.session.told(probe) if self.session is not None else probe
 
 
 class Prober:
@@ -537,7 +531,7 @@ class Keeper:
         if entry is not None:
             self._send_queue.put_for(save.session, encode("exists", {
                 "stream": save.stream.id, "n": number, "version": entry.version, "entry": entry.row(),
-                "knocks": self._registry.knocks(save.to)}))
+                "knocks": self._registry.sessions.knocks(save.to)}))
 
     def _probe_recipient(self, save: SaveStream) -> None:
         """Probe a recipient who is believed to be online; if it has just answered, send ``exists`` at once."""
@@ -761,7 +755,7 @@ BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
-PAGE_SIZE = protocol.MAX_DATAGRAM - 96      # bytes of entries in one ``table``, beside its own fields and ``for``
+PAGE_SIZE = protocol.MAX_DATAGRAM - 104     # bytes of entries in one ``table``, beside its own fields and ``for``
 
 
 class Announcer:
@@ -871,7 +865,7 @@ class Announcer:
         for session, page in itertools.islice(unsent, BROADCAST_DATAGRAMS):
             count += 1
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
-                datagram = addressed(session.id, page) if session.channel is None else told(session, page)
+                datagram = addressed(session.id, page) if session.channel is None else session.told(page)
                 self._send(datagram, session.address)       # (a call for each of millions is saved here)
         return count < BROADCAST_DATAGRAMS
 

@@ -21,20 +21,18 @@ On a terminal, lines go above what is typed: the prompt is erased, whole lines a
 """
 from __future__ import annotations
 
-import functools
 import math
 import re
 import selectors
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
-from home import as_json, clean, rfc3339
+from home import as_json, clean, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
                   wake_up)
 from protocol import MAX_TEXT, are_short, folded, split_text
@@ -365,6 +363,8 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "must-encrypt": EventFormat("[The server requires encryption.]", FAILURE, "refused", "secure"),
     "server-insecure": EventFormat("[The server cannot encrypt.]", FAILURE, "refused", "not-secure"),
     "insecure": EventFormat("[This connection is not encrypted.]", FAILURE, "insecure"),
+    "peer-insecure": EventFormat("[Messages to {to} are not encrypted.]", FAILURE, "insecure"),
+    "not-secure": EventFormat("[{to} cannot decrypt, message not sent.]", FAILURE, "failed", "not-secure"),
     "server-key-changed": EventFormat("[The key of the server has changed.]", FAILURE, "refused", "key-changed"),
     "talk-unknown": EventFormat("[Unknown client {nick}.]", FAILURE, "error", "unknown-client"),
     "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
@@ -375,19 +375,13 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
     "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
 }
+# reasons of refusals, and what is told of them: all others as "taken"
+REGISTRATION_REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts",
+                         "secure": "must-encrypt", "insecure": "server-insecure", "key-changed": "server-key-changed"}
 STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
 ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
-FOR_PEOPLE = frozenset({"back", "insecure"})                    # not promised to scripts that read plain lines
+FOR_PEOPLE = frozenset({"back", "insecure", "peer-insecure"})   # not promised to scripts that read plain lines
 FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, in JSON
-
-
-@functools.lru_cache(maxsize=1024)
-def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """Return a wall-clock time in local time, for people."""
-    try:
-        return time.strftime(form, time.localtime(at))
-    except (OverflowError, ValueError, OSError):
-        return "at an unknown time"
 
 
 class TextFormatter:
@@ -579,7 +573,7 @@ class Display:
 # --- receipts -------------------------------------------------------------------------------------------------
 
 CLOSINGS = (RECEIVED, SAVED, REFUSED)
-REFUSALS = ("unknown", "full", "disk")      # that have a line of their own
+REFUSALS = ("unknown", "full", "disk", "not-secure")        # that have a line of their own
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
 
@@ -691,7 +685,7 @@ class Receipts:
         """Return by which route a message went, and how many milliseconds it took, once it is closed."""
         if event.kind not in CLOSINGS:
             return {}
-        if event.kind is RECEIVED:
+        if event.kind is RECEIVED or event.reason == "not-secure":
             via = "direct"
         else:
             via = "relay" if event.relayed else "mail"

@@ -66,14 +66,14 @@ if str(ROOT) not in sys.path:
 import protocol    # noqa: E402
 import udpchat    # noqa: E402
 from loop import SelectorLoop    # noqa: E402
-from conversation import DIRECT, QUEUE_LIMIT, Conversation, Place    # noqa: E402
-from protocol import FOR_SIZE, ONLINE, Decoder, Info, Page, Table    # noqa: E402
+from conversation import DIRECT, QUEUE_LIMIT, Conversation    # noqa: E402
+from protocol import FOR_SIZE, ONLINE, RECORD_MARK, Decoder, Info, Page, Place, Table    # noqa: E402
 from protocol import addressed, encode, letters_of, padded, since_of    # noqa: E402
-from secure import MAPS, RECORD_MARK, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
+from secure import MAPS, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
-from terminal import show_time    # noqa: E402
+from home import show_time    # noqa: E402
 from tests.build_zipapp import archive    # noqa: E402
-from tests.processes import PROGRAM, SAVED, UPDATED, WELCOME, Chat, Process, received      # noqa: E402
+from tests.processes import PROGRAM, SAVED, UPDATED, WELCOME, Chat, Process, received    # noqa: E402
 
 HOST = "127.0.0.1"
 ALL_TIME = 215.0          # s; what is not measured by then is not measured

@@ -38,13 +38,13 @@ from unittest import mock
 import msgpack
 
 import protocol
-from client import LINK_OFFLINE, LINK_REGISTERING, Client
+from client import Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
 from home import ERROR, INFO, Mailbox, clean, static_secret, token_for
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import Address, State, encode
-from registry import DAY, Patience, Registry
-from secure import RECORD_MARK, Handshake, Keys, KeyPair, Sodium, load_sodium
+from protocol import RECORD_MARK, Address, State, encode
+from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
+from secure import Handshake, Keys, KeyPair, Sodium, load_sodium
 from server import Server
 from stream import NEVER
 from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
@@ -147,6 +147,8 @@ class Ledger:
 
     def handed_back(self, life: Life, line: str) -> None:
         """Close the message of a ``send`` line on stderr: it was not delivered."""
+        if line.endswith("not encrypted.]"):
+            return
         if life.speech == "json":
             found = json.loads(line)
             command, to, text = "send", found["send"], found["text"]
@@ -814,6 +816,9 @@ class Weather(NamedTuple):
     lateness: float = 0.0       # ... by up to that many seconds
 
 
+OPEN_TAGS = ("offer", "accept", "knock", "nack", "reg", "hello")      # what is said in plain with encryption, too
+
+
 class Network:
     """Carries datagrams from node to node, as well as the weather and the partitions allow."""
 
@@ -825,7 +830,7 @@ class Network:
         self.datagrams = 0
         self.digest = 0
         self.captured: deque[tuple[bytes, str]] = deque(maxlen=50)      # what peers said lately, and to whom
-        self.overheard: deque[tuple[bytes, Address, Address]] = deque(maxlen=200)   # of server and clients: from, to
+        self.overheard: deque[tuple[bytes, Address, Address]] = deque(maxlen=200)   # by whom the wire is read: from, to
         self.balance: Counter[Address] = Counter()      # bytes that strangers sent, less what they got
 
     def send(self, node: Node, datagram: bytes, address: Address) -> None:
@@ -852,7 +857,10 @@ class Network:
             world.call_at(world.now + delay, functools.partial(self.arrive, node.host, source, data, address))
         if node is not world.server and not world.is_server(address):
             self.captured.append((datagram, node.host))
-        elif world.encrypts:
+            if world.encrypts and datagram[:1] != RECORD_MARK and any(
+                    value["tag"] not in OPEN_TAGS for value in unpack(datagram)):
+                raise Violation(f"{node.name} says to another client in plain: {Shown(datagram)}")
+        if world.encrypts:
             self.overheard.append((datagram, source, address))
 
     def _passes(self, node: Node, datagram: bytes, address: Address) -> bool:
@@ -1363,8 +1371,14 @@ class Storm:
                 self._meddle(nodes)
 
     def _meddle(self, nodes: Sequence[Node]) -> None:
-        """Send what somebody can send who reads the wire between server and clients: from any address, to anybody."""
+        """Send what somebody can send who reads the wire: from any address, to anybody."""
         pick, network = self._meddler, self.world.network
+        running = list(self.world.running())
+        if running and pick.random() < 0.1:
+            liar, other = pick.choice(running), pick.choice(running)
+            forged = encode("chat", {"from": liar.nick, "to": other.nick, "stream": pick.getrandbits(63), "n": 1,
+                                     "base": 1, "text": ["forged"]})
+            network.arrive("stranger", liar.address, forged, other.address)
         datagram, source, to = pick.choice(network.overheard)
         if pick.random() < 0.5:
             place = pick.randrange(len(datagram))
@@ -1437,7 +1451,7 @@ class Storm:
             if node.sent - before > most:
                 raise Violation(f"{node.name} sent {node.sent - before} datagrams in {IDLE_TIME} idle seconds")
         self._check_server(world.server.server)
-        table = [entry[:4] for entry in sorted(world.server.server.registry.table.entries.values())]
+        table = [(*entry[:4], entry.key) for entry in sorted(world.server.server.registry.table.entries.values())]
         for nick in self.nicks:
             life = world.life_of(nick)
             if life is None:
@@ -1476,11 +1490,11 @@ class Storm:
             raise Violation("the server is busy, though nothing happens")
 
     @staticmethod
-    def _check_client(life: Life, table: list[tuple[str, str, int, State]]) -> None:
+    def _check_client(life: Life, table: list[tuple[str, str, int, State, bytes]]) -> None:
         client = life.client
         if not client.link.has_joined:
             raise Violation(f"{life.name} is {client.link.state}")
-        mine = [entry[:4] for entry in sorted(client.table_sync.table.entries.values())]
+        mine = [(*entry[:4], entry.key) for entry in sorted(client.table_sync.table.entries.values())]
         if mine != table:
             raise Violation(f"{life.name} has the table {mine}, the server {table}")
         if not client.table_sync.table.is_online(life.nick):

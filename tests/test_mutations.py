@@ -13,9 +13,9 @@ import pytest
 from client import ServerLink
 from conversation import Delivery, Inbox
 from loop import Output
-from protocol import SESSION_SIZE, Table, encode, padded
+from protocol import SESSION_SIZE, Address, Table, encode, padded
 from registry import Committer, Session, TableSync
-from secure import CipherState
+from secure import CipherState, Peers
 from server import Postman, Server
 from stream import ReceiveStream, SendStream
 from terminal import Shell
@@ -164,6 +164,22 @@ def uses_a_nonce_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CipherState, "encrypt", encrypt)
 
 
+def takes_what_somebody_who_encrypts_says_in_plain(patch: pytest.MonkeyPatch) -> None:
+    """Believe what comes in plain from the address of a peer whose key is known."""
+    patch.setattr(Peers, "takes_plain", lambda self, nick: True)
+
+
+def speaks_in_plain_while_there_is_no_channel(patch: pytest.MonkeyPatch) -> None:
+    """Do not wait for a channel."""
+    def send(self: Peers, nick: str, datagram: bytes, address: Address, is_unanswered: bool = False) -> None:
+        original(self, nick, datagram, address, is_unanswered)
+        peer = self._peers[nick]
+        if peer.channel is None:
+            self._send(datagram, address)
+    original = Peers.send
+    patch.setattr(Peers, "send", send)
+
+
 # each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
@@ -175,14 +191,16 @@ FAULTS: dict[Patch, int] = {
     announces_before_the_mail_is_shown: 0,
     does_not_wait_for_missing_messages: 32,
     forgets_its_base: 1,
-    accepts_chat_from_any_address: 1,
+    accepts_chat_from_any_address: 0,
     does_not_repeat_what_is_lost: 1,
     gives_two_changes_one_version: 1,
     acks_inside_a_text: 0,
     goes_on_talking_while_away: 0,
-    drops_what_was_read_and_not_sent: 5,
+    drops_what_was_read_and_not_sent: 73,
     trusts_the_wall_clock: 36,
     uses_a_nonce_twice: 1,
+    takes_what_somebody_who_encrypts_says_in_plain: 1,
+    speaks_in_plain_while_there_is_no_channel: 1,
 }
 
 

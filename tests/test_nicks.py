@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from home import Mailbox
-from protocol import GONE, OFFLINE, ONLINE, Decoder, Spellings, Table, encode, folded, is_nick, mixes_scripts
-from registry import DAY, FULL, GRANTED, OWNED, PROBE_HOLDER, Mirror, Registry, SaveVerdict
+from protocol import GONE, OFFLINE, ONLINE, Decoder, Mirror, Spellings, Table, encode, folded, is_nick, mixes_scripts
+from registry import DAY, FULL, GRANTED, OWNED, PROBE_HOLDER, Registry, SaveVerdict
 from tests.processes import (EXITING, MAIL_NOTICE, NOT_RESPONDING, OFFLINE as BYE_LINE, SAVED, WELCOME, Chat, Process,
                              is_offline, received)
 from tests.second_client import SecondClient

@@ -235,6 +235,16 @@ def encryption(chat: Chat) -> list[Event]:
     refused("zoe", "off")
     carol = Program(chat, "carol")
     server.kill()
+    server = chat.restart()
+    plain = Program(chat, "dave", "--secure", "off")
+    tolerant, strict = Program(chat, "frank"), Program(chat, "erin", "--secure", "require")
+    for client in (tolerant, strict):
+        client.send("dave", "hello")
+    tolerant.see("insecure", to="dave")
+    strict.see("failed", reason="not-secure", to="dave")
+    assert (plain.finish(), tolerant.finish(), strict.finish()) == (0, 0, 1)
+    events += plain.events + tolerant.events + strict.events
+    server.kill()
     chat.server(port=chat.port, store=str(chat.directory / "another"))
     carol.tell(dereg="alice")
     carol.send("alice", "hello")
@@ -263,7 +273,7 @@ PRODUCED: dict[Any, Kinds] = {
               ("exiting", None)},
     limits: {("failed", "full"), ("refused", "full"), ("refused", "taken"), ("refused", "owned")},
     encryption: {("insecure", None), ("refused", "not-secure"), ("refused", "encrypted"), ("refused", "secure"),
-                 ("refused", "key-changed")},
+                 ("refused", "key-changed"), ("failed", "not-secure")},
     by_itself: {("failed", "disk")},
 }
 

@@ -105,12 +105,13 @@ def test_the_page_knows_every_field_and_whether_it_is_required() -> None:
 
 SAMPLES: dict[str, Any] = {     # a valid value of each type that has no bounds
     "bool": True, "float": 1795333447.25, "host": "192.0.2.1", "state": "online", "range": [3, 4],
-    "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002],
+    "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002], "keyed": [0, bytes(32)],
     "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
 WRONG: dict[str, list[Any]] = {     # msgpack type -> values that are invalid wherever another type belongs
     "int": [1, 2 ** 62], "float": [1.5], "bool": [True, False], "str": ["bob"], "bin": [b"bob", bytes(16)],
     "nil": [None], "list": [[], [1], ["bob"]], "map": [{}]}
-KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "address": "list", "run": "list"}
+KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "address": "list", "keyed": "list",
+           "run": "list"}
 FORMS = {"host": "fe80::1%"}    # how a string must begin
 BOUND_TO_OTHERS = {("range", "first"), ("range", "last"), ("run", "n"), ("run", "more")}    # not only by their types
 FEW = 3     # elements of a list, where any number will do
@@ -321,6 +322,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "secret": "home.SECRET_BYTES",
     "reg without cookie": "protocol.REG_SIZE",
     "join": "protocol.JOIN_SIZE",
+    "greet": "protocol.GREET_SIZE",
     "ping, sync, dereg": "protocol.SESSION_SIZE",
     "pages for one sync": "protocol.SYNC_PAGES",
     "life of a cookie": "registry.COOKIE_TIME",
@@ -331,8 +333,8 @@ OBEYED = {      # a constant of the page -> its name in the code
     "first window": "protocol.INITIAL_ROOM",
     "largest room": "protocol.MAX_EARLY",
     "at in the future": "registry.DAY",
-    "unused handshake": "secure.HELLO_TIME",
-    "replay window": "secure.REPLAY_WINDOW",
+    "unused handshake": "registry.HELLO_TIME",
+    "replay window": "protocol.REPLAY_WINDOW",
     "jitter of repeated requests": "loop.JITTER",
 }
 CHOSEN = {
@@ -355,6 +357,9 @@ CHOSEN = {
     "largest congestion window": "stream.MAX_CONGESTION_WINDOW",
     "reordering": "stream.PACKET_THRESHOLD",
     "streams of one sender": "conversation.STREAMS_PER_SENDER",
+    "repeated offer": "secure.OFFER_INTERVAL",
+    "life of an offer": "secure.OFFER_TIME",
+    "offers of one address": "secure.OFFERS_READ",
     "cookies for one attempt": "secure.COOKIES_PER_ATTEMPT",
     "shortest probe interval": "server.PROBE_INTERVAL",
     "broadcast gap": "server.BROADCAST_GAP",

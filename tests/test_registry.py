@@ -26,9 +26,9 @@ import home
 import protocol
 import registry
 from home import Known, Mailbox, Parcel, StoreError, StoredLetter
-from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Page, State, Table
+from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Mirror, Page, State, Table
 from registry import (BYE, DAY, EVICTED, FULL, GRANTED, KEEP, MAILBOX_SIZE, OWNED, PROBE_HOLDER, PROBE_RECIPIENT,
-                      REPLACED, SILENCE, UNKNOWN, Mirror, Registry, Session)
+                      REPLACED, SILENCE, UNKNOWN, Registry, Session)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16

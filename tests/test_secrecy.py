@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 from home import KnownKeys, Mailbox, bind_proof, hash_of, static_secret, token_for
-from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, REG_SIZE, SESSION_SIZE, Address, Decoder, Info, addressed,
-                      encode, padded, table_map)
-from registry import COOKIE_TIME, ENCRYPTED, GRANTED, OWNED, Registry, ShownKey
-from secure import (FAILURES, FAILURES_PER_NETWORK, HELLO_TIME, HELLOS_PER_ADDRESS, HELLOS_PER_NICK, MAPS, MAX_HELLOS,
-                    RECORD_EXTRA, RECORD_MARK, Channel, HandshakeState, Hellos, KeyPair, Keys, Pin, Sodium,
-                    hello_prologue, load_sodium)
+from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_EXTRA, RECORD_MARK, REG_SIZE, SESSION_SIZE, Address,
+                      Decoder, Info, addressed, encode, padded, table_map)
+from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLOS_PER_ADDRESS, HELLOS_PER_NICK,
+                      HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
+from secure import FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Pin, Sodium, hello_prologue, load_sodium
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping
@@ -835,6 +834,8 @@ def test_every_pairing_of_those_who_can_and_cannot_encrypt_chats(chat: Chat, ser
     for one, has in ((alice, client_has), (bob, peer_has)):
         told = one.err.data.count(b"[This connection is not encrypted.]")
         assert told == int(has and not server_has), "once a run, by whoever could"
+    told = alice.err.data.count(b"[Messages to bob are not encrypted.]")
+    assert told == int(server_has and client_has and not peer_has)
 
 
 def test_what_requires_encryption_speaks_with_nobody_else(chat: Chat) -> None:

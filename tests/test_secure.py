@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 import secure
 from home import bind_proof, hash_of, is_bind_proof, static_secret, token_for
-from protocol import MAX_DATAGRAM, Decoder, is_nick
-from secure import (COUNTER_LIMIT, HEADER_SIZE, KEY_SIZE, MAX_SEALED, PATTERNS, RECORD, RECORD_EXTRA, REPLAY_WINDOW,
-                    TAG_SIZE, Channel, ChannelEnded, CipherState, Forged, HandshakeState, KeyPair, Letters,
-                    ReplayWindow, Sodium, SymmetricState, compiled_sodium, fingerprint, index_of,
+from protocol import (HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW, TAG_SIZE, Decoder, ReplayWindow,
+                      index_of, is_nick)
+from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
+                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, compiled_sodium, fingerprint,
                     letter_prologue, load_sodium, public_sodium, sha256)
 from tests.processes import ROOT
 

@@ -32,12 +32,12 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import LINK_LEAVING, PING_INTERVAL, Client
+from client import PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import DAMAGED, Mailbox, clean, load_secret, token_for
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
 from protocol import OFFLINE as IS_OFFLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, encode, padded
-from registry import COOKIE_TIME, DAY, NICK_LAPSE, SYNC_INTERVAL, Registry
+from registry import COOKIE_TIME, DAY, LINK_LEAVING, NICK_LAPSE, SYNC_INTERVAL, Registry
 from secure import Handshake, Keys
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from terminal import Display
@@ -1219,7 +1219,7 @@ def test_streams_whose_texts_wait_to_be_written_are_not_forgotten() -> None:
         deliveries = list(inbox.take(1.0, lambda: True))
         assert len(deliveries) == 1
     acks = inbox.acks()
-    assert len(acks) == 30 and all(ack["next"] == 1 for ack, _ in acks)
+    assert len(acks) == 30 and all(ack["next"] == 1 for ack, _, _ in acks)
     for _ in crowd(inbox, 1, 30, 1, early=False, texts=1):
         assert not list(inbox.take(1.0, lambda: True)), "each once"
 
@@ -1582,7 +1582,7 @@ def test_a_letter_that_is_damaged_on_the_disk_does_not_keep_its_recipient_from_t
             shown += delivery.texts
             delivery.written(len(delivery.texts))
     assert shown == [DAMAGED, DAMAGED, "6"], "one line for each row"
-    (ack, _), = inbox.acks()[-1:]
+    (ack, _, _), = inbox.acks()[-1:]
     desk.say(home(1), encode("ack", ack))
     desk.wait(1)
     assert desk.registry.table.is_online("bob") and desk.registry.mailbox.known["bob"].messages == 0
