@@ -33,7 +33,8 @@ from protocol import (MAX_NUMBER, ONLINE, PROOF_BYTES, RECORD_EXTRA, RECORD_MARK
 from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, Send
-from terminal import REGISTRATION_REFUSALS, Display, KnownClient, Observer, Receipts, SendCommand, Shell
+from home import REGISTRATION_REFUSALS
+from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -401,6 +402,11 @@ class Sending:
         if outbox.due() <= now:
             peers = self._peers if link.connection.channel is not None else None
             for conversation, datagrams in outbox.poll(now, self._loop.drained):
+                if peers is not None and datagrams:
+                    reason = peers.refusal(conversation.peer)
+                    if reason:
+                        conversation.on_nack(now, 1, MAX_NUMBER - 1, reason, conversation.route)
+                        continue
                 for datagram, address in datagrams:
                     if address is None:
                         link.connection.send(datagram)
@@ -532,7 +538,7 @@ class PeerLinks:
         self._loop, self._send, self._link, self._peers, self._table = loop, send, link, peers, table
         self._outbox, self._receiving, self._display = outbox, receiving, display
         if peers is not None:
-            peers.key_of, peers.home_of, peers.is_at = table.key_of, table.home_of, self._is_at
+            peers.shown_of, peers.home_of, peers.is_at = table.key_of, table.home_of, self._is_at
             peers.on_plain = self._on_plain
 
     def on_news(self, nick: str) -> None:
@@ -552,12 +558,9 @@ class PeerLinks:
     # keys and channels
 
     def _on_plain(self, nick: str) -> None:
-        """Tell that what goes to somebody is not encrypted, or that nothing goes there."""
-        handshake, conversation = self._link.handshake, self._outbox.conversations.get(nick)
-        if handshake.must_encrypt and conversation is not None:
-            refusal = {"stream": conversation.id, "first": 1, "last": MAX_NUMBER - 1, "reason": "not-secure"}
-            self._outbox.on_nack(self._loop.now(), refusal, nick)
-        elif handshake.tells_of_plain:
+        """Tell that what goes to somebody is not encrypted."""
+        handshake = self._link.handshake
+        if handshake.tells_of_plain:
             handshake.tells_of_plain = self._display.names_messages     # to others than these, once
             self._display.tell("peer-insecure", to=nick)
 
@@ -795,9 +798,9 @@ class Client:
                                handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
-        keys, must_encrypt = self.link.handshake.keys, self.link.handshake.must_encrypt
-        peers = Peers(keys, send, loop.now, lambda: new_id(loop), must_encrypt) if keys is not None else None
-        self._channels = peers                  # with other clients
+        own = self.link.handshake
+        peers = Peers(own.keys, send, loop.now, lambda: new_id(loop), own.must_encrypt, own.known) if own.keys else None
+        self.peer_keys = peers                  # and the channels with them
         self.sending = Sending(loop, send, self.link, peers, self.table_sync, self.outbox, self.receipts)
         self.receiving = Receiving(loop, send, self.link, peers, self.inbox, display)
         self.peers = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
@@ -862,7 +865,7 @@ class Client:
             if text is not None:
                 self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
             return
-        found = self._channels.opened(record, address) if self._channels is not None else None
+        found = self.peer_keys.opened(record, address) if self.peer_keys is not None else None
         if found is not None:
             self.peers.on_sealed(found[0], self.decoder.decode(found[1]), address)
 
@@ -904,8 +907,8 @@ class Client:
         """
         self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
         is_sealed = self.link.connection.channel is not None
-        if self._channels is not None and self.link.handshake.pin.key is not None:
-            self._channels.me, self._channels.server_key = self.nick, self.link.handshake.pin.key
+        if self.peer_keys is not None and self.link.handshake.pin.key is not None:
+            self.peer_keys.me, self.peer_keys.server_key = self.nick, self.link.handshake.pin.key
         self.outbox.register(self._loop.now(), Account(session, RECORD_EXTRA if is_sealed else 0))
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)

@@ -64,6 +64,7 @@ from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Incomi
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
+OWN_REFUSALS = ("not-secure", "key-changed")     # why a message may not be sent at all: no peer says so
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 
 
@@ -286,7 +287,7 @@ class Conversation:
         """Process a refusal; it counts only on the route in use, and for the lowest number that is pending."""
         if (route is DIRECT) != (self.route is DIRECT) or not first <= self.stream.base <= last:
             return
-        if route is DIRECT and reason != "not-secure":      # which the owner says, no peer
+        if route is DIRECT and reason not in OWN_REFUSALS:
             if reason == "not-me":
                 self._give_up_direct(now)
             return

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from protocol import MAX_PIECE, is_nick
+from protocol import MAX_PIECE, UNSAFE, clean, is_nick
 
 if TYPE_CHECKING:
     import json
@@ -139,28 +139,6 @@ def is_private(path: str) -> bool:
     return not stat.S_IMODE(os.stat(path).st_mode) & 0o077
 
 
-REMEMBERED_NICKS = 1000   # of the last table that was seen
-
-
-def remember_nicks(nicks: Sequence[str]) -> None:
-    """Write the nicks of the table to a file, from which shells complete them. If that fails, there are none."""
-    state = state_home()
-    if state is None:
-        return
-    path = os.path.join(state, "nicks")
-    draft = f"{path}.{os.urandom(8).hex()}"
-    try:
-        os.makedirs(state, mode=0o700, exist_ok=True)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write("".join(f"{nick}\n" for nick in nicks[:REMEMBERED_NICKS]))
-        os.replace(draft, path)
-    except OSError:
-        try:
-            remove_quietly(draft)
-        except OSError:
-            pass
-
-
 class RecentLines:
     """A file of lines, the newest last, that is shortened to ``keep`` lines when it has more than ``limit``.
 
@@ -266,15 +244,6 @@ def _encoded(lines: Iterable[str]) -> bytes:
 
 LEVELS = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
-# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
-UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-
-
-def clean(text: str) -> str:
-    """Return ``text`` with every control character as its escape: fit for one line of a terminal."""
-    if text.isprintable():
-        return text
-    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -381,6 +350,74 @@ class LineFile:
                 os.lseek(self._fd, start, os.SEEK_SET)
         except OSError:
             pass        # it stays: see above
+
+
+# --- the lines of clients -------------------------------------------------------------------------------------
+
+NEWS, FAILURE = False, True     # what an event is to its reader
+
+
+class EventFormat:
+    """How an event is told: ``line`` to people (with fields in it), ``type`` and ``reason`` to programs."""
+
+    def __init__(self, line: str, is_failure: bool, type_: str, reason: str | None = None) -> None:
+        self.line, self.is_failure, self.type, self.reason = line, is_failure, type_, reason
+
+
+NOT_SAVED = "[The server cannot save messages now, message for {to} not saved.]"
+EVENT_FORMATS: dict[str, EventFormat] = {
+    "registered": EventFormat("[Welcome, You are registered.]", NEWS, "registered"),
+    "table": EventFormat("[Client table updated.]", NEWS, "table"),
+    "mail": EventFormat("[You have messages]", NEWS, "mail"),
+    "received": EventFormat("[Message received by {to}.]", NEWS, "received"),
+    "saved": EventFormat("[Messages received by the server and saved]", NEWS, "saved"),
+    "no-ack": EventFormat("[No ACK from {to}, message sent to server.]", NEWS, "no-ack"),
+    "offline": EventFormat("[{to} is offline, message sent to server.]", NEWS, "offline"),
+    "exists": EventFormat("[Client {to} exists!!]", NEWS, "exists"),
+    "unknown": EventFormat("[Unknown client {to}.]", FAILURE, "failed", "unknown"),
+    "too-long": EventFormat("[Message too long: {size} bytes, at most {most}.]", FAILURE, "failed", "too-long"),
+    "full": EventFormat("[Mailbox of {to} is full, message not saved.]", FAILURE, "failed", "full"),
+    "disk": EventFormat(NOT_SAVED, FAILURE, "failed", "disk"),
+    "send-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
+    "undelivered": EventFormat("", FAILURE, "failed", "not-delivered"),
+    "one-undelivered": EventFormat("[1 message not delivered.]", FAILURE, "undelivered"),
+    "more-undelivered": EventFormat("[{count} messages not delivered.]", FAILURE, "undelivered"),
+    "left": EventFormat("[You are Offline. Bye.]", NEWS, "left"),
+    "silent": EventFormat("[Server not responding]", FAILURE, "server-silent"),
+    "back": EventFormat("[Server is responding again]", NEWS, "server-back"),
+    "exiting": EventFormat("[Exiting]", NEWS, "exiting"),
+    "server-full": EventFormat("[The server is full.]", FAILURE, "refused", "full"),
+    "taken": EventFormat("[Nickname {nick} is taken.]", FAILURE, "refused", "taken"),
+    "owned": EventFormat("[Nickname {nick} belongs to someone else.]", FAILURE, "refused", "owned"),
+    "owner-encrypts": EventFormat("[Nickname {nick} is used with encryption.]", FAILURE, "refused", "encrypted"),
+    "must-encrypt": EventFormat("[The server requires encryption.]", FAILURE, "refused", "secure"),
+    "server-insecure": EventFormat("[The server cannot encrypt.]", FAILURE, "refused", "not-secure"),
+    "insecure": EventFormat("[This connection is not encrypted.]", FAILURE, "insecure"),
+    "peer-insecure": EventFormat("[Messages to {to} are not encrypted.]", FAILURE, "insecure"),
+    "not-secure": EventFormat("[{to} cannot decrypt, message not sent.]", FAILURE, "failed", "not-secure"),
+    "key-changed": EventFormat("[The key of {to} has changed, message not sent.]", FAILURE, "failed", "key-changed"),
+    "fingerprint": EventFormat("[Fingerprint of {nick} {fingerprint}]", NEWS, "fingerprint"),
+    "fingerprint-with": EventFormat("[Fingerprint of {nick} and {to} {fingerprint}]", NEWS, "fingerprint"),
+    "verified": EventFormat("[The key of {to} is verified.]", NEWS, "verified"),
+    "trusted": EventFormat("[The key of {to} is trusted now. {fingerprint}]", NEWS, "trusted"),
+    "no-key": EventFormat("[No key of {nick} is known.]", FAILURE, "error", "no-key"),
+    "not-the-key": EventFormat("[The key of {nick} has changed, try {help}.]", FAILURE, "error", "key-changed"),
+    "server-key-changed": EventFormat("[The key of the server has changed.]", FAILURE, "refused", "key-changed"),
+    "talk-unknown": EventFormat("[Unknown client {nick}.]", FAILURE, "error", "unknown-client"),
+    "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
+    "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
+    "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
+    "command-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
+    "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
+    "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
+    "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
+}
+# reasons of refusals, and what is told of them: all others as "taken"
+REGISTRATION_REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts",
+                         "secure": "must-encrypt", "insecure": "server-insecure", "key-changed": "server-key-changed"}
+STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
+ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
+FOR_PEOPLE = frozenset({"back", "insecure", "peer-insecure"})   # not promised to scripts that read plain lines
 
 
 # --- the store of a server ------------------------------------------------------------------------------------
@@ -582,6 +619,10 @@ class Known:
         return self.last - self.first + 1
 
 
+StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
+DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
+
+
 class Parcel(NamedTuple):
     """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
 
@@ -629,10 +670,6 @@ class Parcel(NamedTuple):
         if max(map(len, encoded)) > MAX_PIECE:
             raise ValueError("a piece is too long")
         return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
-
-
-StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
-DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
 class Mailbox:
@@ -916,22 +953,27 @@ class Mailbox:
 
 # --- the keys of others ---------------------------------------------------------------------------------------
 
-KNOWN_LIMIT = 2 ** 24     # characters: 150,000 keys
-KNOWN_LINE = r"server (\S+) ([0-9a-f]{64})|peer [0-9a-f]{64} \S+ [0-9a-f]{64} (?:seen|verified)|.* torn|"
+KNOWN_LIMIT = 2 ** 24     # characters: 100,000 keys
+KNOWN_LINE_SIZE = 1024    # bytes that a line has at most
+KNOWN_LINE = r"server (\S+) ([0-9a-f]{64})|peer ([0-9a-f]{64}) (\S+) ([0-9a-f]{64}) (seen|verified)|.* torn|"
 
 
 class KnownKeys:
-    """The keys that servers had at first contact, in the file ``known``: a line ``server HOST:PORT KEY`` for each.
+    """The keys that others had at first contact, in the file ``known``. A line for each server, and for each client::
+
+        server HOST:PORT KEY
+        peer SERVER-KEY NICK KEY seen        or ``verified``: the user has compared it
 
     Lines are only appended, each by one write, so that several programs may do that at once. The last one for a name
-    counts. If a crash has torn the last line, the next write marks it as such. Any other line that cannot be read may
-    be one that matters: then the file is not used.
+    counts. If a crash or a full disk has torn the last line, the next write marks it as such. Any other line that
+    cannot be read may be one that matters: then the file is not used.
     """
 
-    def __init__(self, path: str) -> None:
-        """Read the file, if there is one. Raise OSError."""
+    def __init__(self, path: str = "") -> None:
+        """Read the file, if there is one; "": nothing is remembered longer than this object. Raise OSError."""
         self._path = path
         self._servers: dict[str, bytes] = {}
+        self._peers: dict[tuple[bytes, str], tuple[bytes, bool]] = {}
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read(KNOWN_LIMIT + 1)
@@ -939,11 +981,13 @@ class KnownKeys:
             text = ""
         if len(text) > KNOWN_LIMIT:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        *lines, self._rest = text.split("\n")
-        for number, line in enumerate((*lines, self._rest), 1):
+        *lines, rest = text.split("\n")
+        for number, line in enumerate((*lines, rest), 1):
             found = re.fullmatch(KNOWN_LINE, line)
             if found is not None and found[1]:
                 self._servers[found[1]] = bytes.fromhex(found[2])
+            elif found is not None and found[3]:
+                self._peers[bytes.fromhex(found[3]), found[4]] = bytes.fromhex(found[5]), found[6] == "verified"
             elif found is None and number <= len(lines):
                 raise OSError(errno.EINVAL, f"line {number} cannot be read")
 
@@ -953,17 +997,33 @@ class KnownKeys:
 
     def add_server(self, name: str, key: bytes) -> None:
         """Note the key of a server, on the disk. Raise OSError."""
+        self._servers[name] = key
+        self._append(f"server {name} {key.hex()}")
+
+    def peer(self, server: bytes, nick: str) -> tuple[bytes, bool] | None:
+        """Return the key of a nick, folded, at the server with a key, and whether it is verified; None: not known."""
+        return self._peers.get((server, nick))
+
+    def add_peer(self, server: bytes, nick: str, key: bytes, is_verified: bool) -> None:
+        """Note the key of a client, on the disk. Raise OSError; then it is known as long as this object."""
+        self._peers[server, nick] = key, is_verified
+        self._append(f"peer {server.hex()} {nick} {key.hex()} {'verified' if is_verified else 'seen'}")
+
+    def _append(self, line: str) -> None:
+        if not self._path:
+            return
         os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-        end = "" if not self._rest else "\n" if re.fullmatch(KNOWN_LINE, self._rest) else " torn\n"
-        data = f"{end}server {name} {key.hex()}\n".encode()
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
+            size = os.fstat(descriptor).st_size
+            rest = os.pread(descriptor, KNOWN_LINE_SIZE, max(0, size - KNOWN_LINE_SIZE)).rpartition(b"\n")[2]
+            end = "" if not rest else "\n" if re.fullmatch(KNOWN_LINE, rest.decode("utf-8", "replace")) else " torn\n"
+            data = f"{end}{line}\n".encode()
             if os.write(descriptor, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        self._rest, self._servers[name] = "", key
 
 
 # --- the user's identity --------------------------------------------------------------------------------------
@@ -1033,46 +1093,3 @@ def publish(draft: str, path: str) -> None:
             os.rename(draft, path)
     finally:
         remove_quietly(lock)        # two that waited in vain for a lock, left by a killed process, both come here
-
-
-def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
-    """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
-    import hmac     # here: only registrations need it, and a start is measured
-    return hmac.digest(secret, server_id + nick.encode(), "sha256")
-
-
-def hash_of(token: bytes) -> bytes:
-    """Return what the store keeps of a token."""
-    import hashlib      # here: only registrations need it, and a start is measured
-    return hashlib.sha256(token).digest()
-
-
-def is_hash_of(owner: bytes, token: bytes) -> bool:
-    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
-    import hmac
-    return hmac.compare_digest(owner, hash_of(token))
-
-
-def static_secret(identity: bytes) -> bytes:
-    """Return the secret of a user's key, from the secret in the identity file.
-
-    No token is made of these bytes: a nick, which stands there behind 16 bytes, has no blank and no zero byte.
-    """
-    import hmac
-    return hmac.digest(identity, b"udpchat static key 1\0", "sha256")
-
-
-def bind_proof(owner: bytes, server_key: bytes, client_key: bytes) -> bytes:
-    """Return the proof that the owner of a nick has a public key. ``owner``: what is kept of the nick's token.
-
-    The server may keep that, too, so the token itself is not sent. A server that claims to be another one learns
-    nothing of use there: the proof is good for these two keys only.
-    """
-    import hmac
-    return hmac.digest(owner, b"udpchat bind 1" + server_key + client_key, "sha256")
-
-
-def is_bind_proof(proof: bytes, owner: bytes, server_key: bytes, client_key: bytes) -> bool:
-    """Return whether ``proof`` is right, in a time that does not show how wrong it is."""
-    import hmac
-    return hmac.compare_digest(proof, bind_proof(owner, server_key, client_key))

@@ -35,6 +35,7 @@ that has changed.
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -286,7 +287,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
-    "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY))},
+    "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY, boolean))},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS},
     "exists": {"knocks": boolean},
@@ -468,6 +469,19 @@ def index_of(datagram: bytes) -> bytes | None:
     return datagram[2:INDEX_END] if is_record else None
 
 
+# --- what may be shown ----------------------------------------------------------------------------------------
+
+# what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates
+UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with every control character as its escape: fit for one line of a terminal."""
+    if text.isprintable():
+        return text
+    return re.sub(UNSAFE, lambda match: ("\\x%02x" if match[0] < "\u0100" else "\\u%04x") % ord(match[0]), text)
+
+
 # --- nicks that count as the same -----------------------------------------------------------------------------
 
 # letters that ``str.lower`` leaves apart: both forms of sigma, of which Σ becomes the final one only at the end of a
@@ -552,7 +566,7 @@ class Spellings:
 # --- the table of clients -------------------------------------------------------------------------------------
 
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
-KeyRow = list[Any]          # its key: [position of the entry, key]
+KeyRow = list[Any]          # its key: [position of the entry, key, whether the nick is bound to it]
 
 
 class State(str, Enum):
@@ -577,7 +591,8 @@ class Entry(NamedTuple):
     port: int
     state: State
     version: int
-    key: bytes = b""        # by which others encrypt for this client, b"" if they cannot
+    key: bytes = b""        # by which others encrypt for this client, b"" if they cannot ...
+    is_bound: bool = False  # ... and whether the nick is bound to it, not only the session
 
     def row(self) -> EntryRow:
         """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
@@ -585,7 +600,7 @@ class Entry(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Every entry that changed in (since, version]; ``keys``: the keys of those that have one, [position, key] each."""
+    """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key."""
 
     since: int
     version: int
@@ -594,7 +609,7 @@ class Page(NamedTuple):
 
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
-KEY_OVERHEAD = 38         # ... and of its key
+KEY_OVERHEAD = 39         # ... and of its key
 MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
 
@@ -636,20 +651,21 @@ class Table:
         """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
         return nick if nick in self.entries else self.spellings.only(nick)
 
-    def set(self, nick: str, host: str, port: int, state: State, key: bytes = b"") -> bool:
+    def set(self, nick: str, host: str, port: int, state: State, key: bytes = b"", is_bound: bool = False) -> bool:
         """Change one entry; return whether that changed anything (and so used a new version)."""
-        if self._says(nick, host, port, state, key):
+        entry = Entry(nick, host, port, state, self.version + 1, key, is_bound)
+        if self._says(entry):
             return False
         self.version += 1
-        self._put(Entry(nick, host, port, state, self.version, key))
+        self._put(entry)
         return True
 
-    def _says(self, nick: str, host: str, port: int, state: State, key: bytes) -> bool:
-        """Return whether this is what the table says already."""
-        old = self.entries.get(nick)
+    def _says(self, entry: Entry) -> bool:
+        """Return whether this is what the table says already, but for the version."""
+        old = self.entries.get(entry.nick)
         if old is None:
-            return state == GONE
-        return (old.host, old.port, old.state, old.key) == (host, port, state, key)
+            return entry.state == GONE
+        return old[:4] == entry[:4] and old[5:] == entry[5:]
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
@@ -694,7 +710,7 @@ class Table:
                 yield Page(start, last, rows, tuple(keys))
                 start, rows, keys, used = last, [], [], 0
             if entry.key:
-                keys.append([len(rows), entry.key])
+                keys.append([len(rows), entry.key, entry.is_bound])
             rows.append(entry.row())
             used += cost
             last = entry.version
@@ -709,15 +725,15 @@ class Table:
             return []
         changed = []
         self.version = page.version
-        keys: dict[int, bytes] = {position: key for position, key in page.keys}
+        keys = {position: key for position, *key in page.keys}
         for position, (nick, host, port, name) in enumerate(page.rows):
-            state, key = STATES[name], keys.get(position, b"")
-            if self._says(nick, host, port, state, key):
+            entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, ()))
+            if self._says(entry):
                 continue
-            if state == GONE:
+            if entry.state == GONE:
                 self._remove(nick)
             else:
-                self._replace(Entry(nick, host, port, state, page.version, key))
+                self._replace(entry)
             changed.append(nick)
         return changed
 
@@ -777,14 +793,14 @@ class Mirror:
     def _swap(self, fresh: Table) -> list[str]:
         """Put the table of the new boot in force; return the nicks of which it says something else."""
         old, self.table, self._fresh = self.table, fresh, None
-        before, after = ({nick: (entry.row(), entry.key) for nick, entry in table.entries.items()}
+        before, after = ({nick: (entry.row(), entry.key, entry.is_bound) for nick, entry in table.entries.items()}
                          for table in (old, fresh))
         return [nick for nick in {**before, **after} if before.get(nick) != after.get(nick)]
 
     def mark_all_offline(self) -> list[str]:
         """Mark everybody offline: the table in force is too old. Return the nicks that were online until now."""
-        return [nick for nick, host, port, _, _, key in list(self.table.entries.values())
-                if self.table.set(nick, host, port, OFFLINE, key)]
+        return [entry.nick for entry in list(self.table.entries.values())
+                if self.table.set(entry.nick, entry.host, entry.port, OFFLINE, entry.key, entry.is_bound)]
 
 
 Outgoing = tuple[bytes, Address | None]     # a datagram, and where it goes; None: to the server
@@ -865,6 +881,7 @@ def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], tim
 
 
 # --- mail -----------------------------------------------------------------------------------------------------
+
 
 WireLetter = tuple[str, int, int, float, str]   # one number of a mail: [from, stream, n, at, text] of the message in it
 

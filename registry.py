@@ -21,7 +21,7 @@ clients that encrypt, as long as they are not done.
 server decides on table, sessions and store: who gets a nick, when somebody goes online (not before the mail that waited
 is acked) and offline, what happens to a message that should be kept. ``Committer`` has the store written.
 
-A nick belongs to its first owner: a client that registers it with a token (see ``home.token_for``) owns it, and the
+A nick belongs to its first owner: a client that registers it with a token (see ``secure.token_for``) owns it, and the
 store keeps a hash of that token. A nick that was registered without a token belongs to nobody, and its mail goes to the
 next client that registers it. Nicks that only differ in case, width or composition are one nick: the spelling that was
 registered first counts, another one is refused, and so is a new nick that mixes scripts. A nick that the store has from
@@ -36,11 +36,12 @@ from enum import Enum
 from itertools import takewhile
 from typing import Protocol
 
-from home import Known, Mailbox, Parcel, StoredLetter, hash_of, is_bind_proof, is_hash_of
+from home import Known, Mailbox, Parcel, StoredLetter
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import (GONE, INDEX_BYTES, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Decoder, Info,
                       Mirror, Page, Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
-from secure import FAILURES, MAPS, Channel, Forged, HandshakeState, Keys, RateLimit, Send, hello_prologue
+from secure import (FAILURES, MAPS, Channel, Forged, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
+                    is_bind_proof, is_hash_of)
 
 
 # --- copies of the table --------------------------------------------------------------------------------------
@@ -100,10 +101,13 @@ class TableSync(Mirror):
         place = self.place_of(nick)
         return place.address if place is not None and place.online else None
 
-    def key_of(self, nick: str) -> bytes | None:
-        """Return by which key ``nick`` is encrypted for; b"": it cannot be, in its present session. None: not known."""
+    def key_of(self, nick: str) -> tuple[bytes, bool] | None:
+        """Return by which key ``nick`` is encrypted for, and whether it is bound to that; None: nobody knows.
+
+        b"": it cannot be encrypted for, in its present session.
+        """
         entry = self.table.entries.get(nick)
-        return entry.key if entry is not None and (entry.key or entry.state == ONLINE) else None
+        return (entry.key, entry.is_bound) if entry is not None and (entry.key or entry.state == ONLINE) else None
 
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
@@ -758,7 +762,7 @@ class Registry:
         self._at: dict[Address, Session] = {}           # who is online there
         self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)
         for known in mailbox.known.values():
-            self.table.set(known.nick, known.host, known.port, OFFLINE, known.key or b"")
+            self.table.set(known.nick, known.host, known.port, OFFLINE, known.key or b"", known.key is not None)
             if known.online:
                 self.maybe_running[known.nick] = (known.host, known.port)
 
@@ -883,8 +887,8 @@ class Registry:
             if other is not None:
                 self._lose(other)
             self._at[address] = session
-        key = session.key if state == ONLINE else known.key
-        self.table.set(nick, *address, state, key or b"")
+        key = (session.key if state == ONLINE else known.key) or b""
+        self.table.set(nick, *address, state, key, key == known.key)
         known.online = state == ONLINE
         self.mailbox.changed(known)
 

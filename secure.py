@@ -38,8 +38,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 
-from home import bind_proof, hash_of
-from loop import NEVER, Endpoint
+from home import KnownKeys
+from loop import NEVER, Endpoint, log
 from protocol import (GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, NO_NICK, RECORD, REG_SIZE, TAG_SIZE,
                       Address, Decoder, Info, ReplayWindow, encode, folded, index_of, is_private, padded)
 
@@ -99,13 +99,15 @@ class Handshake:
 
     def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None = None,
                  own_address: Callable[[Address], Address | None] = lambda server: None,
-                 keys: Keys | None = None, must_encrypt: bool = False, pin: Pin | None = None) -> None:
+                 keys: Keys | None = None, must_encrypt: bool = False, pin: Pin | None = None,
+                 known: KnownKeys | None = None) -> None:
         """``proof``: returns the token for (server id, nick); None: the nick will be nobody's.
 
         ``own_address``: returns from which address this machine sends to a server; None: it is not known.
         ``must_encrypt``: with a server that cannot, nothing but the question is spoken. ``pin``: of this server.
+        ``known``: the keys that other clients have had; it is for ``Peers``.
         """
-        self.pin = pin or Pin()
+        self.pin, self.known = pin or Pin(), known
         self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
         self.keys, self.must_encrypt = keys, must_encrypt
@@ -325,15 +327,15 @@ class Peers:
     """
 
     def __init__(self, keys: Keys, send: Send, now: Callable[[], float], new_id: Callable[[], int],
-                 must_encrypt: bool = False) -> None:
-        """``must_encrypt``: whoever cannot is not spoken to."""
+                 must_encrypt: bool = False, known: KnownKeys | None = None) -> None:
+        """``must_encrypt``: whoever cannot is not spoken to. ``known``: the keys that others have had before."""
         self.me, self.server_key = "", b""      # our nick, and the key of our server
-        self.key_of: Callable[[str], bytes | None] = lambda nick: None      # b"": it cannot encrypt; None: not known
+        self.shown_of: Callable[[str], tuple[bytes, bool] | None] = lambda nick: None   # see ``TableSync.key_of``
         self.home_of: Callable[[str], Address | None] = lambda nick: None   # where it is, as the table says
         self.is_at: Callable[[str, Address], bool] = lambda nick, address: False    # whether somebody may be there
         self.on_plain: Callable[[str], None] = lambda nick: None    # hears whose messages cannot be encrypted
         self._keys, self._send, self._now, self._new_id = keys, send, now, new_id
-        self._must_encrypt = must_encrypt
+        self._must_encrypt, self._known = must_encrypt, known or KnownKeys()
         self._peers: dict[str, Peer] = {}
         self._offers: dict[int, Peer] = {}      # by the id of the offer
         self._by_index: dict[bytes, tuple[Peer, Channel]] = {}
@@ -363,12 +365,74 @@ class Peers:
             if self.key_of(nick) != peer.key:
                 self._close(peer)
             waiting, peer.waiting = peer.waiting, []
-            for datagram, address in waiting:
-                self.send(nick, datagram, address)
+            if not self.refusal(nick):      # what is refused counts as not sent: it must not go out later
+                for datagram, address in waiting:
+                    self.send(nick, datagram, address)
+
+    # which key
+
+    def _pinned(self, nick: str) -> tuple[bytes, bool] | None:
+        """Return the key that somebody must have, and whether it is verified; that of one spelling is that of all.
+
+        But for old nicks that count as the same, and have different owners: the user trusts the others one by one.
+        """
+        return self._known.peer(self.server_key, nick) or self._known.peer(self.server_key, folded(nick))
+
+    def _pin(self, nick: str, key: bytes, is_verified: bool = False) -> None:
+        is_first = self._pinned(nick) is None
+        try:
+            self._known.add_peer(self.server_key, folded(nick) if is_first else nick, key, is_verified)
+        except OSError as error:
+            log.warning("the key of %s is not remembered: %s", nick, error.strerror)
+
+    def key_of(self, nick: str) -> bytes | None:
+        """Return by which key somebody is encrypted for; b"": that cannot be. None: not known, or not as it must be."""
+        shown = self.shown_of(nick)
+        return shown[0] if shown is not None and not self.refusal(nick) else None
+
+    def refusal(self, nick: str) -> str:
+        """Return why nothing may be sent to somebody: "key-changed", or "not-secure"; "": it may be."""
+        shown, pinned = self.shown_of(nick), self._pinned(nick)
+        if pinned is not None:
+            return "" if shown == (pinned[0], True) else "key-changed"
+        return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
+
+    def digits(self, nick: str) -> str:
+        """Return the digits that both sides compare, those of our own key for ""; "" if there is no key to compare."""
+        shown, pinned = self.shown_of(nick), self._pinned(nick)
+        theirs = shown[0] if shown is not None and shown[0] else pinned[0] if pinned is not None else b""
+        if not nick:
+            return fingerprint(self._keys.pair.public)
+        return fingerprint(self._keys.pair.public, theirs) if theirs else ""
+
+    def verify(self, nick: str) -> str:
+        """Note that the user has compared a key; return why that is not possible: an event, or ""."""
+        shown = self.shown_of(nick)
+        if shown is None or not shown[0] or not shown[1]:
+            return "not-the-key" if self._pinned(nick) is not None else "no-key"
+        if self.refusal(nick):
+            return "not-the-key"
+        self._pin(nick, shown[0], is_verified=True)
+        return ""
+
+    def is_verified(self, nick: str) -> bool:
+        """Return whether the user has compared the key that somebody has."""
+        pinned = self._pinned(nick)
+        return pinned is not None and pinned[1] and self.shown_of(nick) == (pinned[0], True)
+
+    def trust(self, nick: str) -> str:
+        """Accept the key that somebody has now; return the digits to compare, "" if there is none to accept."""
+        shown = self.shown_of(nick)
+        if shown is None or not shown[0] or not shown[1]:
+            return ""
+        if self._pinned(nick) is None or self.refusal(nick):
+            self._pin(nick, shown[0])
+        self.on_news(nick)
+        return self.digits(nick)
 
     def takes_plain(self, nick: str) -> bool:
         """Return whether what somebody says in plain counts."""
-        return self.key_of(nick) == b"" and not self._must_encrypt
+        return self.key_of(nick) == b""
 
     # what goes out
 
@@ -407,11 +471,10 @@ class Peers:
             self._send(datagram, address)
 
     def _send_plain(self, peer: Peer, datagram: bytes, address: Address) -> None:
-        if self._must_encrypt or not peer.is_told:
+        if not peer.is_told:
             peer.is_told = True
             self.on_plain(peer.nick)
-        if not self._must_encrypt:
-            self._send(datagram, address)
+        self._send(datagram, address)
 
     # handshakes
 
@@ -511,6 +574,8 @@ class Peers:
     def _use(self, peer: Peer, channel: Channel) -> None:
         """Send in a channel from now on, and what has waited first: the other side has it."""
         peer.channel, peer.address, peer.allowance = channel, None, 0
+        if self._pinned(peer.nick) is None and self.shown_of(peer.nick) == (peer.key, True):
+            self._pin(peer.nick, peer.key)
         waiting, peer.waiting = peer.waiting, []
         for datagram, address in waiting:
             self._send(channel.seal(MAPS, datagram), address)
@@ -659,7 +724,7 @@ def public_sodium() -> Sodium:
 
 def hmac_sha256(key: bytes, data: bytes) -> bytes:
     """Return the HMAC-SHA256 (RFC 2104) of ``data``."""
-    import hmac     # here, as in ``Cookies``
+    import hmac     # here: only registrations need it, and a start is measured
     return hmac.digest(key, data, "sha256")
 
 
@@ -667,6 +732,45 @@ def sha256(data: bytes) -> bytes:
     """Return the SHA-256 of ``data``."""
     import hashlib
     return hashlib.sha256(data).digest()
+
+
+def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
+    """Return the proof that ``nick`` is ours, good at one server only: HMAC-SHA256 (RFC 2104)."""
+    return hmac_sha256(secret, server_id + nick.encode())
+
+
+def hash_of(token: bytes) -> bytes:
+    """Return what the store keeps of a token."""
+    return sha256(token)
+
+
+def is_hash_of(owner: bytes, token: bytes) -> bool:
+    """Return whether ``owner`` is what is kept of ``token``, in a time that does not show how wrong a guess is."""
+    import hmac
+    return hmac.compare_digest(owner, hash_of(token))
+
+
+def static_secret(identity: bytes) -> bytes:
+    """Return the secret of a user's key, from the secret in the identity file.
+
+    No token is made of these bytes: a nick, which stands there behind 16 bytes, has no blank and no zero byte.
+    """
+    return hmac_sha256(identity, b"udpchat static key 1\0")
+
+
+def bind_proof(owner: bytes, server_key: bytes, client_key: bytes) -> bytes:
+    """Return the proof that the owner of a nick has a public key. ``owner``: what is kept of the nick's token.
+
+    The server may keep that, too, so the token itself is not sent. A server that claims to be another one learns
+    nothing of use there: the proof is good for these two keys only.
+    """
+    return hmac_sha256(owner, b"udpchat bind 1" + server_key + client_key)
+
+
+def is_bind_proof(proof: bytes, owner: bytes, server_key: bytes, client_key: bytes) -> bool:
+    """Return whether ``proof`` is right, in a time that does not show how wrong it is."""
+    import hmac
+    return hmac.compare_digest(proof, bind_proof(owner, server_key, client_key))
 
 
 class KeyPair:

@@ -31,11 +31,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
-from home import as_json, clean, rfc3339, show_time
+from conversation import OWN_REFUSALS, RECEIVED, REFUSED, SAVED, Delivery, Event
+from home import EVENT_FORMATS, FOR_PEOPLE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
                   wake_up)
-from protocol import MAX_TEXT, are_short, folded, split_text
+from protocol import MAX_TEXT, are_short, clean, folded, split_text
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
     from editor import Action, EditorScreen, Prompt, StatusRow, Style
 
@@ -61,8 +61,8 @@ class Completion(Enum):
 class CommandSpec(NamedTuple):
     """What there is to know of a command, beside the method of ``Shell`` that carries it out.
 
-    ``help``: its line in the list of commands, "" for none. ``json``: the type of its value in a JSON object (bool: it
-    must be true), None if it cannot be given in that way.
+    ``help``: its line in the list of commands, "" for none. ``json``: the types of its value in a JSON object (bool: it
+    must be true), none if it cannot be given in that way.
     """
 
     usage: str
@@ -70,18 +70,23 @@ class CommandSpec(NamedTuple):
     works_offline: bool = False
     only_in_talk: bool = False
     completes: Completion | None = None
-    json: type | None = None
+    json: tuple[type, ...] = ()
 
 
 COMMANDS: dict[str, CommandSpec] = {
     "send": CommandSpec("send NICK MESSAGE", "send MESSAGE (the rest of the line) to NICK", completes=Completion.PEERS),
     "talk": CommandSpec("talk NICK", "send every line to NICK from now on; commands then begin with /; /end ends it",
                         completes=Completion.PEERS),
-    "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=str),
-    "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=str),
-    "who": CommandSpec("who", "show everybody who is known", json=bool),
-    "help": CommandSpec("help", "show this", works_offline=True, json=bool),
-    "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=bool),
+    "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=(str,)),
+    "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=(str,)),
+    "who": CommandSpec("who", "show everybody who is known", json=(bool,)),
+    "fingerprint": CommandSpec("fingerprint [NICK]", "show the digits of your key, or those to compare with NICK",
+                               completes=Completion.PEERS, json=(bool, str)),
+    "verify": CommandSpec("verify NICK", "note that you have compared the digits with NICK", completes=Completion.PEERS,
+                          json=(str,)),
+    "trust": CommandSpec("trust NICK", "accept that NICK has another key now", completes=Completion.PEERS, json=(str,)),
+    "help": CommandSpec("help", "show this", works_offline=True, json=(bool,)),
+    "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=(bool,)),
     "end": CommandSpec("end", works_offline=True, only_in_talk=True),
 }
 HELP_INDENT = 20    # columns before what a command does
@@ -313,75 +318,17 @@ def json_command(line: str) -> Command:
         nick, text = re.sub(SURROGATES, "\ufffd", nick), re.sub(SURROGATES, "\ufffd", text)
         return Command(SendCommand(nick, [text], ref))
     for name, spec in COMMANDS.items():
-        if spec.json is str and type(found.get(name)) is str:
+        if str in spec.json and type(found.get(name)) is str:
             return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
-        if spec.json is bool and found.get(name) is True:
+        if bool in spec.json and found.get(name) is True:
             return Command(words=[name])
     return Command(invalid=line, ref=ref if _is_ref(ref) else None)
 
 
 # --- events out -----------------------------------------------------------------------------------------------
 
-NEWS, FAILURE = False, True     # what an event is to its reader
 
-
-class EventFormat(NamedTuple):
-    """How an event is told: ``line`` to people (with fields in it), ``type`` and ``reason`` to programs."""
-
-    line: str
-    is_failure: bool
-    type: str
-    reason: str | None = None
-
-
-NOT_SAVED = "[The server cannot save messages now, message for {to} not saved.]"
-EVENT_FORMATS: dict[str, EventFormat] = {
-    "registered": EventFormat("[Welcome, You are registered.]", NEWS, "registered"),
-    "table": EventFormat("[Client table updated.]", NEWS, "table"),
-    "mail": EventFormat("[You have messages]", NEWS, "mail"),
-    "received": EventFormat("[Message received by {to}.]", NEWS, "received"),
-    "saved": EventFormat("[Messages received by the server and saved]", NEWS, "saved"),
-    "no-ack": EventFormat("[No ACK from {to}, message sent to server.]", NEWS, "no-ack"),
-    "offline": EventFormat("[{to} is offline, message sent to server.]", NEWS, "offline"),
-    "exists": EventFormat("[Client {to} exists!!]", NEWS, "exists"),
-    "unknown": EventFormat("[Unknown client {to}.]", FAILURE, "failed", "unknown"),
-    "too-long": EventFormat("[Message too long: {size} bytes, at most {most}.]", FAILURE, "failed", "too-long"),
-    "full": EventFormat("[Mailbox of {to} is full, message not saved.]", FAILURE, "failed", "full"),
-    "disk": EventFormat(NOT_SAVED, FAILURE, "failed", "disk"),
-    "send-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "failed", "offline"),
-    "undelivered": EventFormat("", FAILURE, "failed", "not-delivered"),
-    "one-undelivered": EventFormat("[1 message not delivered.]", FAILURE, "undelivered"),
-    "more-undelivered": EventFormat("[{count} messages not delivered.]", FAILURE, "undelivered"),
-    "left": EventFormat("[You are Offline. Bye.]", NEWS, "left"),
-    "silent": EventFormat("[Server not responding]", FAILURE, "server-silent"),
-    "back": EventFormat("[Server is responding again]", NEWS, "server-back"),
-    "exiting": EventFormat("[Exiting]", NEWS, "exiting"),
-    "server-full": EventFormat("[The server is full.]", FAILURE, "refused", "full"),
-    "taken": EventFormat("[Nickname {nick} is taken.]", FAILURE, "refused", "taken"),
-    "owned": EventFormat("[Nickname {nick} belongs to someone else.]", FAILURE, "refused", "owned"),
-    "owner-encrypts": EventFormat("[Nickname {nick} is used with encryption.]", FAILURE, "refused", "encrypted"),
-    "must-encrypt": EventFormat("[The server requires encryption.]", FAILURE, "refused", "secure"),
-    "server-insecure": EventFormat("[The server cannot encrypt.]", FAILURE, "refused", "not-secure"),
-    "insecure": EventFormat("[This connection is not encrypted.]", FAILURE, "insecure"),
-    "peer-insecure": EventFormat("[Messages to {to} are not encrypted.]", FAILURE, "insecure"),
-    "not-secure": EventFormat("[{to} cannot decrypt, message not sent.]", FAILURE, "failed", "not-secure"),
-    "server-key-changed": EventFormat("[The key of the server has changed.]", FAILURE, "refused", "key-changed"),
-    "talk-unknown": EventFormat("[Unknown client {nick}.]", FAILURE, "error", "unknown-client"),
-    "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
-    "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
-    "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
-    "command-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
-    "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
-    "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
-    "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
-}
-# reasons of refusals, and what is told of them: all others as "taken"
-REGISTRATION_REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts",
-                         "secure": "must-encrypt", "insecure": "server-insecure", "key-changed": "server-key-changed"}
-STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
-ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
-FOR_PEOPLE = frozenset({"back", "insecure", "peer-insecure"})   # not promised to scripts that read plain lines
-FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size")      # of an event, in JSON
+FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fingerprint")    # of an event, in JSON
 
 
 class TextFormatter:
@@ -434,13 +381,13 @@ class TextFormatter:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
-    def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
-        """Return the known clients, (nick, address, state) each, as aligned lines."""
+    def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
+        """Return the known clients, (nick, address, state) each, as aligned lines; ``verified``: whose keys are."""
         from editor import text_width
         wide = max((text_width(nick) for nick, _, _ in entries), default=0)
         far = max((len(address) for _, address, _ in entries), default=0)
-        return "".join([f"{self._name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}\n"
-                        for nick, address, state in entries])
+        return "".join([f"{self._name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}"
+                        f"{', verified' if nick in verified else ''}\n" for nick, address, state in entries])
 
     def help(self, text: str) -> str:
         """Return the list of commands."""
@@ -483,9 +430,10 @@ class JsonFormatter(TextFormatter):
                          id=f"{received.stream}:{number}", via=via, sent=at)
             for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
-    def clients(self, entries: Sequence[tuple[str, str, str]]) -> str:
+    def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
         """Return the known clients, an object each."""
-        return "".join([self._object("client", nick=nick, address=address, state=state)
+        return "".join([self._object("client", nick=nick, address=address, state=state,
+                                     verified=True if nick in verified else None)
                         for nick, address, state in entries])
 
     def help(self, text: str) -> str:
@@ -573,7 +521,7 @@ class Display:
 # --- receipts -------------------------------------------------------------------------------------------------
 
 CLOSINGS = (RECEIVED, SAVED, REFUSED)
-REFUSALS = ("unknown", "full", "disk", "not-secure")        # that have a line of their own
+REFUSALS = ("unknown", "full", "disk", "not-secure", "key-changed")    # that have a line of their own
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
 
@@ -685,7 +633,7 @@ class Receipts:
         """Return by which route a message went, and how many milliseconds it took, once it is closed."""
         if event.kind not in CLOSINGS:
             return {}
-        if event.kind is RECEIVED or event.reason == "not-secure":
+        if event.kind is RECEIVED or event.reason in OWN_REFUSALS:
             via = "direct"
         else:
             via = "relay" if event.relayed else "mail"
@@ -763,10 +711,22 @@ class KnownClient(NamedTuple):
     is_online: bool
 
 
+class PeerKeys(Protocol):
+    """What the shell asks of the keys of others. Digits are "" where there is no key."""
+
+    def digits(self, nick: str) -> str: ...                 # for people to compare; of "": those of one's own key
+    def verify(self, nick: str) -> str: ...                 # return the event that says why not, "" if it is done
+    def trust(self, nick: str) -> str: ...                  # return the digits, as above
+    def is_verified(self, nick: str) -> bool: ...
+
+
 class ChatClient(Protocol):
     """What the shell asks of the client."""
 
     nick: str
+
+    @property
+    def peer_keys(self) -> PeerKeys | None: ...             # None: nothing can be encrypted
 
     @property
     def is_offline(self) -> bool: ...                       # it has deregistered
@@ -798,7 +758,8 @@ class Shell:
         self.waiting = self._reader.waiting     # what was read and not carried out
         self._methods: dict[str, Callable[..., None]] = {       # of the commands in ``COMMANDS``, but for ``send``
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
-            "who": self._do_who, "help": self._do_help, "quit": client.quit}
+            "who": self._do_who, "help": self._do_help, "quit": client.quit, "fingerprint": self._do_fingerprint,
+            "verify": self._do_verify, "trust": self._do_trust}
 
     # in
 
@@ -898,7 +859,9 @@ class Shell:
     def _carry_out(self, name: str, words: Sequence[str]) -> None:
         """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
         usage = COMMANDS[name].usage
-        if name == "send" or len(words) + 1 != len(usage.split()):      # a ``send`` that is complete is no word here
+        most = len(usage.split()) - 1
+        is_complete = most - usage.count("[") <= len(words) <= most
+        if name == "send" or not is_complete:       # a ``send`` that is complete is no word here
             self._note_failure()
             self._display.tell("usage", usage=self._reader.slash + usage)
         else:
@@ -947,7 +910,36 @@ class Shell:
 
     def _do_who(self) -> None:
         rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
-        self._display.write(self._display.formatter.clients(rows).encode())
+        keys = self._client.peer_keys if self._display.names_messages else None
+        verified = [nick for nick, _, _ in rows if keys.is_verified(nick)] if keys is not None else []
+        self._display.write(self._display.formatter.clients(rows, verified).encode())
+
+    def _do_fingerprint(self, word: str = "") -> None:
+        keys, me = self._client.peer_keys, self._client.nick
+        nick = self._client.spelling_of(word) if word else me
+        digits = keys.digits(nick if word else "") if keys is not None and nick is not None else ""
+        if nick is None or not digits:
+            self._tell_of_keys("no-key" if nick is not None else "talk-unknown", nick or word)
+        elif word:
+            self._display.tell("fingerprint-with", nick=me, to=nick, fingerprint=digits)
+        else:
+            self._display.tell("fingerprint", nick=me, fingerprint=digits)
+
+    def _do_verify(self, word: str) -> None:
+        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
+        problem = keys.verify(nick) if keys is not None and nick is not None else "no-key"
+        self._tell_of_keys(("talk-unknown" if nick is None else problem) or "verified", nick or word)
+
+    def _do_trust(self, word: str) -> None:
+        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
+        digits = keys.trust(nick) if keys is not None and nick is not None else ""
+        self._tell_of_keys("talk-unknown" if nick is None else "trusted" if digits else "no-key", nick or word, digits)
+
+    def _tell_of_keys(self, event: str, nick: str, digits: str = "") -> None:
+        if event in ("verified", "trusted"):
+            self._display.tell(event, to=nick, fingerprint=digits or None)
+        else:
+            self._display.tell(event, nick=clean(nick), help=f"{self._reader.slash}trust {nick}")
 
     def _do_help(self) -> None:
         import textwrap     # here: few ask for help, and a start is measured

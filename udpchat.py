@@ -44,8 +44,9 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
-from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, check_store, clean, config_home, is_private, json_line,
-                  load_secret, make_private, read_settings, remember_nicks, state_home, static_secret, token_for)
+from protocol import clean
+from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, check_store, config_home, is_private, json_line,
+                  load_secret, make_private, read_settings, remove_quietly, state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
                   Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
                   read_some, show_address, unmapped)
@@ -581,7 +582,7 @@ def keys_of_client(sodium: Sodium | None, secret: bytes | None) -> Keys | None:
     """Return what a client encrypts with, None to speak in plain; ``secret``: the user's, if any."""
     if sodium is None:
         return None
-    from secure import Keys, KeyPair
+    from secure import Keys, KeyPair, static_secret
     return Keys(sodium, KeyPair(sodium, static_secret(secret) if secret is not None else new_secret()), new_secret)
 
 
@@ -590,10 +591,10 @@ def tells_of_plain(options: argparse.Namespace) -> bool:
     return not (options.mode == "send" and options.quiet)
 
 
-def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> Pin:
-    """Return which key the server must have; one that is new is remembered. Raise Usage and Failure.
+def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> tuple[Pin, KnownKeys]:
+    """Return which key the server must have, and the keys that others have had. Raise Usage and Failure.
 
-    ``warns``: the user has not heard yet that nothing can be remembered.
+    Those that are new are remembered. ``warns``: the user has not heard yet that nothing can be.
     """
     from secure import Pin
     digits, state = options.server_key or "", state_home()
@@ -605,7 +606,7 @@ def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> Pin:
     if state is None:
         if warns:
             log.warning("the key of the server is not remembered: there is no home directory")
-        return Pin(None, digits)
+        return Pin(None, digits), KnownKeys()
     host, port = server
     name, path = f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}", os.path.join(state, "known")
     try:
@@ -619,7 +620,29 @@ def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> Pin:
         except OSError as error:
             if warns:
                 log.warning("the key of the server is not remembered: %s: %s", path, error.strerror)
-    return Pin(known.server(name), digits, keep)
+    return Pin(known.server(name), digits, keep), known
+
+
+REMEMBERED_NICKS = 1000   # of the last table that was seen
+
+
+def remember_nicks(nicks: Sequence[str]) -> None:
+    """Write the nicks of the table to a file, from which shells complete them. If that fails, there are none."""
+    state = state_home()
+    if state is None:
+        return
+    path = os.path.join(state, "nicks")
+    draft = f"{path}.{os.urandom(8).hex()}"
+    try:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write("".join(f"{nick}\n" for nick in nicks[:REMEMBERED_NICKS]))
+        os.replace(draft, path)
+    except OSError:
+        try:
+            remove_quietly(draft)
+        except OSError:
+            pass
 
 
 def new_secret() -> bytes:
@@ -763,7 +786,8 @@ def server_argument(text: str) -> Address:
 def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], float], is_terminal: bool,
                   style: Style | None) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
-    from terminal import FOR_PEOPLE, ROUTINE, STATUS, JsonFormatter, TextFormatter
+    from home import FOR_PEOPLE, ROUTINE, STATUS
+    from terminal import JsonFormatter, TextFormatter
     hidden: frozenset[str] = frozenset()
     if options.quiet:
         hidden = STATUS
@@ -914,14 +938,17 @@ def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | 
                   server: Address) -> Handshake:
     """Return what registers a client at a server. Raise Usage and Failure."""
     from secure import Handshake
-    pin = pin_of(options, server, warns=secret is not None or options.anonymous) if keys is not None else None
-    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin)
+    pin, known = None, None
+    if keys is not None:
+        pin, known = pin_of(options, server, warns=secret is not None or options.anonymous)
+    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin, known)
     handshake.tells_of_plain &= tells_of_plain(options)
     return handshake
 
 
 def proof_of(secret: bytes | None) -> Callable[[bytes, str], bytes] | None:
     """Return what makes the token for (server id, nick), None for an anonymous client."""
+    from secure import token_for
     return functools.partial(token_for, secret) if secret is not None else None
 
 

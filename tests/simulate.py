@@ -40,14 +40,14 @@ import msgpack
 import protocol
 from client import Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from home import ERROR, INFO, Mailbox, clean, static_secret, token_for
+from home import ERROR, EVENT_FORMATS, INFO, Mailbox
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import RECORD_MARK, Address, State, encode
+from protocol import RECORD_MARK, Address, State, clean, encode
 from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
-from secure import Handshake, Keys, KeyPair, Sodium, load_sodium
+from secure import Handshake, KeyPair, Keys, Sodium, load_sodium, static_secret, token_for
 from server import Server
 from stream import NEVER
-from terminal import EVENT_FORMATS, Display, JsonFormatter, Observer
+from terminal import Display, JsonFormatter, Observer
 from udpchat import NICK_PATIENCE
 
 START = 1000.0            # s; where the virtual clock begins
@@ -1451,7 +1451,8 @@ class Storm:
             if node.sent - before > most:
                 raise Violation(f"{node.name} sent {node.sent - before} datagrams in {IDLE_TIME} idle seconds")
         self._check_server(world.server.server)
-        table = [(*entry[:4], entry.key) for entry in sorted(world.server.server.registry.table.entries.values())]
+        entries = world.server.server.registry.table.entries.values()
+        table = [(*entry[:4], entry.key, entry.is_bound) for entry in sorted(entries)]
         for nick in self.nicks:
             life = world.life_of(nick)
             if life is None:
@@ -1490,11 +1491,11 @@ class Storm:
             raise Violation("the server is busy, though nothing happens")
 
     @staticmethod
-    def _check_client(life: Life, table: list[tuple[str, str, int, State, bytes]]) -> None:
+    def _check_client(life: Life, table: list[tuple[str, str, int, State, bytes, bool]]) -> None:
         client = life.client
         if not client.link.has_joined:
             raise Violation(f"{life.name} is {client.link.state}")
-        mine = [(*entry[:4], entry.key) for entry in sorted(client.table_sync.table.entries.values())]
+        mine = [(*entry[:4], entry.key, entry.is_bound) for entry in sorted(client.table_sync.table.entries.values())]
         if mine != table:
             raise Violation(f"{life.name} has the table {mine}, the server {table}")
         if not client.table_sync.table.is_online(life.nick):

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import home
-from home import Mailbox, Parcel, StoreError, hash_of
+from secure import hash_of
+from home import Mailbox, Parcel, StoreError
 from protocol import encode
 from registry import DAY, FULL, GRANTED, Registry
 from server import HOUSEKEEPING

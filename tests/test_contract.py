@@ -657,7 +657,7 @@ def test_help_names_every_command(chat: Chat) -> None:
     alice.feed("help\n")
     assert alice.finish() == 0
     words = [line.split()[0] for line in alice.events[1:-1]]      # one line each: nothing is wrapped for a script
-    assert words == ["send", "talk", "dereg", "reg", "who", "help", "quit"]
+    assert words == ["send", "talk", "dereg", "reg", "who", "fingerprint", "verify", "trust", "help", "quit"]
 
 
 def test_who_shows_everybody_in_columns_in_the_order_of_the_names(chat: Chat) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import udpchat
-from terminal import EVENT_FORMATS
+from home import EVENT_FORMATS
 from tests.cast import PICTURE, cast, picture, text_of
 from tests.pages import PAGES, block, blocks, prose, section
 from tests.processes import ROOT, SAVED, Chat, Process, is_offline

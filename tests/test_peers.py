@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import secure
+from home import KnownKeys
 from protocol import GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, REPLAY_WINDOW, Address, Decoder, encode, padded
 from secure import (OFFER_INTERVAL, OFFER_TIME, OFFERS_READ, UNUSED_CHANNELS, USED_CHANNELS, WAITING, HandshakeState,
                     KeyPair, Keys, Peers, Sodium, load_sodium)
@@ -42,7 +45,7 @@ class User:
         self.peers = Peers(self.keys, lambda datagram, address: self.sent.append((datagram, address)),
                            lambda: self.now, lambda: next(numbers), must_encrypt)
         self.peers.me, self.peers.server_key = nick, SERVER_KEY
-        self.peers.key_of = table.get
+        self.peers.shown_of = lambda nick: (table[nick], True) if nick in table else None
         self.peers.is_at = lambda nick, address: HOMES.get(nick) == address
         self.peers.on_plain = self.told.append
 
@@ -157,7 +160,7 @@ def test_nothing_goes_in_plain_and_nothing_plain_counts_if_that_must_not_be() ->
         alice.peers.send("bob", HELLO, HOMES["bob"])
         alice.peers.answer("bob", b"ack", HOMES["bob"])
     assert not alice.take() and not alice.peers.takes_plain("bob")
-    assert set(alice.told) == {"bob"} and len(alice.told) >= 2, "each time"
+    assert alice.peers.refusal("bob") == "not-secure" and alice.peers.refusal("nobody") == "not-secure"
 
 
 def test_nothing_plain_is_taken_from_somebody_whose_key_is_known() -> None:
@@ -216,6 +219,118 @@ def test_a_key_that_nobody_can_have_is_not_called() -> None:
     alice.table["bob"] = bytes(32)
     alice.peers.send("bob", HELLO, HOMES["bob"])
     assert not alice.sent
+
+
+# --- keys that are remembered ---------------------------------------------------------------------------------
+
+def with_other_keys(alice: User, bob: User) -> User:
+    """Return another bob, with another key, after alice has met the first one."""
+    channel_between(alice, bob)
+    other = User("bob", alice.table, seed=1)
+    alice.table["bob"] = other.keys.pair.public
+    alice.peers.on_news("bob")
+    return other
+
+
+def test_another_key_than_that_of_the_first_contact_is_refused_until_the_user_trusts_it() -> None:
+    alice, bob = users("alice", "bob")
+    other = with_other_keys(alice, bob)
+    assert alice.peers.refusal("bob") == "key-changed" and alice.peers.key_of("bob") is None
+    other.peers.send("alice", b"I am bob", HOMES["alice"])
+    assert carry(alice, other) == [] and not alice.peers.takes_plain("bob")
+    other.take()
+    digits = alice.peers.trust("bob")
+    assert digits == other.peers.digits("alice") != bob.peers.digits("alice")
+    assert not alice.peers.refusal("bob")
+    channel_between(alice, User("bob", alice.table, seed=1))
+
+
+def test_what_was_refused_is_not_sent_when_the_key_is_trusted_later() -> None:
+    alice, bob = users("alice", "bob")
+    channel_between(alice, bob)
+    alice.peers.on_news("bob")
+    key = alice.table.pop("bob")
+    alice.peers.on_news("bob")
+    alice.peers.send("bob", HELLO, HOMES["bob"])
+    other = User("bob", alice.table, seed=1)
+    alice.table["bob"] = other.keys.pair.public
+    alice.peers.on_news("bob")
+    assert alice.peers.trust("bob") and carry(alice, other) == [] and key != alice.table["bob"]
+
+
+@pytest.mark.parametrize("shown", [None, (b"", False), "unbound"])
+def test_whose_key_is_remembered_is_spoken_to_by_that_key_alone(shown: tuple[bytes, bool] | str | None) -> None:
+    alice, bob = users("alice", "bob")
+    channel_between(alice, bob)
+    answer = (bob.keys.pair.public, False) if shown == "unbound" else shown
+    alice.peers.shown_of = lambda nick: answer      # type: ignore[assignment,return-value]
+    alice.peers.on_news("bob")
+    alice.peers.send("bob", HELLO, HOMES["bob"])
+    assert alice.peers.refusal("bob") == "key-changed" and not alice.take() and not alice.peers.takes_plain("bob")
+    assert alice.peers.verify("bob") == "not-the-key" and not alice.peers.trust("bob")
+
+
+def test_a_key_of_a_session_alone_is_not_remembered() -> None:
+    alice, bob = users("alice", "bob")
+    alice.peers.shown_of = lambda nick: (alice.table[nick], False)
+    channel_between(alice, bob)
+    alice.table["bob"] = User("bob", {}, seed=1).keys.pair.public
+    alice.peers.on_news("bob")
+    assert not alice.peers.refusal("bob") and alice.peers.verify("bob") == "no-key"
+
+
+def test_both_see_the_same_digits_and_nobody_else_does() -> None:
+    alice, bob, carol = users("alice", "bob", "carol")
+    assert alice.peers.digits("bob") == bob.peers.digits("alice")
+    others = {alice.peers.digits("carol"), bob.peers.digits("carol"), alice.peers.digits(""), bob.peers.digits("")}
+    assert len(others | {alice.peers.digits("bob")}) == 5 and carol.peers.digits("nobody") == ""
+
+
+def test_a_key_is_verified_until_it_changes() -> None:
+    alice, bob = users("alice", "bob")
+    assert not alice.peers.is_verified("bob") and alice.peers.verify("bob") == ""
+    assert alice.peers.is_verified("BOB".lower()) and alice.peers.verify("nobody") == "no-key"
+    other = with_other_keys(alice, bob)
+    assert not alice.peers.is_verified("bob") and alice.peers.trust("bob") == other.peers.digits("alice")
+    assert not alice.peers.is_verified("bob"), "the user has not compared this one"
+
+
+def test_another_spelling_is_no_other_nick_but_may_be_trusted_apart() -> None:
+    alice, bob = users("alice", "bob")
+    channel_between(alice, bob)
+    alice.table["Bob"] = User("Bob", {}, seed=1).keys.pair.public
+    assert alice.peers.refusal("Bob") == "key-changed" and not alice.peers.refusal("bob")
+    assert alice.peers.trust("Bob") and not alice.peers.refusal("Bob") and not alice.peers.refusal("bob")
+    assert alice.peers.refusal("BOB") == "key-changed"
+
+
+def test_keys_are_remembered_for_each_server_and_nick_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "known"
+    known = KnownKeys(str(file))
+    known.add_server("h:1", b"s" * 32)
+    known.add_peer(b"s" * 32, "bob", b"1" * 32, False)
+    known.add_peer(b"t" * 32, "bob", b"2" * 32, True)
+    known.add_peer(b"s" * 32, "bob", b"3" * 32, True)
+    again = KnownKeys(str(file))
+    assert again.server("h:1") == b"s" * 32 and again.peer(b"s" * 32, "alice") is None
+    assert again.peer(b"s" * 32, "bob") == (b"3" * 32, True) and again.peer(b"t" * 32, "bob") == (b"2" * 32, True)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_line_of_which_only_a_part_could_be_written_is_marked_by_the_next_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, others = KnownKeys(str(tmp_path / "known")), KnownKeys(str(tmp_path / "known"))
+    known.add_peer(b"s" * 32, "bob", b"1" * 32, False)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:40]))
+    with pytest.raises(OSError):
+        known.add_peer(b"s" * 32, "carol", b"2" * 32, False)
+    monkeypatch.undo()
+    others.add_peer(b"s" * 32, "dave", b"3" * 32, False)
+    known.add_peer(b"s" * 32, "erin", b"4" * 32, False)
+    again = KnownKeys(str(tmp_path / "known"))
+    keys = [again.peer(b"s" * 32, nick) for nick in ("bob", "carol", "dave", "erin")]
+    assert keys == [(b"1" * 32, False), None, (b"3" * 32, False), (b"4" * 32, False)]
 
 
 # --- handshakes -----------------------------------------------------------------------------------------------
@@ -653,7 +768,7 @@ def test_an_anonymous_nick_has_another_key_in_the_next_session() -> None:
     alice.type("send carol to the second")
     world.run(3)
     assert received_by(carol, "to the first") == received_by(again, "to the second") == 1
-    assert key and alice.client.table_sync.key_of("carol") not in (None, b"", key)
+    assert key is not None and key[0] and alice.client.table_sync.key_of("carol") not in (None, (b"", False), key)
     assert kinds_on(wire) == {"offer", "accept"} and received_by(again, "to the first") == 0
 
 
@@ -749,7 +864,7 @@ def test_nobody_knows_of_a_key_by_which_others_cannot_be_encrypted_for() -> None
     world.run(2)
     assert "alice: hello" in bob.lines and "bob: back" in alice.lines
     assert "[Message received by bob.]" in alice.lines and "[Message received by alice.]" in bob.lines
-    assert alice.client.table_sync.key_of("bob") == b"" and alice.client.table_sync.key_of("alice")
+    assert alice.client.table_sync.key_of("bob") == (b"", False) and alice.client.table_sync.key_of("alice")
     assert "chat" in kinds_on(wire)
 
 

@@ -21,7 +21,8 @@ import jsonschema
 import pytest
 
 from protocol import MAX_TEXT
-from terminal import ROUTINE, EVENT_FORMATS, JsonFormatter
+from home import EVENT_FORMATS, ROUTINE
+from terminal import JsonFormatter
 from tests.pages import block, blocks, section
 from tests.processes import (EXITING, NO_BYTECODE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME,
                              Chat, Process, is_offline, has_ipv6, received, sends)
@@ -252,6 +253,44 @@ def encryption(chat: Chat) -> list[Event]:
     return events + alice.events + carol.events
 
 
+def keys_of_others(chat: Chat) -> list[Event]:
+    """Return what a client says of the keys of others, of which one changes."""
+    server = chat.server()
+    bob, alice = Program(chat, "bob"), Program(chat, "alice")
+    dave = Program(chat, "dave", "--secure", "off")
+    for nick in ("bob", "dave"):
+        alice.knows(nick)
+    alice.tell(fingerprint=True)
+    alice.tell(fingerprint="bob")
+    alice.tell(verify="bob")
+    alice.see("verified", to="bob")
+    alice.tell(who=True)
+    alice.see("client", nick="bob", verified=True)
+    alice.tell(trust="dave")
+    alice.see("error", reason="no-key")
+    for one in (alice, bob, dave):
+        assert one.finish() == 0
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert chat.complete("server", "--store", str(chat.store), "--forget", "bob").wait() == 0
+    chat.restart()
+    bob, again = Program(chat, "bob", "--identity", str(chat.directory / "other")), Program(chat, "alice")
+    again.knows("bob")
+    again.send("bob", "not this")
+    again.see("failed", reason="key-changed", to="bob", via="direct")
+    again.tell(verify="bob")
+    again.see("error", reason="key-changed")
+    again.tell(trust="bob")
+    digits = again.see("trusted", to="bob")["fingerprint"]
+    bob.knows("alice")
+    bob.tell(fingerprint="alice")
+    assert bob.see("fingerprint", to="alice")["fingerprint"] == digits
+    again.send("bob", "but this")
+    bob.see("message", text="but this")
+    assert (again.finish(), bob.finish()) == (1, 0)
+    return alice.events + again.events + bob.events
+
+
 def by_itself(_: Chat) -> list[Event]:
     """Return the event of a disk that fails, which only the simulated world has."""
     line = JsonFormatter("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
@@ -274,6 +313,8 @@ PRODUCED: dict[Any, Kinds] = {
     limits: {("failed", "full"), ("refused", "full"), ("refused", "taken"), ("refused", "owned")},
     encryption: {("insecure", None), ("refused", "not-secure"), ("refused", "encrypted"), ("refused", "secure"),
                  ("refused", "key-changed"), ("failed", "not-secure")},
+    keys_of_others: {("fingerprint", None), ("verified", None), ("trusted", None), ("error", "no-key"),
+                     ("error", "key-changed"), ("failed", "key-changed")},
     by_itself: {("failed", "disk")},
 }
 

@@ -30,7 +30,7 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob",
                 "lasting": False},
     "for": {"session": SESSION[:PROOF_BYTES]},
-    "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN]]},
+    "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN, True]]},
     "sync": {"session": SESSION, "version": 9},
     "chat": {"from": "alice", "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""], "more": [6]},
     "ack": {"stream": STREAM, "next": 5, "have": [[6, 6], [8, 9]], "room": 90},

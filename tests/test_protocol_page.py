@@ -105,7 +105,7 @@ def test_the_page_knows_every_field_and_whether_it_is_required() -> None:
 
 SAMPLES: dict[str, Any] = {     # a valid value of each type that has no bounds
     "bool": True, "float": 1795333447.25, "host": "192.0.2.1", "state": "online", "range": [3, 4],
-    "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002], "keyed": [0, bytes(32)],
+    "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002], "keyed": [0, bytes(32), True],
     "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
 WRONG: dict[str, list[Any]] = {     # msgpack type -> values that are invalid wherever another type belongs
     "int": [1, 2 ** 62], "float": [1.5], "bool": [True, False], "str": ["bob"], "bin": [b"bob", bytes(16)],

@@ -267,6 +267,13 @@ def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
                 "dereg NICK          go offline (NICK: your own)",
                 "reg NICK            come online again",
                 "who                 show everybody who is known",
+                "fingerprint [NICK]  show the digits of your key,",
+                "                    or those to compare with",
+                "                    NICK",
+                "verify NICK         note that you have compared",
+                "                    the digits with NICK",
+                "trust NICK          accept that NICK has another",
+                "                    key now",
                 "help                show this",
                 "quit                go offline and end",
                 f">>> {CURSOR}")

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import secure
-from home import bind_proof, hash_of, is_bind_proof, static_secret, token_for
 from protocol import (HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW, TAG_SIZE, Decoder, ReplayWindow,
                       index_of, is_nick)
 from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
-                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, compiled_sodium, fingerprint,
-                    letter_prologue, load_sodium, public_sodium, sha256)
+                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, bind_proof, compiled_sodium, fingerprint,
+                    hash_of, is_bind_proof, letter_prologue, load_sodium, public_sodium, sha256, static_secret,
+                    token_for)
 from tests.processes import ROOT
 
 Patch = Callable[[pytest.MonkeyPatch], None]

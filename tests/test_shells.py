@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import home
 import udpchat
 from tests.build_manual import FOLDER, files
 from tests.processes import Chat
@@ -71,7 +70,7 @@ def test_bash_completes_modes_options_and_values(tmp_path: Path) -> None:
 def test_bash_completes_the_nicks_that_were_seen_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed(tmp_path, "udpchat", "send", "b") == []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    home.remember_nicks(["alice", "bob", "bo\u00efken"])
+    udpchat.remember_nicks(["alice", "bob", "bo\u00efken"])
     assert completed(tmp_path, "udpchat", "send", "b") == ["bob", "bo\u00efken"]
     assert completed(tmp_path, "udpchat", "send", "bob,a") == ["bob,alice"]
 

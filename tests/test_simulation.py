@@ -16,10 +16,9 @@ import pytest
 
 import protocol
 from client import PINGS_REMEMBERED, PING_INTERVAL
-from home import token_for
 from protocol import Address, encode
 from registry import OLD_TABLE_TIME, SYNC_INTERVAL
-from secure import NO_REQUEST, Handshake
+from secure import NO_REQUEST, Handshake, token_for
 from stream import NEVER
 from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, Router, ServerNode, Weather, World, own_secret, replay,
                             run_seed)

@@ -34,11 +34,11 @@ import registry
 import udpchat
 from client import PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
-from home import DAMAGED, Mailbox, clean, load_secret, token_for
+from home import DAMAGED, Mailbox, load_secret
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
-from protocol import OFFLINE as IS_OFFLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, encode, padded
+from protocol import OFFLINE as IS_OFFLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, clean, encode, padded
 from registry import COOKIE_TIME, DAY, LINK_LEAVING, NICK_LAPSE, SYNC_INTERVAL, Registry
-from secure import Handshake, Keys
+from secure import Handshake, Keys, token_for
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
 from terminal import Display
 from tests.corpus import mutants, record
