@@ -289,7 +289,9 @@ class ServerLink:
         """Ping if an unasked pong hints that the server has restarted: anybody can forge that hint."""
         now = self._loop.now()
         if self.state is LINK_LEAVING:
-            if self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
+            if self.connection.channel is not None and self._deregistration.attempts > 1:
+                self._session_is_gone()     # nobody has answered twice, so it seems to be true
+            elif self._deregistration.is_running and now - self._last_pong > SERVER_INTERVAL / 2:
                 self._last_pong = now
                 self.send_ping()
         elif not self._ping_request.is_running and now - self._last_pong > PONG_INTERVAL:
@@ -363,6 +365,10 @@ class Sending:
         self.outbox, self._loop, self._send = outbox, loop, send
         self._link, self._peers, self._table, self._receipts = link, peers, table, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
+        self._exposed: dict[str, int] = {}      # below which number somebody may have read messages for a nick
+        if peers is not None:
+            receipts.is_secure = lambda nick, number: (
+                link.connection.channel is not None and number >= self._exposed.get(nick, 0))
 
     def queue(self, command: SendCommand) -> bool:
         """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
@@ -407,6 +413,8 @@ class Sending:
                     if reason:
                         conversation.on_nack(now, 1, MAX_NUMBER - 1, reason, conversation.route)
                         continue
+                    if conversation.route is not DIRECT or not peers.key_of(conversation.peer):
+                        self._exposed[conversation.peer] = conversation.stream.top
                 for datagram, address in datagrams:
                     if address is None:
                         link.connection.send(datagram)
@@ -494,12 +502,18 @@ class Receiving:
                 via = "relay" if self._is_online else "mail"
                 self._greet()
             if delivery.texts:
-                display.show_messages(delivery, via, delivery.written)
+                is_secure = self._is_secure(delivery.sender, via) if display.formatter.is_for_programs else None
+                display.show_messages(delivery, via, delivery.written, is_secure)
             else:
                 display.write(b"", delivery.written)    # nothing to show: called once all before it is written
         if self.inbox.holding:
             self._ask_about_mail()
         return self.inbox.is_ready
+
+    def _is_secure(self, sender: str, via: str) -> bool | None:
+        """Return whether only we can read what came by that route; None: nothing can be encrypted here."""
+        is_sealed = via == "direct" and self._link.connection.channel is not None
+        return (is_sealed and bool(self._peers.key_of(sender))) if self._peers is not None else None
 
     def _greet(self) -> None:
         """Announce the mail that comes first after coming online."""
@@ -551,17 +565,14 @@ class PeerLinks:
         return self._table.is_at(nick, address) or self.meetings.admits(nick, address)
 
     def _takes_plain(self, nick: str) -> bool:
-        if self._peers is None or self._link.connection.channel is None:
-            return True
-        return self._peers.takes_plain(nick)
+        return self._peers is None or self._link.connection.channel is None or self._peers.takes_plain(nick)
 
     # keys and channels
 
     def _on_plain(self, nick: str) -> None:
         """Tell that what goes to somebody is not encrypted."""
-        handshake = self._link.handshake
-        if handshake.tells_of_plain:
-            handshake.tells_of_plain = self._display.names_messages     # to others than these, once
+        if self._link.handshake.tells_of_plain:
+            self._link.handshake.tells_of_plain = self._display.names_messages     # to others than these, once
             self._display.tell("peer-insecure", to=nick)
 
     def on_offer(self, info: Info, address: Address) -> None:
@@ -573,14 +584,13 @@ class PeerLinks:
 
     def on_sealed(self, nick: str, maps: Sequence[Map], address: Address) -> None:
         """Accept what somebody says in a channel."""
-        now = self._loop.now()
         for tag, info in maps:
             if tag == "chat" and (info["from"], info["to"]) == (nick, self._outbox.me):
                 if self._is_at(nick, address):
                     self.meetings.note_chat(nick, address)
                 self._receiving.on_chat(info, address)
             elif tag == "ack":
-                self._outbox.on_ack(now, info, nick)
+                self._outbox.on_ack(self._loop.now(), info, nick)
 
     # what is in plain
 

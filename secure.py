@@ -1,10 +1,10 @@
-"""How a client and its server meet: addresses, nicks and keys are proved; and the encryption between them.
+"""How a client meets its server and other clients: addresses, nicks and keys are proved; and the encryption.
 
 Rules of this file
 ------------------
 - No socket, no clock, no randomness of its own: they come as arguments.
 - PyNaCl is imported by ``load_sodium`` alone. Encrypted bytes that do not verify raise ``Forged``, and change nothing.
-- A client and a server that differ in what is made here do not understand each other: see docs/protocol.md.
+- Two programs that differ in what is made here do not understand each other: see docs/protocol.md.
 - What costs much is done only for those whose address is proved. Who they are is believed only after that.
 
 How it works
@@ -26,7 +26,9 @@ nick in plain, and is good for this server alone; in message 1, the client's key
     Handshake    the client's side, in plain or by Noise
     Connection   what goes to the server and comes from it, in plain or in a channel
     RateLimit    how often something may happen
-    Hellos       the server's side of Noise
+    Peers        the channels between two clients, and which keys others must have
+
+The server's side is in ``registry``: ``Cookies`` and ``Hellos``.
 
     Sodium           the primitives, each called in one place
     HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)

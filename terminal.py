@@ -328,7 +328,8 @@ def json_command(line: str) -> Command:
 # --- events out -----------------------------------------------------------------------------------------------
 
 
-FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fingerprint")    # of an event, in JSON
+FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fingerprint",
+          "secure")     # of an event, in JSON
 
 
 class TextFormatter:
@@ -370,8 +371,8 @@ class TextFormatter:
     def _clock(self) -> str:
         return "" if self._wall is None else self._dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
 
-    def messages(self, received: Delivery, via: str) -> str:
-        """Return what somebody has sent; ``via``: the route that it came by."""
+    def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
+        """Return what somebody has sent; ``via``: the route that it came by; ``is_secure``: see ``Display``."""
         texts = received.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
@@ -422,12 +423,12 @@ class JsonFormatter(TextFormatter):
             told["text"] = form.line.format(**fields)
         return self._object(form.type, reason=form.reason, **told)
 
-    def messages(self, received: Delivery, via: str) -> str:
+    def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent, an object each; ``via``: the route that it came by."""
         sent: Sequence[str | None] = [rfc3339(at) for at in received.times] or [None] * len(received.texts)
         return "".join([
             self._object("message", **{"from": received.sender}, to=self.nick, text=text,
-                         id=f"{received.stream}:{number}", via=via, sent=at)
+                         id=f"{received.stream}:{number}", via=via, sent=at, secure=is_secure)
             for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
     def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
@@ -483,9 +484,13 @@ class Display:
             if complaint:
                 (self.errors.write if self.prompt is None else self.write)(complaint)
 
-    def show_messages(self, received: Delivery, via: str, written: Callable[[int], None]) -> None:
-        """Show texts of others; ``written`` hears how many of them are written, each time that some are."""
-        self.write(self.formatter.messages(received, via).encode(), written)
+    def show_messages(self, received: Delivery, via: str, written: Callable[[int], None],
+                      is_secure: bool | None = None) -> None:
+        """Show texts of others; ``written`` hears how many of them are written, each time that some are.
+
+        ``is_secure``: whether nobody but their sender and we could read them; None: nothing can be encrypted here.
+        """
+        self.write(self.formatter.messages(received, via, is_secure).encode(), written)
 
     def show_log(self, data: bytes) -> int:
         """Show lines of the log, which would go to the same terminal; return how many bytes were taken."""
@@ -560,6 +565,7 @@ class Receipts:
         """``goes_direct``: returns whether the messages for a nick go straight there at present."""
         self.has_failed = False         # some message was neither delivered nor kept
         self.undelivered = 0            # messages handed back
+        self.is_secure: Callable[[str, int], bool | None] = lambda nick, number: None   # see ``Display``
         self._loop, self._display, self._goes_direct, self._observer = loop, display, goes_direct, observer
         self._names_messages = display.names_messages
         self._on_their_way: dict[str, deque[SentMessage]] = {}
@@ -617,7 +623,7 @@ class Receipts:
             self._display.tell(name, event.messages, to=nick)
         else:
             for sent in self._meant(nick, event):
-                self._display.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(event, sent))
+                self._display.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(nick, event, sent))
 
     def _meant(self, nick: str, event: Event) -> list[SentMessage]:
         """Return the messages that an event is about; forget those that it closes."""
@@ -629,7 +635,7 @@ class Receipts:
             del self._on_their_way[nick]
         return found
 
-    def _outcome(self, event: Event, sent: SentMessage) -> dict[str, Any]:
+    def _outcome(self, nick: str, event: Event, sent: SentMessage) -> dict[str, Any]:
         """Return by which route a message went, and how many milliseconds it took, once it is closed."""
         if event.kind not in CLOSINGS:
             return {}
@@ -637,7 +643,9 @@ class Receipts:
             via = "direct"
         else:
             via = "relay" if event.relayed else "mail"
-        return {"via": via, "ms": round((self._loop.now() - sent.began) * 1000, 3)}
+        outcome = {"via": via, "ms": round((self._loop.now() - sent.began) * 1000, 3)}
+        is_secure = self.is_secure(nick, sent.number) if event.kind is not REFUSED else None
+        return outcome if is_secure is None else {**outcome, "secure": is_secure}
 
     # what takes long
 

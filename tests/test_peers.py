@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,7 +18,7 @@ from home import KnownKeys
 from protocol import GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, REPLAY_WINDOW, Address, Decoder, encode, padded
 from secure import (OFFER_INTERVAL, OFFER_TIME, OFFERS_READ, UNUSED_CHANNELS, USED_CHANNELS, WAITING, HandshakeState,
                     KeyPair, Keys, Peers, Sodium, load_sodium)
-from tests.processes import PROGRAM, WELCOME, Chat, received
+from tests.processes import PROGRAM, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, Router, Weather, World
 from tests.test_secrecy import Wire, encrypted
 
@@ -924,6 +926,44 @@ def test_what_requires_encryption_sends_nothing_to_somebody_in_plain(chat: Chat)
     bob.see("[No ACK from alice, message sent to server.]")
     assert (alice.finish(), bob.finish()) == (1, 0)
     assert not [line for line in bob.lines if line.startswith("alice:")] and "bob: hello" not in alice.lines
+
+
+def test_a_program_hears_whether_others_could_read_a_message(chat: Chat) -> None:
+    chat.server()
+    bob, dave = chat.start("bob", "--json"), chat.start("dave", "--secure", "off", "--json")
+    alice = chat.start("alice", "--json", "--ack-timeout", "200")
+
+    def knows_all() -> bool:
+        alice.feed('{"who": true}\n')
+        last = {event["nick"]: event["state"] for event in map(json.loads, alice.lines) if event["type"] == "client"}
+        return last.get("bob") == last.get("dave") == "online"
+    chat.until(knows_all, "the table")
+
+    def secure_of(process: Process, type_: str, **fields: str) -> bool | None:
+        found: list[dict[str, Any]] = []
+
+        def is_there() -> bool:
+            events = map(json.loads, process.lines)
+            found[:] = [event for event in events if event["type"] == type_ and fields.items() <= event.items()]
+            return bool(found)
+        chat.until(is_there, f"{type_} {fields}")
+        return found[-1].get("secure")
+    alice.feed('{"send": "bob", "text": "straight", "ref": "1"}\n{"send": "dave", "text": "plain", "ref": "2"}\n')
+    assert secure_of(alice, "received", ref="1") is secure_of(bob, "message", text="straight") is True
+    assert secure_of(alice, "received", ref="2") is False and secure_of(dave, "message", text="plain") is None
+
+    def changes() -> int:
+        return sum('"type": "table"' in line for line in alice.lines)
+    before = changes()
+    bob.feed('{"dereg": "bob"}\n')
+    chat.until(lambda: changes() == before + 1, "bob to be offline")
+    alice.feed('{"send": "bob", "text": "by the server", "ref": "3"}\n')
+    assert secure_of(alice, "saved", ref="3") is False
+    bob.feed('{"reg": "bob"}\n')
+    assert secure_of(bob, "message", text="by the server") is False
+    chat.until(lambda: changes() == before + 2, "bob to be online")
+    alice.feed('{"send": "bob", "text": "straight again", "ref": "4"}\n')
+    assert secure_of(alice, "received", ref="4") is secure_of(bob, "message", text="straight again") is True
 
 
 def test_that_messages_are_not_encrypted_is_said_once_and_on_a_quiet_send_not_at_all(chat: Chat) -> None:

@@ -653,6 +653,31 @@ def test_a_client_is_back_soon_after_its_server_was_killed_and_never_in_plain() 
         assert b"alice" not in b"".join(wire.of_server())
 
 
+def test_who_leaves_a_server_that_has_restarted_does_not_wait_for_an_answer() -> None:
+    for seed in range(10):
+        world, wire, (alice,) = encrypted("alice", seed=seed)
+        assert world.server is not None
+        world.server.crash()
+        world.start_server()
+        alice.type("quit")
+        world.run(1.2)
+        assert alice.exit_code == 0 and "[Server not responding]" not in alice.lines
+        assert alice.lines[-1] == "[You are Offline. Bye.]"
+
+
+def test_who_leaves_is_not_misled_by_hints_while_the_server_answers() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    hint = encode("pong", {"id": 1, "boot": 0, "version": 0, "mail": 0})
+
+    def mislead(datagram: bytes, source: Address, to: Address) -> None:
+        if source == alice.address:
+            wire.forge(hint, SERVER, source)
+    wire.before = mislead
+    alice.type("dereg alice")
+    world.run(2)
+    assert alice.lines[-1] == "[You are Offline. Bye.]" and not bob.client.table_sync.table.is_online("alice")
+
+
 def test_another_server_in_the_place_of_the_known_one_ends_the_client() -> None:
     world, wire, (alice,) = encrypted("alice")
     assert world.server is not None
