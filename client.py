@@ -409,11 +409,11 @@ class Sending:
             peers = self._peers if link.connection.channel is not None else None
             for conversation, datagrams in outbox.poll(now, self._loop.drained):
                 if peers is not None and datagrams:
-                    reason = peers.refusal(conversation.peer)
+                    reason, is_sealed = peers.verdict(conversation.peer)
                     if reason:
                         conversation.on_nack(now, 1, MAX_NUMBER - 1, reason, conversation.route)
                         continue
-                    if conversation.route is not DIRECT or not peers.key_of(conversation.peer):
+                    if conversation.route is not DIRECT or not is_sealed:
                         self._exposed[conversation.peer] = conversation.stream.top
                 for datagram, address in datagrams:
                     if address is None:
@@ -918,7 +918,7 @@ class Client:
         self.nick = self.outbox.me = self.display.formatter.nick = self.link.nick
         is_sealed = self.link.connection.channel is not None
         if self.peer_keys is not None and self.link.handshake.pin.key is not None:
-            self.peer_keys.me, self.peer_keys.server_key = self.nick, self.link.handshake.pin.key
+            self.peer_keys.begin_session(self.nick, self.link.handshake.pin.key)
         self.outbox.register(self._loop.now(), Account(session, RECORD_EXTRA if is_sealed else 0))
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)

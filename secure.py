@@ -304,6 +304,7 @@ class Peer:
         self.nick = nick
         self.key = b""                  # by which the channels were made
         self.is_told = False            # the user knows that nothing is encrypted here
+        self.verdict: tuple[str, bool] | None = None    # see ``Peers.verdict``; None: to be found out
         self.offer: Offer | None = None
         self.waiting: list[tuple[bytes, Address]] = []
         self.channel: Channel | None = None     # the one to send in: of those below, the one that was used first last
@@ -343,6 +344,13 @@ class Peers:
         self._by_index: dict[bytes, tuple[Peer, Channel]] = {}
         self._reads, self._failures = RateLimit(OFFERS_READ), RateLimit(FAILURES)
 
+    def begin_session(self, me: str, server_key: bytes) -> None:
+        """Be known as ``me`` at the server with that key."""
+        if (me, server_key) != (self.me, self.server_key):
+            self.me, self.server_key = me, server_key
+            for peer in self._peers.values():
+                peer.verdict = None
+
     def _peer(self, nick: str) -> Peer:
         peer = self._peers.get(nick)
         if peer is None:
@@ -364,6 +372,7 @@ class Peers:
         """Learn that the table says something new of somebody: with another key, it is another client than before."""
         peer = self._peers.get(nick)
         if peer is not None:
+            peer.verdict = None
             if self.key_of(nick) != peer.key:
                 self._close(peer)
             waiting, peer.waiting = peer.waiting, []
@@ -381,7 +390,7 @@ class Peers:
         return self._known.peer(self.server_key, nick) or self._known.peer(self.server_key, folded(nick))
 
     def _pin(self, nick: str, key: bytes, is_verified: bool = False) -> None:
-        is_first = self._pinned(nick) is None
+        is_first, self._peer(nick).verdict = self._pinned(nick) is None, None
         try:
             self._known.add_peer(self.server_key, folded(nick) if is_first else nick, key, is_verified)
         except OSError as error:
@@ -398,6 +407,13 @@ class Peers:
         if pinned is not None:
             return "" if shown == (pinned[0], True) else "key-changed"
         return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
+
+    def verdict(self, nick: str) -> tuple[str, bool]:
+        """Return the ``refusal``, and whether what goes straight to somebody is encrypted: asked for each message."""
+        peer = self._peer(nick)
+        if peer.verdict is None:
+            peer.verdict = self.refusal(nick), bool(self.key_of(nick))
+        return peer.verdict
 
     def digits(self, nick: str) -> str:
         """Return the digits that both sides compare, those of our own key for ""; "" if there is no key to compare."""

@@ -287,9 +287,11 @@ def check_receipts(path: Path, receipt: str, count: int) -> None:
     assert found == count, f"{found} receipts for {count} lines"
 
 
-def through_chat(lines: Sequence[str], program: Sequence[str] = PROGRAM) -> float:
+def through_chat(lines: Sequence[str], program: Sequence[str] = PROGRAM,
+                 prepare: Callable[[Chat], None] = lambda chat: None) -> float:
     """Lines a second from alice's stdin to bob's stdout."""
     with world(program) as chat:
+        prepare(chat)
         out, receipts = chat.directory / "out", chat.directory / "receipts"
         source = write_lines(chat.directory / "lines", lines, "send bob ")
         run_to_file(chat, out, *as_client(chat, "bob", "--stay"))
@@ -1158,6 +1160,26 @@ def mail_pair(is_plain: bool, lines: Sequence[str]) -> tuple[float, float]:
         return keep_lines(chat, lines), deliver_lines(chat, lines)
 
 
+def piped_pair() -> tuple[float, float, float]:
+    """Lines a second through a pipe, plain and encrypted, and of the plain loop."""
+    lines = texts(PIPED_LINES)
+    plain, secret = (through_chat(lines, prepare=functools.partial(speaks_plain, is_plain=is_plain))
+                     for is_plain in (True, False))
+    return plain, secret, plain_loop()
+
+
+def latency_pairs() -> Iterator[tuple[float, float]]:
+    """Seconds from a line to its receipt, plain and encrypted, all processes on one core."""
+    line = texts(1)[0]
+    with world() as plain, world() as secret, one_core():
+        for chat, is_plain in ((plain, True), (secret, False)):
+            speaks_plain(chat, is_plain)
+        senders = alice_and_bob(plain), alice_and_bob(secret)
+        for _ in range(ROUNDS):
+            before, after = (one_round(alice, f"send bob {line}\n", received("bob")) for alice in senders)
+            yield before, after
+
+
 def start_pairs() -> Iterator[tuple[float, float]]:
     """Seconds from the start of a client to its welcome, plain and encrypted."""
     with world() as plain, world() as secret:
@@ -1173,6 +1195,15 @@ def measure_secret(names: set[str]) -> Iterator[Row]:
     plain, secret = (statistics.median(column) for column in zip(*start_pairs()))
     yield Row("secret", f"welcome {secret * 1e3:.1f} ms", f"{plain * 1e3:.1f} ms: plain", f"{secret / plain:.2f}",
               "+ 5 ms at most", secret <= plain + 0.005)
+    pairs = [piped_pair() for _ in range(SECRET_ROUNDS)]
+    plain, secret, loop = (statistics.median(column) for column in zip(*pairs))
+    yield Row("secret", f"piped {secret:,.0f} lines/s", f"{plain:,.0f} lines/s: plain", f"{secret / plain:.2f}",
+              ">= 0.8 of plain", secret >= 0.8 * plain)
+    yield Row("secret", f"piped {secret:,.0f} lines/s", f"{loop:,.0f} lines/s: the plain loop", f"{secret / loop:.1f}",
+              ">= 4 times", secret >= 4 * loop)
+    plain, secret = (percentile(column, 0.5) * 1e6 for column in zip(*latency_pairs()))
+    yield Row("secret", f"p50 {secret:,.0f} us", f"p50 {plain:,.0f} us: plain", f"{secret / plain:.2f}",
+              "<= 1.2 of plain", secret <= 1.2 * plain)
     lines = texts(SECRET_LINES)
     rounds = [(mail_pair(True, lines), mail_pair(False, lines)) for _ in range(SECRET_ROUNDS)]
     for position, name in enumerate(("keep", "deliver")):

@@ -228,6 +228,7 @@ def test_a_key_that_nobody_can_have_is_not_called() -> None:
 def with_other_keys(alice: User, bob: User) -> User:
     """Return another bob, with another key, after alice has met the first one."""
     channel_between(alice, bob)
+    assert alice.peers.verdict("bob") == ("", True)
     other = User("bob", alice.table, seed=1)
     alice.table["bob"] = other.keys.pair.public
     alice.peers.on_news("bob")
@@ -237,13 +238,13 @@ def with_other_keys(alice: User, bob: User) -> User:
 def test_another_key_than_that_of_the_first_contact_is_refused_until_the_user_trusts_it() -> None:
     alice, bob = users("alice", "bob")
     other = with_other_keys(alice, bob)
-    assert alice.peers.refusal("bob") == "key-changed" and alice.peers.key_of("bob") is None
+    assert alice.peers.verdict("bob") == ("key-changed", False) and alice.peers.key_of("bob") is None
     other.peers.send("alice", b"I am bob", HOMES["alice"])
     assert carry(alice, other) == [] and not alice.peers.takes_plain("bob")
     other.take()
     digits = alice.peers.trust("bob")
     assert digits == other.peers.digits("alice") != bob.peers.digits("alice")
-    assert not alice.peers.refusal("bob")
+    assert alice.peers.verdict("bob") == ("", True)
     channel_between(alice, User("bob", alice.table, seed=1))
 
 
@@ -278,7 +279,7 @@ def test_a_key_of_a_session_alone_is_not_remembered() -> None:
     channel_between(alice, bob)
     alice.table["bob"] = User("bob", {}, seed=1).keys.pair.public
     alice.peers.on_news("bob")
-    assert not alice.peers.refusal("bob") and alice.peers.verify("bob") == "no-key"
+    assert alice.peers.verdict("bob") == ("", True) and alice.peers.verify("bob") == "no-key"
 
 
 def test_both_see_the_same_digits_and_nobody_else_does() -> None:
