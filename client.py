@@ -86,8 +86,7 @@ class ServerLink:
         self.connection = Connection(send, endpoint, handshake)
         self._has_hint = False                  # somebody says that the server does not know our channel
         self._loop, self._send, self._owner = loop, send, owner
-        self._table_version, self.patience = table_version, patience
-        self._boot = 0
+        self._table_version, self.patience, self._boot = table_version, patience, 0
         self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
         self._last_pong = -NEVER                # when an unasked one caused a ping
         self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
@@ -257,12 +256,11 @@ class ServerLink:
     def _ping_unanswered(self) -> None:
         if self.handshake.doubt is not None:
             self._owner.on_refused(self.handshake.doubt, self.nick)
-            return
-        if self.is_starting and not self.patience.is_endless:
+        elif self.is_starting and not self.patience.is_endless:
             self._owner.on_unanswered()
-            return
-        self.announce_silence()
-        self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
+        else:
+            self.announce_silence()
+            self._ping_timer.set(self._loop.now() + jittered(self._loop, OUTAGE_PING_INTERVAL))
 
     def on_pong(self, info: Info, address: Address) -> None:
         """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
@@ -888,6 +886,8 @@ class Client:
         """``is_sealed``: this came in our channel. In plain, a ``for`` has to show that it is the server who speaks."""
         link, is_trusted = self.link, is_sealed
         if is_sealed and address in self._server.last_two():    # from elsewhere it is no sign that we are heard
+            if link.is_silent:
+                self._server.found(address)     # of the two that were asked, this is it
             link.heard()
         for tag, info in maps:
             if tag in self._from_server:

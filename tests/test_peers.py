@@ -712,7 +712,7 @@ def test_a_receipt_in_plain_from_somebody_who_encrypts_is_none() -> None:
     alice.type("send bob hello")
     world.run(0.3)
     stream = alice.client.outbox.conversations["bob"].id
-    ack, nack = {"next": 9, "have": [], "room": 9}, {"first": 1, "last": 1, "reason": "not-me"}
+    ack, nack = {"next": 2, "have": [], "room": 9}, {"first": 1, "last": 1, "reason": "not-me"}
     for tag, info in (("ack", ack), ("nack", nack)):
         wire.forge(encode(tag, {"stream": stream, **info}), bob.address, alice.address)
         world.run(0.05)
@@ -731,7 +731,7 @@ def test_somebody_with_a_channel_speaks_for_nobody_else() -> None:
     eve.type("send alice from eve")
     world.run(0.1)
     chat = encode("chat", {"from": "alice", "to": "bob", "stream": 1, "n": 1, "base": 1, "text": ["forged"]})
-    ack = encode("ack", {"stream": stream, "next": 9, "have": [], "room": 9})
+    ack = encode("ack", {"stream": stream, "next": 2, "have": [], "room": 9})
     for nick, life, said in (("bob", bob, chat), ("alice", alice, ack)):
         channel = eve.client.sending._peers._peers[nick].channel        # type: ignore[union-attr]
         assert channel is not None

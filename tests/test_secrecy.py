@@ -800,6 +800,27 @@ def test_what_somebody_passes_on_from_elsewhere_is_no_sign_that_the_server_hears
         assert alice.client.link.is_silent is is_silent
 
 
+def test_who_passes_one_answer_on_while_the_server_is_silent_is_not_taken_for_it_for_ever() -> None:
+    world, wire, (alice,) = encrypted("alice")
+    kept: list[bytes] = []
+
+    def keep(datagram: bytes, source: Address, to: Address) -> None:
+        if source == SERVER:
+            kept.append(datagram)
+    wire.before = keep
+    world.network.block("server", alice.host)
+    world.run_until(lambda: alice.client.link.is_silent and bool(kept), 60)
+    world.run(3)
+    wire.forge(kept[-1], EVE, alice.address)
+    world.run(0.01)
+    endpoint = alice.client.link.endpoint
+    assert endpoint.current == EVE
+    world.network.unblock("server", alice.host)
+    world.run(60)
+    assert endpoint.current == SERVER and not alice.client.link.is_silent
+    assert alice.lines.count("[Server not responding]") <= 2
+
+
 def test_nobody_who_passes_records_on_faster_than_the_network_gets_what_a_client_says() -> None:
     world, wire, (alice, bob) = encrypted("alice", "bob")
     network = world.network
