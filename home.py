@@ -124,7 +124,7 @@ def make_private(path: str) -> None:
     A regular file that belongs to somebody else stays as it is.
     """
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.close(os.open(os.path.realpath(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))   # of a link: its target
     except FileExistsError:
         try:
             status = os.stat(path)

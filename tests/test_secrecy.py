@@ -907,6 +907,28 @@ def test_without_the_extra_what_requires_it_says_so(chat: Chat) -> None:
         assert "pip install 'udpchat[secure]'" in ended.errors[0]
 
 
+def test_without_the_extra_a_server_whose_key_is_known_is_not_spoken_to(chat: Chat) -> None:
+    chat.server()
+    chat.absent("bob")
+    server, other = f"127.0.0.1:{chat.port}", {"XDG_STATE_HOME": str(chat.directory / "new")}
+    lacking, digits = without_extra(chat), " ".join(["12345"] * 12)
+    for options, environment in (([], {}), (["--server-key", digits], other)):
+        sent = chat.complete("send", "bob", "hello", "--server", server, "--nick", "zoe", *options,
+                             environment={**lacking, **environment})
+        assert sent.wait() == 1 and not sent.lines and "udpchat[secure]" in sent.errors[-1] and len(sent.errors) == 1
+    for nick, options, environment in (("zoe", [], other), ("yve", ["--secure", "off"], {})):
+        sent = chat.complete("send", "bob", "hello", "--server", server, "--nick", nick, *options,
+                             environment={**lacking, **environment})
+        assert sent.wait() == 0 and SAVED in sent.lines, sent.errors + sent.lines
+
+
+def test_a_store_behind_a_link_can_be_read_by_its_owner_alone(chat: Chat) -> None:
+    target = chat.directory / "target.db"
+    chat.store.symlink_to(target)
+    chat.server()
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_store_with_keys_is_not_opened_without_the_extra(chat: Chat) -> None:
     server = chat.server()
     server.signal(signal.SIGTERM)
