@@ -943,8 +943,8 @@ def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | 
         pin, known = pin_of(options, server, warns=secret is not None or options.anonymous)
     elif options.secure != "off":
         expected, _ = pin_of(options, server, warns=False)
-        if expected.key or expected.digits:
-            raise Failure("this server must not be spoken to in plain: its key is known, and what encrypts is not there"
+        if expected.digits:
+            raise Failure("a server whose key is given is not spoken to in plain, and what encrypts is not there"
                           " (pip install 'udpchat[secure]')")
     handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin, known)
     handshake.tells_of_plain &= tells_of_plain(options)
