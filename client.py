@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from conversation import ACK_TIMEOUT, DIRECT, SILENT, Account, Inbox, Meetings, Outbox
+from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (MAX_NUMBER, ONLINE, PROOF_BYTES, RECORD_EXTRA, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL,
+from protocol import (ONLINE, PROOF_BYTES, RECORD_EXTRA, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL,
                       SESSION_SIZE, Decoder, Info, Map, encode, folded, index_of, padded)
 from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, Send
-from home import REGISTRATION_REFUSALS
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
@@ -405,14 +405,10 @@ class Sending:
         now = self._loop.now()
         if outbox.due() <= now:
             peers = self._peers if link.connection.channel is not None else None
-            for conversation, datagrams in outbox.poll(now, self._loop.drained):
-                if peers is not None and datagrams:
-                    reason, is_sealed = peers.verdict(conversation.peer)
-                    if reason:
-                        conversation.on_nack(now, 1, MAX_NUMBER - 1, reason, conversation.route)
-                        continue
-                    if conversation.route is not DIRECT or not is_sealed:
-                        self._exposed[conversation.peer] = conversation.stream.top
+            refusal_of = peers.refusal if peers is not None else None
+            for conversation, datagrams in outbox.poll(now, self._loop.drained, refusal_of):
+                if peers is not None and (conversation.route is not DIRECT or not peers.key_of(conversation.peer)):
+                    self._exposed[conversation.peer] = conversation.stream.top
                 for datagram, address in datagrams:
                     if address is None:
                         link.connection.send(datagram)

@@ -64,7 +64,6 @@ from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Incomi
 ACK_TIMEOUT = 0.5         # s; the original's 500 ms: no ack at all in that time, and the messages go to the server
 STALL_TIMEOUT = 30.0      # s without progress on one route, whatever the acks say: so that a script always ends
 STUCK_TIMEOUT = 60.0      # s without progress on all routes together, however often the recipient moves
-OWN_REFUSALS = ("not-secure", "key-changed")     # why a message may not be sent at all: no peer says so
 ADDRESSES_KEPT = 4        # of a recipient, from which an ack still counts
 
 
@@ -81,7 +80,7 @@ class EventKind(Enum):
 
     RECEIVED = "received"   # the recipient has written them to stdout
     SAVED = "saved"         # the server has them on disk
-    REFUSED = "refused"     # the server does not keep them
+    REFUSED = "refused"     # the server does not keep them, or we may not send them
     SILENT = "silent"       # the server does not answer: they are stuck
     NO_ACK = "no-ack"       # the recipient does not answer: they go to the server
     RECIPIENT_OFFLINE = "offline"   # the recipient is offline: they go to the server
@@ -143,10 +142,8 @@ class Conversation:
     """
 
     def __init__(self, me: str, peer: str, id_: int, ack_timeout: float = ACK_TIMEOUT) -> None:
-        self.me = me
-        self.peer = peer
+        self.me, self.peer, self.ack_timeout = me, peer, ack_timeout
         self.id = id_                               # of the stream
-        self.ack_timeout = ack_timeout
         self.account = Account()                    # the owner's, at the server
         self.events: list[Event] = []
         self.route = DIRECT
@@ -176,8 +173,8 @@ class Conversation:
 
         The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
         """
-        room = MAX_DATAGRAM - self.account.seal_size
-        return room - len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], [])) - ARRAY_GROWTH
+        header = len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], []))
+        return MAX_DATAGRAM - self.account.seal_size - header - ARRAY_GROWTH
 
     def _pending_sizes(self, items: list[Any]) -> list[int]:
         return text_sizes(items, self.stream.base, self.stream.continued, self.route is not DIRECT)
@@ -221,11 +218,8 @@ class Conversation:
             if not self._follows_table:
                 self._pick_route(now)
         self._times.add(stream.end, at, stream.base)
-        if are_short(texts, MAX_PIECE):
-            stream.queue(texts, text_sizes(texts, stream.end, (), self.route is not DIRECT))
-        else:
-            items, continued = pieces_of(texts, stream.end)
-            stream.queue(items, text_sizes(items, stream.end, continued, self.route is not DIRECT), continued)
+        items, continued = (texts, ()) if are_short(texts, MAX_PIECE) else pieces_of(texts, stream.end)
+        stream.queue(items, text_sizes(items, stream.end, continued, self.route is not DIRECT), continued)
         if self.route is not DIRECT and self.place is not None and not self.place.online:
             self._announce(RECIPIENT_OFFLINE)
 
@@ -273,8 +267,7 @@ class Conversation:
         if route is DIRECT and self.reach.met_at > -NEVER:
             self.reach.work()
         if closed:
-            if messages is None:
-                messages = closed       # without long texts, each number is a message
+            messages = closed if messages is None else messages     # without long texts, each number is a message
             # An ack from the other route closes messages, too: it was late, but it is true.
             if route is DIRECT:
                 self._is_last_try = False
@@ -287,7 +280,7 @@ class Conversation:
         """Process a refusal; it counts only on the route in use, and for the lowest number that is pending."""
         if (route is DIRECT) != (self.route is DIRECT) or not first <= self.stream.base <= last:
             return
-        if route is DIRECT and reason not in OWN_REFUSALS:
+        if route is DIRECT:
             if reason == "not-me":
                 self._give_up_direct(now)
             return
@@ -296,6 +289,12 @@ class Conversation:
         messages = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
             self._close(now, Event(REFUSED, messages, reason, base, self.route is RELAY))
+
+    def refuse(self, now: float, reason: str) -> None:
+        """Close all that is pending, sent or not: it must not be sent."""
+        base, messages = self.stream.base, self._count(self.stream.base, self.stream.end)
+        if self.stream.close_all():
+            self._close(now, Event(REFUSED, messages, reason, base))
 
     def on_exists(self, now: float, number: int, address: Address | None, knocks: bool = False) -> None:
         """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here).
@@ -510,8 +509,7 @@ class Outbox:
         self._touched: dict[str, Conversation] = {}     # to be polled next
         self._due: dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: list[tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
-        self._moving = Backlog()
-        self._stuck = Backlog()
+        self._moving, self._stuck = Backlog(), Backlog()
 
     @property
     def server_is_silent(self) -> bool:
@@ -642,10 +640,8 @@ class Outbox:
     def _addressed(self, info: Info, who: Address | str | None) -> Conversation | None:
         """Return the conversation that an answer is about, if it may be answered by ``who``."""
         conversation = self.by_stream.get(info["stream"])
-        if conversation is None or (
-                who is not None and who not in conversation.addresses and who != conversation.peer):
-            return None
-        return conversation
+        fits = conversation is not None and (who is None or who in conversation.addresses or who == conversation.peer)
+        return conversation if fits else None
 
     def on_ack(self, now: float, info: Info, who: Address | str | None) -> None:
         """Process an ``ack``."""
@@ -701,13 +697,21 @@ class Outbox:
             elif due < NEVER:
                 self._schedule(nick, due)
 
-    def poll(self, now: float, drained: bool = True) -> Iterator[tuple[Conversation, list[Outgoing]]]:
-        """Yield the datagrams to send now, and where to (None: the server); ``drained``: see ``Conversation.poll``."""
+    def poll(self, now: float, drained: bool = True,
+             refusal_of: Callable[[str], str] | None = None) -> Iterator[tuple[Conversation, list[Outgoing]]]:
+        """Yield the datagrams to send now, and where to (None: the server); ``drained``: see ``Conversation.poll``.
+
+        ``refusal_of``: returns why nothing may be sent to a nick, "" if it may.
+        """
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
         for nick in list(islice(self._touched, POLLS_PER_TURN)):
             conversation = self._touched.pop(nick)
-            yield conversation, conversation.poll(now, drained)
+            reason = refusal_of(nick) if refusal_of is not None else ""
+            if reason:
+                conversation.refuse(now, reason)
+            else:
+                yield conversation, conversation.poll(now, drained)
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)

@@ -38,10 +38,10 @@ from typing import Protocol
 
 from home import Known, Mailbox, Parcel, StoredLetter
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, INDEX_BYTES, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Decoder, Info,
+from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info,
                       Mirror, Page, Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
-from secure import (FAILURES, MAPS, Channel, Forged, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
-                    is_bind_proof, is_hash_of)
+from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
+                    is_bind_proof, is_hash_of, read_map)
 
 
 # --- copies of the table --------------------------------------------------------------------------------------
@@ -397,14 +397,11 @@ class Hellos:
         if self._failures.is_reached(now, network):
             return None
         noise = HandshakeState(self.keys.sodium, "IK", False, prologue, self.keys.pair)
-        try:
-            maps = Decoder().decode(noise.read(message))
-        except Forged:
-            maps = []
-        if len(maps) != 1 or maps[0][0] != "join":
+        join = read_map(noise, message, "join")
+        if join is None:
             self._failures.allows(now, network)
             return None
-        hello = Hello(message, address, info["id"], now + HELLO_TIME, noise, maps[0][1])
+        hello = Hello(message, address, info["id"], now + HELLO_TIME, noise, join)
         self._make_room(now, address, hello.join["nick"])
         self._hellos[message] = hello
         self._at.setdefault(address, []).append(hello)
@@ -425,9 +422,7 @@ class Hellos:
 
     def answer(self, hello: Hello, tag: str, info: Info) -> bytes:
         """Return our message with a ``welcome`` or a ``refused``, and keep it. A welcome comes with a channel."""
-        index = self.keys.random()[:INDEX_BYTES]
-        while index in self._by_index or index in self._taken:
-            index = self.keys.random()[:INDEX_BYTES]
+        index = self.keys.new_index(self._by_index, self._taken)
         if tag == "welcome":
             info = {**info, "index": index}
             hello.session, hello.version = info["session"], info["version"]

@@ -38,7 +38,7 @@ The server's side is in ``registry``: ``Cookies`` and ``Hellos``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from home import KnownKeys
 from loop import NEVER, Endpoint, log
@@ -180,7 +180,7 @@ class Handshake:
         key = self.pin.key or (shown if self.doubt is None else None)
         if key is None:
             return
-        join: Info = {"nick": self._nick, "index": keys.random()[:INDEX_BYTES], **self._about_us(address)}
+        join: Info = {"nick": self._nick, "index": keys.new_index(), **self._about_us(address)}
         if self._proof is not None:
             token = self._proof(info["server"], self._nick)
             join["proof"] = bind_proof(hash_of(token), key, keys.pair.public)
@@ -304,7 +304,6 @@ class Peer:
         self.nick = nick
         self.key = b""                  # by which the channels were made
         self.is_told = False            # the user knows that nothing is encrypted here
-        self.verdict: tuple[str, bool] | None = None    # see ``Peers.verdict``; None: to be found out
         self.offer: Offer | None = None
         self.waiting: list[tuple[bytes, Address]] = []
         self.channel: Channel | None = None     # the one to send in: of those below, the one that was used first last
@@ -346,10 +345,7 @@ class Peers:
 
     def begin_session(self, me: str, server_key: bytes) -> None:
         """Be known as ``me`` at the server with that key."""
-        if (me, server_key) != (self.me, self.server_key):
-            self.me, self.server_key = me, server_key
-            for peer in self._peers.values():
-                peer.verdict = None
+        self.me, self.server_key = me, server_key
 
     def _peer(self, nick: str) -> Peer:
         peer = self._peers.get(nick)
@@ -372,7 +368,6 @@ class Peers:
         """Learn that the table says something new of somebody: with another key, it is another client than before."""
         peer = self._peers.get(nick)
         if peer is not None:
-            peer.verdict = None
             if self.key_of(nick) != peer.key:
                 self._close(peer)
             waiting, peer.waiting = peer.waiting, []
@@ -383,16 +378,18 @@ class Peers:
     # which key
 
     def _pinned(self, nick: str) -> tuple[bytes, bool] | None:
-        """Return the key that somebody must have, and whether it is verified; that of one spelling is that of all.
+        """Return the key that somebody must have, and whether it is verified; None if it may be any.
 
-        But for old nicks that count as the same, and have different owners: the user trusts the others one by one.
+        The first contact stands under the folded nick, so it counts for every spelling. What the user has verified or
+        trusted later stands under the spelling itself, and wins: nicks of an old store that count as the same may have
+        different owners.
         """
         return self._known.peer(self.server_key, nick) or self._known.peer(self.server_key, folded(nick))
 
     def _pin(self, nick: str, key: bytes, is_verified: bool = False) -> None:
-        is_first, self._peer(nick).verdict = self._pinned(nick) is None, None
+        name = folded(nick) if self._pinned(nick) is None else nick
         try:
-            self._known.add_peer(self.server_key, folded(nick) if is_first else nick, key, is_verified)
+            self._known.add_peer(self.server_key, name, key, is_verified)
         except OSError as error:
             log.warning("the key of %s is not remembered: %s", nick, error.strerror)
 
@@ -408,29 +405,26 @@ class Peers:
             return "" if shown == (pinned[0], True) else "key-changed"
         return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
 
-    def verdict(self, nick: str) -> tuple[str, bool]:
-        """Return the ``refusal``, and whether what goes straight to somebody is encrypted: asked for each message."""
-        peer = self._peer(nick)
-        if peer.verdict is None:
-            peer.verdict = self.refusal(nick), bool(self.key_of(nick))
-        return peer.verdict
+    def _bound_key_of(self, nick: str) -> bytes:
+        """Return the key that the table binds somebody to, b"" if there is none."""
+        key, is_bound = self.shown_of(nick) or (b"", False)
+        return key if is_bound else b""
 
     def digits(self, nick: str) -> str:
         """Return the digits that both sides compare, those of our own key for ""; "" if there is no key to compare."""
-        shown, pinned = self.shown_of(nick), self._pinned(nick)
-        theirs = shown[0] if shown is not None and shown[0] else pinned[0] if pinned is not None else b""
         if not nick:
             return fingerprint(self._keys.pair.public)
-        return fingerprint(self._keys.pair.public, theirs) if theirs else ""
+        (key, _), pinned = self.shown_of(nick) or (b"", False), self._pinned(nick)
+        if not key and pinned is not None:
+            key = pinned[0]
+        return fingerprint(self._keys.pair.public, key) if key else ""
 
     def verify(self, nick: str) -> str:
         """Note that the user has compared a key; return why that is not possible: an event, or ""."""
-        shown = self.shown_of(nick)
-        if shown is None or not shown[0] or not shown[1]:
+        key = self._bound_key_of(nick)
+        if not key or self.refusal(nick):
             return "not-the-key" if self._pinned(nick) is not None else "no-key"
-        if self.refusal(nick):
-            return "not-the-key"
-        self._pin(nick, shown[0], is_verified=True)
+        self._pin(nick, key, is_verified=True)
         return ""
 
     def is_verified(self, nick: str) -> bool:
@@ -440,11 +434,11 @@ class Peers:
 
     def trust(self, nick: str) -> str:
         """Accept the key that somebody has now; return the digits to compare, "" if there is none to accept."""
-        shown = self.shown_of(nick)
-        if shown is None or not shown[0] or not shown[1]:
+        key = self._bound_key_of(nick)
+        if not key:
             return ""
         if self._pinned(nick) is None or self.refusal(nick):
-            self._pin(nick, shown[0])
+            self._pin(nick, key)
         self.on_news(nick)
         return self.digits(nick)
 
@@ -510,7 +504,7 @@ class Peers:
             del self._offers[peer.offer.id]
             del peer.waiting[:-1]       # they have waited too long: they are repeated, or have gone another way
         peer.key = key
-        id_, index = self._new_id(), self._new_index()
+        id_, index = self._new_id(), self._keys.new_index(self._by_index)
         noise = HandshakeState(self._keys.sodium, "IK", True, self._prologue(peer.nick, id_), self._keys.pair, key)
         try:
             message = noise.write(padded("greet", {"from": self.me, "index": index}, GREET_SIZE), self._keys.random())
@@ -521,12 +515,6 @@ class Peers:
         self._offers[id_] = peer
         return peer.offer
 
-    def _new_index(self) -> bytes:
-        index = self._keys.random()[:INDEX_BYTES]
-        while index in self._by_index:
-            index = self._keys.random()[:INDEX_BYTES]
-        return index
-
     def _prologue(self, to: str, id_: int) -> bytes:
         return encode("udpchat offer 1", {"server": self.server_key, "to": folded(to), "id": id_})
 
@@ -536,14 +524,11 @@ class Peers:
         if self._failures.is_reached(now, "") or not self._reads.allows(now, f"{address}"):
             return True
         noise = HandshakeState(self._keys.sodium, "IK", False, self._prologue(self.me, info["id"]), self._keys.pair)
-        try:
-            maps = Decoder().decode(noise.read(info["message"]))
-        except Forged:
-            maps = []
-        if len(maps) != 1 or maps[0][0] != "greet":
+        greet = read_map(noise, info["message"], "greet")
+        if greet is None:
             self._failures.allows(now, "")
             return True
-        greet, key = maps[0][1], noise.received["s"]
+        key = noise.received["s"]
         if not self.is_at(greet["from"], address) or self.key_of(greet["from"]) != key:
             self._failures.allows(now, "")
             return False
@@ -556,7 +541,7 @@ class Peers:
 
     def _agree(self, peer: Peer, info: Info, noise: HandshakeState, their_index: bytes) -> None:
         """Make message 2, which is the answer whenever message 1 comes, and the channel."""
-        index = self._new_index()
+        index = self._keys.new_index(self._by_index)
         message = noise.write(padded("greet", {"from": self.me, "index": index}, GREET_SIZE), self._keys.random())
         self._add(peer, Channel(noise.split(), index, their_index))
         if len(peer.replies) == UNUSED_CHANNELS:
@@ -568,16 +553,15 @@ class Peers:
         peer = self._offers.get(info["id"])
         if peer is None or peer.offer is None:
             return
-        try:
-            maps = Decoder().decode(peer.offer.noise.read(info["message"]))
-        except Forged:
+        offer = peer.offer
+        greet = read_map(offer.noise, info["message"], "greet")
+        if greet is None:
             return
-        offer, peer.offer = peer.offer, None
+        peer.offer = None
         del self._offers[offer.id]
-        if len(maps) == 1 and maps[0][0] == "greet":
-            channel = Channel(offer.noise.split(), offer.index, maps[0][1]["index"])
-            self._add(peer, channel)
-            self._use(peer, channel)
+        channel = Channel(offer.noise.split(), offer.index, greet["index"])
+        self._add(peer, channel)
+        self._use(peer, channel)
 
     def _add(self, peer: Peer, channel: Channel) -> None:
         """Receive in one more channel, too; make room for it."""
@@ -592,7 +576,7 @@ class Peers:
     def _use(self, peer: Peer, channel: Channel) -> None:
         """Send in a channel from now on, and what has waited first: the other side has it."""
         peer.channel, peer.address, peer.allowance = channel, None, 0
-        if self._pinned(peer.nick) is None and self.shown_of(peer.nick) == (peer.key, True):
+        if self._pinned(peer.nick) is None and self._bound_key_of(peer.nick) == peer.key:
             self._pin(peer.nick, peer.key)
         waiting, peer.waiting = peer.waiting, []
         for datagram, address in waiting:
@@ -805,6 +789,13 @@ class Keys:
         """``pair``: its own static key. ``random``: returns 32 random bytes, others each time."""
         self.sodium, self.pair, self.random = sodium, pair, random
 
+    def new_index(self, *taken: Container[bytes]) -> bytes:
+        """Return how records to us are to call a channel: random, and not in any of ``taken``."""
+        while True:
+            index = self.random()[:INDEX_BYTES]
+            if not any(index in indices for indices in taken):
+                return index
+
 
 def fingerprint(*keys: bytes) -> str:
     """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
@@ -978,6 +969,15 @@ class HandshakeState:
         assert self.step == len(self._messages)
         there, back = self.symmetric.split()
         return (there, back) if self.is_initiator else (back, there)
+
+
+def read_map(noise: HandshakeState, message: bytes, tag: str) -> Info | None:
+    """Return the fields of the one map in a message, None if it is not genuine, or holds anything else."""
+    try:
+        maps = Decoder().decode(noise.read(message))
+    except Forged:
+        return None
+    return maps[0][1] if len(maps) == 1 and maps[0][0] == tag else None
 
 
 # --- encryption: records and letters ----------------------------------------------------------------------------

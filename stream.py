@@ -536,6 +536,11 @@ class SendStream:
             self.timeout_at = self.probe_at = NEVER
         return closed
 
+    def close_all(self) -> int:
+        """Give up all that is pending, sent or not: it must not be sent; return how many numbers that are."""
+        self.top = self.end
+        return self.close(self.end)
+
     def _drop_below(self, number: int, now: float) -> int:
         """Forget the items below ``number``; return how many packets arrived by that."""
         packets = 0

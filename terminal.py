@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from conversation import OWN_REFUSALS, RECEIVED, REFUSED, SAVED, Delivery, Event
+from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from home import EVENT_FORMATS, FOR_PEOPLE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
                   wake_up)
@@ -526,7 +526,8 @@ class Display:
 # --- receipts -------------------------------------------------------------------------------------------------
 
 CLOSINGS = (RECEIVED, SAVED, REFUSED)
-REFUSALS = ("unknown", "full", "disk", "not-secure", "key-changed")    # that have a line of their own
+OWN_REFUSALS = ("not-secure", "key-changed")        # our own: the message does not go out at all
+REFUSALS = ("unknown", "full", "disk", *OWN_REFUSALS)       # that have a line of their own
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
 

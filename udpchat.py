@@ -44,12 +44,12 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
-from protocol import clean
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, check_store, config_home, is_private, json_line,
                   load_secret, make_private, read_settings, remove_quietly, state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
                   Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
                   read_some, show_address, unmapped)
+from protocol import clean
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
@@ -591,18 +591,23 @@ def tells_of_plain(options: argparse.Namespace) -> bool:
     return not (options.mode == "send" and options.quiet)
 
 
+def given_key_of_server(options: argparse.Namespace) -> str:
+    """Return the fingerprint that the user has given for the server, "" for none. Raise Usage."""
+    if options.server_key or not os.environ.get("UDPCHAT_SERVER_KEY"):
+        return options.server_key or ""
+    try:
+        return fingerprint_argument(os.environ["UDPCHAT_SERVER_KEY"])
+    except argparse.ArgumentTypeError as error:
+        raise Usage(f"UDPCHAT_SERVER_KEY: {error}") from None
+
+
 def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> tuple[Pin, KnownKeys]:
     """Return which key the server must have, and the keys that others have had. Raise Usage and Failure.
 
     Those that are new are remembered. ``warns``: the user has not heard yet that nothing can be.
     """
     from secure import Pin
-    digits, state = options.server_key or "", state_home()
-    if not digits and os.environ.get("UDPCHAT_SERVER_KEY"):
-        try:
-            digits = fingerprint_argument(os.environ["UDPCHAT_SERVER_KEY"])
-        except argparse.ArgumentTypeError as error:
-            raise Usage(f"UDPCHAT_SERVER_KEY: {error}") from None
+    digits, state = given_key_of_server(options), state_home()
     if state is None:
         if warns:
             log.warning("the key of the server is not remembered: there is no home directory")
@@ -941,11 +946,9 @@ def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | 
     pin, known = None, None
     if keys is not None:
         pin, known = pin_of(options, server, warns=secret is not None or options.anonymous)
-    elif options.secure != "off":
-        expected, _ = pin_of(options, server, warns=False)
-        if expected.digits:
-            raise Failure("a server whose key is given is not spoken to in plain, and what encrypts is not there"
-                          " (pip install 'udpchat[secure]')")
+    elif options.secure != "off" and given_key_of_server(options):
+        raise Failure("a server whose key is given is not spoken to in plain, and what encrypts is not there"
+                      " (pip install 'udpchat[secure]')")
     handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin, known)
     handshake.tells_of_plain &= tells_of_plain(options)
     return handshake

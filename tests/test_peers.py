@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import secure
 from home import KnownKeys
-from protocol import GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, REPLAY_WINDOW, Address, Decoder, encode, padded
+from protocol import GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, ONLINE, REPLAY_WINDOW, Address, Decoder, encode, padded
 from secure import (OFFER_INTERVAL, OFFER_TIME, OFFERS_READ, UNUSED_CHANNELS, USED_CHANNELS, WAITING, HandshakeState,
                     KeyPair, Keys, Peers, Sodium, load_sodium)
 from tests.processes import PROGRAM, WELCOME, Chat, Process, received
@@ -228,7 +228,7 @@ def test_a_key_that_nobody_can_have_is_not_called() -> None:
 def with_other_keys(alice: User, bob: User) -> User:
     """Return another bob, with another key, after alice has met the first one."""
     channel_between(alice, bob)
-    assert alice.peers.verdict("bob") == ("", True)
+    assert (alice.peers.refusal("bob"), bool(alice.peers.key_of("bob"))) == ("", True)
     other = User("bob", alice.table, seed=1)
     alice.table["bob"] = other.keys.pair.public
     alice.peers.on_news("bob")
@@ -238,13 +238,13 @@ def with_other_keys(alice: User, bob: User) -> User:
 def test_another_key_than_that_of_the_first_contact_is_refused_until_the_user_trusts_it() -> None:
     alice, bob = users("alice", "bob")
     other = with_other_keys(alice, bob)
-    assert alice.peers.verdict("bob") == ("key-changed", False) and alice.peers.key_of("bob") is None
+    assert alice.peers.refusal("bob") == "key-changed" and alice.peers.key_of("bob") is None
     other.peers.send("alice", b"I am bob", HOMES["alice"])
     assert carry(alice, other) == [] and not alice.peers.takes_plain("bob")
     other.take()
     digits = alice.peers.trust("bob")
     assert digits == other.peers.digits("alice") != bob.peers.digits("alice")
-    assert alice.peers.verdict("bob") == ("", True)
+    assert (alice.peers.refusal("bob"), bool(alice.peers.key_of("bob"))) == ("", True)
     channel_between(alice, User("bob", alice.table, seed=1))
 
 
@@ -279,7 +279,8 @@ def test_a_key_of_a_session_alone_is_not_remembered() -> None:
     channel_between(alice, bob)
     alice.table["bob"] = User("bob", {}, seed=1).keys.pair.public
     alice.peers.on_news("bob")
-    assert alice.peers.verdict("bob") == ("", True) and alice.peers.verify("bob") == "no-key"
+    assert (alice.peers.refusal("bob"), bool(alice.peers.key_of("bob"))) == ("", True)
+    assert alice.peers.verify("bob") == "no-key"
 
 
 def test_both_see_the_same_digits_and_nobody_else_does() -> None:
@@ -927,6 +928,21 @@ def test_what_requires_encryption_sends_nothing_to_somebody_in_plain(chat: Chat)
     bob.see("[No ACK from alice, message sent to server.]")
     assert (alice.finish(), bob.finish()) == (1, 0)
     assert not [line for line in bob.lines if line.startswith("alice:")] and "bob: hello" not in alice.lines
+
+
+def test_all_that_waits_for_somebody_whose_key_has_changed_is_refused_at_once() -> None:
+    world, _, (alice, bob) = encrypted("alice", "bob")
+    alice.type("send bob before")
+    world.run(1)
+    alice.client.table_sync.table.set("bob", *bob.address, ONLINE, b"k" * 32, True)
+    alice.client.peer_keys.on_news("bob")       # type: ignore[union-attr]
+    for number in range(2000):
+        alice.type(f"send bob m{number} " + "x" * 50)
+    world.run(0.1)
+    assert alice.lines.count("[The key of bob has changed, message not sent.]") == 2000
+    alice.type("quit")
+    world.run(1)
+    assert alice.exit_code == 1 and bob.lines.count("alice: before") == 1 and received_by(bob, "x") == 0
 
 
 def test_a_program_hears_whether_others_could_read_a_message(chat: Chat) -> None:
