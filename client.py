@@ -58,8 +58,9 @@ class ServerLink:
            │                                           └──────────> LEAVING <──────────────┘ (also from ONLINE)
            └───────────────────bye, or session unknown─────────────────┘
 
-    - OFFLINE: nothing is sent or accepted. REGISTERING: only ``reg`` is sent, for a cookie, then for a session. As long
-      as ``Patience`` lasts, it begins again after a refusal that may pass; silence is waited out by an endless one.
+    - OFFLINE: nothing is sent or accepted. REGISTERING: ``reg`` is sent for a cookie, then it, or ``hello``, for a
+      session. As long as ``Patience`` lasts, it begins again after a refusal that may pass; silence is waited out by an
+      endless one.
     - SYNCING: there is a session; the table comes, then the mail that waited. No command is carried out before the
       table shows us online, so that a script never races its own start. Silence ends a client here that is not patient.
     - ONLINE: everything works. A ping every 15 s keeps the session and the NAT's mapping alive.
@@ -534,9 +535,9 @@ class Receiving:
 class PeerLinks:
     """What comes straight from other clients, as far as it can be trusted.
 
-    In a channel with somebody, that one speaks. What is in plain counts only from those who have no key, if our session
-    is encrypted; then chat does if the table says that its sender is there, and an ack if the stream in it, a random
-    number, went there (see ``Outbox``).
+    What comes in a channel is said by the one with whom we have it. In plain, chat counts if the table says that its
+    sender is there, and an ack if the stream in it, a random number, went there (see ``Outbox``). But while our own
+    session is encrypted, nothing in plain counts from those whom the table gives a key.
     """
 
     def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
@@ -566,7 +567,7 @@ class PeerLinks:
     def _on_plain(self, nick: str) -> None:
         """Tell that what goes to somebody is not encrypted."""
         if self._link.handshake.tells_of_plain:
-            self._link.handshake.tells_of_plain = self._display.names_messages     # to others than these, once
+            self._link.handshake.tells_of_plain = self._display.names_messages     # a script without them hears it once
             self._display.tell("peer-insecure", to=nick)
 
     def on_offer(self, info: Info, address: Address) -> None:

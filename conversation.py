@@ -3,7 +3,7 @@
 Rules of this module
 --------------------
 - No sockets, no clock, no randomness, no output. Time comes in as ``now``, seconds of any origin that never go back;
-  datagrams, events and texts to show come out as return values.
+  datagrams, events and texts to show come out as return values. Only ``Meetings`` sends, and asks the table, itself.
 - It is a client's, and knows nothing of commands, of lines and of the client table. The owner passes on what the table
   says of a recipient, what the server says, and what was written to stdout.
 - Every message gets exactly one closing event, RECEIVED, SAVED or REFUSED, or it is still pending at the end.
@@ -24,8 +24,8 @@ The life of one ``send``
 5. The server has three answers. It keeps the messages and acks: SAVED. It refuses them (``nack``: unknown recipient,
    full mailbox, disk failure): REFUSED. Or it finds that the recipient is there, and says where (``exists``): the event
    is EXISTS, and the messages go DIRECT once more. If that fails, too, for example because datagrams pass in one
-   direction only, the route becomes RELAY for a minute: the server keeps the messages without asking the recipient
-   first, and mails them at once.
+   direction only, the route becomes RELAY for 1 to 10 minutes: the server keeps the messages without asking the
+   recipient first, and mails them at once.
 6. A server that does not answer five attempts is silent: SILENT. The messages are *stuck*: they stay queued and go out
    when the server is heard again, but the program does not wait for them.
 
@@ -111,7 +111,7 @@ class Event(NamedTuple):
 
 
 class Account:
-    """What a server knows the owner by, and by how many bytes a datagram of its grows that is encrypted."""
+    """The owner's session at the server, and how many bytes longer a datagram gets when it is encrypted."""
 
     def __init__(self, session: bytes = bytes(SESSION_BYTES), seal_size: int = 0) -> None:
         self.session, self.seal_size = session, seal_size
@@ -134,7 +134,7 @@ class Conversation:
     the owner to remove. The routes, and what changes them::
 
         DIRECT --no ack for 500 ms, "not-me", offline--> SAVE --"exists"--> DIRECT, once more --no ack--> RELAY
-        DIRECT --no progress for 30 s--> RELAY --after a minute, or at a new address--> DIRECT
+        DIRECT --no progress for 30 s--> RELAY --after 1 to 10 minutes, or at a new address--> DIRECT
 
     A closing event (RECEIVED, SAVED, REFUSED) counts whole messages. The other kinds come before it, each at most once
     for a message. ``stuck``: nothing moves, because the server is silent or has no room, or because there was no

@@ -1,4 +1,4 @@
-"""What lies on the disk: settings, the identity, the lines that were typed, the store of a server; and lines in files.
+"""What lies on the disk: settings, identity, keys, typed lines, the store of a server; and the lines that are written.
 
 Rules of this file
 ------------------

@@ -1,4 +1,4 @@
-"""Wire format.
+"""The wire, and the table of clients that is copied over it.
 
 Rules of this module
 --------------------

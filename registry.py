@@ -3,9 +3,9 @@
 Rules of this file
 ------------------
 - No sockets, no clock, no printing. Monotonic time (``now``, in seconds) comes in as an argument; so do random ids.
-  ``TableSync`` and ``Committer``, which do something later, have the ``Loop``. The only side effects are on the store.
+  ``TableSync`` and ``Committer``, which do something later, and ``ReplyLimit``, which sends, have the ``Loop``.
 - No decision depends on the wall clock: see ``home``.
-- It knows nothing of what is in datagrams: it decides, its owner informs the clients.
+- Of datagrams it knows only those of a handshake (``Hellos``): it decides, its owner informs the clients.
 - What must survive a crash is in the store before anybody hears of it: the owner calls ``commit`` first, and
   sends what was decided in that turn afterwards.
 

@@ -5,7 +5,8 @@ Rules of this file
 - No socket, no clock, no randomness of its own: they come as arguments.
 - PyNaCl is imported by ``load_sodium`` alone. Encrypted bytes that do not verify raise ``Forged``, and change nothing.
 - Two programs that differ in what is made here do not understand each other: see docs/protocol.md.
-- What costs much is done only for those whose address is proved. Who they are is believed only after that.
+- What costs much is done only for those whose address is proved, and by clients for addresses of the table, a limited
+  number of times a second. Who somebody is, is believed only after that.
 
 How it works
 ------------
@@ -57,7 +58,7 @@ NO_REQUEST = -1           # an id that no request has
 class Pin:
     """Which key the server must have: that of an earlier contact, or the one whose fingerprint the user has given.
 
-    Without either it is the first one that comes, and that one from then on.
+    Without either it is the first one that answers a handshake, and that one from then on.
     """
 
     def __init__(self, key: bytes | None = None, digits: str = "",
@@ -95,7 +96,7 @@ class Handshake:
     Only that one gets the proof of the nick. Answers count from any address: only who was asked knows ``id``.
 
     With ``keys``, the cookie of a server that encrypts has its key. Then the request goes on as a handshake of Noise,
-    and only what is in that counts as its answer. From then on this program speaks to the owner of that key alone:
+    and only what is in that counts as its answer. Once it has come, this program speaks to the owner of that key alone:
     a cookie that names another key, or none, anybody on the way may have made.
     """
 
@@ -306,7 +307,7 @@ class Peer:
         self.is_told = False            # the user knows that nothing is encrypted here
         self.offer: Offer | None = None
         self.waiting: list[tuple[bytes, Address]] = []
-        self.channel: Channel | None = None     # the one to send in: of those below, the one that was used first last
+        self.channel: Channel | None = None     # the one to send in: of those below, the latest to come into use
         self.channels: list[Channel] = []       # oldest first
         self.replies: dict[bytes, bytes] = {}   # to the last messages that were accepted
         self.address: Address | None = None     # where the newest record of ``channel`` came from: answers go there ...
@@ -324,8 +325,8 @@ class Peers:
                               <--    accept: message 2
           records             -->      now he, too, sends in this channel
 
-    Either side may begin, also both at once: they receive in both channels, and send in the one of which they knew last
-    that the other side has it. Who speaks follows from the channel, wherever a record comes from.
+    Either side may begin, also both at once. Then they receive in both channels, and each sends in the one that it has
+    last learned to be known to the other side. Who speaks follows from the channel, wherever a record comes from.
     """
 
     def __init__(self, keys: Keys, send: Send, now: Callable[[], float], new_id: Callable[[], int],
@@ -467,7 +468,10 @@ class Peers:
             self._offer(peer, key, address)
 
     def answer(self, nick: str, datagram: bytes, address: Address) -> None:
-        """Send what answers somebody: to where the newest record came from; in plain, to ``address``."""
+        """Send what answers somebody: to where the newest record came from; in plain, to ``address``.
+
+        If the table knows nobody there, no more bytes than have come, and the same to where it says that somebody is.
+        """
         peer = self._peer(nick)
         if peer.channel is not None and peer.address is not None:
             record, home = peer.channel.seal(MAPS, datagram), self.home_of(nick)
@@ -519,7 +523,7 @@ class Peers:
         return encode("udpchat offer 1", {"server": self.server_key, "to": folded(to), "id": id_})
 
     def on_offer(self, info: Info, address: Address) -> bool:
-        """Answer somebody who wants a channel; return False if the table says something else than he."""
+        """Answer somebody who wants a channel; return False if the table does not agree with the offer."""
         now = self._now()
         if self._failures.is_reached(now, "") or not self._reads.allows(now, f"{address}"):
             return True

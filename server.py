@@ -25,11 +25,12 @@ The parts
 
 How a datagram passes
 ---------------------
-``Server.receive`` decodes it and looks up the tag of each message in it. A message that speaks for a session (``ping``,
-``sync``, ``save``) is handed on together with that session, if it comes from where the session is known to be. If it
-comes from elsewhere, the ``Prober`` asks there. ``reg``, ``alive``, ``ack`` and ``dereg`` can come from anybody: their
-handlers check for themselves. Most handlers only note what is to be done: texts of a ``save`` are put in order, the
-version of a ``sync`` is noted. The work is done once, at the end of the turn, however many datagrams have asked for it.
+``Server.receive`` opens it first if it is a record: in a session with a channel, only what comes in that counts. Then
+it decodes it, and looks up the tag of each message in it. A message that speaks for a session (``ping``, ``sync``,
+``save``, ``meet``) is handed on together with that session, if it comes from where the session is known to be. If it
+comes from elsewhere, the ``Prober`` asks there. ``reg``, ``hello``, ``alive``, ``ack`` and ``dereg`` can come from
+anybody: their handlers check for themselves. Most only note what is to be done: texts of a ``save`` are put in order,
+the version of a ``sync`` is noted. The work is done once, at the end of the turn, however many datagrams have asked.
 
 One turn
 --------

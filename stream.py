@@ -9,7 +9,8 @@ Rules of this module
 --------------------
 - No sockets, no clock, no randomness. Time comes in as ``now``, seconds of any origin that never go back; packets to
   send and acks to send come out as return values.
-- No role. Nothing here knows whether the items are chat, saves or mail, or who sends them.
+- No role. No stream knows whether its items are chat, saves or mail, or who sends them. ``Reach`` and ``Incoming`` do:
+  they are what ``conversation`` notes beside a stream.
 - An ack is a promise: ``next`` moves only when the owner says that items are *written* (to stdout, to disk), not when
   they arrive.
 - The sender keeps every item until ``next`` has passed it. Selective acknowledgements only hold back retransmission.

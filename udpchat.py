@@ -5,8 +5,8 @@ Rules of this file
 ------------------
 - It reads arguments, the environment and the standard descriptors, makes the parts and hands them to each other. What
   they do is said in their own modules: ``server`` and ``client`` run on ``loop``; ``terminal`` and ``editor`` are what
-  a person or a script sees; ``conversation``, ``stream`` and ``protocol`` are what travels; ``registry`` is what the
-  server remembers, ``home`` what the user owns. See docs/architecture.md.
+  a person or a script sees; ``conversation``, ``stream`` and ``protocol`` are what travels, ``secure`` encrypts it;
+  ``registry`` decides who is registered, ``home`` is what lies on the disk. See docs/architecture.md.
 - A wrong argument is one line on stderr and exit 2 (``Usage``); what fails is one line and exit 1 (``Failure``).
 - It is short: when it is run as a script, Python compiles it each time.
 """
