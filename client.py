@@ -25,15 +25,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Account, Inbox, Meetings, Outbox
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Inbox, Meetings, Outbox
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (ONLINE, PROOF_BYTES, RECORD_EXTRA, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL,
-                      SESSION_SIZE, Decoder, Info, Map, encode, folded, index_of, padded)
+from protocol import (ONLINE, PROOF_BYTES, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info,
+                      Map, encode, folded, index_of, padded)
 from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, Send
+from stream import Account
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
@@ -916,7 +917,7 @@ class Client:
         is_sealed = self.link.connection.channel is not None
         if self.peer_keys is not None and self.link.handshake.pin.key is not None:
             self.peer_keys.begin_session(self.nick, self.link.handshake.pin.key)
-        self.outbox.register(self._loop.now(), Account(session, RECORD_EXTRA if is_sealed else 0))
+        self.outbox.register(self._loop.now(), Account(session, is_sealed))
         self.receiving.start_over()
         self.display.tell("registered", nick=self.nick)
         if self.link.handshake.tells_of_plain and not is_sealed:

@@ -52,11 +52,11 @@ from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from protocol import (ARRAY_GROWTH, MAX_DATAGRAM, MAX_ITEMS, MAX_NUMBER, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL,
-                      SESSION_BYTES, SESSION_SIZE, Address, Info, Outgoing, Place, are_neighbours, are_short, encode,
-                      is_private, join_pieces, letters_of, padded, pieces_of, runs_of_one_stream, text_sizes)
-from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, DuplicateFilter, Incoming, Reach, ReceiveStream, SendStream,
-                    SendTimes)
+from protocol import (MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Outgoing, Place,
+                      are_neighbours, are_short, encode, is_private, join_pieces, letters_of, pieces_of,
+                      runs_of_one_stream)
+from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, Account, DuplicateFilter, Frames, Incoming, Reach,
+                    ReceiveStream, SendStream)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -110,13 +110,6 @@ class Event(NamedTuple):
     relayed: bool = False
 
 
-class Account:
-    """The owner's session at the server, and how many bytes longer a datagram gets when it is encrypted."""
-
-    def __init__(self, session: bytes = bytes(SESSION_BYTES), seal_size: int = 0) -> None:
-        self.session, self.seal_size = session, seal_size
-
-
 class Backlog:
     """How much is pending: numbers, and their bytes."""
 
@@ -142,9 +135,9 @@ class Conversation:
     """
 
     def __init__(self, me: str, peer: str, id_: int, ack_timeout: float = ACK_TIMEOUT) -> None:
-        self.me, self.peer, self.ack_timeout = me, peer, ack_timeout
+        self.peer, self.ack_timeout = peer, ack_timeout
         self.id = id_                               # of the stream
-        self.account = Account()                    # the owner's, at the server
+        self.frames = Frames(me, peer, id_)
         self.events: list[Event] = []
         self.route = DIRECT
         self.place: Place | None = None
@@ -163,38 +156,7 @@ class Conversation:
         self._route_progress_at = NEVER             # the same, or when the route changed
         self._judge_at = -NEVER                     # when ``_judge`` may have something to decide; never too late
         self._announced: dict[EventKind, int] = {}      # below which number an event of that kind was added
-        self._times = SendTimes()
-        self.stream = SendStream(id_, self._capacity(DIRECT), min(INITIAL_TIMEOUT, ack_timeout / 2))
-
-    # encoding
-
-    def _capacity(self, route: Route) -> int:
-        """Return how many bytes the items may take in a datagram of this route, beside the largest header.
-
-        The number in ``more`` stands for any: ``text_sizes`` counts those behind the first.
-        """
-        header = len(self._frame(route, MAX_NUMBER, MAX_NUMBER, [], [MAX_NUMBER], []))
-        return MAX_DATAGRAM - self.account.seal_size - header - ARRAY_GROWTH
-
-    def _pending_sizes(self, items: list[Any]) -> list[int]:
-        return text_sizes(items, self.stream.base, self.stream.continued, self.route is not DIRECT)
-
-    def _frame(self, route: Route, first: int, base: int, texts: list[str], more: Sequence[int],
-               times: Sequence[float]) -> bytes:
-        """Return a datagram.
-
-        Packets are packed again after a loss or a change of route, so nothing here may belong to the datagram. What
-        belongs to a text is a list by number, like ``more`` and ``at``, and counts in ``text_sizes``. Each field must
-        be in the sample of ``_capacity``, with its largest value.
-        """
-        info: Info = {"to": self.peer, "stream": self.id, "n": first, "base": base, "text": texts}
-        if more:
-            info["more"] = more
-        if route is DIRECT:
-            info["from"] = self.me
-            return encode("chat", info)
-        info.update(session=self.account.session, at=times, relay=route is RELAY)       # the session says who sends
-        return encode("save", info)
+        self.stream = SendStream(id_, self.frames.capacity(True), min(INITIAL_TIMEOUT, ack_timeout / 2))
 
     # what is pending
 
@@ -217,9 +179,9 @@ class Conversation:
             self.silent_since = NEVER
             if not self._follows_table:
                 self._pick_route(now)
-        self._times.add(stream.end, at, stream.base)
+        self.frames.times.add(stream.end, at, stream.base)
         items, continued = (texts, ()) if are_short(texts, MAX_PIECE) else pieces_of(texts, stream.end)
-        stream.queue(items, text_sizes(items, stream.end, continued, self.route is not DIRECT), continued)
+        stream.queue(items, self.frames.sizes(items, stream.end, continued, self.route is DIRECT), continued)
         if self.route is not DIRECT and self.place is not None and not self.place.online:
             self._announce(RECIPIENT_OFFLINE)
 
@@ -242,6 +204,13 @@ class Conversation:
         """Learn that the owner is online again: what did not move meanwhile was not held up by the recipient."""
         self._route_progress_at = self._progress_at = self._judge_at = now
         self.stuck = self._server_is_silent
+
+    def use(self, account: Account) -> None:
+        """Send in the session of ``account`` from now on."""
+        is_other = account.is_sealed is not self.frames.account.is_sealed
+        self.frames.account = account
+        if is_other:        # a datagram has room for more texts, or for fewer
+            self._repack()
 
     def server_heard(self, now: float) -> None:
         """Learn that the server is there: if it was silent, what waits for it goes out again."""
@@ -353,13 +322,12 @@ class Conversation:
         datagrams: list[Outgoing] = []
         if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self.silent_since < NEVER:
             self.reach.meet(now)
-            info = {"session": self.account.session, "to": self.peer, "stream": self.id}
-            datagrams.append((padded("meet", info, SESSION_SIZE), None))
+            datagrams.append((self.frames.meet(), None))
         for packet in packets:
-            numbers = range(packet.first, packet.end)
-            more = [number for number in numbers if number in stream.continued] if stream.continued else ()
-            times = self._times.of(packet) if route is not DIRECT else ()
-            datagrams.append((self._frame(route, packet.first, stream.base, packet.items, more, times), address))
+            if route is DIRECT:
+                datagrams.append((self.frames.chat(packet, stream), address))
+            else:
+                datagrams.append((self.frames.save(packet, stream, route is RELAY), None))
         return datagrams
 
     def _judge(self, now: float) -> None:
@@ -448,7 +416,7 @@ class Conversation:
             self.route, self._address = route, address
             if address is not None:
                 self.addresses.append(address)
-            self.stream.reroute(self._capacity(route), self._pending_sizes)
+            self._repack()
         elif self._server_is_silent:
             self.stream.resume()        # the silence is forgotten below, so the server is tried at once
         self.stream.timeout_cap = MAX_TIMEOUT if route is DIRECT else SERVER_INTERVAL   # as often as any request
@@ -456,6 +424,12 @@ class Conversation:
         self._silence_limit = self.ack_timeout if route is DIRECT else SERVER_ATTEMPTS * SERVER_INTERVAL
         self._server_is_silent = False
         self.stuck = self.pending > 0 and now >= self._progress_at + STUCK_TIMEOUT
+
+    def _repack(self) -> None:
+        """Pack what is pending for the route in use, and send it there as if nothing had been sent."""
+        frames, stream, is_direct = self.frames, self.stream, self.route is DIRECT
+        stream.reroute(frames.capacity(is_direct),
+                       lambda items: frames.sizes(items, stream.base, stream.continued, is_direct))
 
     # events
 
@@ -585,7 +559,7 @@ class Outbox:
         """Learn the session that the server has given: it goes into every ``save``."""
         self._account = account
         for conversation in self.conversations.values():
-            conversation.account = account
+            conversation.use(account)
         for nick, conversation in self._sending.items():
             conversation.on_registered(now)
             self._touched[nick] = conversation
@@ -594,7 +568,7 @@ class Outbox:
         """Begin a conversation with a recipient that has none; ``stream`` is a random id."""
         conversation = Conversation(self.me, nick, stream, self._ack_timeout)
         conversation.locate(now, place)
-        conversation.account = self._account
+        conversation.use(self._account)
         self._forget_idle()
         self.conversations[nick] = conversation
         self.by_stream[stream] = conversation

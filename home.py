@@ -26,13 +26,12 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from protocol import MAX_PIECE, UNSAFE, clean, is_nick
+from protocol import UNSAFE, Parcel, clean, is_nick
 
 if TYPE_CHECKING:
-    import json
     import sqlite3
 
 
@@ -623,55 +622,6 @@ StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n,
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
-class Parcel(NamedTuple):
-    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
-
-    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
-    """
-
-    n: int
-    texts: list[str]
-    times: list[float]
-    more: Collection[int]
-
-    def part(self, start: int, end: int) -> Parcel:
-        """Return the numbers at the positions [start, end) alone."""
-        return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
-                      [number for number in self.more if self.n + start <= number < self.n + end])
-
-    @property
-    def messages(self) -> int:
-        """How many texts end in it."""
-        return len(self.texts) - len(self.more)
-
-    @property
-    def size(self) -> int:
-        """How many bytes the texts have in UTF-8."""
-        joined = "".join(self.texts)
-        return len(joined) if joined.isascii() else len(joined.encode())
-
-    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
-        """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
-        times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
-        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
-                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
-
-    @classmethod
-    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
-        """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
-        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
-        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
-            raise ValueError("the texts are damaged")
-        if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
-            raise ValueError("the times are damaged")
-        if continued and not set(continued) <= set(range(n, n + numbers)):
-            raise ValueError("nobody knows which texts go together")
-        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
-        if max(map(len, encoded)) > MAX_PIECE:
-            raise ValueError("a piece is too long")
-        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
-
-
 class Mailbox:
     """The store: known nicks and their mail, in a SQLite file (or in memory, for ``:memory:``).
 
@@ -681,8 +631,7 @@ class Mailbox:
 
     def __init__(self, path: str, server_id: bytes, now: float = 0.0) -> None:
         """Open or make the store; ``server_id`` is a random id for a new one. Raise StoreError if that fails."""
-        global json, sqlite3    # only a store needs them: a client has none, and its start is measured (tests/bench.py)
-        import json
+        global sqlite3      # only a store needs it: a client has none, and its start is measured (tests/bench.py)
         import sqlite3
         try:
             self._file = StoreFile(path, server_id)
@@ -1024,6 +973,50 @@ class KnownKeys:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def fingerprint(*keys: bytes) -> str:
+    """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
+    import hashlib      # here: it is rarely needed, and the start of the program is measured
+    digest = hashlib.sha256(b"udpchat fingerprint 1" + b"".join(sorted(keys))).digest()
+    number = int.from_bytes(digest, "big")
+    digits = f"{number % 10 ** 60:060}"
+    return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
+
+
+class Pin:
+    """Which key the server must have: that of an earlier contact, or the one whose fingerprint the user has given.
+
+    Without either it is the first one that answers a handshake, and that one from then on.
+    """
+
+    def __init__(self, key: bytes | None = None, digits: str = "",
+                 keep: Callable[[bytes], None] = lambda key: None) -> None:
+        """``digits``: see ``fingerprint``; "": any. ``keep``: called with a key at first contact, to be remembered."""
+        self.key = key if not digits or (key is not None and fingerprint(key) == digits) else None
+        self.digits = digits
+        self.refused = b""      # another key, which was shown last
+        self._keep = keep
+
+    def admits(self, key: bytes) -> bool:
+        """Return whether this may be the server's key."""
+        if self.key is not None:
+            return key == self.key
+        return not self.digits or fingerprint(key) == self.digits
+
+    def accept(self, key: bytes, is_lasting: bool) -> None:
+        """Note the key with which a handshake has succeeded; ``is_lasting``: the server has it in its next run, too."""
+        if self.key is None:
+            self.key = key
+            if is_lasting:
+                self._keep(key)
+
+    @property
+    def advice(self) -> str:
+        """How to go on if the key that was refused is the right one."""
+        expected, shown = fingerprint(self.key) if self.key is not None else self.digits, fingerprint(self.refused)
+        return (f"the fingerprint of the server was {expected}, and is {shown} now; if that is right, start with"
+                f" --server-key '{shown}'")
 
 
 # --- the user's identity --------------------------------------------------------------------------------------

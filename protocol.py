@@ -938,3 +938,54 @@ def runs_of_one_stream(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
                 continue
         yield letters[start:index]
         start = index
+
+
+class Parcel(NamedTuple):
+    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
+
+    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
+    """
+
+    n: int
+    texts: list[str]
+    times: list[float]
+    more: Collection[int]
+
+    def part(self, start: int, end: int) -> Parcel:
+        """Return the numbers at the positions [start, end) alone."""
+        return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
+                      [number for number in self.more if self.n + start <= number < self.n + end])
+
+    @property
+    def messages(self) -> int:
+        """How many texts end in it."""
+        return len(self.texts) - len(self.more)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the texts have in UTF-8."""
+        joined = "".join(self.texts)
+        return len(joined) if joined.isascii() else len(joined.encode())
+
+    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
+        """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
+        import json     # here: only a server has parcels, and the start of a client is measured
+        times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
+        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
+                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
+
+    @classmethod
+    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
+        """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
+        import json
+        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
+        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
+            raise ValueError("the texts are damaged")
+        if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
+            raise ValueError("the times are damaged")
+        if continued and not set(continued) <= set(range(n, n + numbers)):
+            raise ValueError("nobody knows which texts go together")
+        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
+        if max(map(len, encoded)) > MAX_PIECE:
+            raise ValueError("a piece is too long")
+        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)

@@ -36,10 +36,10 @@ from enum import Enum
 from itertools import takewhile
 from typing import Protocol
 
-from home import Known, Mailbox, Parcel, StoredLetter
+from home import Known, Mailbox, StoredLetter
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info,
-                      Mirror, Page, Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
+from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Mirror, Page, Parcel,
+                      Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
                     is_bind_proof, is_hash_of, read_map)
 

@@ -23,13 +23,12 @@ Where one side cannot encrypt, and where both can::
 Only who receives at an address can repeat the cookie that went there, so it proves the address. The token proves the
 nick in plain, and is good for this server alone; in message 1, the client's key and a proof made of the token do.
 
-    Pin          which key the server must have
     Handshake    the client's side, in plain or by Noise
     Connection   what goes to the server and comes from it, in plain or in a channel
     RateLimit    how often something may happen
     Peers        the channels between two clients, and which keys others must have
 
-The server's side is in ``registry``: ``Cookies`` and ``Hellos``.
+The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``home``, says which key it must have.
 
     Sodium           the primitives, each called in one place
     HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)
@@ -41,7 +40,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Container, Sequence
 
-from home import KnownKeys
+from home import KnownKeys, Pin, fingerprint
 from loop import NEVER, Endpoint, log
 from protocol import (GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, NO_NICK, RECORD, REG_SIZE, TAG_SIZE,
                       Address, Decoder, Info, ReplayWindow, encode, folded, index_of, is_private, padded)
@@ -53,41 +52,6 @@ Send = Callable[[bytes, Address], None]     # sends a datagram
 
 COOKIES_PER_ATTEMPT = 3   # cookies accepted for one attempt to register
 NO_REQUEST = -1           # an id that no request has
-
-
-class Pin:
-    """Which key the server must have: that of an earlier contact, or the one whose fingerprint the user has given.
-
-    Without either it is the first one that answers a handshake, and that one from then on.
-    """
-
-    def __init__(self, key: bytes | None = None, digits: str = "",
-                 keep: Callable[[bytes], None] = lambda key: None) -> None:
-        """``digits``: see ``fingerprint``; "": any. ``keep``: called with a key at first contact, to be remembered."""
-        self.key = key if not digits or (key is not None and fingerprint(key) == digits) else None
-        self.digits = digits
-        self.refused = b""      # another key, which was shown last
-        self._keep = keep
-
-    def admits(self, key: bytes) -> bool:
-        """Return whether this may be the server's key."""
-        if self.key is not None:
-            return key == self.key
-        return not self.digits or fingerprint(key) == self.digits
-
-    def accept(self, key: bytes, is_lasting: bool) -> None:
-        """Note the key with which a handshake has succeeded; ``is_lasting``: the server has it in its next run, too."""
-        if self.key is None:
-            self.key = key
-            if is_lasting:
-                self._keep(key)
-
-    @property
-    def advice(self) -> str:
-        """How to go on if the key that was refused is the right one."""
-        expected, shown = fingerprint(self.key) if self.key is not None else self.digits, fingerprint(self.refused)
-        return (f"the fingerprint of the server was {expected}, and is {shown} now; if that is right, start with"
-                f" --server-key '{shown}'")
 
 
 class Handshake:
@@ -799,13 +763,6 @@ class Keys:
             index = self.random()[:INDEX_BYTES]
             if not any(index in indices for indices in taken):
                 return index
-
-
-def fingerprint(*keys: bytes) -> str:
-    """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
-    number = int.from_bytes(sha256(b"udpchat fingerprint 1" + b"".join(sorted(keys))), "big")
-    digits = f"{number % 10 ** 60:060}"
-    return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
 
 
 # --- encryption: handshakes of Noise ----------------------------------------------------------------------------

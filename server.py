@@ -53,8 +53,7 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 
 import protocol
-from home import Parcel
-from protocol import (RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, addressed, encode, index_of, mail_runs,
+from protocol import (RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, addressed, encode, index_of, mail_runs,
                       mail_sizes, table_map)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, PROBE_HOLDER,

@@ -9,8 +9,8 @@ Rules of this module
 --------------------
 - No sockets, no clock, no randomness. Time comes in as ``now``, seconds of any origin that never go back; packets to
   send and acks to send come out as return values.
-- No role. No stream knows whether its items are chat, saves or mail, or who sends them. ``Reach`` and ``Incoming`` do:
-  they are what ``conversation`` notes beside a stream.
+- No role. No stream knows whether its items are chat, saves or mail, or who sends them. ``Reach``, ``Frames`` and
+  ``Incoming`` do: they are what ``conversation`` notes beside a stream.
 - An ack is a promise: ``next`` moves only when the owner says that items are *written* (to stdout, to disk), not when
   they arrive.
 - The sender keeps every item until ``next`` has passed it. Selective acknowledgements only hold back retransmission.
@@ -53,7 +53,9 @@ from enum import Enum
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from protocol import INITIAL_ROOM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, Address, Info
+from protocol import (ARRAY_GROWTH, INITIAL_ROOM, MAX_DATAGRAM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES,
+                      MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES, SESSION_SIZE, Address, Info, encode, padded,
+                      text_sizes)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -632,6 +634,73 @@ class SendTimes:
         """Return when each item of a packet was sent."""
         starts, times = self._starts, self._times
         return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+
+
+class Account:
+    """The owner's session at the server, and whether everything is encrypted there."""
+
+    def __init__(self, session: bytes = bytes(SESSION_BYTES), is_sealed: bool = False) -> None:
+        self.session, self.is_sealed = session, is_sealed
+
+
+class Frames:
+    """How packets of texts become datagrams: ``chat`` to their recipient, or ``save`` to the server.
+
+    Packets are packed again after a loss or a change of route, so nothing here may belong to the datagram. What belongs
+    to a text is a list by number, like ``more`` and ``at``, and counts in ``sizes``. Each field must be in the samples
+    of ``capacity``, with its largest value.
+    """
+
+    def __init__(self, me: str, peer: str, stream: int) -> None:
+        self.me, self.peer, self.id = me, peer, stream
+        self.account = Account()            # the owner's, at the server
+        self.times = SendTimes()
+
+    def capacity(self, is_direct: bool) -> int:
+        """Return how many bytes the items may take in a datagram, beside the largest header.
+
+        The number in ``more`` stands for any: ``sizes`` counts those behind the first.
+        """
+        sample = self._info(MAX_NUMBER, [], MAX_NUMBER, [MAX_NUMBER])
+        header = self._chat(sample) if is_direct else self._save(sample, [], False)
+        return MAX_DATAGRAM - (RECORD_EXTRA if self.account.is_sealed else 0) - len(header) - ARRAY_GROWTH
+
+    def sizes(self, items: Sequence[str], first: int, continued: Collection[int], is_direct: bool) -> list[int]:
+        """Return the most bytes that each of the items takes, which are numbered from ``first`` on."""
+        return text_sizes(items, first, continued, not is_direct)
+
+    def chat(self, packet: Packet, stream: SendStream) -> bytes:
+        """Return a packet as it goes to the recipient."""
+        return self._chat(self._info(packet.first, packet.items, stream.base, self._more(packet, stream)))
+
+    def save(self, packet: Packet, stream: SendStream, is_relay: bool) -> bytes:
+        """Return a packet as it goes to the server; ``is_relay``: see ``Route``."""
+        info = self._info(packet.first, packet.items, stream.base, self._more(packet, stream))
+        return self._save(info, self.times.of(packet), is_relay)
+
+    def meet(self) -> bytes:
+        """Return the question to the server to introduce us to the recipient."""
+        return padded("meet", {"session": self.account.session, "to": self.peer, "stream": self.id}, SESSION_SIZE)
+
+    @staticmethod
+    def _more(packet: Packet, stream: SendStream) -> Sequence[int]:
+        if not stream.continued:
+            return ()
+        return [number for number in range(packet.first, packet.end) if number in stream.continued]
+
+    def _info(self, first: int, items: list[Any], base: int, more: Sequence[int]) -> Info:
+        info: Info = {"to": self.peer, "stream": self.id, "n": first, "base": base, "text": items}
+        if more:
+            info["more"] = more
+        return info
+
+    def _chat(self, info: Info) -> bytes:
+        info["from"] = self.me
+        return encode("chat", info)
+
+    def _save(self, info: Info, times: list[float], is_relay: bool) -> bytes:
+        info.update(session=self.account.session, at=times, relay=is_relay)     # the session says who sends
+        return encode("save", info)
 
 
 # --- receiving ------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
-from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, check_store, config_home, is_private, json_line,
-                  load_secret, make_private, read_settings, remove_quietly, state_home)
+from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, check_store, config_home, fingerprint, is_private,
+                  json_line, load_secret, make_private, read_settings, remove_quietly, state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
                   Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
                   read_some, show_address, unmapped)
@@ -53,7 +53,7 @@ from protocol import clean
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
-    from secure import Handshake, Keys, Pin, Sodium
+    from secure import Handshake, Keys, Sodium
     from terminal import Display, TextFormatter
 gc.freeze()
 gc.enable()
@@ -606,7 +606,6 @@ def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> tuple[P
 
     Those that are new are remembered. ``warns``: the user has not heard yet that nothing can be.
     """
-    from secure import Pin
     digits, state = given_key_of_server(options), state_home()
     if state is None:
         if warns:
@@ -659,7 +658,6 @@ def shown_fingerprint(keys: Keys | None) -> str:
     """Return the line by which people compare the key of a server that encrypts."""
     if keys is None:
         return ""
-    from secure import fingerprint
     return f"[Fingerprint {fingerprint(keys.pair.public)}]\n"
 
 

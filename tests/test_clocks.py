@@ -17,8 +17,8 @@ import pytest
 
 import home
 from secure import hash_of
-from home import Mailbox, Parcel, StoreError
-from protocol import encode
+from home import Mailbox, StoreError
+from protocol import Parcel, encode
 from registry import DAY, FULL, GRANTED, Registry
 from server import HOUSEKEEPING
 from tests.processes import SAVED, WELCOME, Chat

@@ -13,10 +13,10 @@ from hypothesis import given, strategies as st
 
 import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Account, Conversation, Event, EventKind, Outbox,
+                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Outbox,
                           Route)
 from protocol import SERVER_ATTEMPTS, Address, Map, Place, join_pieces
-from stream import INITIAL_TIMEOUT, NEVER, ReceiveStream
+from stream import INITIAL_TIMEOUT, NEVER, Account, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take
 
@@ -32,7 +32,7 @@ class World:
     def __init__(self, place: Place | None = BOB_ONLINE) -> None:
         self.now = 1000.0
         self.conversation = Conversation("alice", "bob", STREAM)
-        self.conversation.account = Account(SESSION)
+        self.conversation.use(Account(SESSION))
         self.conversation.locate(self.now, place)
         self.receivers: dict[Route, ReceiveStream] = {}
         self.met: list[float] = []          # when the server was asked to introduce us
@@ -108,15 +108,15 @@ def saving() -> World:
 
 def test_every_datagram_leaves_room_for_encryption() -> None:
     rooms = {}
-    for seal_size in (0, 30):
+    for is_sealed in (False, True):
         for place in (BOB_ONLINE, BOB_OFFLINE):
             conversation = Conversation("alice", "bob", STREAM)
-            conversation.account = Account(SESSION, seal_size)
+            conversation.use(Account(SESSION, is_sealed))
             conversation.locate(1.0, place)
             conversation.send(1.0, ["hello"], 1.0)
-            rooms[place, seal_size] = conversation.stream.capacity
-    assert rooms[BOB_OFFLINE, 30] == rooms[BOB_OFFLINE, 0] - 30
-    assert rooms[BOB_ONLINE, 30] == rooms[BOB_ONLINE, 0] - 30
+            rooms[place, is_sealed] = conversation.stream.capacity
+    assert rooms[BOB_OFFLINE, True] == rooms[BOB_OFFLINE, False] - 30
+    assert rooms[BOB_ONLINE, True] == rooms[BOB_ONLINE, False] - 30
 
 
 def test_a_server_that_answers_but_takes_nothing_is_asked_seldom_once_the_message_is_stuck() -> None:
@@ -139,7 +139,7 @@ def test_no_datagram_is_larger_than_allowed_and_all_arrives_as_it_was_sent(place
     random = Random(1200)
     texts = some_texts(random, 150) + [""] * 2000 + ["𝒜" * 16384, "x" * 65536]
     world, received = World(place), []
-    world.conversation.me = world.conversation.peer = "日" * 32
+    world.conversation.frames.me = world.conversation.frames.peer = "日" * 32
     stream = world.conversation.stream
     stream.base = stream.end = stream.top = 2 ** 62     # numbers take the most bytes
     while texts:

@@ -94,7 +94,7 @@ def does_not_wait_for_missing_messages(patch: pytest.MonkeyPatch) -> None:
 
 def forgets_its_base(patch: pytest.MonkeyPatch) -> None:
     """Do not say to the recipient which numbers the sender does not have any more."""
-    patch.setattr("conversation.encode", lambda tag, info: encode(tag, {**info, "base": 1}))
+    patch.setattr("stream.encode", lambda tag, info: encode(tag, {**info, "base": 1}))
 
 
 def accepts_chat_from_any_address(patch: pytest.MonkeyPatch) -> None:

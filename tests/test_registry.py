@@ -25,8 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import home
 import protocol
 import registry
-from home import Known, Mailbox, Parcel, StoreError, StoredLetter
-from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Mirror, Page, State, Table
+from home import Known, Mailbox, StoreError, StoredLetter
+from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Mirror, Page, Parcel, State, Table
 from registry import (BYE, DAY, EVICTED, FULL, GRANTED, KEEP, MAILBOX_SIZE, OWNED, PROBE_HOLDER, PROBE_RECIPIENT,
                       REPLACED, SILENCE, UNKNOWN, Registry, Session)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from home import KnownKeys, Mailbox
-from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_EXTRA, RECORD_MARK, REG_SIZE, SESSION_SIZE, Address,
+from home import KnownKeys, Mailbox, Pin
+from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_MARK, REG_SIZE, SESSION_SIZE, Address,
                       Decoder, Info, addressed, encode, padded, table_map)
 from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLOS_PER_ADDRESS, HELLOS_PER_NICK,
                       HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
-from secure import (FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Pin, Sodium, bind_proof, hash_of,
+from secure import (FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Sodium, bind_proof, hash_of,
                     hello_prologue, load_sodium, static_secret, token_for)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
@@ -784,7 +784,7 @@ def test_no_datagram_is_too_large_for_the_longest_nicks_and_texts() -> None:
     world.run(20)
     assert sum(line.endswith("xxx") for line in bob.lines) == 71
     assert MAX_DATAGRAM - 60 < max(map(len, wire.of_server())) <= MAX_DATAGRAM
-    assert {one.account.seal_size for one in alice.client.outbox.conversations.values()} == {RECORD_EXTRA}
+    assert all(one.frames.account.is_sealed for one in alice.client.outbox.conversations.values())
 
 
 def test_what_somebody_passes_on_from_elsewhere_is_no_sign_that_the_server_hears_us() -> None:

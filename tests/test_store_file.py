@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import udpchat
-from home import Mailbox, Parcel, StoreFile
+from home import Mailbox, StoreFile
+from protocol import Parcel
 from tests.processes import ROOT, SAVED, Chat, Process, received
 
 SERVER, STREAM = b"s" * 16, 2 ** 62 + 1
