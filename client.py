@@ -25,15 +25,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Inbox, Meetings, Outbox
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Outbox
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
-from protocol import (ONLINE, PROOF_BYTES, RECORD_MARK, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder, Info,
-                      Map, encode, folded, index_of, padded)
+from protocol import (ONLINE, PROOF_BYTES, RECORD_MARK, SEALED, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder,
+                      Info, Map, encode, folded, index_of, opened_plain, padded)
 from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
-from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, Send
+from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
 from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
 
@@ -360,9 +360,9 @@ class ServerLink:
 class Sending:
     """Messages out: queues them, and polls the conversations to which something happened or whose time has come."""
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
-                 outbox: Outbox, receipts: Receipts) -> None:
-        self.outbox, self._loop, self._send = outbox, loop, send
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, mail: SealedMail | None,
+                 table: TableSync, outbox: Outbox, receipts: Receipts) -> None:
+        self.outbox, self._loop, self._send, self._mail = outbox, loop, send, mail
         self._link, self._peers, self._table, self._receipts = link, peers, table, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
         self._exposed: dict[str, int] = {}      # below which number somebody may have read messages for a nick
@@ -407,9 +407,9 @@ class Sending:
         now = self._loop.now()
         if outbox.due() <= now:
             peers = self._peers if link.connection.channel is not None else None
-            refusal_of = peers.refusal if peers is not None else None
-            for conversation, datagrams in outbox.poll(now, self._loop.drained, refusal_of):
-                if peers is not None and (conversation.route is not DIRECT or not peers.key_of(conversation.peer)):
+            guard = self._refusal if peers is not None else None
+            for conversation, datagrams in outbox.poll(now, self._loop.drained, guard):
+                if peers is not None and datagrams and not self._is_secret(conversation):
                     self._exposed[conversation.peer] = conversation.stream.top
                 for datagram, address in datagrams:
                     if address is None:
@@ -421,6 +421,18 @@ class Sending:
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
+
+    def _refusal(self, conversation: Conversation) -> str:
+        """Return why nothing may be sent in a conversation, "" if it may; have sealed what goes to the server."""
+        assert self._peers is not None and self._mail is not None
+        refusal = self._peers.refusal(conversation.peer)
+        return refusal or (self._mail.seal(conversation.frames) if conversation.route is not DIRECT else "")
+
+    def _is_secret(self, conversation: Conversation) -> bool:
+        """Return whether nobody but the recipient can read what goes out in a conversation."""
+        if conversation.route is not DIRECT:
+            return conversation.frames.letters is not None
+        return self._peers is not None and bool(self._peers.key_of(conversation.peer))
 
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
@@ -440,9 +452,9 @@ class Receiving:
     While a stream waits for messages that may be in the mail, the server is asked how much mail there is.
     """
 
-    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, inbox: Inbox,
-                 display: Display) -> None:
-        self.inbox, self._peers = inbox, peers
+    def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, mail: SealedMail | None,
+                 inbox: Inbox, display: Display) -> None:
+        self.inbox, self._peers, self._mail = inbox, peers, mail
         self.accepts = True                     # messages; not any more once the client is about to leave
         self._loop, self._send, self._link, self._display = loop, send, link, display
         self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
@@ -474,7 +486,8 @@ class Receiving:
     def on_mail(self, info: Info) -> None:
         """Accept mail from the server."""
         if self.accepts:
-            self.inbox.on_mail(self._loop.now(), info)
+            mail = self._mail if self._link.connection.channel is not None else None
+            self.inbox.on_mail(self._loop.now(), info, mail.opened if mail is not None else opened_plain)
 
     def _ask_about_mail(self) -> None:
         """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it."""
@@ -498,7 +511,7 @@ class Receiving:
                 via = "relay" if self._is_online else "mail"
                 self._greet()
             if delivery.texts:
-                is_secure = self._is_secure(delivery.sender, via) if display.formatter.is_for_programs else None
+                is_secure = self._is_secure(delivery) if display.formatter.is_for_programs else None
                 display.show_messages(delivery, via, delivery.written, is_secure)
             else:
                 display.write(b"", delivery.written)    # nothing to show: called once all before it is written
@@ -506,10 +519,13 @@ class Receiving:
             self._ask_about_mail()
         return self.inbox.is_ready
 
-    def _is_secure(self, sender: str, via: str) -> bool | None:
-        """Return whether only we can read what came by that route; None: nothing can be encrypted here."""
-        is_sealed = via == "direct" and self._link.connection.channel is not None
-        return (is_sealed and bool(self._peers.key_of(sender))) if self._peers is not None else None
+    def _is_secure(self, delivery: Delivery) -> bool | None:
+        """Return whether only its sender and we can read what came; None: nothing can be encrypted here."""
+        if self._peers is None:
+            return None
+        if delivery.times:
+            return delivery.proof == SEALED
+        return self._link.connection.channel is not None and bool(self._peers.key_of(delivery.sender))
 
     def _greet(self) -> None:
         """Announce the mail that comes first after coming online."""
@@ -806,9 +822,10 @@ class Client:
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
         own = self.link.handshake
         peers = Peers(own.keys, send, loop.now, lambda: new_id(loop), own.must_encrypt, own.known) if own.keys else None
+        mail = SealedMail(own.keys, peers, own.must_encrypt, own.has_proof) if own.keys and peers else None
         self.peer_keys = peers                  # and the channels with them
-        self.sending = Sending(loop, send, self.link, peers, self.table_sync, self.outbox, self.receipts)
-        self.receiving = Receiving(loop, send, self.link, peers, self.inbox, display)
+        self.sending = Sending(loop, send, self.link, peers, mail, self.table_sync, self.outbox, self.receipts)
+        self.receiving = Receiving(loop, send, self.link, peers, mail, self.inbox, display)
         self.peers = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
                                display)
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
@@ -903,7 +920,7 @@ class Client:
                 self._prove(tag, info, address, is_sealed)
 
     def _on_mail(self, info: Info) -> None:
-        if info["to"] == self.nick and self.table_sync.is_of_this_boot:
+        if info.get("to", self.nick) == self.nick and self.table_sync.is_of_this_boot:
             self.receiving.on_mail(info)
 
     # what the link and the table report
@@ -935,6 +952,7 @@ class Client:
             log.info("the server does not respond: trying again")
         else:
             self.display.tell("silent")
+        self.table_sync.is_checking = False
         if is_news:
             self.outbox.server_is_silent = True
             self.table_sync.interval = OUTAGE_PING_INTERVAL
@@ -1006,9 +1024,12 @@ class Client:
         return self.link.state is LINK_OFFLINE
 
     def accepts_commands(self) -> bool:
-        """Return whether commands count: we were online for everybody to see, or are offline; and do not leave."""
+        """Return whether commands count: we were online for everybody to see, or are offline; and do not leave.
+
+        They wait while it is found out whether a nick that seems to be unknown is.
+        """
         leaving = self.leaving
-        return self.link.state in COMMAND_STATES and (
+        return self.link.state in COMMAND_STATES and not self.table_sync.is_checking and (
             leaving.command is None and leaving.ending is None and not leaving.is_over)
 
     def dereg(self) -> None:
@@ -1035,6 +1056,10 @@ class Client:
         if nick in self.table_sync.table.entries:       # most are: this call is enough for them
             return nick
         return self.table_sync.table.spelling_of(nick)
+
+    def check_table(self) -> None:
+        """Ask the server whether there is somebody whom we do not know; no command is carried out before it answers."""
+        self.table_sync.check()
 
     @property
     def wants_input(self) -> bool:

@@ -52,9 +52,9 @@ from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from protocol import (MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Outgoing, Place,
-                      are_neighbours, are_short, encode, is_private, join_pieces, letters_of, pieces_of,
-                      runs_of_one_stream)
+from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Opened, Outgoing,
+                      Place, are_neighbours, are_short, encode, is_private, join_pieces, letters_of, opened_plain,
+                      pieces_of, proof_of, runs_of_one_stream)
 from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, Account, DuplicateFilter, Frames, Incoming, Reach,
                     ReceiveStream, SendStream)
 
@@ -108,6 +108,11 @@ class Event(NamedTuple):
     reason: str = ""
     first: int = 0
     relayed: bool = False
+
+
+# returns why nothing may be sent in a conversation on its route, "" if it may; sees to it that letters can be sealed
+Guard = Callable[["Conversation"], str]
+NACK_REASONS = frozenset(("unknown", "full", "disk", "key"))    # of the server, all others count as "disk"
 
 
 class Backlog:
@@ -208,7 +213,7 @@ class Conversation:
     def use(self, account: Account) -> None:
         """Send in the session of ``account`` from now on."""
         is_other = account.is_sealed is not self.frames.account.is_sealed
-        self.frames.account = account
+        self.frames.account, self.frames.letters = account, None
         if is_other:        # a datagram has room for more texts, or for fewer
             self._repack()
 
@@ -253,17 +258,13 @@ class Conversation:
             if reason == "not-me":
                 self._give_up_direct(now)
             return
+        if reason not in NACK_REASONS:
+            reason = "disk"
         self.silent_since = NEVER
         base = self.stream.base
         messages = self._count(base, min(last + 1, self.stream.top))
         if self.stream.close(last + 1):
             self._close(now, Event(REFUSED, messages, reason, base, self.route is RELAY))
-
-    def refuse(self, now: float, reason: str) -> None:
-        """Close all that is pending, sent or not: it must not be sent."""
-        base, messages = self.stream.base, self._count(self.stream.base, self.stream.end)
-        if self.stream.close_all():
-            self._close(now, Event(REFUSED, messages, reason, base))
 
     def on_exists(self, now: float, number: int, address: Address | None, knocks: bool = False) -> None:
         """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here).
@@ -302,7 +303,7 @@ class Conversation:
         """Return when ``poll`` must be called even if nothing happens."""
         return min(self.stream.due(), self._judge_at) if self.pending else NEVER
 
-    def poll(self, now: float, drained: bool = True) -> list[Outgoing]:
+    def poll(self, now: float, drained: bool = True, guard: Guard | None = None) -> list[Outgoing]:
         """Return the datagrams to send now, and where to (None: the server).
 
         ``drained``: every socket was read empty. Otherwise the ack that ends a silence may be here, unread: a process
@@ -314,6 +315,10 @@ class Conversation:
         if drained and now >= self._judge_at:
             self._judge(now)
             self._judge_at = self._next_judgement()
+        reason = guard(self) if guard is not None else ""
+        if reason:
+            self._refuse_all(now, reason)
+            return []
         packets, route = stream.poll(now), self.route
         if packets and self.silent_since == NEVER:
             self.silent_since = now
@@ -329,6 +334,12 @@ class Conversation:
             else:
                 datagrams.append((self.frames.save(packet, stream, route is RELAY), None))
         return datagrams
+
+    def _refuse_all(self, now: float, reason: str) -> None:
+        """Close all that is pending, sent or not: it must not be sent."""
+        base, messages = self.stream.base, self._count(self.stream.base, self.stream.end)
+        if self.stream.close_all():
+            self._close(now, Event(REFUSED, messages, reason, base))
 
     def _judge(self, now: float) -> None:
         """Decide whether something has lasted too long; if so, change the route, or call the messages stuck.
@@ -672,20 +683,13 @@ class Outbox:
                 self._schedule(nick, due)
 
     def poll(self, now: float, drained: bool = True,
-             refusal_of: Callable[[str], str] | None = None) -> Iterator[tuple[Conversation, list[Outgoing]]]:
-        """Yield the datagrams to send now, and where to (None: the server); ``drained``: see ``Conversation.poll``.
-
-        ``refusal_of``: returns why nothing may be sent to a nick, "" if it may.
-        """
+             guard: Guard | None = None) -> Iterator[tuple[Conversation, list[Outgoing]]]:
+        """Yield the datagrams to send now, and where to (None: the server); see ``Conversation.poll``."""
         if self._dues and self._dues[0][0] <= now:
             self._wake(now)
         for nick in list(islice(self._touched, POLLS_PER_TURN)):
             conversation = self._touched.pop(nick)
-            reason = refusal_of(nick) if refusal_of is not None else ""
-            if reason:
-                conversation.refuse(now, reason)
-            else:
-                yield conversation, conversation.poll(now, drained)
+            yield conversation, conversation.poll(now, drained, guard)
             due = conversation.due()
             if due < self._due.get(nick, NEVER):
                 self._schedule(nick, due)
@@ -816,6 +820,10 @@ class Delivery(NamedTuple):
     written: Callable[[int], None]
     stream: int = 0
     first: int = 0
+    proof: str = ""             # of mail: how it is proved to be from its sender
+
+
+UNPROVEN_MARK = "?"         # before the sender, in no nick: the streams of what is not proved to be from there
 
 
 class Inbox:
@@ -859,12 +867,12 @@ class Inbox:
             if stream.base > stream.ready and stream.missing:
                 self._hold(now, incoming)
 
-    def on_mail(self, now: float, info: Info) -> None:
-        """Process a ``mail`` of the server."""
+    def on_mail(self, now: float, info: Info, opened: Callable[[Any], Opened] = opened_plain) -> None:
+        """Process a ``mail`` of the server; ``opened``: see ``letters_of``."""
         if self._mail is None or self._mail.stream.id != info["stream"]:
             self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), self.unacked)
-        items, more = letters_of(info)
+        items, more = letters_of(info, opened)
         stream = self._mail.stream
         stream.on_data(info["n"], items, more, info["base"])
         stream.advance(info["base"])
@@ -1056,15 +1064,18 @@ class Inbox:
         Chat of the same stream is handed out before and after them. Before: all that is ready there has lower numbers.
         After: the claim may have closed the gap in front of chat that came early. If the claim fails, some of the
         letters may still be new (the route changed in the middle of the run), so each is tried alone.
+
+        What is doubtful may have made-up numbers: it must not be in the way of what the sender has really said.
         """
         sender, stream, number = letters[0][:3]
-        incoming = self._incoming(sender, stream, number)
+        proof = proof_of(letters, len(texts))
+        incoming = self._incoming(UNPROVEN_MARK + sender if proof in DOUBTS else sender, stream, number)
         if number > incoming.stream.reached:    # their sender has closed the numbers below: these can only come late
             incoming.stream.advance(number, elsewhere=True)
         yield from self._take_all_chat(incoming)
         if incoming.stream.claim(number, len(letters)):
             times = [letter[3] for letter in letters[:len(texts)]]
-            yield Delivery(sender, texts, times, mail.written, stream, number)
+            yield Delivery(sender, texts, times, mail.written, stream, number, proof)
         elif len(texts) == 1:
             yield Delivery("", [], [], lambda _: mail.written(1))
         else:

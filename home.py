@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from protocol import UNSAFE, Parcel, clean, is_nick
+from protocol import UNSAFE, Parcel, StoredLetter, clean, is_nick
 
 if TYPE_CHECKING:
     import sqlite3
@@ -395,6 +395,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "peer-insecure": EventFormat("[Messages to {to} are not encrypted.]", FAILURE, "insecure"),
     "not-secure": EventFormat("[{to} cannot decrypt, message not sent.]", FAILURE, "failed", "not-secure"),
     "key-changed": EventFormat("[The key of {to} has changed, message not sent.]", FAILURE, "failed", "key-changed"),
+    "key": EventFormat("[The key of {to} has changed, message not sent.]", FAILURE, "failed", "key-changed"),
     "fingerprint": EventFormat("[Fingerprint of {nick} {fingerprint}]", NEWS, "fingerprint"),
     "fingerprint-with": EventFormat("[Fingerprint of {nick} and {to} {fingerprint}]", NEWS, "fingerprint"),
     "verified": EventFormat("[The key of {to} is verified.]", NEWS, "verified"),
@@ -423,8 +424,8 @@ FOR_PEOPLE = frozenset({"back", "insecure", "peer-insecure"})   # not promised t
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is a udpchat store
-STORE_FORMAT = 3                # the version of the tables below
-OLD_FORMATS = (1, 2)            # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
+STORE_FORMAT = 4                # the version of the tables below
+OLD_FORMATS = (1, 2, 3)         # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
 SERVER_KEY = "key"              # in ``meta``: the secret of the server's key, once it has encrypted
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -432,8 +433,9 @@ CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT
     online INTEGER NOT NULL, owner BLOB, seen REAL NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, key BLOB,
     proof BLOB);
 CREATE TABLE mail (recipient INTEGER NOT NULL, seq INTEGER NOT NULL, numbers INTEGER NOT NULL, sender TEXT NOT NULL,
-    stream INTEGER NOT NULL, n INTEGER NOT NULL, texts TEXT NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
-    messages INTEGER NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
+    stream INTEGER NOT NULL, n INTEGER NOT NULL, texts BLOB NOT NULL, times TEXT NOT NULL, more TEXT NOT NULL,
+    messages INTEGER NOT NULL, size INTEGER NOT NULL, key BLOB, envelope BLOB,
+    PRIMARY KEY (recipient, seq)) WITHOUT ROWID;
 CREATE TABLE streams (sender TEXT NOT NULL, stream INTEGER NOT NULL, next INTEGER NOT NULL, seen REAL NOT NULL,
     PRIMARY KEY (sender, stream)) WITHOUT ROWID;
 """
@@ -499,10 +501,12 @@ class StoreFile:
             execute("INSERT INTO meta VALUES ('server', ?), ('uptime', 0.0)", (server_id,))
             execute(f"PRAGMA user_version = {STORE_FORMAT}")
         elif execute("PRAGMA user_version").fetchone()[0] != STORE_FORMAT:
-            if execute("PRAGMA user_version").fetchone()[0] == 1:
+            old = execute("PRAGMA user_version").fetchone()[0]
+            if old == 1:
                 self._convert_times()
-            for column in ("key", "proof"):     # format 2 had none
-                execute(f"ALTER TABLE nicks ADD COLUMN {column} BLOB")
+            for table, column in (("mail", "key"), ("mail", "envelope"), ("nicks", "key"), ("nicks", "proof")):
+                if table == "mail" or old < 3:
+                    execute(f"ALTER TABLE {table} ADD COLUMN {column} BLOB")
             execute(f"PRAGMA user_version = {STORE_FORMAT}")
         execute("COMMIT")
         execute("PRAGMA journal_mode = WAL")
@@ -584,7 +588,8 @@ class StoreFile:
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
-INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CONTENT = "numbers, n, texts, times, more, key, envelope"   # the columns of a row that are a ``Parcel``
 
 
 class StoreError(Exception):
@@ -618,7 +623,6 @@ class Known:
         return self.last - self.first + 1
 
 
-StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued by the next]
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
@@ -762,24 +766,24 @@ class Mailbox:
         letters: list[StoredLetter] = []
         try:
             rows = self._db.execute(
-                "SELECT seq, numbers, sender, stream, n, texts, times, more FROM mail WHERE recipient = ?1 AND seq >="
+                f"SELECT seq, sender, stream, {CONTENT} FROM mail WHERE recipient = ?1 AND seq >="
                 " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
             row = next(rows, None)
             while row is not None and len(letters) < limit:
                 following = next(rows, None)
-                start, numbers, *columns = row
+                start, sender, stream, numbers, *columns = row
                 most = (known.last + 1 if following is None else following[0]) - start
                 if following is not None or type(numbers) is not int or not 0 < numbers <= most:
                     numbers = most      # the beginning of the next row is right, whatever is damaged in this one
-                found = self._letters(known.nick, numbers, *columns)
+                found = self._letters(known.nick, sender, stream, numbers, *columns)
                 letters += found[seq - start:] if start < seq else found
                 row = following
         except sqlite3.Error:
             pass        # what was read until now is right
         return letters[:limit]
 
-    def _letters(self, recipient: str, numbers: int, sender: str, stream: int, n: int,
-                 *columns: str) -> list[StoredLetter]:
+    def _letters(self, recipient: str, sender: str, stream: int, numbers: int, n: int,
+                 *columns: Any) -> list[StoredLetter]:
         """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
         is_sender_whole = is_nick(sender)
         is_stream_whole = type(stream) is int and stream >= 0
@@ -790,9 +794,9 @@ class Mailbox:
         except (ValueError, TypeError):
             self.damaged += 1
             return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
-                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False]] * numbers
-        more = parcel.more
-        return [[sender, stream, number, at, text, number in more]
+                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False, ()]] * numbers
+        more, seal = parcel.more, parcel.seal
+        return [[sender, stream, number, at, text, number in more, seal]
                 for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
 
     def acked(self, known: Known, first: int) -> None:
@@ -869,7 +873,7 @@ class Mailbox:
         messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
         run("DELETE FROM mail " + whole, below)
         # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more
-        for seq, sender, stream, *columns in run("SELECT seq, sender, stream, numbers, n, texts, times, more FROM mail"
+        for seq, sender, stream, *columns in run(f"SELECT seq, sender, stream, {CONTENT} FROM mail"
                                                  " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
             run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
             try:

@@ -71,6 +71,9 @@ PROOF_BYTES = 8           # of a session, in what the server sends: 64 bits, nob
 TOKEN_BYTES = 32          # an HMAC-SHA256
 KEY_BYTES = 32            # a public key of X25519
 INDEX_BYTES = 4           # of a channel: chosen by the receiver of its records, which finds the channel by them
+ENVELOPE_BYTES = 48       # of the letters of one stream: without it nobody opens them
+KEY_NAME_BYTES = 8        # of the SHA-256 of a public key, which name it
+LETTER_EXTRA = 24         # bytes by which a text grows when it is sealed as a letter: its time, and a tag
 MAX_HELLO = 512           # bytes of one message of a handshake of Noise
 JOIN_SIZE = 320           # bytes a ``join`` is padded to: its size says nothing of the nick
 GREET_SIZE = 160          # bytes a ``greet`` is padded to: the same of another client
@@ -209,18 +212,28 @@ def valid_texts(value: Any) -> bool:
     return are_short(value, MAX_PIECE) or all(map(fits_piece, value))
 
 
+def valid_letters(value: Any) -> bool:
+    """Return whether ``value`` is texts that are sealed: at least one, each of the size of one number."""
+    return type(value) is list and 0 < len(value) <= MAX_ITEMS and all(
+        type(letter) is bytes and LETTER_EXTRA <= len(letter) <= MAX_PIECE + LETTER_EXTRA for letter in value)
+
+
 def valid_mail_items(value: Any) -> bool:
-    """Return whether ``value`` is the items of a ``mail``: runs of letters, [from, stream, n, at, texts, more] each."""
+    """Return whether ``value`` is the items of a ``mail``: runs of letters, [from, stream, n, at, texts, more] each.
+
+    Behind that, where the texts are sealed, are the sender's key and the envelope.
+    """
     return (type(value) is list and 0 < len(value) <= MAX_ITEMS and all(map(_is_run, value))
             and sum([len(run[4]) for run in value]) <= MAX_ITEMS)
 
 
 def _is_run(run: Any) -> bool:
     """Return whether ``run`` is texts with consecutive numbers in one stream that were sent at the same time."""
-    if type(run) is not list or len(run) != 6:
+    if type(run) is not list or len(run) not in (6, 8):
         return False
-    sender, stream, first, at, texts, more = run
-    return (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid_texts(texts)
+    sender, stream, first, at, texts, more, *seal = run
+    valid = valid_texts if not seal else valid_letters if KEY(seal[0]) and ENVELOPE(seal[1]) else REFUSED
+    return (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid(texts)
             and first <= MAX_NUMBER - len(texts) and NUMBERS(more)
             and (not more or _lie_within(more, first, len(texts))))
 
@@ -245,7 +258,10 @@ PROOF = binary(PROOF_BYTES)
 TOKEN = binary(TOKEN_BYTES)
 KEY = binary(KEY_BYTES)
 INDEX = binary(INDEX_BYTES)
+ENVELOPE = binary(ENVELOPE_BYTES)
 NUMBERS = rows(NUMBER)
+REFUSED: Check = lambda value: False
+TEXTS_OR_LETTERS: Check = lambda value: valid_texts(value) or valid_letters(value)
 ENTRY = row(NICK, HOST, PORT, STATE)
 ADDRESS = row(HOST, PORT)
 RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
@@ -263,10 +279,10 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": valid_texts},
     "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
     "nack": {"stream": COUNT, "first": NUMBER, "last": NUMBER, "reason": REASON},
-    "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": valid_texts,
+    "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": TEXTS_OR_LETTERS,
              "at": rows(TIME), "relay": boolean},
     "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
-    "mail": {"to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "items": valid_mail_items},
+    "mail": {"stream": COUNT, "n": NUMBER, "base": NUMBER, "items": valid_mail_items},
     "meet": {"session": SESSION, "to": NICK, "stream": COUNT},
     "offer": {"id": COUNT, "message": binary_up_to(MAX_HELLO)},
     "accept": {"id": COUNT, "message": binary_up_to(MAX_HELLO)},
@@ -289,7 +305,8 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY, boolean))},
     "chat": {"more": NUMBERS},
-    "save": {"more": NUMBERS},
+    "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
+    "mail": {"to": NICK},
     "exists": {"knocks": boolean},
     "call": {"own": ADDRESS},
     "alive": {"session": SESSION},
@@ -310,10 +327,17 @@ def _numbered(info: Info, count: int) -> bool:
     return not more or _lie_within(more, first, count)
 
 
+def _has_times_or_seal(info: Info) -> bool:
+    """Return whether the texts of a ``save`` have a time each, or are sealed, and are said to be."""
+    is_sealed = "envelope" in info
+    times = 0 if is_sealed else len(info["text"])
+    return ("key" in info) is (type(info["text"][0]) is bytes) is is_sealed and len(info["at"]) == times
+
+
 CROSS_FIELD_CHECKS: dict[str, Check] = {
     "table": lambda info: 0 <= since_of(info) <= info["version"],
     "chat": lambda info: _numbered(info, len(info["text"])),
-    "save": lambda info: _numbered(info, len(info["text"])) and len(info["at"]) == len(info["text"]),
+    "save": lambda info: _numbered(info, len(info["text"])) and _has_times_or_seal(info),
     "mail": lambda info: _numbered(info, sum([len(run[4]) for run in info["items"]])),
     "nack": lambda info: bool(info["first"] <= info["last"]),
 }
@@ -815,9 +839,16 @@ class Place(NamedTuple):
 
 # --- texts ----------------------------------------------------------------------------------------------------
 
+Text = str | bytes        # one number of a stream; bytes: sealed as a letter, only its recipient can read it
+
 STRING_HEADER = 3         # bytes that msgpack puts before a string, at most
 NUMBER_SIZE = 9           # bytes that it uses for a number, at most
 TIME_SIZE = 9             # bytes that it uses for a float
+
+
+def size_of(text: Text) -> int:
+    """Return how many bytes a text has."""
+    return len(text) if isinstance(text, bytes) else len(text.encode())
 
 
 def split_text(text: str) -> list[str]:
@@ -861,12 +892,12 @@ def join_pieces(first: int, items: Sequence[str], more: Collection[int]) -> list
     return texts
 
 
-def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], timed: bool) -> list[int]:
-    """Return the most bytes that each of ``texts`` takes in a ``chat`` or, if ``timed``, in a ``save``.
+def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], more: int = 0) -> list[int]:
+    """Return the most bytes that each of ``texts`` takes in a datagram; ``more``: those of its time, or of its seal.
 
     ``first`` is the number of the first one. Those whose number is in ``continued`` are named in ``more``, too.
     """
-    extra = STRING_HEADER + TIME_SIZE if timed else STRING_HEADER
+    extra = STRING_HEADER + more
     if len(texts) == 1 and not continued:
         return [len(texts[0].encode()) + extra]
     if "".join(texts).isascii():
@@ -883,24 +914,57 @@ def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], tim
 # --- mail -----------------------------------------------------------------------------------------------------
 
 
-WireLetter = tuple[str, int, int, float, str]   # one number of a mail: [from, stream, n, at, text] of the message in it
+# How it is proved who has written a letter. The last three are doubts, by the names that programs read: it is not
+# sealed although its sender encrypts, it is sealed with another key than the sender's, it cannot be opened.
+UNSEALED, SEALED, STRANGELY_PLAIN, OTHER_KEY, BROKEN = "unsealed", "sealed", "plain", "key-changed", "damaged"
+DOUBTS = frozenset((STRANGELY_PLAIN, OTHER_KEY, BROKEN))
+CONTINUES = -1.0          # the time of a sealed letter that continues another one
 
-MAIL_RUN = 40             # bytes of a run of letters beside its texts and its sender
+WireLetter = tuple[str, int, int, float, str, str]  # one number of a mail: [from, stream, n, at, text, its proof]
+Opened = tuple[Iterable[float], Iterable[str], Iterable[str]]   # of the letters of a run: times, texts, proofs
+
+MAIL_RUN = 40             # bytes of a run of letters beside its texts and its sender ...
+SEAL_RUN = KEY_BYTES + ENVELOPE_BYTES + 4   # ... and beside the key and the envelope of one that is sealed
 MAIL_RUN_SIZE = MAIL_RUN + MAX_NICK_BYTES   # bytes of a run that goes on in the next datagram: it is named there again
 
 
-def letters_of(info: Info) -> tuple[list[WireLetter], list[int]]:
-    """Return the letters of a ``mail``, and the numbers (of the mail) that the next one continues."""
+def letters_of(info: Info, opened: Callable[[Any], Opened]) -> tuple[list[WireLetter], list[int]]:
+    """Return the letters of a ``mail``, and the numbers (of the mail) that the next one continues.
+
+    ``opened``: returns what is in the letters of a run.
+    """
     found: list[WireLetter] = []
     more: list[int] = []
-    for sender, stream, first, at, texts, continued in info["items"]:
+    for run in info["items"]:
+        sender, stream, first, _, texts, continued = run[:6]
         more += [info["n"] + len(found) + number - first for number in continued]
-        found += zip(repeat(sender), repeat(stream), range(first, first + len(texts)), repeat(at), texts)
+        found += zip(repeat(sender), repeat(stream), range(first, first + len(texts)), *opened(run))
     return found, more
 
 
+def opened_plain(run: Any) -> Opened:
+    """Return what is in the letters of a run that is not sealed; nobody can prove anything of them."""
+    return repeat(run[3]), run[4], repeat(UNSEALED)
+
+
+def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
+    """Return the proof of letters that are as many texts, or one; BROKEN where something was cut off, or put together.
+
+    The server may not do that with letters that are sealed: it could not know what it makes its readers believe.
+    """
+    sender, stream, first, at, _, proof = letters[0]
+    if proof == UNSEALED and texts == len(letters):
+        return proof
+    is_of_one = all(letter[:3] == (sender, stream, n) and letter[5] == proof for n, letter in enumerate(letters, first))
+    begins = [letter[3] != CONTINUES for letter in letters] if proof in (SEALED, OTHER_KEY) else [True] * texts
+    return proof if is_of_one and begins[0] and sum(begins) == texts else BROKEN
+
+
 def mail_runs(letters: Sequence[Any]) -> list[list[object]]:
-    """Return letters, [sender, stream, n, at, text, whether the next continues it] each, as the items of a ``mail``."""
+    """Return letters, [sender, stream, n, at, text, whether the next continues it, seal] each, as items of a ``mail``.
+
+    ``seal``: () for letters that are not sealed.
+    """
     runs: list[list[object]] = []
     for group in runs_of_one_stream(letters):
         sender, stream, first = group[0][:3]
@@ -909,52 +973,62 @@ def mail_runs(letters: Sequence[Any]) -> list[list[object]]:
             if end == len(group) or group[end][3] != group[start][3]:
                 part = group[start:end]
                 runs.append([sender, stream, first + start, part[0][3], [letter[4] for letter in part],
-                             [letter[2] for letter in part if letter[5]]])
+                             [letter[2] for letter in part if letter[5]], *part[0][6]])
                 start = end
     return runs
 
 
 def mail_sizes(letters: Sequence[Any]) -> list[int]:
-    """Return the most bytes that each letter takes in a ``mail``, if the first one has ``MAIL_RUN_SIZE`` bytes more."""
+    """Return the most bytes that each letter takes in a ``mail``, if the first one has those of a whole run more."""
     sizes, before = [], None
-    for sender, stream, number, at, text, more in letters:
-        size = len(text.encode()) + STRING_HEADER
+    for sender, stream, number, at, text, more, seal in letters:
+        size = size_of(text) + STRING_HEADER
         if more:
             size += NUMBER_SIZE
-        if before != (sender, stream, number - 1, at):
-            size += len(sender.encode()) + MAIL_RUN
+        if before != (sender, stream, number - 1, at, seal):
+            size += len(sender.encode()) + MAIL_RUN + (SEAL_RUN if seal else 0)
         sizes.append(size)
-        before = sender, stream, number, at
+        before = sender, stream, number, at, seal
     return sizes
 
 
 def runs_of_one_stream(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield the letters in groups that belong to one stream and have consecutive numbers in it."""
+    """Yield the letters in groups that belong to one stream, have consecutive numbers in it, and end alike.
+
+    The last element of a letter is its proof, or its seal.
+    """
     start = 0
     for index in range(1, len(letters) + 1):
         if index < len(letters):
             letter, before = letters[index], letters[index - 1]
-            if letter[2] == before[2] + 1 and letter[1] == before[1] and letter[0] == before[0]:
+            if letter[2] == before[2] + 1 and letter[1] == before[1] and letter[0] == before[0] and (
+                    letter[-1] == before[-1]):
                 continue
         yield letters[start:index]
         start = index
 
 
-class Parcel(NamedTuple):
-    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of the store.
+Seal = tuple[bytes, ...]    # of letters: the key of their sender and the envelope; (): they are not sealed
 
-    ``times``: when each was sent. ``more``: the numbers whose text the next one continues.
+StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued, its seal]
+
+
+class Parcel(NamedTuple):
+    """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of a store.
+
+    ``times``: when each was sent, 0.0 for sealed ones. ``more``: the numbers whose text the next one continues.
     """
 
     n: int
-    texts: list[str]
-    times: list[float]
+    texts: Sequence[Text]
+    times: Sequence[float]
     more: Collection[int]
+    seal: Seal = ()
 
     def part(self, start: int, end: int) -> Parcel:
         """Return the numbers at the positions [start, end) alone."""
         return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
-                      [number for number in self.more if self.n + start <= number < self.n + end])
+                      [number for number in self.more if self.n + start <= number < self.n + end], self.seal)
 
     @property
     def messages(self) -> int:
@@ -963,29 +1037,40 @@ class Parcel(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many bytes the texts have in UTF-8."""
-        joined = "".join(self.texts)
-        return len(joined) if joined.isascii() else len(joined.encode())
+        """How many bytes the texts have."""
+        return sum(map(size_of, self.texts))
 
     def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
         """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
         import json     # here: only a server has parcels, and the start of a client is measured
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
-        return (recipient, seq, len(self.texts), sender, stream, self.n, json.dumps(self.texts, ensure_ascii=False),
-                json.dumps(times), json.dumps(sorted(self.more)) if self.more else "", self.messages, size)
+        texts = _pack(self.texts) if self.seal else json.dumps(self.texts, ensure_ascii=False)
+        return (recipient, seq, len(self.texts), sender, stream, self.n, texts, json.dumps(times),
+                json.dumps(sorted(self.more)) if self.more else "", self.messages, size, *(self.seal or (None, None)))
 
     @classmethod
-    def of_row(cls, numbers: int, n: int, texts: str, times: str, more: str) -> Parcel:
+    def of_row(cls, numbers: int, n: int, texts: Any, times: str, more: str, key: Any, envelope: Any) -> Parcel:
         """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
         import json
-        pieces, sent, continued = json.loads(texts), json.loads(times), json.loads(more) if more else ()
-        if type(n) is not int or n <= 0 or len(pieces) != numbers or set(map(type, pieces)) != {str}:
-            raise ValueError("the texts are damaged")
+        seal = () if key is None and envelope is None else (key, envelope)
+        if seal:
+            if not (KEY(key) and ENVELOPE(envelope)):
+                raise ValueError("nobody can open this")
+            pieces = msgpack.unpackb(texts)
+            if not valid_letters(pieces):
+                raise ValueError("the letters are damaged")
+        else:
+            pieces = json.loads(texts)
+            if not pieces or set(map(type, pieces)) != {str}:
+                raise ValueError("the texts are damaged")
+            encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
+            if max(map(len, encoded)) > MAX_PIECE:
+                raise ValueError("a piece is too long")
+        sent, continued = json.loads(times), json.loads(more) if more else ()
+        if type(n) is not int or n <= 0 or len(pieces) != numbers:
+            raise ValueError("the numbers are damaged")
         if len(sent) not in (1, numbers) or set(map(type, sent)) != {float}:
             raise ValueError("the times are damaged")
         if continued and not set(continued) <= set(range(n, n + numbers)):
             raise ValueError("nobody knows which texts go together")
-        encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
-        if max(map(len, encoded)) > MAX_PIECE:
-            raise ValueError("a piece is too long")
-        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued)
+        return cls(n, pieces, sent if len(sent) == numbers else sent * numbers, continued, seal)

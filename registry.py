@@ -36,10 +36,11 @@ from enum import Enum
 from itertools import takewhile
 from typing import Protocol
 
-from home import Known, Mailbox, StoredLetter
+from home import Known, Mailbox
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Mirror, Page, Parcel,
-                      Place, State, Table, addressed, encode, folded, mixes_scripts, network_of, since_of)
+from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Mirror,
+                      Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded, mixes_scripts,
+                      network_of, since_of, size_of)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
                     is_bind_proof, is_hash_of, read_map)
 
@@ -75,6 +76,7 @@ class TableSync(Mirror):
         """``on_changed`` hears whose entries have changed, ``on_own_state`` whether we are online, and were before."""
         super().__init__()
         self.has_news = False                   # that the user has not heard of
+        self.is_checking = False                # the server is asked whether somebody is missing
         self.interval = SYNC_INTERVAL           # s between questions; longer while the server is silent
         self._loop, self._link, self._on_changed = loop, link, on_changed
         self._on_own_state = on_own_state
@@ -135,6 +137,7 @@ class TableSync(Mirror):
         if not (self.is_of_this_boot or self._old_table_timer.is_set):
             self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
         if self.is_of_this_boot and self.is_whole:
+            self.is_checking = False
             self._confirm()
             self._refresh_own_state()
         else:
@@ -146,6 +149,7 @@ class TableSync(Mirror):
 
     def stop(self) -> None:
         """Neither ask nor wait any more: the client leaves."""
+        self.is_checking = False
         self._sync_timer.cancel()
         self._old_table_timer.cancel()
 
@@ -161,6 +165,12 @@ class TableSync(Mirror):
         if not self._sync_timer.is_set:
             self._sync_timer.set(max(self._loop.now(), self._asked + SYNC_INTERVAL))
 
+    def check(self) -> None:
+        """Ask whether anything is missing here, although nothing seems to be: what was sent may have got lost."""
+        self.is_checking = True
+        self._ask()
+        self._link.ping_until_answered()
+
     def on_version(self, version: int) -> None:
         """Note how far the server is; ask if something is missing here."""
         if self.expect(version):
@@ -170,7 +180,8 @@ class TableSync(Mirror):
         """Accept a page of the table."""
         if not self._link.has_joined:
             return
-        changed = self.apply(Page(since_of(info), info["version"], info["set"], info.get("keys", ())))
+        since, version = since_of(info), info["version"]
+        changed = self.apply(Page(since, version, info["set"], info.get("keys", ())))
         if changed is None:
             self.ask_soon()
             return
@@ -182,6 +193,9 @@ class TableSync(Mirror):
             self._confirm()
             if not self._shows_us:
                 self._refresh_own_state()
+            self.is_checking = self.is_checking and not since == version == self.version    # which says: no more
+            if self.is_checking:
+                self._ask()
         elif self._pages >= SYNC_PAGES:
             self._ask()
         else:
@@ -680,11 +694,13 @@ class Refusal(Enum):
     NO_SUCH_NICK = "unknown"
     MAILBOX_FULL = "full"
     DISK_FAILS = "disk"
+    OTHER_OWNER = "key"     # they are sealed for another key than the recipient has
 
 
 GRANTED, PROBE_HOLDER, TAKEN = ClaimVerdict.GRANTED, ClaimVerdict.PROBE_HOLDER, ClaimVerdict.TAKEN
 OWNED, FULL, SPENT = ClaimVerdict.OWNED, ClaimVerdict.FULL, ClaimVerdict.SPENT
 NO_SUCH_NICK, MAILBOX_FULL, DISK_FAILS = Refusal.NO_SUCH_NICK, Refusal.MAILBOX_FULL, Refusal.DISK_FAILS
+OTHER_OWNER = Refusal.OTHER_OWNER
 ENCRYPTED, MUST_ENCRYPT = ClaimVerdict.ENCRYPTED, ClaimVerdict.MUST_ENCRYPT
 KEEP, PROBE_RECIPIENT, UNKNOWN = SaveVerdict.KEEP, SaveVerdict.PROBE_RECIPIENT, SaveVerdict.UNKNOWN
 
@@ -935,11 +951,11 @@ class Registry:
         """Return how many numbers of ``parcel`` still fit into the mailbox of ``to``; no text is cut."""
         known = self.mailbox.known[to]
         messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
-        if len(parcel.texts) <= messages and len(parcel.texts) * MAX_PIECE <= size:
+        if len(parcel.texts) <= messages and len(parcel.texts) * (MAX_PIECE + LETTER_EXTRA) <= size:
             return len(parcel.texts)
         fitting = 0
         for index, text in enumerate(parcel.texts):
-            size -= len(text.encode())
+            size -= size_of(text)
             if messages <= 0 or size < 0:
                 break
             if parcel.n + index not in parcel.more:
@@ -954,6 +970,11 @@ class Registry:
             part = parcel if fitting == len(parcel.texts) else parcel.part(0, fitting)
             self.mailbox.keep(self.mailbox.known[to], sender, stream, part)
         return fitting
+
+    def key_of(self, nick: str) -> bytes:
+        """Return the key that owns a nick, b"" if none does."""
+        known = self.mailbox.known.get(nick)
+        return known.key or b"" if known is not None else b""
 
     def next_number(self, sender: str, stream: int) -> int | None:
         """Return the number after the last that was kept of a stream, 1 for a new one. None: it cannot be read now."""

@@ -33,17 +33,23 @@ The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``
     Sodium           the primitives, each called in one place
     HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)
     Channel          records: datagrams that are sealed, and accepted once
-    Letters          texts that wait at the server, which cannot read them (not used yet)
+    Letters          texts that wait at the server, which cannot read them
+    SealedMail       those of a client: seals its letters, opens those of others, says which are not proved
 """
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
+from itertools import repeat
+from typing import Any
 
 from home import KnownKeys, Pin, fingerprint
 from loop import NEVER, Endpoint, log
-from protocol import (GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, NO_NICK, RECORD, REG_SIZE, TAG_SIZE,
-                      Address, Decoder, Info, ReplayWindow, encode, folded, index_of, is_private, padded)
+from stream import Frames
+from protocol import (BROKEN, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES, NO_NICK,
+                      OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address, Decoder, Info,
+                      Opened, ReplayWindow, encode, folded, index_of, is_private, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -77,7 +83,7 @@ class Handshake:
         self.pin, self.known = pin or Pin(), known
         self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
-        self.keys, self.must_encrypt = keys, must_encrypt
+        self.keys, self.must_encrypt, self.has_proof = keys, must_encrypt, proof is not None
         self._noise: HandshakeState | None = None       # once this request is one of Noise; None behind its answer
         self.on_welcome: Callable[[Info, Address, Channel], None] = lambda info, address, channel: None
         self.on_refused: Callable[[Info, Address], None] = lambda info, address: None
@@ -370,10 +376,20 @@ class Peers:
             return "" if shown == (pinned[0], True) else "key-changed"
         return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
 
-    def _bound_key_of(self, nick: str) -> bytes:
+    def bound_key_of(self, nick: str) -> bytes:
         """Return the key that the table binds somebody to, b"" if there is none."""
         key, is_bound = self.shown_of(nick) or (b"", False)
         return key if is_bound else b""
+
+    def expected_key(self, nick: str) -> bytes:
+        """Return by which key somebody is to be known: that of before, else the bound one of now; b"": none."""
+        pinned = self._pinned(nick)
+        return pinned[0] if pinned is not None else self.bound_key_of(nick)
+
+    def remember(self, nick: str, key: bytes) -> None:
+        """Note the key by which somebody is known from now on, if it is the one that the table binds the nick to."""
+        if self._pinned(nick) is None and self.bound_key_of(nick) == key:
+            self._pin(nick, key)
 
     def digits(self, nick: str) -> str:
         """Return the digits that both sides compare, those of our own key for ""; "" if there is no key to compare."""
@@ -386,7 +402,7 @@ class Peers:
 
     def verify(self, nick: str) -> str:
         """Note that the user has compared a key; return why that is not possible: an event, or ""."""
-        key = self._bound_key_of(nick)
+        key = self.bound_key_of(nick)
         if not key or self.refusal(nick):
             return "not-the-key" if self._pinned(nick) is not None else "no-key"
         self._pin(nick, key, is_verified=True)
@@ -399,7 +415,7 @@ class Peers:
 
     def trust(self, nick: str) -> str:
         """Accept the key that somebody has now; return the digits to compare, "" if there is none to accept."""
-        key = self._bound_key_of(nick)
+        key = self.bound_key_of(nick)
         if not key:
             return ""
         if self._pinned(nick) is None or self.refusal(nick):
@@ -544,8 +560,7 @@ class Peers:
     def _use(self, peer: Peer, channel: Channel) -> None:
         """Send in a channel from now on, and what has waited first: the other side has it."""
         peer.channel, peer.address, peer.allowance = channel, None, 0
-        if self._pinned(peer.nick) is None and self._bound_key_of(peer.nick) == peer.key:
-            self._pin(peer.nick, peer.key)
+        self.remember(peer.nick, peer.key)
         waiting, peer.waiting = peer.waiting, []
         for datagram, address in waiting:
             self._send(channel.seal(MAPS, datagram), address)
@@ -702,6 +717,11 @@ def sha256(data: bytes) -> bytes:
     """Return the SHA-256 of ``data``."""
     import hashlib
     return hashlib.sha256(data).digest()
+
+
+def name_of_key(key: bytes) -> bytes:
+    """Return by which bytes a letter says for which public key it is sealed."""
+    return sha256(key)[:KEY_NAME_BYTES]
 
 
 def token_for(secret: bytes, server_id: bytes, nick: str) -> bytes:
@@ -989,6 +1009,7 @@ class Channel:
 
 
 LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first
+NO_LETTER = (0.0, "", BROKEN)           # stands for one that cannot be opened
 
 
 def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int) -> bytes:
@@ -1000,24 +1021,25 @@ def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int)
 class Letters:
     """Seals and opens the texts of one stream that wait at the server, with a key made by Noise_K for this stream.
 
-    A letter is the time at which it was sent and a text, sealed under its number, and with it a byte that says whether
-    the next number continues it. So whoever cannot read letters can part them, and repeat them in other company.
-    For one number nothing of that may ever change, because it is the nonce.
+    A letter is the time at which it was sent (``CONTINUES`` if it goes on with the text of the one before) and a text,
+    sealed under its number, and with it a byte that says whether the next number continues it. So whoever cannot read
+    letters can part them, and repeat them in other company, but not cut texts or make one of several. For one number
+    nothing of that may ever change, because it is the nonce.
     """
 
-    def __init__(self, cipher: CipherState) -> None:
-        self._cipher = cipher
+    def __init__(self, cipher: CipherState, other: bytes, envelope: bytes) -> None:
+        """``other``: the public key of the other side. ``envelope``: without it, nobody opens the letters."""
+        self._cipher, self.key, self.name, self.envelope = cipher, other, name_of_key(other), envelope
 
     @classmethod
-    def to(cls, sodium: Sodium, static: KeyPair, recipient: bytes, prologue: bytes,
-           secret: bytes) -> tuple[Letters, bytes]:
-        """Return what seals letters for the owner of a public key, and the envelope without which nobody opens them.
+    def to(cls, sodium: Sodium, static: KeyPair, recipient: bytes, prologue: bytes, secret: bytes) -> Letters:
+        """Return what seals letters for the owner of a public key.
 
         ``secret``: 32 random bytes, new ones for every stream. Raise Forged if ``recipient`` is no public key.
         """
         handshake = HandshakeState(sodium, "K", True, prologue, static, recipient)
         envelope = handshake.write(b"", secret)
-        return cls(handshake.split()[0]), envelope
+        return cls(handshake.split()[0], recipient, envelope)
 
     @classmethod
     def of(cls, sodium: Sodium, static: KeyPair, sender: bytes, prologue: bytes, envelope: bytes) -> Letters:
@@ -1025,7 +1047,7 @@ class Letters:
         handshake = HandshakeState(sodium, "K", False, prologue, static, sender)
         if handshake.read(envelope):
             raise Forged("an envelope is empty")
-        return cls(handshake.split()[1])
+        return cls(handshake.split()[1], sender, envelope)
 
     def seal(self, n: int, at: float, text: str, is_continued: bool) -> bytes:
         """Return the letter with the number ``n``. ``at``: when it was sent, in s since 1970."""
@@ -1040,3 +1062,68 @@ class Letters:
             return LETTER_TIME.unpack_from(content)[0], content[LETTER_TIME.size:].decode()
         except (struct.error, ValueError):      # its sender has sealed something else
             raise Forged("this is no letter") from None
+
+
+LETTERS_OPEN = 256        # streams whose keys are remembered: each costs as much as fifty datagrams
+
+
+class SealedMail:
+    """What a client says by way of its server while its session is encrypted: sealed for the recipient alone.
+
+    What comes is opened, and compared with what is known of its sender. What is not proved to be from there is shown
+    all the same, but as such: nothing is lost, and nothing stops the mail behind it.
+    """
+
+    def __init__(self, keys: Keys, peers: Peers, must_encrypt: bool, has_own_key: bool) -> None:
+        """``has_own_key``: our nick is bound to our key, so others seal what they send us."""
+        self._keys, self._peers, self._must_encrypt, self._has_own_key = keys, peers, must_encrypt, has_own_key
+        self._opening: OrderedDict[tuple[str, int, bytes, bytes], Letters | None] = OrderedDict()
+
+    def _prologue(self, sender: str, recipient: str, stream: int) -> bytes:
+        return letter_prologue(self._peers.server_key, sender, recipient, stream)
+
+    def seal(self, frames: Frames) -> str:
+        """Have the datagrams for the server sealed; return why they may not go out, "" if they may."""
+        key, letters = self._peers.bound_key_of(frames.peer), frames.letters
+        if letters is None or letters.key != key:
+            prologue = self._prologue(self._peers.me, frames.peer, frames.id)
+            try:
+                letters = Letters.to(self._keys.sodium, self._keys.pair, key, prologue, self._keys.random())
+                self._peers.remember(frames.peer, key)
+            except (Forged, ValueError):    # there is no key, or it was made up
+                letters = None
+            frames.letters = letters
+        return "not-secure" if letters is None and self._must_encrypt else ""
+
+    def opened(self, run: Any) -> Opened:
+        """Return what is in the letters of a run, see ``letters_of``."""
+        sender, stream, first, at, texts, more, *seal = run
+        expected = self._peers.expected_key(sender)
+        if not seal:
+            is_strange = self._must_encrypt or (expected and self._has_own_key)
+            return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
+        letters, key = self._letters(sender, stream, *seal), seal[0]
+        proof = SEALED if key == (expected or key) else OTHER_KEY
+        found = []
+        for n, letter in enumerate(texts, first):
+            try:
+                found.append((*letters.open(n, letter, n in more), proof) if letters is not None else NO_LETTER)
+            except Forged:
+                found.append(NO_LETTER)
+        if proof == SEALED and found[0] is not NO_LETTER:
+            self._peers.remember(sender, key)
+        return tuple(zip(*found))       # type: ignore[return-value]
+
+    def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters | None:
+        """Return what opens the letters of a stream, None if nothing does."""
+        name = sender, stream, key, envelope
+        if name not in self._opening:
+            try:
+                self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key,
+                                                 self._prologue(sender, self._peers.me, stream), envelope)
+            except Forged:
+                self._opening[name] = None
+            if len(self._opening) > LETTERS_OPEN:
+                self._opening.popitem(last=False)
+        self._opening.move_to_end(name)
+        return self._opening[name]

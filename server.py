@@ -49,17 +49,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from operator import itemgetter
 
 import protocol
-from protocol import (RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, addressed, encode, index_of, mail_runs,
-                      mail_sizes, table_map)
+from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, StoredLetter, addressed,
+                      encode, index_of, mail_runs, mail_sizes, table_map)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
-from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, PROBE_HOLDER,
-                      PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict, Committer,
-                      Cookies, Hello, Hellos, Refusal, Registry, ReplyLimit, Session)
-from secure import CALLS_PER_SECOND, Channel, Forged, Keys, RateLimit
+from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
+                      PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
+                      Committer, Cookies, Hello, Hellos, Refusal, Registry, ReplyLimit, Session)
+from secure import CALLS_PER_SECOND, Channel, Forged, Keys, RateLimit, name_of_key
 from stream import ReceiveStream, Run, SendStream
 
 
@@ -79,11 +80,6 @@ class Drop(Enum):
     CALL_LIMIT = "drop_call_limit"
     STORE_UNREADABLE = "drop_store_unreadable"
 
-
-NOT_FOR_SERVERS, NO_COOKIE, WRONG_COOKIE = Drop.NOT_FOR_SERVERS, Drop.NO_COOKIE, Drop.WRONG_COOKIE
-UNKNOWN_SESSION, OTHER_ADDRESS, UNKNOWN_STREAM = Drop.UNKNOWN_SESSION, Drop.OTHER_ADDRESS, Drop.UNKNOWN_STREAM
-OTHER_CHANNEL, UNKNOWN_CHANNEL, FORGED = Drop.OTHER_CHANNEL, Drop.UNKNOWN_CHANNEL, Drop.FORGED
-SAVE_LIMIT, STORE_UNREADABLE = Drop.SAVE_LIMIT, Drop.STORE_UNREADABLE
 
 Drops = dict[Drop, int]     # how often each has happened since the start
 
@@ -165,7 +161,7 @@ class Gate:
         now = self._loop.now()
         if self.cookies.accepts(info.get("cookie"), now, address):
             return True
-        self._drops[WRONG_COOKIE if "cookie" in info else NO_COOKIE] += 1
+        self._drops[Drop.WRONG_COOKIE if "cookie" in info else Drop.NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
             answer: Info = {"id": info["id"], "server": self._registry.server_id,
                             "cookie": self.cookies.make(now, address)}
@@ -181,7 +177,7 @@ class Gate:
         known = self.hellos.find(info["message"])
         hello = known or self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
         if hello is None:
-            self._drops[FORGED] += 1
+            self._drops[Drop.FORGED] += 1
         elif known is None:
             self.consider(Claim.of(hello))
         elif known.reply:
@@ -483,23 +479,29 @@ class Keeper:
     def on_save(self, session: Session, info: Info) -> None:
         """Put messages in order; they are kept at the end of the turn."""
         key = (session.nick, info["stream"])
+        if "envelope" in info and session.key is None:
+            self._drops[Drop.OTHER_CHANNEL] += 1     # a letter is only proved by the channel in which it comes
+            return
         if key not in self.to_answer and len(self.to_answer) >= MAX_SAVE_STREAMS:
-            self._drops[SAVE_LIMIT] += 1
+            self._drops[Drop.SAVE_LIMIT] += 1
             return      # the sender will repeat it
         save = self.streams.get(key)
         if save is None:
             first = self._registry.next_number(*key)
             if first is None:
-                self._drops[STORE_UNREADABLE] += 1
+                self._drops[Drop.STORE_UNREADABLE] += 1
                 return      # the sender will repeat it
             save = self.streams[key] = SaveStream(session, info["to"], ReceiveStream(info["stream"], first))
             self._forget_streams()
         elif save.to != info["to"]:
-            self._drops[UNKNOWN_STREAM] += 1
+            self._drops[Drop.UNKNOWN_STREAM] += 1
             return
         self.streams.move_to_end(key)
         save.session, save.relay = session, info["relay"]
-        save.stream.on_data(info["n"], list(zip(info["text"], info["at"])), info.get("more", ()), info["base"])
+        seal = (session.key, info["envelope"], info["key"]) if "envelope" in info else ()
+        times = itertools.repeat(0.0) if seal else info["at"]       # that of a letter is in it
+        items = list(zip(info["text"], times, itertools.repeat(seal)))
+        save.stream.on_data(info["n"], items, info.get("more", ()), info["base"])
         save.stream.advance(info["base"])
         self.to_answer[key] = save
 
@@ -548,20 +550,43 @@ class Keeper:
             probe.saves[save.stream.id] = (save, first)
 
     def _keep_run(self, save: SaveStream, run: Run) -> bool:
-        """Keep a run as far as the mailbox has room; return whether all of it had."""
-        texts, times = map(list, zip(*run.items))
-        parcel = Parcel(run.first, texts, self._plausible(times), run.more)
+        """Keep a run as far as it may be kept; return whether all of it was."""
+        first = run.first
+        for seal, group in itertools.groupby(run.items, itemgetter(2)):
+            texts, times, _ = zip(*group)
+            if run.more and len(texts) < len(run.items):    # some pieces of one text are sealed: it will be repeated
+                save.stream.give_back(first)
+                return False
+            if not self._keep_part(save, Parcel(first, texts, self._plausible(times), run.more, seal[:2]), seal[2:]):
+                return False
+            first += len(texts)
+        return True
+
+    def _keep_part(self, save: SaveStream, parcel: Parcel, sealed_for: tuple[bytes, ...]) -> bool:
+        """Keep a parcel as far as the mailbox has room; return whether all of it had. ``sealed_for``: the key's name.
+
+        What is sealed must be so for the owner of the nick: nobody else could read it. And what is not, but could be,
+        waits until its sender has heard of the key.
+        """
+        owner, table = self._registry.key_of(save.to), self._registry.table
+        if sealed_for and (not owner or sealed_for[0] != name_of_key(owner)):
+            self._refuse_rest(save, parcel.n, OTHER_OWNER)
+            return False
+        if owner and save.session.key and not sealed_for:
+            save.stream.give_back(parcel.n)
+            self._send_queue.put_for(save.session, table_map(table.version, table.version, []))     # it asks for more
+            return False
         fitting = self._registry.keep(save.to, save.session.nick, save.stream.id, parcel)
         save.kept += fitting
-        if fitting == run.numbers:
+        if fitting == len(parcel.texts):
             return True
-        if self._registry.table.is_online(save.to):
-            save.stream.give_back(run.first + fitting)
+        if table.is_online(save.to):
+            save.stream.give_back(parcel.n + fitting)
         else:
-            self._refuse_rest(save, run.first + fitting, MAILBOX_FULL)
+            self._refuse_rest(save, parcel.n + fitting, MAILBOX_FULL)
         return False
 
-    def _plausible(self, times: list[float]) -> list[float]:
+    def _plausible(self, times: Iterable[float]) -> list[float]:
         """Return when messages were sent, as their sender says; now, where that cannot be."""
         wall = self._loop.wall()
         return [at if 0 <= at <= wall + DAY else wall for at in times]     # not true for NaN
@@ -625,16 +650,22 @@ MAIL_RETRY = 1.0          # s until mail that could not be read from the store i
 class MailStream:
     """The server's end of the stream of one client's mail. Its numbers are those of the mail in the session."""
 
-    __slots__ = ("session", "stream", "timer", "last_count")
+    __slots__ = ("session", "id", "stream", "timer", "last_count")
 
     def __init__(self, session: Session, id_: int, timer: RestartableTimer) -> None:
-        frame = encode("mail", {"to": session.nick, "stream": id_, "n": protocol.MAX_NUMBER,
-                                "base": protocol.MAX_NUMBER, "items": []})
-        header = protocol.FOR_SIZE + len(frame) + protocol.ARRAY_GROWTH + protocol.MAIL_RUN_SIZE
-        self.session = session
-        self.stream = SendStream(id_, protocol.MAX_DATAGRAM - header)
+        self.session, self.id = session, id_
+        header = protocol.FOR_SIZE + len(self.frame(MAX_NUMBER, MAX_NUMBER, [])) + protocol.ARRAY_GROWTH
+        longest_run = protocol.MAIL_RUN_SIZE + (0 if session.channel is None else protocol.SEAL_RUN)
+        self.stream = SendStream(id_, protocol.MAX_DATAGRAM - header - longest_run)
         self.timer = timer          # calls when something of it is due
         self.last_count = 0         # numbers that the postman has counted as in memory
+
+    def frame(self, first: int, base: int, letters: Sequence[StoredLetter]) -> bytes:
+        """Return a ``mail``, which names its recipient if others can read it."""
+        info: Info = {"stream": self.id, "n": first, "base": base, "items": mail_runs(letters)}
+        if self.session.channel is None:
+            info["to"] = self.session.nick
+        return encode("mail", info)
 
 
 class Postman:
@@ -678,7 +709,7 @@ class Postman:
         """Note what a client has shown of its mail."""
         mail = self._by_stream.get(info["stream"])
         if mail is None or mail.session.address != address or mail.session.channel is not channel:
-            self._drops[UNKNOWN_STREAM] += 1
+            self._drops[Drop.UNKNOWN_STREAM] += 1
             return
         session = mail.session
         self._heard(session)
@@ -721,9 +752,7 @@ class Postman:
         self.loaded += stream.pending - mail.last_count
         mail.last_count = stream.pending
         for packet in stream.poll(self._loop.now()):
-            self._send_queue.put_for(session, encode("mail", {
-                "to": session.nick, "stream": stream.id, "n": packet.first, "base": stream.base,
-                "items": mail_runs(packet.items)}))
+            self._send_queue.put_for(session, mail.frame(packet.first, stream.base, packet.items))
         is_unreadable = not stream.pending and stream.end <= last
         mail.timer.set(self._loop.now() + MAIL_RETRY if is_unreadable else stream.due())
 
@@ -940,7 +969,7 @@ class Server:
             elif tag in self._from_anybody:
                 self._from_anybody[tag](info, address, channel)
             else:
-                self.drops[NOT_FOR_SERVERS] += 1
+                self.drops[Drop.NOT_FOR_SERVERS] += 1
 
     def settle(self) -> None:
         """End a turn: commit, then send everything that was decided in it."""
@@ -970,13 +999,13 @@ class Server:
             hello = self.gate.hellos.of_index(index)
             channel = hello.channel if hello is not None else None
         if channel is None:
-            self.drops[UNKNOWN_CHANNEL] += 1
+            self.drops[Drop.UNKNOWN_CHANNEL] += 1
             self.limit.reply(self._pong(0, 0), address)     # of an earlier run of the server, perhaps
             return None
         try:
             text = channel.open(record)
         except Forged:
-            self.drops[FORGED] += 1
+            self.drops[Drop.FORGED] += 1
             return None
         if hello is not None:
             if not self.gate.confirm(hello):
@@ -988,14 +1017,14 @@ class Server:
         """Return the session that ``info`` speaks for, if it comes from where that is known to be; answer if not."""
         session = self.registry.sessions.get(info["session"])
         if session is None:
-            self.drops[UNKNOWN_SESSION] += 1
+            self.drops[Drop.UNKNOWN_SESSION] += 1
             self._answer_unknown(info, address, channel)
             return None
         if session.channel is not channel:
-            self.drops[OTHER_CHANNEL] += 1
+            self.drops[Drop.OTHER_CHANNEL] += 1
             return None
         if session.address != address:
-            self.drops[OTHER_ADDRESS] += 1
+            self.drops[Drop.OTHER_ADDRESS] += 1
             self.prober.probe_new_address(address, session)
             return None
         self._heard(session)

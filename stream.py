@@ -51,11 +51,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from protocol import (ARRAY_GROWTH, INITIAL_ROOM, MAX_DATAGRAM, MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES,
-                      MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES, SESSION_SIZE, Address, Info, encode, padded,
-                      text_sizes)
+from protocol import (ARRAY_GROWTH, CONTINUES, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, LETTER_EXTRA, MAX_DATAGRAM,
+                      MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
+                      SESSION_SIZE, TIME_SIZE, Address, Info, encode, padded, text_sizes)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -643,6 +643,16 @@ class Account:
         self.session, self.is_sealed = session, is_sealed
 
 
+class Sealing(Protocol):
+    """What seals the texts of one stream as letters, which the server cannot read."""
+
+    key: bytes          # that opens them, ...
+    name: bytes         # ... and what it is called
+    envelope: bytes
+
+    def seal(self, n: int, at: float, text: str, is_continued: bool) -> bytes: ...
+
+
 class Frames:
     """How packets of texts become datagrams: ``chat`` to their recipient, or ``save`` to the server.
 
@@ -654,6 +664,7 @@ class Frames:
     def __init__(self, me: str, peer: str, stream: int) -> None:
         self.me, self.peer, self.id = me, peer, stream
         self.account = Account()            # the owner's, at the server
+        self.letters: Sealing | None = None     # seals what goes to the server; None: it goes as it is
         self.times = SendTimes()
 
     def capacity(self, is_direct: bool) -> int:
@@ -662,12 +673,15 @@ class Frames:
         The number in ``more`` stands for any: ``sizes`` counts those behind the first.
         """
         sample = self._info(MAX_NUMBER, [], MAX_NUMBER, [MAX_NUMBER])
+        if self.account.is_sealed and not is_direct:
+            sample.update(envelope=bytes(ENVELOPE_BYTES), key=bytes(KEY_NAME_BYTES))
         header = self._chat(sample) if is_direct else self._save(sample, [], False)
         return MAX_DATAGRAM - (RECORD_EXTRA if self.account.is_sealed else 0) - len(header) - ARRAY_GROWTH
 
     def sizes(self, items: Sequence[str], first: int, continued: Collection[int], is_direct: bool) -> list[int]:
         """Return the most bytes that each of the items takes, which are numbered from ``first`` on."""
-        return text_sizes(items, first, continued, not is_direct)
+        more = 0 if is_direct else LETTER_EXTRA if self.account.is_sealed else TIME_SIZE
+        return text_sizes(items, first, continued, more)
 
     def chat(self, packet: Packet, stream: SendStream) -> bytes:
         """Return a packet as it goes to the recipient."""
@@ -676,7 +690,13 @@ class Frames:
     def save(self, packet: Packet, stream: SendStream, is_relay: bool) -> bytes:
         """Return a packet as it goes to the server; ``is_relay``: see ``Route``."""
         info = self._info(packet.first, packet.items, stream.base, self._more(packet, stream))
-        return self._save(info, self.times.of(packet), is_relay)
+        times, letters, continued = self.times.of(packet), self.letters, stream.continued
+        if letters is not None:
+            info.update(envelope=letters.envelope, key=letters.name, text=[
+                letters.seal(n, CONTINUES if n - 1 in continued else at, text, n in continued)
+                for n, (at, text) in enumerate(zip(times, packet.items), packet.first)])
+            times = []
+        return self._save(info, times, is_relay)
 
     def meet(self) -> bytes:
         """Return the question to the server to introduce us to the recipient."""

@@ -35,7 +35,7 @@ from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
 from home import EVENT_FORMATS, FOR_PEOPLE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
                   wake_up)
-from protocol import MAX_TEXT, are_short, clean, folded, split_text
+from protocol import BROKEN, DOUBTS, MAX_TEXT, are_short, clean, folded, split_text
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
     from editor import Action, EditorScreen, Prompt, StatusRow, Style
 
@@ -89,6 +89,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=(bool,)),
     "end": CommandSpec("end", works_offline=True, only_in_talk=True),
 }
+ABOUT_PEERS = frozenset(name for name, spec in COMMANDS.items() if spec.completes is Completion.PEERS)
 HELP_INDENT = 20    # columns before what a command does
 
 
@@ -165,7 +166,7 @@ class CommandReader:
     def __init__(self, reads_json: bool = False) -> None:
         self.talk = ""              # the nick that lines go to, or none
         self.ended = False          # nothing more will come
-        self.waiting: deque[str | SendCommand] = deque()    # of which ``next_command`` makes commands
+        self.waiting: deque[str | SendCommand | Command] = deque()      # of which ``next_command`` makes commands
         self._reads_json = reads_json
         self._limit = JSON_LIMIT if reads_json else LINE_LIMIT
         self._buffer = b""
@@ -252,6 +253,8 @@ class CommandReader:
     def next_command(self) -> Command:
         """Remove and return the next command."""
         line = self.waiting.popleft()
+        if isinstance(line, Command):
+            return line
         if isinstance(line, SendCommand):
             return Command(line)
         if isinstance(line, TypedLine):
@@ -332,6 +335,10 @@ FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fing
           "secure")     # of an event, in JSON
 
 
+UNPROVEN_LINE = "[Not proven to be from {sender}: {text}]"
+BROKEN_LINE = "[A message from {sender} is damaged.]"
+
+
 class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
@@ -373,6 +380,10 @@ class TextFormatter:
 
     def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent; ``via``: the route that it came by; ``is_secure``: see ``Display``."""
+        if received.proof in DOUBTS:
+            form = BROKEN_LINE if received.proof == BROKEN else UNPROVEN_LINE
+            lines = [self._error(form.format(sender=received.sender, text=clean(text))) for text in received.texts]
+            return "".join([f"{self._bell}{self._clock()}{line}\n" for line in lines])
         texts = received.texts
         if not "".join(texts).isprintable():
             texts = [clean(text) for text in texts]
@@ -426,9 +437,11 @@ class JsonFormatter(TextFormatter):
     def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent, an object each; ``via``: the route that it came by."""
         sent: Sequence[str | None] = [rfc3339(at) for at in received.times] or [None] * len(received.texts)
+        doubt = received.proof if received.proof in DOUBTS else None
         return "".join([
-            self._object("message", **{"from": received.sender}, to=self.nick, text=text,
-                         id=f"{received.stream}:{number}", via=via, sent=at, secure=is_secure)
+            self._object("unproven" if doubt else "message", **{"from": received.sender}, to=self.nick, reason=doubt,
+                         text="" if doubt == BROKEN else text, id=f"{received.stream}:{number}", via=via, sent=at,
+                         secure=is_secure)
             for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
     def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
@@ -527,7 +540,7 @@ class Display:
 
 CLOSINGS = (RECEIVED, SAVED, REFUSED)
 OWN_REFUSALS = ("not-secure", "key-changed")        # our own: the message does not go out at all
-REFUSALS = ("unknown", "full", "disk", *OWN_REFUSALS)       # that have a line of their own
+REFUSALS = ("unknown", "full", "disk", "key", *OWN_REFUSALS)        # that have a line of their own
 WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that it does
 WAITS_SHOWN = 3           # recipients named there, at most
 
@@ -745,6 +758,7 @@ class ChatClient(Protocol):
     def quit(self) -> None: ...                             # go offline, and end
     def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
+    def check_table(self) -> None: ...                      # before the next command
 
 
 class Shell:
@@ -763,6 +777,7 @@ class Shell:
         self.has_ended = False      # nothing more will come from stdin
         self._client, self._display, self._receipts, self._queue = client, display, receipts, queue
         self._is_closed = False
+        self._checked = ""          # a nick that is not in the table, as the server has been asked
         self._reader = CommandReader(display.formatter.is_for_programs)
         self.waiting = self._reader.waiting     # what was read and not carried out
         self._methods: dict[str, Callable[..., None]] = {       # of the commands in ``COMMANDS``, but for ``send``
@@ -830,6 +845,10 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
+            if self._is_to_be_checked(command):
+                self.waiting.appendleft(command._replace(echo=""))
+                self._client.check_table()
+                return
             if command.send is not None:
                 if not self._do_send(command.send):
                     return
@@ -838,6 +857,16 @@ class Shell:
                 self._display.tell("object", line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
+
+    def _is_to_be_checked(self, command: Command) -> bool:
+        """Return whether a command names somebody who is not in our table: perhaps the server's has a newcomer."""
+        nick = command.send.nick if command.send is not None else ""
+        if len(command.words) == 2 and command.words[0] in ABOUT_PEERS:
+            nick = command.words[1]
+        is_new = bool(nick) and nick != self._checked and not self._client.is_offline and (
+            self._client.spelling_of(nick) is None)
+        self._checked = nick if is_new else ""
+        return is_new
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""

@@ -68,7 +68,7 @@ import udpchat    # noqa: E402
 from loop import SelectorLoop    # noqa: E402
 from conversation import DIRECT, QUEUE_LIMIT, Conversation    # noqa: E402
 from protocol import FOR_SIZE, ONLINE, RECORD_MARK, Decoder, Info, Page, Place, Table    # noqa: E402
-from protocol import addressed, encode, letters_of, padded, since_of    # noqa: E402
+from protocol import addressed, encode, letters_of, opened_plain, padded, since_of    # noqa: E402
 from secure import MAPS, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
 from home import show_time    # noqa: E402
@@ -909,7 +909,7 @@ class Swarm:
     def _on_mail(self, member: Member, info: Info) -> None:
         if member.mail is None or member.mail.id != info["stream"]:
             member.mail = ReceiveStream(info["stream"])
-        member.mail.on_data(info["n"], *letters_of(info), info["base"])
+        member.mail.on_data(info["n"], *letters_of(info, opened_plain), info["base"])
         member.mail.advance(info["base"])
         for run in member.mail.take():
             self.shown += 1 if run.more else len(run.items)

@@ -40,14 +40,14 @@ import msgpack
 import protocol
 from client import Client
 from conversation import RECEIVED, REFUSED, SAVED, Event
-from home import ERROR, EVENT_FORMATS, INFO, Mailbox
+from home import ERROR, EVENT_FORMATS, INFO, Known, Mailbox
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import RECORD_MARK, Address, State, clean, encode
+from protocol import RECORD_MARK, Address, Parcel, State, clean, encode
 from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
 from secure import Handshake, KeyPair, Keys, Sodium, load_sodium, static_secret, token_for
 from server import Server
 from stream import NEVER
-from terminal import Display, JsonFormatter, Observer
+from terminal import UNPROVEN_LINE, Display, JsonFormatter, Observer
 from udpchat import NICK_PATIENCE
 
 START = 1000.0            # s; where the virtual clock begins
@@ -471,10 +471,23 @@ class ServerNode(Node):
         registry, keys = Registry(mailbox, mailbox_limit=world.mailbox), None
         if world.encrypts:
             keys = world.keys(mailbox.server_secret(world.new_secret()))
+            self._watch_mail(registry)
         self.server = Server(self.loop, self.send, registry, keys=keys)
         world.trace("%s starts", self.name)
         self.server.start()
         self.wake(world.now)
+
+    @staticmethod
+    def _watch_mail(registry: Registry) -> None:
+        """Raise Violation when something is kept in plain that its sender could have sealed."""
+        keep = registry.mailbox.keep
+
+        def watched(known: Known, sender: str, stream: int, parcel: Parcel) -> None:
+            session = registry.sessions.of(sender)
+            if known.key and session is not None and session.key and not parcel.seal:
+                raise Violation(f"{sender} has mail in plain for {known.nick}")
+            keep(known, sender, stream, parcel)
+        registry.mailbox.keep = watched     # type: ignore[method-assign]
 
     def receive(self, datagram: bytes, source: Address) -> None:
         """Hand a datagram to the server."""
@@ -757,6 +770,8 @@ class Life(Node):
             self._offline = False
         elif line == "[Server not responding]" and self.world.healthy_since < self.world.now - HEALING_TIME:
             raise Violation(f"{self.name} calls the server silent, though nothing is broken")
+        elif line.startswith("[Not proven to be from ") or line.endswith(" is damaged.]"):
+            raise Violation(f"{self.name} doubts what somebody has really said: {line[:80]}")
         elif "is taken.]" in line or "belongs to someone else.]" in line:
             self.world.refusals.append((self.name, line))
         found = CHAT_LINE.fullmatch(line)
@@ -769,6 +784,8 @@ class Life(Node):
         """Return an object as the line that others get for it."""
         if found["type"] == "message":
             return f"{found['from']}: {clean(found['text'])}"
+        if found["type"] == "unproven":
+            return UNPROVEN_LINE.format(sender=found["from"], text=clean(found["text"]))
         names = [name for name, form in EVENT_FORMATS.items()
                  if (form.type, form.reason) == (found["type"], found.get("reason"))]
         if not names:

@@ -222,24 +222,27 @@ SEEN = {"right": 1.79e9, "a year late": 1.79e9 - YEAR, "a year early": 1.79e9 + 
         "before 1970": -1e6}
 
 
-WITHOUT_KEYS = home.TABLES.replace(", key BLOB,\n    proof BLOB", "")      # as format 1 and 2 had the tables
+FORMAT_3 = home.TABLES.replace(" key BLOB, envelope BLOB,\n   ", "")       # the tables of old stores
+WITHOUT_KEYS = FORMAT_3.replace(", key BLOB,\n    proof BLOB", "")         # as format 1 and 2 had them
 
 
-def old_store(path: Path, latest: float, crashed: bool = False) -> None:
-    """Make a store of format 1. a, b, c, d were seen in this order, a day between two; e was online at the end.
+def old_store(path: Path, latest: float, crashed: bool = False, form: int = 1, tables: str = WITHOUT_KEYS) -> None:
+    """Make a store of an old format. a, b, c, d were seen in this order, a day between two; e was online at the end.
 
     ``latest``: when d was seen; e was longest ago. ``crashed``: the server has left its log behind.
     """
     db = sqlite3.connect(path, isolation_level=None)
-    for statement in (f"PRAGMA application_id = {home.APPLICATION_ID}", "PRAGMA user_version = 1",
-                      *WITHOUT_KEYS.split(";"), "PRAGMA journal_mode = WAL"):
+    for statement in (f"PRAGMA application_id = {home.APPLICATION_ID}", f"PRAGMA user_version = {form}",
+                      *tables.split(";"), "PRAGMA journal_mode = WAL"):
         db.execute(statement)
     db.execute("INSERT INTO meta VALUES ('server', ?)", (SERVER,))
+    if form > 1:
+        db.execute("INSERT INTO meta VALUES ('uptime', ?)", (latest,))
     for number, nick in enumerate("cadbe", 1):
         days = "edcba".index(nick) if nick != "e" else 9
         seen = latest - days * DAY
-        db.execute("INSERT INTO nicks VALUES (?, ?, '192.0.2.1', 5000, ?, NULL, ?, 1, 0)",
-                   (number, nick, nick == "e", seen))
+        db.execute("INSERT INTO nicks (id, nick, host, port, online, owner, seen, first, last)"
+                   " VALUES (?, ?, '192.0.2.1', 5000, ?, NULL, ?, 1, 0)", (number, nick, nick == "e", seen))
         db.execute("INSERT INTO streams VALUES (?, 1, 5, ?)", (nick, seen))
     db.execute("UPDATE nicks SET last = 1, owner = ? WHERE nick = 'a'", (hash_of(b"a" * 32),))
     db.execute("INSERT INTO mail VALUES (2, 1, 1, 'b', 1, 4, '[\"hello\"]', '[1.0]', '', 1, 5)")
@@ -260,6 +263,24 @@ def rows(path: Path) -> tuple[int, list[tuple[str, float]]]:
              db.execute("SELECT nick, seen FROM nicks ORDER BY seen").fetchall())
     db.close()
     return found
+
+
+@pytest.mark.parametrize("form, tables", [(1, WITHOUT_KEYS), (2, WITHOUT_KEYS), (3, FORMAT_3)])
+def test_the_mail_of_an_old_store_is_there_in_plain_and_letters_lie_beside_it(
+        path: Path, form: int, tables: str) -> None:
+    old_store(path, 0.0, form=form, tables=tables)
+    seal, letter = (b"k" * 32, b"e" * 48), b"sealed" * 10
+    for number in range(2):
+        box = Mailbox(str(path), SERVER)
+        known = box.known["a"]
+        if not number:
+            box.keep(known, "b", 1, Parcel(5, [letter], [0.0], (), seal))
+            known.key = b"K" * 32
+            box.changed(known)
+            assert box.commit(0.0)
+        assert box.fetch(known, 1, 9) == [["b", 1, 4, 1.0, "hello", False, ()], ["b", 1, 5, 0.0, letter, False, seal]]
+        box.close()
+    assert rows(path)[0] == home.STORE_FORMAT
 
 
 @pytest.mark.parametrize("crashed", [False, True])

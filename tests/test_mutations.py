@@ -14,8 +14,8 @@ from client import ServerLink
 from conversation import Delivery, Inbox
 from loop import Output
 from protocol import SESSION_SIZE, Address, Table, encode, padded
-from registry import Committer, Session, TableSync
-from secure import CipherState, Peers
+from registry import Committer, Registry, Session, TableSync
+from secure import CipherState, KeyPair, Letters, Peers, SealedMail, Sodium
 from server import Postman, Server
 from stream import ReceiveStream, SendStream
 from terminal import Shell
@@ -180,10 +180,30 @@ def speaks_in_plain_while_there_is_no_channel(patch: pytest.MonkeyPatch) -> None
     patch.setattr(Peers, "send", send)
 
 
+def seals_all_streams_with_one_secret(patch: pytest.MonkeyPatch) -> None:
+    """Use one ephemeral key for all streams, so that those for one recipient share the key of their letters."""
+    seal = Letters.to
+
+    def to(sodium: Sodium, static: KeyPair, recipient: bytes, prologue: bytes, secret: bytes) -> Letters:
+        return seal(sodium, static, recipient, prologue, b"e" * 32)
+    patch.setattr(Letters, "to", to)
+
+
+def gives_the_server_texts_that_it_can_read(patch: pytest.MonkeyPatch) -> None:
+    """Seal nothing, and keep it all the same."""
+    patch.setattr(SealedMail, "seal", lambda self, frames: "")
+    patch.setattr(Registry, "key_of", lambda self, nick: b"")
+
+
+def takes_a_piece_for_a_whole_text(patch: pytest.MonkeyPatch) -> None:
+    """Give each piece of a text the time of the text."""
+    patch.setattr("stream.CONTINUES", 5.0)
+
+
 # each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 0,
-    acks_before_it_commits: 12,
+    acks_before_it_commits: 22,
     takes_a_failed_commit_for_done: 39,
     counts_a_partial_write_as_whole: 0,
     deletes_mail_when_it_is_sent: 10,
@@ -201,6 +221,9 @@ FAULTS: dict[Patch, int] = {
     uses_a_nonce_twice: 1,
     takes_what_somebody_who_encrypts_says_in_plain: 1,
     speaks_in_plain_while_there_is_no_channel: 1,
+    seals_all_streams_with_one_secret: 1,
+    gives_the_server_texts_that_it_can_read: 1,
+    takes_a_piece_for_a_whole_text: 1,
 }
 
 

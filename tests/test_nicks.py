@@ -392,8 +392,12 @@ def test_nicks_that_look_alike_in_an_old_store_keep_working_and_no_other_comes(c
     assert refused.wait() == 1 and refused.lines[0] == "[Nickname BOB belongs to someone else.]"
     assert chat.client("\u0430lice").finish() == 0
     sender = chat.complete("send", "bob,Bob", "both", "--server", f"127.0.0.1:{chat.port}", "--nick", "eve",
-                           environment={"XDG_STATE_HOME": str(chat.directory / "eve")})
+                           "--secure", "off", environment={"XDG_STATE_HOME": str(chat.directory / "eve")})
     assert sorted(sender.lines) == sorted([is_offline("bob"), SAVED, received("Bob")])
+    sender = chat.complete("send", "bob,Bob", "both", "--server", f"127.0.0.1:{chat.port}", "--nick", "mallory",
+                           environment={"XDG_STATE_HOME": str(chat.directory / "mallory")})
+    other_key = "[The key of Bob has changed, message not sent.]"
+    assert sorted(sender.lines) == sorted([is_offline("bob"), SAVED, other_key]), "its first key counts for all"
     small.feed("reg bob\n")
     small.see(MAIL_NOTICE)
 

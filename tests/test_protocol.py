@@ -49,6 +49,8 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "dereg": {"session": SESSION},
     "bye": {"session": SESSION},
 }
+LETTER, ENVELOPE = b"x" * 26, b"e" * 48
+SEALED_SAVE = {**EXAMPLES["save"], "text": [LETTER, LETTER], "at": [], "envelope": ENVELOPE, "key": b"k" * 8}
 FIELDS = [(tag, field) for tag, info in EXAMPLES.items() for field in info]
 REQUIRED_FIELDS = [(tag, field) for tag, fields in protocol.REQUIRED.items() for field in fields]
 OF_EVERY_TYPE: list[Any] = [None, True, 7, 1.5, "bob", SESSION, [], {}]
@@ -84,7 +86,7 @@ def without(info: Info, field: str) -> Info:
 def test_the_examples_name_every_tag_and_field() -> None:
     known = {(tag, name) for table in (protocol.REQUIRED, protocol.OPTIONAL)
              for tag, fields in table.items() for name in fields}
-    assert set(FIELDS) == known
+    assert {*FIELDS, *(("save", name) for name in SEALED_SAVE)} == known
 
 
 @pytest.mark.parametrize("tag", EXAMPLES)
@@ -162,6 +164,30 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("save", {"at": [1.0]}, False),
     ("save", {"at": [1.0, 2]}, False),
     ("save", {"at": [1.0, float("inf")]}, True),
+    ("save", SEALED_SAVE, True),
+    ("save", {**SEALED_SAVE, "at": [1.0, 2.0]}, False),
+    ("save", {**SEALED_SAVE, "text": ["hi", "ho"]}, False),
+    ("save", {**SEALED_SAVE, "text": [LETTER, "ho"]}, False),
+    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 23]}, False),
+    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 24]}, True),
+    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 792]}, True),
+    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 793]}, False),
+    ("save", {**SEALED_SAVE, "text": [LETTER] * 1024}, True),
+    ("save", {**SEALED_SAVE, "text": [LETTER] * 1025}, False),
+    ("save", {**SEALED_SAVE, "more": [7]}, False),
+    ("save", {**SEALED_SAVE, "envelope": ENVELOPE[1:]}, False),
+    ("save", {**SEALED_SAVE, "key": b"k" * 7}, False),
+    ("save", {"key": b"k" * 8}, False),
+    ("save", {"envelope": ENVELOPE}, False),
+    ("save", {"text": [LETTER, LETTER]}, False),
+    ("save", {"envelope": ENVELOPE, "text": [LETTER, LETTER], "at": []}, False),
+    ("chat", {"text": [LETTER, LETTER]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, ["hi"], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], ENVELOPE, TOKEN]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN, ENVELOPE, 1]]}, False),
     ("ack", {"have": [[1, 1]] * 32}, True),
     ("ack", {"have": [[1, 1]] * 33}, False),
     ("ack", {"have": [[2, 1]]}, False),
@@ -365,14 +391,15 @@ LETTERS_KEPT = st.lists(st.tuples(st.sampled_from(["bob", "a" * 32, "é" * 32]),
 
 @given(LETTERS_KEPT, st.integers(1, 30))
 def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_counted(
-        kept: list[tuple[str, int, int, float, str, bool]], start: int) -> None:
+        plain: list[tuple[str, int, int, float, str, bool]], start: int) -> None:
+    kept = [(*letter, ()) for letter in plain]
     start = min(start, len(kept)) - 1           # where the datagram begins: within a run, maybe
     sizes, sent = protocol.mail_sizes(kept)[start:], kept[start:]
     info = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": protocol.mail_runs(sent)}
     datagram = encode("mail", info)
     (_, found), = decode(datagram)
-    letters, more = protocol.letters_of(found)
-    assert letters == [letter[:5] for letter in sent]
+    letters, more = protocol.letters_of(found, protocol.opened_plain)
+    assert letters == [(*letter[:5], protocol.UNSEALED) for letter in sent]
     assert more == [number for number, letter in enumerate(sent, 5) if letter[5]]
     empty = len(encode("mail", {**info, "items": []}))
     assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + sum(sizes)

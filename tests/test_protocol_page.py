@@ -215,6 +215,7 @@ MOST = 2 ** 63 - 1
 CHAT: dict[str, Any] = {"from": "alice", "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"]}
 SAVE: dict[str, Any] = {"session": bytes(16), "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"],
                         "at": [1.5, 1.5], "relay": False}
+SEALED = {**SAVE, "text": [bytes(24), bytes(792)], "at": [], "envelope": bytes(48), "key": bytes(8)}
 MAIL: dict[str, Any] = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": []}
 ACK: dict[str, Any] = {"stream": 7, "next": 1, "have": [], "room": 0}
 
@@ -237,8 +238,11 @@ CASES: dict[tuple[str, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]] 
     ("save", "n <= 2^63-1 - count"): ([{**SAVE, "n": MOST - 2}], [{**SAVE, "n": MOST - 1}]),
     ("save", "n <= each of more < n + count"): (
         [{**SAVE, "more": [5, 6]}, {**SAVE, "more": []}], [{**SAVE, "more": [4]}, {**SAVE, "more": [5, 7]}]),
-    ("save", "length of at = length of text"): (
+    ("save", "length of at = length of text, without envelope"): (
         [SAVE], [{**SAVE, "at": [1.5]}, {**SAVE, "at": [1.5] * 3}, {**SAVE, "at": []}]),
+    ("save", "with envelope, and only then: key, letters, no at"): (
+        [SEALED], [{**SEALED, "at": [1.5, 1.5]}, {**SEALED, "text": ["a", "b"]}, {**SAVE, "key": bytes(8)},
+                   {**SAVE, "text": SEALED["text"]}, {**SAVE, "envelope": bytes(48)}]),
     ("mail", "base <= n"): (
         [{**MAIL, "items": [run(1, 1)]}], [{**MAIL, "items": [run(1, 1)], "base": 6}]),
     ("mail", "n <= 2^63-1 - count"): (

@@ -19,7 +19,7 @@ from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_MARK, REG_SIZE, S
 from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLOS_PER_ADDRESS, HELLOS_PER_NICK,
                       HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Sodium, bind_proof, hash_of,
-                    hello_prologue, load_sodium, static_secret, token_for)
+                    hello_prologue, load_sodium, name_of_key, static_secret, token_for)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping
@@ -432,7 +432,8 @@ def test_mail_is_acked_in_the_channel_alone() -> None:
     alice, bob = Visitor(server, "alice", 1).online(), Visitor(server, "bob", 2, secret=b"b" * 32).online()
     bob.say(padded("dereg", {"session": bob.info["session"]}, SESSION_SIZE))
     alice.say(encode("save", {"session": alice.info["session"], "to": "bob", "stream": 7, "n": 1, "base": 1,
-                              "text": ["hi"], "at": [1.5], "relay": False}))
+                              "text": [bytes(26)], "at": [], "relay": False, "envelope": bytes(48),
+                              "key": name_of_key(bob.keys.pair.public)}))
     assert server.registry.mailbox.known["bob"].waiting == 1
     again = Visitor(server, "bob", 2, secret=b"b" * 32)
     assert again.join() == "welcome"
