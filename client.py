@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Outbox
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -35,7 +35,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import Display, KnownClient, Observer, Receipts, SendCommand, Shell
+from terminal import Display, KnownClient, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -406,8 +406,9 @@ class Sending:
             return
         now = self._loop.now()
         if outbox.due() <= now:
-            peers = self._peers if link.connection.channel is not None else None
-            guard = self._refusal if peers is not None else None
+            is_sealed = link.connection.channel is not None
+            peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
+            guard = mail.refusal if mail is not None else None
             for conversation, datagrams in outbox.poll(now, self._loop.drained, guard):
                 if peers is not None and datagrams and not self._is_secret(conversation):
                     self._exposed[conversation.peer] = conversation.stream.top
@@ -421,12 +422,6 @@ class Sending:
             self._timer.set(outbox.due())
         if outbox.with_events:
             self.tell_events()
-
-    def _refusal(self, conversation: Conversation) -> str:
-        """Return why nothing may be sent in a conversation, "" if it may; have sealed what goes to the server."""
-        assert self._peers is not None and self._mail is not None
-        refusal = self._peers.refusal(conversation.peer)
-        return refusal or (self._mail.seal(conversation.frames) if conversation.route is not DIRECT else "")
 
     def _is_secret(self, conversation: Conversation) -> bool:
         """Return whether nobody but the recipient can read what goes out in a conversation."""
@@ -831,6 +826,7 @@ class Client:
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
+        self.check_table = self.table_sync.check
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._next_turn = RestartableTimer(loop, wake_up)
@@ -1056,10 +1052,6 @@ class Client:
         if nick in self.table_sync.table.entries:       # most are: this call is enough for them
             return nick
         return self.table_sync.table.spelling_of(nick)
-
-    def check_table(self) -> None:
-        """Ask the server whether there is somebody whom we do not know; no command is carried out before it answers."""
-        self.table_sync.check()
 
     @property
     def wants_input(self) -> bool:

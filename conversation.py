@@ -110,8 +110,8 @@ class Event(NamedTuple):
     relayed: bool = False
 
 
-# returns why nothing may be sent in a conversation on its route, "" if it may; sees to it that letters can be sealed
-Guard = Callable[["Conversation"], str]
+# returns why nothing may be sent (straight to the recipient, or to the server), "" if it may; has letters sealed
+Guard = Callable[[Frames, bool], str]
 NACK_REASONS = frozenset(("unknown", "full", "disk", "key"))    # of the server, all others count as "disk"
 
 
@@ -315,7 +315,7 @@ class Conversation:
         if drained and now >= self._judge_at:
             self._judge(now)
             self._judge_at = self._next_judgement()
-        reason = guard(self) if guard is not None else ""
+        reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
         if reason:
             self._refuse_all(now, reason)
             return []
@@ -720,6 +720,19 @@ class Outbox:
             self._count(conversation)
             if not conversation.counted.numbers:
                 self._sending.pop(nick, None)
+
+
+class Observer:
+    """Sees what becomes of messages, before the user is told; for tests, which override what they need."""
+
+    def on_event(self, nick: str, event: Event) -> None:
+        """Something has happened to messages for ``nick``; its lines follow."""
+
+    def on_unknown(self, nick: str, count: int) -> None:
+        """``count`` texts were refused before they were queued: the recipient is not known."""
+
+    def on_too_long(self, nick: str) -> None:
+        """A text was refused before it was queued: it is too long."""
 
 
 # --- two who are behind routers -------------------------------------------------------------------------------

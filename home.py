@@ -412,6 +412,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),
     "registered-already": EventFormat("[You are registered already.]", NEWS, "error", "registered-already"),
 }
+UNPROVEN_LINE, BROKEN_LINE = "[Not proven to be from {sender}: {text}]", "[A message from {sender} is damaged.]"
 # reasons of refusals, and what is told of them: all others as "taken"
 REGISTRATION_REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts",
                          "secure": "must-encrypt", "insecure": "server-insecure", "key-changed": "server-key-changed"}

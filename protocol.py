@@ -493,6 +493,24 @@ def index_of(datagram: bytes) -> bytes | None:
     return datagram[2:INDEX_END] if is_record else None
 
 
+# what handshakes of Noise are bound to; spellings of one nick are the same
+
+def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
+    """Return what a handshake between client and server is bound to."""
+    return encode("udpchat hello 1", {"server": server_id, "id": request, "cookie": cookie})
+
+
+def offer_prologue(server_key: bytes, called: str, id_: int) -> bytes:
+    """Return what a handshake between two clients is bound to."""
+    return encode("udpchat offer 1", {"server": server_key, "to": folded(called), "id": id_})
+
+
+def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int) -> bytes:
+    """Return what the letters of a stream are bound to."""
+    return encode("udpchat mail 1", {"server": server_key, "from": folded(sender), "to": folded(recipient),
+                                     "stream": stream})
+
+
 # --- what may be shown ----------------------------------------------------------------------------------------
 
 # what could forge a line or drive a terminal: C0 but the tab, DEL, C1, line separators, bidi controls; and surrogates

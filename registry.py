@@ -39,10 +39,10 @@ from typing import Protocol
 from home import Known, Mailbox
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Mirror,
-                      Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded, mixes_scripts,
-                      network_of, since_of, size_of)
-from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hello_prologue,
-                    is_bind_proof, is_hash_of, read_map)
+                      Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
+                      mixes_scripts, network_of, since_of, size_of)
+from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, is_bind_proof, is_hash_of,
+                    read_map)
 
 
 # --- copies of the table --------------------------------------------------------------------------------------

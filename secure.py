@@ -39,7 +39,6 @@ The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from itertools import repeat
 from typing import Any
@@ -49,7 +48,8 @@ from loop import NEVER, Endpoint, log
 from stream import Frames
 from protocol import (BROKEN, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES, NO_NICK,
                       OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address, Decoder, Info,
-                      Opened, ReplayWindow, encode, folded, index_of, is_private, padded)
+                      Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private, letter_prologue,
+                      offer_prologue, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -210,11 +210,7 @@ class Connection:
             return None
 
 
-# --- the server's side ----------------------------------------------------------------------------------------
-
-
-CALLS_PER_SECOND = 20     # to one client, at most
-
+# --- limits ---------------------------------------------------------------------------------------------------
 
 class RateLimit:
     """How often something may happen in a second: for each key, and for all of them together."""
@@ -240,11 +236,6 @@ class RateLimit:
 
 
 FAILURES = 200            # a second, in all: each costs as much as twenty datagrams
-
-
-def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
-    """Return what a handshake between client and server is bound to."""
-    return encode("udpchat hello 1", {"server": server_id, "id": request, "cookie": cookie})
 
 
 # --- between clients ------------------------------------------------------------------------------------------
@@ -489,7 +480,8 @@ class Peers:
             del peer.waiting[:-1]       # they have waited too long: they are repeated, or have gone another way
         peer.key = key
         id_, index = self._new_id(), self._keys.new_index(self._by_index)
-        noise = HandshakeState(self._keys.sodium, "IK", True, self._prologue(peer.nick, id_), self._keys.pair, key)
+        prologue = offer_prologue(self.server_key, peer.nick, id_)
+        noise = HandshakeState(self._keys.sodium, "IK", True, prologue, self._keys.pair, key)
         try:
             message = noise.write(padded("greet", {"from": self.me, "index": index}, GREET_SIZE), self._keys.random())
         except Forged:      # this key was made up
@@ -499,15 +491,13 @@ class Peers:
         self._offers[id_] = peer
         return peer.offer
 
-    def _prologue(self, to: str, id_: int) -> bytes:
-        return encode("udpchat offer 1", {"server": self.server_key, "to": folded(to), "id": id_})
-
     def on_offer(self, info: Info, address: Address) -> bool:
         """Answer somebody who wants a channel; return False if the table does not agree with the offer."""
         now = self._now()
         if self._failures.is_reached(now, "") or not self._reads.allows(now, f"{address}"):
             return True
-        noise = HandshakeState(self._keys.sodium, "IK", False, self._prologue(self.me, info["id"]), self._keys.pair)
+        prologue = offer_prologue(self.server_key, self.me, info["id"])
+        noise = HandshakeState(self._keys.sodium, "IK", False, prologue, self._keys.pair)
         greet = read_map(noise, info["message"], "greet")
         if greet is None:
             self._failures.allows(now, "")
@@ -1012,12 +1002,6 @@ LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one fir
 NO_LETTER = (0.0, "", BROKEN)           # stands for one that cannot be opened
 
 
-def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int) -> bytes:
-    """Return what the letters of a stream are bound to. Spellings of one nick are the same."""
-    return encode("udpchat mail 1", {"server": server_key, "from": folded(sender), "to": folded(recipient),
-                                     "stream": stream})
-
-
 class Letters:
     """Seals and opens the texts of one stream that wait at the server, with a key made by Noise_K for this stream.
 
@@ -1077,16 +1061,16 @@ class SealedMail:
     def __init__(self, keys: Keys, peers: Peers, must_encrypt: bool, has_own_key: bool) -> None:
         """``has_own_key``: our nick is bound to our key, so others seal what they send us."""
         self._keys, self._peers, self._must_encrypt, self._has_own_key = keys, peers, must_encrypt, has_own_key
-        self._opening: OrderedDict[tuple[str, int, bytes, bytes], Letters | None] = OrderedDict()
+        self._opening: dict[tuple[str, int, bytes, bytes], Letters] = {}
 
-    def _prologue(self, sender: str, recipient: str, stream: int) -> bytes:
-        return letter_prologue(self._peers.server_key, sender, recipient, stream)
-
-    def seal(self, frames: Frames) -> str:
-        """Have the datagrams for the server sealed; return why they may not go out, "" if they may."""
+    def refusal(self, frames: Frames, is_direct: bool) -> str:
+        """Return why nothing may be sent to somebody, "" if it may; have what goes to the server sealed."""
+        reason = self._peers.refusal(frames.peer)
+        if reason or is_direct:
+            return reason
         key, letters = self._peers.bound_key_of(frames.peer), frames.letters
         if letters is None or letters.key != key:
-            prologue = self._prologue(self._peers.me, frames.peer, frames.id)
+            prologue = letter_prologue(self._peers.server_key, self._peers.me, frames.peer, frames.id)
             try:
                 letters = Letters.to(self._keys.sodium, self._keys.pair, key, prologue, self._keys.random())
                 self._peers.remember(frames.peer, key)
@@ -1102,28 +1086,24 @@ class SealedMail:
         if not seal:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
-        letters, key = self._letters(sender, stream, *seal), seal[0]
+        found, key = [NO_LETTER] * len(texts), seal[0]
         proof = SEALED if key == (expected or key) else OTHER_KEY
-        found = []
-        for n, letter in enumerate(texts, first):
+        for index, letter in enumerate(texts):
             try:
-                found.append((*letters.open(n, letter, n in more), proof) if letters is not None else NO_LETTER)
+                letters = self._letters(sender, stream, *seal)
+                found[index] = *letters.open(first + index, letter, first + index in more), proof
             except Forged:
-                found.append(NO_LETTER)
-        if proof == SEALED and found[0] is not NO_LETTER:
+                pass
+        if found[0][2] == SEALED:
             self._peers.remember(sender, key)
         return tuple(zip(*found))       # type: ignore[return-value]
 
-    def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters | None:
-        """Return what opens the letters of a stream, None if nothing does."""
-        name = sender, stream, key, envelope
+    def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters:
+        """Return what opens the letters of a stream. Raise Forged if nothing does."""
+        name, peers = (sender, stream, key, envelope), self._peers
         if name not in self._opening:
-            try:
-                self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key,
-                                                 self._prologue(sender, self._peers.me, stream), envelope)
-            except Forged:
-                self._opening[name] = None
+            prologue = letter_prologue(peers.server_key, sender, peers.me, stream)
+            self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key, prologue, envelope)
             if len(self._opening) > LETTERS_OPEN:
-                self._opening.popitem(last=False)
-        self._opening.move_to_end(name)
+                del self._opening[next(iter(self._opening))]
         return self._opening[name]

@@ -25,12 +25,10 @@ The parts
 
 How a datagram passes
 ---------------------
-``Server.receive`` opens it first if it is a record: in a session with a channel, only what comes in that counts. Then
-it decodes it, and looks up the tag of each message in it. A message that speaks for a session (``ping``, ``sync``,
-``save``, ``meet``) is handed on together with that session, if it comes from where the session is known to be. If it
-comes from elsewhere, the ``Prober`` asks there. ``reg``, ``hello``, ``alive``, ``ack`` and ``dereg`` can come from
-anybody: their handlers check for themselves. Most only note what is to be done: texts of a ``save`` are put in order,
-the version of a ``sync`` is noted. The work is done once, at the end of the turn, however many datagrams have asked.
+``Server.receive`` opens a record, decodes, and looks up the tag of each message. One that speaks for a session is
+handed on with that session if it comes in its channel, from where the session is known to be; if it comes from
+elsewhere, the ``Prober`` asks there. The handlers of others check for themselves. Most only note what is to be done:
+the work is done once, at the end of the turn, however many datagrams have asked.
 
 One turn
 --------
@@ -60,7 +58,7 @@ from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_addr
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
                       Committer, Cookies, Hello, Hellos, Refusal, Registry, ReplyLimit, Session)
-from secure import CALLS_PER_SECOND, Channel, Forged, Keys, RateLimit, name_of_key
+from secure import Channel, Forged, Keys, RateLimit, name_of_key
 from stream import ReceiveStream, Run, SendStream
 
 
@@ -275,9 +273,7 @@ class Probe:
     __slots__ = ("id", "nick", "address", "session", "deadline", "saves", "claims")
 
     def __init__(self, id_: int, nick: str, address: Address, session: Session | None, now: float) -> None:
-        self.id = id_
-        self.nick = nick
-        self.address = address
+        self.id, self.nick, self.address = id_, nick, address
         self.session = session      # None: the nick was online there before the server was restarted
         self.deadline = now + PROBE_TIMEOUT
         self.saves: dict[int, tuple[SaveStream, int]] = {}    # stream -> who waits, for which number
@@ -437,9 +433,7 @@ class SaveStream:
     __slots__ = ("session", "to", "stream", "relay", "kept", "last_count", "nacks")
 
     def __init__(self, session: Session, to: str, stream: ReceiveStream) -> None:
-        self.session = session
-        self.to = to
-        self.stream = stream
+        self.session, self.to, self.stream = session, to, stream
         self.relay = False
         self.kept = 0           # numbers that wait for the commit
         self.last_count = 0     # numbers that the keeper has counted as waiting here
@@ -472,9 +466,7 @@ class Keeper:
         self.early = 0                                          # numbers that wait in ``streams`` ...
         self._with_early: dict[SaveStream, None] = {}           # ... in these; longest silent first
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
-        self._drops = drops
-        self._prober = prober
-        self._mail_waits = mail_waits
+        self._drops, self._prober, self._mail_waits = drops, prober, mail_waits
 
     def on_save(self, session: Session, info: Info) -> None:
         """Put messages in order; they are kept at the end of the turn."""
@@ -551,13 +543,13 @@ class Keeper:
 
     def _keep_run(self, save: SaveStream, run: Run) -> bool:
         """Keep a run as far as it may be kept; return whether all of it was."""
-        first = run.first
-        for seal, group in itertools.groupby(run.items, itemgetter(2)):
-            texts, times, _ = zip(*group)
-            if run.more and len(texts) < len(run.items):    # some pieces of one text are sealed: it will be repeated
-                save.stream.give_back(first)
-                return False
-            if not self._keep_part(save, Parcel(first, texts, self._plausible(times), run.more, seal[:2]), seal[2:]):
+        first, parts = run.first, [list(group) for _, group in itertools.groupby(run.items, itemgetter(2))]
+        if run.more and len(parts) > 1:     # one text, of which only some is sealed: its sender repeats it
+            save.stream.give_back(first)
+            return False
+        for texts, times, seals in (zip(*part) for part in parts):
+            parcel = Parcel(first, texts, self._plausible(times), run.more, seals[0][:2])
+            if not self._keep_part(save, parcel, seals[0][2:]):
                 return False
             first += len(texts)
         return True
@@ -680,12 +672,8 @@ class Postman:
     def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue, drops: Drops,
                  heard: Callable[[Session], None]) -> None:
         self.streams: dict[bytes, MailStream] = {}      # by the id of the session
-        self.loaded = 0                                 # numbers of mail in memory
-        self.registry = registry
-        self._loop = loop
-        self._send_queue = send_queue
-        self._drops = drops
-        self._heard = heard
+        self.loaded, self.registry = 0, registry        # numbers of mail in memory
+        self._loop, self._send_queue, self._drops, self._heard = loop, send_queue, drops, heard
         self._by_stream: dict[int, MailStream] = {}
         self._due: dict[bytes, None] = {}               # ids of the sessions to be looked at in this turn
 
@@ -903,6 +891,7 @@ class Announcer:
 
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
 NOTICE_SLICE = 10         # datagrams in each: 500 a second
+CALLS_PER_SECOND = 20     # to one client, at most
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 
 
@@ -916,9 +905,7 @@ class Server:
     def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
                  nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES,
                  keys: Keys | None = None, must_encrypt: bool = False) -> None:
-        self.loop = loop
-        self.registry = registry
-        self.nick_lapse = nick_lapse
+        self.loop, self.registry, self.nick_lapse = loop, registry, nick_lapse
         self.decoder = Decoder()
         self.boot = new_id(loop)        # another one in each run of the server
         self.drops: Drops = dict.fromkeys(Drop, 0)

@@ -31,8 +31,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event
-from home import EVENT_FORMATS, FOR_PEOPLE, as_json, rfc3339, show_time
+from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event, Observer
+from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, UNPROVEN_LINE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
                   wake_up)
 from protocol import BROKEN, DOUBTS, MAX_TEXT, are_short, clean, folded, split_text
@@ -335,10 +335,6 @@ FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fing
           "secure")     # of an event, in JSON
 
 
-UNPROVEN_LINE = "[Not proven to be from {sender}: {text}]"
-BROKEN_LINE = "[A message from {sender} is damaged.]"
-
-
 class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
@@ -545,19 +541,6 @@ WAIT_SHOWN = 1.0          # s that a message waits before a terminal shows that 
 WAITS_SHOWN = 3           # recipients named there, at most
 
 
-class Observer:
-    """Sees what becomes of messages, before the user is told; for tests, which override what they need."""
-
-    def on_event(self, nick: str, event: Event) -> None:
-        """Something has happened to messages for ``nick``; its lines follow."""
-
-    def on_unknown(self, nick: str, count: int) -> None:
-        """``count`` texts were refused before they were queued: the recipient is not known."""
-
-    def on_too_long(self, nick: str) -> None:
-        """A text was refused before it was queued: it is too long."""
-
-
 class SentMessage(NamedTuple):
     """A message on its way: what an event says of the one that it is about."""
 
@@ -758,7 +741,8 @@ class ChatClient(Protocol):
     def quit(self) -> None: ...                             # go offline, and end
     def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
-    def check_table(self) -> None: ...                      # before the next command
+    @property
+    def check_table(self) -> Callable[[], None]: ...        # ask whether somebody is missing, before the next command
 
 
 class Shell:
@@ -860,13 +844,11 @@ class Shell:
 
     def _is_to_be_checked(self, command: Command) -> bool:
         """Return whether a command names somebody who is not in our table: perhaps the server's has a newcomer."""
-        nick = command.send.nick if command.send is not None else ""
-        if len(command.words) == 2 and command.words[0] in ABOUT_PEERS:
-            nick = command.words[1]
-        is_new = bool(nick) and nick != self._checked and not self._client.is_offline and (
-            self._client.spelling_of(nick) is None)
-        self._checked = nick if is_new else ""
-        return is_new
+        about = command.words[1:] if command.words and command.words[0] in ABOUT_PEERS else ()
+        nick = command.send.nick if command.send is not None else " ".join(about)
+        is_unknown = nick and not self._client.is_offline and self._client.spelling_of(nick) is None
+        self._checked = nick if is_unknown and nick != self._checked else ""
+        return bool(self._checked)
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""

@@ -39,15 +39,15 @@ import msgpack
 
 import protocol
 from client import Client
-from conversation import RECEIVED, REFUSED, SAVED, Event
-from home import ERROR, EVENT_FORMATS, INFO, Known, Mailbox
+from conversation import RECEIVED, REFUSED, SAVED, Event, Observer
+from home import ERROR, EVENT_FORMATS, INFO, UNPROVEN_LINE, Known, Mailbox
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
 from protocol import RECORD_MARK, Address, Parcel, State, clean, encode
 from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
 from secure import Handshake, KeyPair, Keys, Sodium, load_sodium, static_secret, token_for
 from server import Server
 from stream import NEVER
-from terminal import UNPROVEN_LINE, Display, JsonFormatter, Observer
+from terminal import Display, JsonFormatter
 from udpchat import NICK_PATIENCE
 
 START = 1000.0            # s; where the virtual clock begins

@@ -14,8 +14,8 @@ import protocol
 from conversation import Inbox
 from home import show_time
 from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OTHER_KEY, SEALED, STRANGELY_PLAIN,
-                      UNSEALED, Info, Parcel, encode, letters_of, pieces_of)
-from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, letter_prologue, load_sodium, name_of_key
+                      UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
+from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
 from stream import Account, Frames, SendStream
 from tests.processes import MAIL_NOTICE, SAVED, Chat
 from tests.simulate import Life, World
@@ -42,7 +42,7 @@ class Writer(User):
         """Return what makes datagrams for somebody; sealed, if that may be."""
         frames = Frames(self.nick, to, stream)
         frames.account = Account(is_sealed=True)
-        self.refusal = self.mail.seal(frames)
+        self.refusal = self.mail.refusal(frames, False)
         return frames
 
     def saves(self, to: str, *texts: str, at: float = 5.0, stream: int = STREAM) -> list[Info]:
@@ -104,7 +104,7 @@ def test_the_same_number_is_sealed_in_the_same_way_each_time_and_each_stream_apa
     alice, _ = writers("alice", "bob")
     frames = alice.frames("bob")
     letters = frames.letters
-    assert letters is not None and alice.mail.seal(frames) == "" and frames.letters is letters
+    assert letters is not None and alice.mail.refusal(frames, False) == "" and frames.letters is letters
     assert letters.seal(3, 1.0, "x", False) == letters.seal(3, 1.0, "x", False) != letters.seal(4, 1.0, "x", False)
     other = alice.frames("bob", stream=8).letters
     assert other is not None and other.envelope != letters.envelope
@@ -117,7 +117,8 @@ def test_what_follows_after_the_key_has_changed_is_sealed_for_the_new_one() -> N
     old = frames.letters
     new = Writer("bob", bob.table, seed=1)
     alice.table["bob"] = new.keys.pair.public
-    assert alice.mail.seal(frames) == "" and frames.letters is not old
+    assert alice.mail.refusal(frames, False) == "key-changed"
+    assert alice.peers.trust("bob") and alice.mail.refusal(frames, False) == "" and frames.letters is not old
     assert frames.letters is not None and frames.letters.name == name_of_key(new.keys.pair.public)
 
 
@@ -217,10 +218,10 @@ def test_a_letter_that_was_made_up_is_not_in_the_way_of_what_its_sender_has_said
 
 def test_the_letters_of_many_streams_take_bounded_memory() -> None:
     alice, bob = writers("alice", "bob")
-    run, = alice.runs("bob", "hello")
     for number in range(2 * LETTERS_OPEN):
-        bob.read(changed(run, stream=1000 + number))
-    assert bob.read(run) == [(5.0, "hello", SEALED)]
+        run, = alice.runs("bob", "hello", stream=number)
+        assert bob.read(run) == [(5.0, "hello", SEALED)]
+        assert bob.read(changed(run, envelope=bytes((number % 256,)) * 48))[0][2] == BROKEN
     assert len(bob.mail._opening) == LETTERS_OPEN
 
 

@@ -191,7 +191,7 @@ def seals_all_streams_with_one_secret(patch: pytest.MonkeyPatch) -> None:
 
 def gives_the_server_texts_that_it_can_read(patch: pytest.MonkeyPatch) -> None:
     """Seal nothing, and keep it all the same."""
-    patch.setattr(SealedMail, "seal", lambda self, frames: "")
+    patch.setattr(SealedMail, "refusal", lambda self, frames, is_direct: "")
     patch.setattr(Registry, "key_of", lambda self, nick: b"")
 
 

@@ -128,6 +128,7 @@ def test_what_is_to_be_sent_waits_for_the_key_and_for_the_channel() -> None:
 
 
 def test_an_answer_is_never_larger_than_the_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secure.offer_prologue", lambda server, to, id_: b"")   # whoever is called
     longest = "\U00020000" * 24     # 96 bytes
     alice, bob = users("alice", "bob")
     for user in (alice, bob):
@@ -138,7 +139,6 @@ def test_an_answer_is_never_larger_than_the_offer(monkeypatch: pytest.MonkeyPatc
     bob.table[longest] = alice.keys.pair.public
     bob.peers.me = "bob"        # who is called; the longest nick is in the answer, too
     alice_says, = Decoder().decode(offer)
-    monkeypatch.setattr(bob.peers, "_prologue", lambda to, id_: alice.peers._prologue("bob", id_))
     bob.peers.me = longest
     bob.peers.on_offer(alice_says[1], HOMES["alice"])
     (accept, _), = bob.take()

@@ -331,7 +331,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "pages for one sync": "protocol.SYNC_PAGES",
     "life of a cookie": "registry.COOKIE_TIME",
     "answer to a probe": "server.PROBE_TIMEOUT",
-    "calls to one client": "secure.CALLS_PER_SECOND",
+    "calls to one client": "server.CALLS_PER_SECOND",
     "silence": "registry.SILENCE",
     "least time between two sync": "registry.SYNC_INTERVAL",
     "first window": "protocol.INITIAL_ROOM",

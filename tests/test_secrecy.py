@@ -15,11 +15,11 @@ import pytest
 
 from home import KnownKeys, Mailbox, Pin
 from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_MARK, REG_SIZE, SESSION_SIZE, Address,
-                      Decoder, Info, addressed, encode, padded, table_map)
+                      Decoder, Info, addressed, encode, hello_prologue, padded, table_map)
 from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLOS_PER_ADDRESS, HELLOS_PER_NICK,
                       HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Sodium, bind_proof, hash_of,
-                    hello_prologue, load_sodium, name_of_key, static_secret, token_for)
+                    load_sodium, name_of_key, static_secret, token_for)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
 from tests.test_strangers import EVE, Desk, home, maps_of, ping

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 import secure
 from home import fingerprint
 from protocol import (HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW, TAG_SIZE, Decoder, ReplayWindow,
-                      index_of, is_nick)
+                      index_of, is_nick, letter_prologue)
 from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
                     HandshakeState, KeyPair, Letters, Sodium, SymmetricState, ZEROS, bind_proof, compiled_sodium,
-                    hash_of, is_bind_proof, letter_prologue, load_sodium, public_sodium, sha256, static_secret,
+                    hash_of, is_bind_proof, load_sodium, public_sodium, sha256, static_secret,
                     token_for)
 from tests.processes import ROOT
 
