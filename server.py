@@ -808,14 +808,12 @@ class Announcer:
 
     def answer(self) -> None:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
-        if not self._to_sync:
-            return
-        for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in self.newcomers), SYNC_SLICE)):
+        newcomers, self.newcomers = self.newcomers, set()
+        for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in newcomers), SYNC_SLICE)):
             version = self._to_sync.pop(id_)
             session = self._registry.sessions.get(id_)
             if session is not None:
                 self._send_missing(session, version)
-        self.newcomers.clear()
         if self._to_sync:
             self._sync_timer.set(self._loop.now())
 
