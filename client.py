@@ -41,7 +41,8 @@ from terminal import Display, KnownClient, Receipts, SendCommand, Shell
 
 PING_INTERVAL = 15.0            # s between pings
 OUTAGE_PING_INTERVAL = 2.0      # s between pings, and questions for the table, while the server is silent
-HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is no time left
+HASTY_INTERVAL = 0.1            # s between attempts to deregister when there is little time ...
+LAST_INTERVAL = 0.04            # ... and when it is over: then what was not delivered is still to be written
 PONG_INTERVAL = 1.0             # s; unasked pongs, which anybody can forge, cause one ping in that time
 PINGS_REMEMBERED = 4 * SERVER_ATTEMPTS
 
@@ -322,12 +323,11 @@ class ServerLink:
                 answer["session"] = self.session
             self.connection.send(encode("alive", answer))
 
-    def leave(self, is_hasty: bool = False) -> None:
-        """Deregister; ``is_hasty``: there is little time."""
+    def leave(self, interval: float = SERVER_INTERVAL) -> None:
+        """Deregister; ``interval``: s between attempts."""
         self.stop_asking()
         self._go(LINK_LEAVING)
-        if is_hasty:
-            self._deregistration.interval = HASTY_INTERVAL
+        self._deregistration.interval = interval
         self._deregistration.start()
 
     def _send_dereg(self) -> None:
@@ -693,15 +693,16 @@ class Leaving:
         is_late = self._loop.now() >= self._deadline
         if not is_late and not self._sending.outbox.is_settled:
             return
-        if not self._link.has_joined:
-            self._conclude()
+        is_hasty = self.ending in (Reason.SIGNAL, Reason.READER_GONE)
+        if not self._link.has_joined or (is_hasty and self._link.is_silent):
+            self._conclude()    # there is nobody to tell
             return
         self._receiving.accepts = False
         is_written = not (self._display.output.pending or self._receiving.inbox.has_chat)
         if is_late or self._display.output.broken or is_written:
             self._table.stop()
             self._receiving.stop_asking()
-            self._link.leave(is_hasty=self.ending in (Reason.SIGNAL, Reason.READER_GONE))
+            self._link.leave(LAST_INTERVAL if is_late else HASTY_INTERVAL if is_hasty else SERVER_INTERVAL)
 
     def finish(self) -> None:
         """End, once what is over is written, too."""

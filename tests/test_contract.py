@@ -931,6 +931,26 @@ def test_signal_ends_a_client_without_a_server_and_names_what_was_not_delivered(
     assert alice.errors == ["send bob hello"]
 
 
+@pytest.mark.parametrize("is_noticed", [False, True])
+def test_signal_ends_a_client_without_a_server_and_names_all_of_many_messages(chat: Chat, is_noticed: bool) -> None:
+    server = chat.server()
+    chat.absent("bob")
+    alice = chat.client("alice")
+    alice.sync()
+    server.kill()
+    texts = [f"m{number} " + "x" * 700 for number in range(3000)]
+    alice.feed("".join(f"send bob {text}\n" for text in texts))
+    if is_noticed:
+        alice.see(NOT_RESPONDING)
+    else:
+        alice.see(is_offline("bob"))
+    alice.signal(signal.SIGTERM)
+    assert alice.wait() == 1
+    accounted = [line.removeprefix("send bob ") for line in alice.errors]
+    assert accounted and accounted == texts[:len(accounted)], "what was not read is not handed back"
+    assert f"[{len(accounted)} messages not delivered.]" in alice.lines
+
+
 def test_signal_ends_an_idle_client_without_a_server_with_0(chat: Chat) -> None:
     server = chat.server()
     alice = chat.client("alice")
