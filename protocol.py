@@ -198,7 +198,7 @@ def fits_piece(text: str) -> bool:
     return len(text) <= MAX_PIECE and (len(text) * 4 <= MAX_PIECE or len(text.encode()) <= MAX_PIECE)
 
 
-ONLY_TEXTS = {str}
+ONLY_TEXTS, ONLY_LETTERS = {str}, {bytes}
 
 
 def valid_texts(value: Any) -> bool:
@@ -214,8 +214,8 @@ def valid_texts(value: Any) -> bool:
 
 def valid_letters(value: Any) -> bool:
     """Return whether ``value`` is texts that are sealed: at least one, each of the size of one number."""
-    return type(value) is list and 0 < len(value) <= MAX_ITEMS and all(
-        type(letter) is bytes and LETTER_EXTRA <= len(letter) <= MAX_PIECE + LETTER_EXTRA for letter in value)
+    return (type(value) is list and 0 < len(value) <= MAX_ITEMS and set(map(type, value)) == ONLY_LETTERS
+            and LETTER_EXTRA <= min(map(len, value)) and max(map(len, value)) <= MAX_PIECE + LETTER_EXTRA)
 
 
 def valid_mail_items(value: Any) -> bool:
@@ -970,12 +970,13 @@ def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
 
     The server may not do that with letters that are sealed: it could not know what it makes its readers believe.
     """
-    sender, stream, first, at, _, proof = letters[0]
-    if proof == UNSEALED and texts == len(letters):
-        return proof
+    sender, stream, first, _, _, proof = letters[0]
+    times = [letter[3] for letter in letters] if proof in (SEALED, OTHER_KEY) else ()
+    if texts == len(letters):   # of one sender, because they are one of ``runs_of_one_stream``
+        return BROKEN if CONTINUES in times else proof
     is_of_one = all(letter[:3] == (sender, stream, n) and letter[5] == proof for n, letter in enumerate(letters, first))
-    begins = [letter[3] != CONTINUES for letter in letters] if proof in (SEALED, OTHER_KEY) else [True] * texts
-    return proof if is_of_one and begins[0] and sum(begins) == texts else BROKEN
+    is_whole = not times or (times[0] != CONTINUES and set(times[1:]) == {CONTINUES})
+    return proof if is_of_one and is_whole else BROKEN
 
 
 def mail_runs(letters: Sequence[Any]) -> list[list[object]]:
@@ -1000,7 +1001,7 @@ def mail_sizes(letters: Sequence[Any]) -> list[int]:
     """Return the most bytes that each letter takes in a ``mail``, if the first one has those of a whole run more."""
     sizes, before = [], None
     for sender, stream, number, at, text, more, seal in letters:
-        size = size_of(text) + STRING_HEADER
+        size = (len(text) if seal else len(text.encode())) + STRING_HEADER
         if more:
             size += NUMBER_SIZE
         if before != (sender, stream, number - 1, at, seal):
@@ -1056,7 +1057,10 @@ class Parcel(NamedTuple):
     @property
     def size(self) -> int:
         """How many bytes the texts have."""
-        return sum(map(size_of, self.texts))
+        if self.seal:
+            return sum(map(len, self.texts))
+        joined = "".join(self.texts)    # type: ignore[arg-type]
+        return len(joined) if joined.isascii() else len(joined.encode())
 
     def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
         """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""

@@ -39,17 +39,17 @@ The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from itertools import repeat
 from typing import Any
 
 from home import KnownKeys, Pin, fingerprint
 from loop import NEVER, Endpoint, log
 from stream import Frames
-from protocol import (BROKEN, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES, NO_NICK,
-                      OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address, Decoder, Info,
-                      Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private, letter_prologue,
-                      offer_prologue, padded)
+from protocol import (BROKEN, CONTINUES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES,
+                      NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address,
+                      Decoder, Info, Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private,
+                      letter_prologue, offer_prologue, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -999,7 +999,8 @@ class Channel:
 
 
 LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first
-NO_LETTER = (0.0, "", BROKEN)           # stands for one that cannot be opened
+LETTER_NONCE = struct.Struct("<4xQ")    # of the number of a letter
+ENDS_OR_GOES_ON = (b"\0", b"\1")        # what is authenticated with one: whether the next number continues it
 
 
 class Letters:
@@ -1013,7 +1014,9 @@ class Letters:
 
     def __init__(self, cipher: CipherState, other: bytes, envelope: bytes) -> None:
         """``other``: the public key of the other side. ``envelope``: without it, nobody opens the letters."""
-        self._cipher, self.key, self.name, self.envelope = cipher, other, name_of_key(other), envelope
+        assert cipher.key is not None
+        self._sodium, self._key = cipher.sodium, cipher.key
+        self.key, self.name, self.envelope = other, name_of_key(other), envelope
 
     @classmethod
     def to(cls, sodium: Sodium, static: KeyPair, recipient: bytes, prologue: bytes, secret: bytes) -> Letters:
@@ -1033,17 +1036,25 @@ class Letters:
             raise Forged("an envelope is empty")
         return cls(handshake.split()[1], sender, envelope)
 
-    def seal(self, n: int, at: float, text: str, is_continued: bool) -> bytes:
-        """Return the letter with the number ``n``. ``at``: when it was sent, in s since 1970."""
-        self._cipher.n = n
-        return self._cipher.encrypt(bytes((is_continued,)), LETTER_TIME.pack(at) + text.encode())
+    def seal(self, first: int, times: Sequence[float], texts: Sequence[str], continued: Collection[int]) -> list[bytes]:
+        """Return letters, numbered from ``first`` on. ``times``: when they were sent, in s since 1970."""
+        encrypt, key, pack, stamp = self._sodium.seal, self._key, LETTER_NONCE.pack, LETTER_TIME.pack
+        if continued:
+            times = [CONTINUES if n - 1 in continued else at for n, at in enumerate(times, first)]
+        return [encrypt(key, pack(n), ENDS_OR_GOES_ON[n in continued], stamp(at) + text.encode())
+                for n, (at, text) in enumerate(zip(times, texts), first)]
 
-    def open(self, n: int, letter: bytes, is_continued: bool) -> tuple[float, str]:
-        """Return when the letter with the number ``n`` was sent, and its text. Raise Forged, and nothing else."""
-        self._cipher.n = n
-        content = self._cipher.decrypt(bytes((is_continued,)), letter)
+    def open(self, first: int, letters: Sequence[bytes], more: Collection[int]) -> tuple[list[float], list[str]]:
+        """Return when letters, numbered from ``first`` on, were sent, and their texts; ``more``: which are continued.
+
+        Raise Forged, and nothing else, if one of them cannot be opened.
+        """
+        decrypt, key, pack = self._sodium.open, self._key, LETTER_NONCE.pack
         try:
-            return LETTER_TIME.unpack_from(content)[0], content[LETTER_TIME.size:].decode()
+            contents = [decrypt(key, pack(n), ENDS_OR_GOES_ON[n in more], letter)
+                        for n, letter in enumerate(letters, first)]
+            times = [LETTER_TIME.unpack_from(content)[0] for content in contents]
+            return times, [content[LETTER_TIME.size:].decode() for content in contents]
         except (struct.error, ValueError):      # its sender has sealed something else
             raise Forged("this is no letter") from None
 
@@ -1086,17 +1097,17 @@ class SealedMail:
         if not seal:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
-        found, key = [NO_LETTER] * len(texts), seal[0]
-        proof = SEALED if key == (expected or key) else OTHER_KEY
-        for index, letter in enumerate(texts):
-            try:
-                letters = self._letters(sender, stream, *seal)
-                found[index] = *letters.open(first + index, letter, first + index in more), proof
-            except Forged:
-                pass
-        if found[0][2] == SEALED:
-            self._peers.remember(sender, key)
-        return tuple(zip(*found))       # type: ignore[return-value]
+        proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
+        try:
+            times, opened = self._letters(sender, stream, *seal).open(first, texts, more)
+            if proof == SEALED:
+                self._peers.remember(sender, seal[0])
+            return times, opened, repeat(proof)
+        except Forged:
+            if len(texts) == 1:
+                return (0.0,), ("",), (BROKEN,)
+        parts = [self.opened((sender, stream, n, at, [text], more, *seal)) for n, text in enumerate(texts, first)]
+        return tuple(zip(*(letter for part in parts for letter in zip(*part))))     # type: ignore[return-value]
 
     def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters:
         """Return what opens the letters of a stream. Raise Forged if nothing does."""

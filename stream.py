@@ -53,7 +53,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
-from protocol import (ARRAY_GROWTH, CONTINUES, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, LETTER_EXTRA, MAX_DATAGRAM,
+from protocol import (ARRAY_GROWTH, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, LETTER_EXTRA, MAX_DATAGRAM,
                       MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
                       SESSION_SIZE, TIME_SIZE, Address, Info, encode, padded, text_sizes)
 
@@ -650,7 +650,8 @@ class Sealing(Protocol):
     name: bytes         # ... and what it is called
     envelope: bytes
 
-    def seal(self, n: int, at: float, text: str, is_continued: bool) -> bytes: ...
+    def seal(self, first: int, times: Sequence[float], texts: Sequence[str],
+             continued: Collection[int]) -> list[bytes]: ...
 
 
 class Frames:
@@ -690,13 +691,12 @@ class Frames:
     def save(self, packet: Packet, stream: SendStream, is_relay: bool) -> bytes:
         """Return a packet as it goes to the server; ``is_relay``: see ``Route``."""
         info = self._info(packet.first, packet.items, stream.base, self._more(packet, stream))
-        times, letters, continued = self.times.of(packet), self.letters, stream.continued
-        if letters is not None:
-            info.update(envelope=letters.envelope, key=letters.name, text=[
-                letters.seal(n, CONTINUES if n - 1 in continued else at, text, n in continued)
-                for n, (at, text) in enumerate(zip(times, packet.items), packet.first)])
-            times = []
-        return self._save(info, times, is_relay)
+        times = self.times.of(packet)
+        if self.letters is None:
+            return self._save(info, times, is_relay)
+        info.update(envelope=self.letters.envelope, key=self.letters.name,
+                    text=self.letters.seal(packet.first, times, packet.items, stream.continued))
+        return self._save(info, [], is_relay)
 
     def meet(self) -> bytes:
         """Return the question to the server to introduce us to the recipient."""
@@ -726,6 +726,8 @@ class Frames:
 # --- receiving ------------------------------------------------------------------------------------------------
 
 MAX_CLAIMED_RANGES = 64   # ranges of numbers that another route has delivered, or none yet, remembered for one stream
+
+RUN_JOINED = 128          # texts of a run, from which on what follows is another one
 
 NONE_CONTINUED: frozenset[int] = frozenset()
 
@@ -839,8 +841,13 @@ class ReceiveStream:
                 self._add_run(Run(self.ready, text, frozenset(range(self.ready, number)), len(text)))
 
     def _add_run(self, run: Run) -> None:
-        self._runs.append(run)
+        """Let ``take`` hand out a run: together with the one before, if both are short texts."""
         self.ready += run.numbers
+        last = self._runs[-1] if self._runs else run
+        if last is run or not (last.items and run.items) or last.more or run.more or len(last.items) >= RUN_JOINED:
+            self._runs.append(run)
+        else:
+            self._runs[-1] = Run(last.first, last.items + run.items, NONE_CONTINUED, last.numbers + run.numbers)
 
     def _skip(self, to: int) -> None:
         """Pass over the numbers from ``ready`` to ``to``; pieces of a text that lie there are not needed any more."""

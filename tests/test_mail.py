@@ -16,7 +16,7 @@ from home import show_time
 from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OTHER_KEY, SEALED, STRANGELY_PLAIN,
                       UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
-from stream import Account, Frames, SendStream
+from stream import Account, Frames, Sealing, SendStream
 from tests.processes import MAIL_NOTICE, SAVED, Chat
 from tests.simulate import Life, World
 from tests.test_peers import HOMES, User, received_by, some_sodium
@@ -66,6 +66,11 @@ class Writer(User):
         return [letter[3:] for run in runs for letter in letters_of({"n": 1, "items": [run]}, self.mail.opened)[0]]
 
 
+def seal_x(letters: Sealing, n: int) -> list[bytes]:
+    """Return the letter with the number ``n`` in a list, if its text is "x"."""
+    return letters.seal(n, [1.0], ["x"], ())
+
+
 def writers(*nicks: str, **options: bool) -> list[Writer]:
     table: dict[str, bytes] = {}
     found = [Writer(nick, table, **options) for nick in nicks]
@@ -105,10 +110,10 @@ def test_the_same_number_is_sealed_in_the_same_way_each_time_and_each_stream_apa
     frames = alice.frames("bob")
     letters = frames.letters
     assert letters is not None and alice.mail.refusal(frames, False) == "" and frames.letters is letters
-    assert letters.seal(3, 1.0, "x", False) == letters.seal(3, 1.0, "x", False) != letters.seal(4, 1.0, "x", False)
+    assert seal_x(letters, 3) == seal_x(letters, 3) != seal_x(letters, 4)
     other = alice.frames("bob", stream=8).letters
     assert other is not None and other.envelope != letters.envelope
-    assert other.seal(3, 1.0, "x", False) != letters.seal(3, 1.0, "x", False)
+    assert seal_x(other, 3) != seal_x(letters, 3)
 
 
 def test_what_follows_after_the_key_has_changed_is_sealed_for_the_new_one() -> None:
@@ -231,7 +236,7 @@ def test_the_letter_of_the_page_on_the_protocol_is_right() -> None:
     server, alice, bob = (KeyPair(sodium, bytes(range(start, start + 32))) for start in (0, 96, 128))
     prologue = letter_prologue(server.public, "alice", "bob", example["stream"])
     letters = Letters.of(sodium, bob, alice.public, prologue, example["envelope"])
-    assert letters.open(example["n"], example["text"][0], False) == (1700000000.5, "see you tomorrow")
+    assert letters.open(example["n"], example["text"], ()) == ([1700000000.5], ["see you tomorrow"])
     sealing = Letters.to(sodium, alice, bob.public, prologue, bytes(range(224, 256)))
     assert (sealing.envelope, sealing.name) == (example["envelope"], example["key"])
 

@@ -197,7 +197,7 @@ def gives_the_server_texts_that_it_can_read(patch: pytest.MonkeyPatch) -> None:
 
 def takes_a_piece_for_a_whole_text(patch: pytest.MonkeyPatch) -> None:
     """Give each piece of a text the time of the text."""
-    patch.setattr("stream.CONTINUES", 5.0)
+    patch.setattr("secure.CONTINUES", 5.0)
 
 
 # each fault, and a seed that finds it
