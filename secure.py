@@ -39,7 +39,7 @@ The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -582,6 +582,7 @@ class Peers:
 
 KEY_SIZE = 32             # bytes of a secret, of a public key and of a shared one
 NONCE_SIZE = 12           # bytes
+NUMBER_AS_NONCE = struct.Struct("<4xQ")
 MAX_SEALED = 65535        # bytes of a sealed text, and of a message of a handshake (Noise §3)
 ZEROS = bytes(KEY_SIZE)
 ZEROS_TAG = bytes.fromhex("4eb972c9a8fb3a1b382bb4d36f5ffad1")  # what comes of sealing nothing with zeros
@@ -639,6 +640,27 @@ class Sodium:
             raise Forged("the tag does not verify")
         return text
 
+    def seal_each(self, key: bytes, first: int, data: Sequence[bytes], texts: Sequence[bytes]) -> list[bytes]:
+        """Return texts encrypted, each with its own ``data``; the nonces are numbers, ``first`` for the first text."""
+        if len(key) != KEY_SIZE or max(max(map(len, texts)) + TAG_SIZE, max(map(len, data))) > MAX_SEALED:
+            raise ValueError("a key has 32 bytes, a sealed text at most 65,535")
+        return list(map(self._encrypt, repeat(key), _nonces(first, len(texts)), data, texts))   # type: ignore[arg-type]
+
+    def open_each(self, key: bytes, first: int, data: Sequence[bytes], sealed: Sequence[bytes]) -> list[bytes]:
+        """Return the texts that were sealed so. Raise Forged if one of them does not verify, or ValueError."""
+        if len(key) != KEY_SIZE or max(map(len, data)) > MAX_SEALED:
+            raise ValueError("a key has 32 bytes")
+        if min(map(len, sealed)) < TAG_SIZE or max(map(len, sealed)) > MAX_SEALED:
+            raise Forged("that is too short, or too long")
+        texts = list(map(self._decrypt, repeat(key), _nonces(first, len(sealed)), data, sealed))
+        if None in texts:
+            raise Forged("the tag does not verify")
+        return texts        # type: ignore[return-value]
+
+
+def _nonces(first: int, count: int) -> Iterable[bytes]:
+    return map(NUMBER_AS_NONCE.pack, range(first, first + count))
+
 
 def load_sodium() -> Sodium | None:
     """Return libsodium, None where the extra ``secure`` is not installed. Call this once: PyNaCl is imported here."""
@@ -661,20 +683,20 @@ def compiled_sodium() -> Sodium:
     lib, null, buffer = module.lib, module.ffi.NULL, module.ffi.new("unsigned char[]", MAX_SEALED)
     if lib.sodium_init() < 0:
         raise ImportError("libsodium cannot be initialized")
-    result: Callable[[slice], bytes] = module.ffi.buffer(buffer).__getitem__    # one buffer, as there is one thread
+    result = module.ffi.buffer(buffer)      # one buffer, as there is one thread
     base, multiply = lib.crypto_scalarmult_base, lib.crypto_scalarmult
     encrypt, decrypt = lib.crypto_aead_chacha20poly1305_ietf_encrypt, lib.crypto_aead_chacha20poly1305_ietf_decrypt
 
     def seal(key: bytes, nonce: bytes, data: bytes, text: bytes) -> bytes:
         encrypt(buffer, null, text, len(text), data, len(data), null, nonce, key)
-        return result(slice(len(text) + TAG_SIZE))
+        return result[:len(text) + TAG_SIZE]    # type: ignore[no-any-return]
 
     def unseal(key: bytes, nonce: bytes, data: bytes, sealed: bytes) -> bytes | None:
         failed = decrypt(buffer, null, null, sealed, len(sealed), data, len(data), nonce, key)
-        return None if failed else result(slice(len(sealed) - TAG_SIZE))
+        return None if failed else result[:len(sealed) - TAG_SIZE]
 
-    return Sodium(lambda secret: ZEROS if base(buffer, secret) else result(slice(KEY_SIZE)),
-                  lambda secret, public: None if multiply(buffer, secret, public) else result(slice(KEY_SIZE)),
+    return Sodium(lambda secret: ZEROS if base(buffer, secret) else result[:KEY_SIZE],
+                  lambda secret, public: None if multiply(buffer, secret, public) else result[:KEY_SIZE],
                   seal, unseal)
 
 
@@ -999,8 +1021,6 @@ class Channel:
 
 
 LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first
-LETTER_NONCE = struct.Struct("<4xQ")    # of the number of a letter
-ENDS_OR_GOES_ON = (b"\0", b"\1")        # what is authenticated with one: whether the next number continues it
 
 
 class Letters:
@@ -1038,25 +1058,28 @@ class Letters:
 
     def seal(self, first: int, times: Sequence[float], texts: Sequence[str], continued: Collection[int]) -> list[bytes]:
         """Return letters, numbered from ``first`` on. ``times``: when they were sent, in s since 1970."""
-        encrypt, key, pack, stamp = self._sodium.seal, self._key, LETTER_NONCE.pack, LETTER_TIME.pack
         if continued:
             times = [CONTINUES if n - 1 in continued else at for n, at in enumerate(times, first)]
-        return [encrypt(key, pack(n), ENDS_OR_GOES_ON[n in continued], stamp(at) + text.encode())
-                for n, (at, text) in enumerate(zip(times, texts), first)]
+        contents = [stamp + text.encode() for stamp, text in zip(map(LETTER_TIME.pack, times), texts)]
+        return self._sodium.seal_each(self._key, first, _marks(first, len(texts), continued), contents)
 
-    def open(self, first: int, letters: Sequence[bytes], more: Collection[int]) -> tuple[list[float], list[str]]:
+    def open(self, first: int, letters: Sequence[bytes], more: Collection[int]) -> tuple[Sequence[float], list[str]]:
         """Return when letters, numbered from ``first`` on, were sent, and their texts; ``more``: which are continued.
 
         Raise Forged, and nothing else, if one of them cannot be opened.
         """
-        decrypt, key, pack = self._sodium.open, self._key, LETTER_NONCE.pack
+        count, size = len(letters), LETTER_TIME.size
+        contents = self._sodium.open_each(self._key, first, _marks(first, count, more), letters)
         try:
-            contents = [decrypt(key, pack(n), ENDS_OR_GOES_ON[n in more], letter)
-                        for n, letter in enumerate(letters, first)]
-            times = [LETTER_TIME.unpack_from(content)[0] for content in contents]
-            return times, [content[LETTER_TIME.size:].decode() for content in contents]
+            times = struct.unpack(f"<{count}d", b"".join([content[:size] for content in contents]))
+            return times, [content[size:].decode() for content in contents]
         except (struct.error, ValueError):      # its sender has sealed something else
             raise Forged("this is no letter") from None
+
+
+def _marks(first: int, count: int, continued: Collection[int]) -> Sequence[bytes]:
+    """Return what is authenticated with each letter: whether the next number continues it."""
+    return [b"\1" if n in continued else b"\0" for n in range(first, first + count)] if continued else [b"\0"] * count
 
 
 LETTERS_OPEN = 256        # streams whose keys are remembered: each costs as much as fifty datagrams
@@ -1097,12 +1120,9 @@ class SealedMail:
         if not seal:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
-        proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
         try:
             times, opened = self._letters(sender, stream, *seal).open(first, texts, more)
-            if proof == SEALED:
-                self._peers.remember(sender, seal[0])
-            return times, opened, repeat(proof)
+            return times, opened, repeat(SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY)
         except Forged:
             if len(texts) == 1:
                 return (0.0,), ("",), (BROKEN,)
@@ -1115,6 +1135,7 @@ class SealedMail:
         if name not in self._opening:
             prologue = letter_prologue(peers.server_key, sender, peers.me, stream)
             self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key, prologue, envelope)
+            peers.remember(sender, key)
             if len(self._opening) > LETTERS_OPEN:
                 del self._opening[next(iter(self._opening))]
         return self._opening[name]

@@ -236,7 +236,7 @@ def test_the_letter_of_the_page_on_the_protocol_is_right() -> None:
     server, alice, bob = (KeyPair(sodium, bytes(range(start, start + 32))) for start in (0, 96, 128))
     prologue = letter_prologue(server.public, "alice", "bob", example["stream"])
     letters = Letters.of(sodium, bob, alice.public, prologue, example["envelope"])
-    assert letters.open(example["n"], example["text"], ()) == ([1700000000.5], ["see you tomorrow"])
+    assert letters.open(example["n"], example["text"], ()) == ((1700000000.5,), ["see you tomorrow"])
     sealing = Letters.to(sodium, alice, bob.public, prologue, bytes(range(224, 256)))
     assert (sealing.envelope, sealing.name) == (example["envelope"], example["key"])
 

@@ -660,6 +660,23 @@ def test_no_letter_is_sealed_to_what_is_no_public_key(sodium: Sodium) -> None:
     assert is_forged(Letters.to, sodium, pair(sodium, ALICE), bytes(32), b"", key(ALICE_ONCE))
 
 
+@given(texts=st.lists(TEXTS, min_size=1, max_size=9), first=st.integers(0, 2 ** 63))
+def test_many_texts_are_sealed_and_opened_as_one_by_one(sodium: Sodium, texts: list[bytes], first: int) -> None:
+    data = [b"%d" % number for number in range(len(texts))]
+    sealed = sodium.seal_each(key(1), first, data, texts)
+    nonces = [bytes(4) + n.to_bytes(8, "little") for n in range(first, first + len(texts))]
+    assert sealed == [sodium.seal(key(1), *each) for each in zip(nonces, data, texts)]
+    assert sodium.open_each(key(1), first, data, sealed) == texts
+    for index in range(len(texts)):
+        for broken in (b"", sealed[index][:-1], bytes((sealed[index][0] ^ 1,)) + sealed[index][1:], bytes(70_000)):
+            assert is_forged(sodium.open_each, key(1), first, data, [*sealed[:index], broken, *sealed[index + 1:]])
+    for wrong in ((key(1)[1:], first, data, texts), (key(1), first, [bytes(70_000)] * len(texts), texts)):
+        with pytest.raises(ValueError):
+            sodium.seal_each(*wrong)
+        with pytest.raises(ValueError):
+            sodium.open_each(*wrong)
+
+
 # --- nonces -----------------------------------------------------------------------------------------------------
 
 class Recorder(Sodium):
@@ -673,6 +690,11 @@ class Recorder(Sodium):
         """Seal, and remember what."""
         assert self.sealed.setdefault((key, nonce), (data, text)) == (data, text), "a nonce was used for two texts"
         return super().seal(key, nonce, data, text)
+
+    def seal_each(self, key: bytes, first: int, data: Sequence[bytes], texts: Sequence[bytes]) -> list[bytes]:
+        """Seal, one after the other, and remember what."""
+        return [self.seal(key, bytes(4) + n.to_bytes(8, "little"), one, text)
+                for n, (one, text) in enumerate(zip(data, texts), first)]
 
 
 SCRIPT = tuple((action, b"%d" % number) for number, action in enumerate((0, 1, 2, 3, 4, 0, 1, 2, 3, 4)))
