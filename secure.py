@@ -23,18 +23,9 @@ Where one side cannot encrypt, and where both can::
 Only who receives at an address can repeat the cookie that went there, so it proves the address. The token proves the
 nick in plain, and is good for this server alone; in message 1, the client's key and a proof made of the token do.
 
-    Handshake    the client's side, in plain or by Noise
-    Connection   what goes to the server and comes from it, in plain or in a channel
-    RateLimit    how often something may happen
-    Peers        the channels between two clients, and which keys others must have
-
-The server's side is in ``registry``: ``Cookies`` and ``Hellos``. ``Pin``, in ``home``, says which key it must have.
-
-    Sodium           the primitives, each called in one place
-    HandshakeState   two sides agree on keys: the patterns IK and K of Noise (noiseprotocol.org, revision 34)
-    Channel          records: datagrams that are sealed, and accepted once
-    Letters          texts that wait at the server, which cannot read them
-    SealedMail       those of a client: seals its letters, opens those of others, says which are not proved
+First come the parties: ``Handshake`` and ``Connection`` at the client (the server's side is in ``registry``), ``Peers``
+between two clients. Then the encryption: ``Sodium``, ``HandshakeState`` (Noise), ``Channel`` (records), ``Letters``
+(what waits at the server, which cannot read it), and ``SealedMail``, which makes and reads those of a client.
 """
 from __future__ import annotations
 

@@ -605,8 +605,6 @@ class Keeper:
         nacks, save.nacks = save.nacks, []
         self._send_queue.put_for(save.session, encode("ack", stream.ack()), *(encode("nack", info) for info in nacks))
 
-    # limits
-
     def _count(self, save: SaveStream) -> None:
         """Count again what waits in a stream that was just heard, or emptied."""
         if self.streams.get((save.session.nick, save.stream.id)) is save:
@@ -975,8 +973,6 @@ class Server:
                 "drop_invalid": self.decoder.dropped, "drop_no_reply": self.limit.refused,
                 **{why.value: count for why, count in self.drops.items()}}
 
-    # sessions
-
     def _opened(self, index: bytes, record: bytes, address: Address) -> tuple[Channel, bytes] | None:
         """Return the channel of a record, and what was sealed in it; answer with a hint if there is none."""
         channel, hello = self.registry.sessions.channels.get(index), None
@@ -1088,8 +1084,6 @@ class Server:
     def _pong(self, id_: int, boot: int, session: Session | None = None) -> bytes:
         return encode("pong", {"id": id_, "boot": boot, "version": self.announcer.announced_version,
                                "mail": self.registry.mail_number(session) if session is not None else 0})
-
-    # start and housekeeping
 
     def _send_notices(self) -> None:
         """Tell some of the clients that the server is back; those that run register again."""

@@ -681,8 +681,8 @@ class Frames:
 
     def sizes(self, items: Sequence[str], first: int, continued: Collection[int], is_direct: bool) -> list[int]:
         """Return the most bytes that each of the items takes, which are numbered from ``first`` on."""
-        more = 0 if is_direct else LETTER_EXTRA if self.account.is_sealed else TIME_SIZE
-        return text_sizes(items, first, continued, more)
+        more = LETTER_EXTRA if self.account.is_sealed else TIME_SIZE
+        return text_sizes(items, first, continued, 0 if is_direct else more)
 
     def chat(self, packet: Packet, stream: SendStream) -> bytes:
         """Return a packet as it goes to the recipient."""
