@@ -336,7 +336,8 @@ class Conversation:
         return datagrams
 
     def _refuse_all(self, now: float, reason: str) -> None:
-        """Close all that is pending, sent or not: it must not be sent."""
+        """Close all that is pending, sent or not: it must not be sent. That it goes to the server is not true, then."""
+        self.events = [event for event in self.events if event.kind not in (RECIPIENT_OFFLINE, NO_ACK)]
         base, messages = self.stream.base, self._count(self.stream.base, self.stream.end)
         if self.stream.close_all():
             self._close(now, Event(REFUSED, messages, reason, base))

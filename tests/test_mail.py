@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 import protocol
 from conversation import Inbox
 from home import show_time
-from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OTHER_KEY, SEALED, STRANGELY_PLAIN,
+from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, OTHER_KEY, SEALED, STRANGELY_PLAIN,
                       UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
 from stream import Account, Frames, Sealing, SendStream
@@ -445,6 +445,18 @@ def test_nothing_is_saved_for_a_recipient_who_has_a_new_owner() -> None:
     alice.type("send bob after")
     world.run(3)
     assert alice.lines[-1] == "[The key of bob has changed, message not sent.]" and SAVED not in alice.lines
+
+
+def test_of_what_is_refused_at_once_nobody_reads_that_it_has_gone_to_the_server() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    alice.type("send bob before")
+    world.run(1)
+    go_away(world, bob)
+    alice.client.table_sync.table.set("bob", *bob.address, OFFLINE, b"k" * 32, True)
+    alice.type("send bob after")
+    world.run(1)
+    assert alice.lines[-1] == "[The key of bob has changed, message not sent.]"
+    assert not [line for line in alice.lines if "message sent to server" in line]
 
 
 def test_what_was_sealed_for_an_earlier_owner_of_whom_nobody_told_the_sender_is_refused() -> None:
