@@ -970,6 +970,8 @@ class KnownKeys:
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             size = os.fstat(descriptor).st_size
+            if size > KNOWN_LIMIT - KNOWN_LINE_SIZE:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             rest = os.pread(descriptor, KNOWN_LINE_SIZE, max(0, size - KNOWN_LINE_SIZE)).rpartition(b"\n")[2]
             end = "" if not rest else "\n" if re.fullmatch(KNOWN_LINE, rest.decode("utf-8", "replace")) else " torn\n"
             data = f"{end}{line}\n".encode()

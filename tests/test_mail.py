@@ -18,8 +18,8 @@ from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, OT
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
 from stream import Account, Frames, Sealing, SendStream
 from tests.processes import MAIL_NOTICE, SAVED, Chat
-from tests.simulate import Life, World
-from tests.test_peers import HOMES, User, received_by, some_sodium
+from tests.simulate import SERVER, Life, World
+from tests.test_peers import HOMES, User, received_by, some_sodium, words_on
 from tests.test_protocol_page import EXAMPLES
 from tests.test_secrecy import Visitor, desk, encrypted
 from tests.test_strangers import maps_of
@@ -414,6 +414,27 @@ def test_mail_and_messages_by_way_of_the_server_are_sealed_and_arrive() -> None:
     alice.type("send bob relayed-secret")
     world.run(8)
     assert received_by(bob, "relayed-secret") == 1
+    assert not words_on(wire, b"alice", b"bob", b"secret")
+
+
+@pytest.mark.parametrize("is_relayed", [False, True])
+def test_no_datagram_with_letters_is_too_large(is_relayed: bool) -> None:
+    nicks = "\U00010400" * 24, "\U00010401" * 24       # 96 bytes each
+    world, wire, (alice, bob) = encrypted(*nicks)
+    if is_relayed:
+        world.network.block(alice.host, bob.host)
+    else:
+        go_away(world, bob)
+    for length in (*range(700, 800, 3), 5000, 65536):
+        alice.type(f"send {bob.nick} " + "x" * length)
+    for length in range(300):
+        alice.type(f"send {bob.nick} {length} " + "y" * (length % 61))      # they fill datagrams to the last byte
+    world.run(20)
+    bob.type(f"reg {bob.nick}")
+    world.run(20)
+    assert sum(line.endswith("xxx") for line in bob.lines) == 36 and sum("y" in line for line in bob.lines) >= 295
+    sizes = [len(datagram) for datagram, source, to in wire.sent if SERVER in (source, to)]
+    assert MAX_DATAGRAM - 60 < max(sizes) <= MAX_DATAGRAM
 
 
 @pytest.mark.parametrize("years", [-1, 1, -50, 50])

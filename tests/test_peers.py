@@ -1,6 +1,7 @@
 """How clients encrypt for each other: ``Peers`` on arguments alone, the simulated world, and real processes."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -319,6 +320,18 @@ def test_keys_are_remembered_for_each_server_and_nick_and_read_again(tmp_path: P
     assert again.server("h:1") == b"s" * 32 and again.peer(b"s" * 32, "alice") is None
     assert again.peer(b"s" * 32, "bob") == (b"3" * 32, True) and again.peer(b"t" * 32, "bob") == (b"2" * 32, True)
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_no_more_keys_are_noted_than_a_later_start_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("home.KNOWN_LIMIT", 3000)
+    path = str(tmp_path / "known")
+    known = KnownKeys(path)
+    for number in range(100):
+        with contextlib.suppress(OSError):
+            known.add_peer(SERVER_KEY, f"nick{number}", b"k" * 32, False)
+    assert known.peer(SERVER_KEY, "nick99") == (b"k" * 32, False), "it counts as long as the program runs"
+    again = KnownKeys(path)
+    assert again.peer(SERVER_KEY, "nick0") and not again.peer(SERVER_KEY, "nick99")
 
 
 def test_a_line_of_which_only_a_part_could_be_written_is_marked_by_the_next_one(
