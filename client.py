@@ -837,7 +837,8 @@ class Client:
         self._from_server: dict[str, Callable[[Info], None]] = {
             "table": self.table_sync.on_table, "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
             "nack": lambda info: self.outbox.on_nack(loop.now(), info, None),
-            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peers.meetings.on_call}
+            "exists": self.sending.on_exists, "mail": self._on_mail, "packed": self._on_packed,
+            "call": self.peers.meetings.on_call}
         self._proving: dict[str, Callable[[Info, Address], None]] = {
             "cookie": self.link.handshake.on_cookie, "hello": self.link.handshake.on_hello,
             "welcome": self.link.on_welcome, "refused": self.link.on_refused, "pong": self.link.on_pong,
@@ -919,6 +920,11 @@ class Client:
     def _on_mail(self, info: Info) -> None:
         if info.get("to", self.nick) == self.nick and self.table_sync.is_of_this_boot:
             self.receiving.on_mail(info)
+
+    def _on_packed(self, info: Info) -> None:
+        for tag, page in self.decoder.unpacked(info["data"]):
+            if tag == "table":
+                self.table_sync.on_table(page)
 
     # what the link and the table report
 

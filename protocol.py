@@ -86,7 +86,9 @@ SESSION_SIZE = 184        # bytes a request with a session is padded to: a ``for
 SERVER_ATTEMPTS = 5       # requests without an answer after which a server counts as silent
 SERVER_INTERVAL = 0.5     # s between them
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
+MAX_UNPACKED = 65535      # bytes that a ``packed`` may become
 ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
+PACKED_LEVEL = 6          # of zlib: 9 gains nothing
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
 
 
@@ -275,6 +277,7 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "refused": {"nick": NICK, "reason": REASON},
     "for": {"session": PROOF},
     "table": {"version": COUNT, "set": rows(ENTRY)},
+    "packed": {"data": binary_up_to(MAX_DATAGRAM)},
     "sync": {"session": SESSION, "version": COUNT},
     "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": valid_texts},
     "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
@@ -297,10 +300,10 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "bye": {"session": SESSION},
 }
 OPTIONAL: dict[str, dict[str, Check]] = {
-    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS, "secure": boolean},
+    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS, "secure": boolean, "packed": boolean},
     "cookie": {"key": KEY},
     "hello": {"cookie": SESSION},
-    "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS},
+    "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS, "packed": boolean},
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY, boolean))},
@@ -400,6 +403,12 @@ def table_map(since: int, version: int, entries: list[list[object]], keys: Seque
     return encode("table", info if since == version - 1 else {"since": since, **info})
 
 
+def packed(maps: bytes) -> bytes:
+    """Return maps compressed, as one map."""
+    import zlib     # here: only large tables need it
+    return encode("packed", {"data": zlib.compress(maps, PACKED_LEVEL)})
+
+
 def _unpacker_class() -> Any:
     """Return the reader of msgpack. Before 1.2 the one in C leaks memory with every broken datagram; the one in Python
     does not."""
@@ -446,6 +455,19 @@ class Decoder:
             self.dropped += 1
             self._unpacker = self._new_unpacker()       # the old one would read the next datagram as the rest of this
         return maps
+
+    def unpacked(self, data: bytes) -> list[Map]:
+        """Return the maps in the ``data`` of a ``packed``. It never raises, and takes bounded memory."""
+        import zlib
+        try:
+            stream = zlib.decompressobj()
+            maps = stream.decompress(data, MAX_UNPACKED)
+        except zlib.error:
+            maps = b""
+        if not maps or not stream.eof:      # it is broken, or there is more
+            self.dropped += 1
+            return []
+        return self.decode(maps)
 
 
 RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it

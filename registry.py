@@ -480,7 +480,7 @@ class Session:
     """One registration of one client."""
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
-                 "knocks", "own", "channel", "key")
+                 "knocks", "reads_packed", "own", "channel", "key")
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
@@ -492,10 +492,15 @@ class Session:
         self.greeting = known.last          # mail up to here comes before it is announced as online
         self.version = 0                    # of the table that it must hold before it gets mail
         self.holds_table = False
-        self.knocks = False                 # its client knows ``call``
+        self.knocks = self.reads_packed = False     # its client knows ``call``, and ``packed``
         self.own: Address | None = None     # of the client in its own network, as it says
         self.channel: Channel | None = None     # in which all of the session goes, None: in plain ...
         self.key: bytes | None = None           # ... and the public key of the client who has made it
+
+    def note(self, about: Info) -> None:
+        """Note what a client has said of itself when it registered."""
+        self.knocks, self.reads_packed = about.get("knocks", False), about.get("packed", False)
+        self.own = about.get("own")
 
     def told(self, *maps: bytes) -> bytes:
         """Return maps as a datagram that shows that it is the server who says this: sealed, or behind a ``for``."""
@@ -660,14 +665,13 @@ class ShownKey:
 class Claim:
     """A request for a nick, from an address that is proved."""
 
-    __slots__ = ("nick", "address", "token", "request", "knocks", "own", "hello", "key")
+    __slots__ = ("nick", "address", "token", "request", "about", "hello", "key")
 
-    def __init__(self, nick: str, address: Address, token: bytes | None, request: int, knocks: bool,
-                 own: Address | None, hello: Hello | None = None, key: ShownKey | None = None) -> None:
+    def __init__(self, nick: str, address: Address, token: bytes | None, request: int, about: Info,
+                 hello: Hello | None = None, key: ShownKey | None = None) -> None:
         self.nick, self.address, self.token = nick, address, token
         self.request = request      # the id of the ``reg``
-        self.knocks = knocks        # its client knows ``call``
-        self.own = own              # of the client in its own network, as it says
+        self.about = about          # what else the client has said of itself, see ``Session.note``
         self.hello = hello          # the handshake of a client that encrypts ...
         self.key = key              # ... and what is to own the nick, None: nobody
 
@@ -676,8 +680,7 @@ class Claim:
         """Return what a client claims in its handshake."""
         join = hello.join
         key = ShownKey(hello.key, join["proof"]) if "proof" in join else None
-        return cls(join["nick"], hello.address, None, hello.request, join.get("knocks", False), join.get("own"), hello,
-                   key)
+        return cls(join["nick"], hello.address, None, hello.request, join, hello, key)
 
 
 class SaveVerdict(Enum):

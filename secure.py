@@ -120,7 +120,8 @@ class Handshake:
         """Return what a server hears of this program beside its nick."""
         own = self._own_address(server)
         self.own = own if own is not None and is_private(own[0]) else None
-        return {"knocks": True} if self.own is None else {"knocks": True, "own": self.own}
+        about: Info = {"knocks": True, "packed": True}
+        return about if self.own is None else {**about, "own": self.own}
 
     def on_cookie(self, info: Info, address: Address) -> None:
         """Prove our address."""

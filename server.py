@@ -22,6 +22,7 @@ The parts
     Keeper          messages to be kept: verdicts, acks and refusals
     Postman         stored mail on its way to its recipients
     Announcer       the table: answers to those who miss some of it, and broadcasts
+    Pages           the table as datagrams, compressed for those who read that
 
 How a datagram passes
 ---------------------
@@ -53,7 +54,7 @@ from operator import itemgetter
 
 import protocol
 from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, StoredLetter, addressed,
-                      encode, index_of, mail_runs, mail_sizes, table_map)
+                      Table, encode, index_of, mail_runs, mail_sizes, packed, table_map)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
@@ -148,7 +149,7 @@ class Gate:
         """Answer with a cookie, or go on with the claim of somebody who has brought one."""
         if not self._has_cookie(info, address):
             return
-        claim = Claim(info["nick"], address, info.get("token"), info["id"], info.get("knocks", False), info.get("own"))
+        claim = Claim(info["nick"], address, info.get("token"), info["id"], info)
         if self._must_encrypt:
             self.refuse(claim, MUST_ENCRYPT)
         else:
@@ -214,7 +215,7 @@ class Gate:
     def _admit(self, claim: Claim, id_: bytes) -> Session:
         session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token, claim.request,
                                        claim.key, claim.hello)
-        session.knocks, session.own = claim.knocks, claim.own
+        session.note(claim.about)
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
         return session
@@ -771,14 +772,65 @@ SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
 PAGE_SIZE = protocol.MAX_DATAGRAM - 104     # bytes of entries in one ``table``, beside its own fields and ``for``
+PACKED_SIZE = protocol.MAX_DATAGRAM - protocol.FOR_SIZE     # bytes of a ``packed``, at most ...
+PACKED_AIM = 0.97         # ... and the part of them that a page is to take
+MOST_GAIN = 8.0           # times as many entries in a ``packed`` as in a ``table``, at most
+
+
+class Pages:
+    """The table as datagrams, for clients that read compressed ones (``is_packed``), or for others.
+
+    When many clients come at once, they need the same pages: those that are full are remembered, the last one until the
+    table changes.
+    """
+
+    def __init__(self, table: Table, is_packed: bool) -> None:
+        self._table, self._is_packed = table, is_packed
+        self._gain = 2.0        # how many times as many entries a page has if it is packed; learned from those before
+        self._cache: dict[int, tuple[bytes, int, int]] = {}     # version -> the page after it, its version, and when
+        self._emptied = 0       # version of the table when the cache was empty
+
+    def after(self, since: int) -> tuple[bytes, int]:
+        """Return the page that begins at the version ``since``, and the version that it reaches."""
+        version = self._table.version
+        if version - self._emptied > CACHE_AGE + len(self._table) or len(self._cache) > CACHE_PAGES:
+            self._cache.clear()
+            self._emptied = version
+        data, reached, made = self._cache.get(since, (b"", 0, 0))
+        if not data or (made != version and reached == made):      # the last page is not full
+            data, reached = self._packed(since) if self._is_packed else self._plain(since)
+            self._cache[since] = data, reached, version
+        return data, reached
+
+    def all_after(self, since: int) -> Iterator[bytes]:
+        """Yield the pages of all that has changed after the version ``since``."""
+        while since < self._table.version:
+            data, since = self.after(since)
+            yield data
+
+    def _plain(self, since: int) -> tuple[bytes, int]:
+        page = next(self._table.pages(since, PAGE_SIZE))
+        return table_map(*page), page.version
+
+    def _packed(self, since: int) -> tuple[bytes, int]:
+        while True:
+            page = next(self._table.pages(since, int(PAGE_SIZE * self._gain)))
+            plain = table_map(*page)
+            data = packed(plain)
+            fill = len(data) / PACKED_SIZE
+            if fill <= 1 or self._gain == 1:
+                break
+            self._gain = max(1.0, PACKED_AIM * self._gain / fill)
+        if page.version < self._table.version and fill < PACKED_AIM:
+            self._gain = min(PACKED_AIM * self._gain / fill, MOST_GAIN)
+        return min(data, plain, key=len), page.version
 
 
 class Announcer:
     """The table, as it is sent to clients.
 
     *Answers*: a client that misses some of the table says up to which version it holds it. It gets a few pages from
-    there, and asks again until it has everything. When many clients come at once, they need the same pages: full ones
-    are remembered as they are sent, only the last one still changes.
+    there, and asks again until it has everything.
 
     *Broadcasts*: what has changed since the last one is encoded once, and sent to every live client in slices, one each
     turn, after everything else. A broadcast to 10,000 clients takes a while. So after one, the next waits for ten times
@@ -794,8 +846,7 @@ class Announcer:
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
         self.newcomers: set[bytes] = set()      # of this turn: others shall hear of them before they hear of others
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
-        self._page_cache: dict[int, tuple[bytes, int]] = {}             # version -> the page after it, and its version
-        self._cached_version = 0                # of the table when the cache was empty
+        self._pages = {is_packed: Pages(registry.table, is_packed) for is_packed in (False, True)}
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0              # s that the last one took
         self._broadcast_timer = RestartableTimer(loop, wake_up)     # wakes the loop; settle then sends the next slice
@@ -816,32 +867,14 @@ class Announcer:
             self._sync_timer.set(self._loop.now())
 
     def _send_missing(self, session: Session, since: int) -> None:
-        version = self._registry.table.version
+        version, pages = self._registry.table.version, self._pages[session.reads_packed]
         if since >= version:
             self._send_queue.put_for(session, table_map(version, version, []))  # nothing is missing: that is an answer
         for _ in range(SYNC_PAGES):
             if since >= version:
                 break
-            data, since = self._page_after(since)
+            data, since = pages.after(since)
             self._send_queue.put_for(session, data)
-
-    def _page_after(self, since: int) -> tuple[bytes, int]:
-        """Return the page of the table that begins at ``since``, encoded, and the version that it reaches.
-
-        Full pages are remembered for the next client that asks: what changed since then is in a later page.
-        """
-        table = self._registry.table
-        is_outdated = table.version - self._cached_version > CACHE_AGE + len(table)
-        if is_outdated or len(self._page_cache) > CACHE_PAGES:
-            self._page_cache.clear()
-            self._cached_version = table.version
-        if since not in self._page_cache:
-            for page in itertools.islice(table.pages(since, PAGE_SIZE), SYNC_PAGES):
-                self._page_cache[page.since] = table_map(*page), page.version
-        found = self._page_cache[since]
-        if found[1] >= table.version:
-            del self._page_cache[since]     # the last page is not full yet
-        return found
 
     def broadcast(self) -> None:
         """Send a slice of the broadcast that goes on, or begin one if the table has changed and it is time."""
@@ -865,11 +898,11 @@ class Announcer:
         self._broadcast_timer.set(NEVER if is_over and table.version <= self.announced_version else now)
 
     def _begin(self) -> Iterator[tuple[Session, bytes]]:
-        table = self._registry.table
-        pages = [table_map(*page) for page in table.pages(self.announced_version, PAGE_SIZE)]
+        table, sessions = self._registry.table, self._registry.sessions.live_sessions()
+        pages = {is_packed: list(found.all_after(self.announced_version)) for is_packed, found in self._pages.items()}
         self.announced_version = table.version
         self._broadcast_cost = 0.0
-        return itertools.product(self._registry.sessions.live_sessions(), pages)
+        return ((session, page) for session in sessions for page in pages[session.reads_packed])
 
     def _send_slice(self, unsent: Iterator[tuple[Session, bytes]]) -> bool:
         """Send the next datagrams of a broadcast; return whether it is over."""

@@ -634,7 +634,7 @@ SLICE = 50                # members that join together when they come in turn
 CHECK = 0.02              # s between looks at a condition
 SWARM_BUFFER = 4 * 2 ** 20      # bytes asked from the kernel for each socket, as a client does
 
-TABLE_START = encode("table", {}).split(b"table")[0] + b"table"
+PAGE_STARTS = tuple(encode(tag, {}).split(tag.encode())[0] + tag.encode() for tag in ("table", "packed"))
 
 
 def page_of(info: Info) -> Page:
@@ -646,7 +646,9 @@ def page_of(info: Info) -> Page:
 def read_page(data: bytes) -> Page | None:
     """A ``table`` map as a page, None if it is not valid; one that many members get is decoded once."""
     decoder = Decoder()
-    for _, info in decoder.decode(data):
+    for tag, info in decoder.decode(data):
+        if tag == "packed":
+            (_, info), = decoder.unpacked(info["data"])
         return page_of(info)
     return None
 
@@ -771,7 +773,7 @@ class Swarm:
             self._take(member, datagram)
 
     def _take(self, member: Member, datagram: bytes) -> None:
-        if datagram.startswith(TABLE_START, FOR_SIZE):
+        if datagram.startswith(PAGE_STARTS, FOR_SIZE):
             self.table_bytes += len(datagram)
             if member.session is not None and datagram.startswith(addressed(member.session)):
                 page = read_page(datagram[FOR_SIZE:])
@@ -850,7 +852,7 @@ class Swarm:
             self._set(member, self._in(REQUEST if member.attempts <= ATTEMPTS else LOST_PING))
 
     def _send_reg(self, member: Member) -> None:
-        info: Info = {"id": member.request, "nick": member.nick}
+        info: Info = {"id": member.request, "nick": member.nick, "packed": True}
         if member.cookie is not None:
             info["cookie"] = member.cookie
         self._send(member, padded("reg", info, protocol.REG_SIZE))
@@ -977,7 +979,7 @@ class SecretSwarm(Swarm):
     def _take(self, member: Member, datagram: bytes) -> None:
         if datagram[:1] == RECORD_MARK:
             text = self._channels[member].open(datagram)
-            if text.startswith(TABLE_START):
+            if text.startswith(PAGE_STARTS):
                 self.table_bytes += len(datagram)
                 page = read_page(text)
                 if page is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ipaddress
 import tracemalloc
+import zlib
 from typing import Any
 
 import msgpack
@@ -18,19 +19,21 @@ SESSION, TOKEN = b"s" * 16, b"t" * 32
 ENTRY = ["bob", "192.0.2.1", 5000, "online"]
 EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION, "knocks": True,
-            "own": ["10.0.0.5", 40001], "secure": True},
+            "own": ["10.0.0.5", 40001], "secure": True, "packed": True},
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION, "key": TOKEN},
     "hello": {"id": ID, "cookie": SESSION, "message": SESSION},
     "offer": {"id": ID, "message": SESSION},
     "accept": {"id": ID, "message": SESSION},
     "greet": {"from": "alice", "index": SESSION[:4]},
-    "join": {"nick": "bob", "index": SESSION[:4], "proof": TOKEN, "knocks": True, "own": ["10.0.0.5", 40001]},
+    "join": {"nick": "bob", "index": SESSION[:4], "proof": TOKEN, "knocks": True, "own": ["10.0.0.5", 40001],
+             "packed": True},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9, "index": SESSION[:4],
                 "lasting": False},
     "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob",
                 "lasting": False},
     "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN, True]]},
+    "packed": {"data": zlib.compress(b"")},
     "sync": {"session": SESSION, "version": 9},
     "chat": {"from": "alice", "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""], "more": [6]},
     "ack": {"stream": STREAM, "next": 5, "have": [[6, 6], [8, 9]], "room": 90},
@@ -369,6 +372,39 @@ def test_headers_that_promise_a_lot_take_little_memory(header: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 32 * 2 ** 20 and kept < 2 ** 20
+
+
+# what is compressed
+
+def test_what_was_packed_comes_back() -> None:
+    (_, info), = decode(protocol.packed(b"".join(WHOLE)))
+    assert Decoder().unpacked(info["data"]) == list(EXAMPLES.items())
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"x", zlib.compress(b""), zlib.compress(GOOD)[:-1], zlib.compress(GOOD)[:-4] + b"1234",
+    zlib.compress(GOOD * 4000), zlib.compress(bytes(10_000_000), 9)[:1200], zlib.compress(b"\xc1")])
+def test_what_is_compressed_and_broken_or_becomes_too_much_is_dropped(data: bytes) -> None:
+    decoder = Decoder()
+    assert decoder.unpacked(data) == [] and decoder.dropped == 1
+    assert decoder.decode(GOOD) == GOOD_MESSAGES
+
+
+@given(st.binary(max_size=1200))
+def test_no_bytes_that_seem_to_be_compressed_raise_anything(data: bytes) -> None:
+    Decoder().unpacked(data)
+    Decoder().unpacked(zlib.compress(data))
+
+
+def test_what_would_become_very_much_takes_little_memory() -> None:
+    data = zlib.compress(bytes(1_000_000), 9)
+    tracemalloc.start()
+    try:
+        Decoder().unpacked(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 ** 18
 
 
 # texts and mail

@@ -278,6 +278,13 @@ def test_what_fields_must_be_to_each_other_is_what_the_page_says(tag: str, condi
 
 # --- examples -------------------------------------------------------------------------------------------------
 
+def test_what_is_compressed_in_the_example_is_what_the_page_says() -> None:
+    example, = [example for example in EXAMPLES if example.tag == "packed"]
+    said = re.search(r"The same as `(\{.*?\})`:", PAGE, re.DOTALL)
+    assert said is not None
+    assert Decoder().unpacked(example.maps[-1][1]["data"]) == parsed(said[1])
+
+
 def test_every_tag_has_an_example() -> None:
     assert {example.tag for example in EXAMPLES} == set(SCHEMA)
 
