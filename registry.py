@@ -47,7 +47,8 @@ from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Se
 
 # --- copies of the table --------------------------------------------------------------------------------------
 
-SYNC_INTERVAL = 0.2       # s between questions for what is missing of the table
+SYNC_INTERVAL = 0.2       # s until what is missing of the table is asked for again; twice as long each further time ...
+MAX_SYNC_INTERVAL = 2.0   # ... up to this: a server to which thousands come at once remembers who has asked
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 
 
@@ -67,7 +68,7 @@ class TableSync(Mirror):
     """A client's copy of the server's table, kept complete.
 
     A page that does not follow on what is here, or a pong with a higher version, shows that something is missing: then
-    the server is asked every 200 ms until nothing is. After a restart of the server the old table stays in force
+    the server is asked until nothing is, ever more slowly. After a restart of the server the old table stays in force
     until the new one is whole, for 30 s at most; then everybody in it counts as offline, and messages go to the server.
     """
 
@@ -82,8 +83,9 @@ class TableSync(Mirror):
         self._on_own_state = on_own_state
         self._shows_us = False                  # online, in the table of the server as it runs now
         self._is_confirmed = False              # in this session, the table was whole
-        self._pages = 0                         # that came since the last question ...
-        self._asked = -NEVER                    # ... and when that was
+        self._pages = 0                         # that came since the last question, ...
+        self._asked = -NEVER                    # ... when that was, ...
+        self._wait = 0.0                        # ... and the time after which it is repeated if none come
         self._places: set[Address] = set()      # where anybody is online, ...
         self._places_of = self.table, -1        # ... as of that version
         self._sync_timer = RestartableTimer(loop, self._ask)
@@ -133,6 +135,7 @@ class TableSync(Mirror):
     def begin_session(self, boot: int, version: int) -> None:
         """Catch up with a server, as it runs since ``boot``, whose table has that version."""
         self._shows_us = self._is_confirmed = False
+        self._wait = 0.0
         super().begin_session(boot, version)
         if not (self.is_of_this_boot or self._old_table_timer.is_set):
             self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
@@ -158,7 +161,8 @@ class TableSync(Mirror):
             return
         self._pages = 0
         self._asked = self._loop.now()
-        self._sync_timer.set(self._asked + jittered(self._loop, self.interval))
+        self._wait = max(self.interval, min(2 * self._wait, MAX_SYNC_INTERVAL))
+        self._sync_timer.set(self._asked + jittered(self._loop, self._wait))
 
     def ask_soon(self) -> None:
         """Ask for what is missing, at once unless that was done just now."""
@@ -185,7 +189,7 @@ class TableSync(Mirror):
         if changed is None:
             self.ask_soon()
             return
-        self._pages += 1
+        self._pages, self._wait = self._pages + 1, 0.0
         self._note_changes(changed)
         if self.is_whole:
             self._sync_timer.cancel()

@@ -768,7 +768,8 @@ BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
 BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clients would have a wrong table that long
 BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
-SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB
+SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB ...
+BUSY_SLICE = 2            # ... and in one that has left something unread: whoever registers must be heard in time
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
 PAGE_SIZE = protocol.MAX_DATAGRAM - 104     # bytes of entries in one ``table``, beside its own fields and ``for``
@@ -858,7 +859,8 @@ class Announcer:
     def answer(self) -> None:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
         newcomers, self.newcomers = self.newcomers, set()
-        for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in newcomers), SYNC_SLICE)):
+        most = SYNC_SLICE if self._loop.drained else BUSY_SLICE
+        for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in newcomers), most)):
             version = self._to_sync.pop(id_)
             session = self._registry.sessions.get(id_)
             if session is not None:
@@ -908,12 +910,13 @@ class Announcer:
         """Send the next datagrams of a broadcast; return whether it is over."""
         is_live = self._registry.sessions.is_live
         count = 0
-        for session, page in itertools.islice(unsent, BROADCAST_DATAGRAMS):
+        most = BROADCAST_DATAGRAMS if self._loop.drained else BUSY_SLICE * SYNC_PAGES
+        for session, page in itertools.islice(unsent, most):
             count += 1
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
                 datagram = addressed(session.id, page) if session.channel is None else session.told(page)
                 self._send(datagram, session.address)       # (a call for each of millions is saved here)
-        return count < BROADCAST_DATAGRAMS
+        return count < most
 
 
 # --- the server -----------------------------------------------------------------------------------------------

@@ -625,7 +625,7 @@ def measure_zipapp(names: set[str]) -> Iterator[Row]:
 
 REQUEST = 0.5             # s between attempts of a request, and ...
 ATTEMPTS = 5              # ... how many: as a client does
-SYNC = 0.2                # s between questions for what is missing of the table
+SYNC, MAX_SYNC = 0.2, 2.0     # s until what is missing of the table is asked for again, and that time at most
 PING = 15.0               # s between pings
 LOST_PING = 2.0           # s between pings to a server that is silent
 READS = 64                # datagrams of one member in one turn
@@ -657,7 +657,7 @@ class Member:
     """One client of a swarm."""
 
     __slots__ = ("nick", "sock", "request", "attempts", "server_id", "cookie", "session", "leaving", "version",
-                 "target", "pages", "synced", "ping", "due", "queued", "mirror", "mail")
+                 "target", "pages", "synced", "wait", "ping", "due", "queued", "mirror", "mail")
 
     def __init__(self, nick: str) -> None:
         self.nick = nick
@@ -674,6 +674,7 @@ class Member:
         self.target = 0             # up to which it should be
         self.pages = 0              # since the last sync ...
         self.synced = -NEVER        # ... and when that was
+        self.wait = 0.0             # s until it is repeated if nothing comes
         self.ping = 0               # id of the last one
         self.due = NEVER            # when to ask the server for something
         self.queued = NEVER         # when to look at that
@@ -842,7 +843,8 @@ class Swarm:
         elif member.version < member.target:
             member.pages, member.synced = 0, self._now
             self._send(member, padded("sync", {"session": session, "version": member.version}, protocol.SESSION_SIZE))
-            self._set(member, self._in(SYNC))
+            member.wait = max(SYNC, min(2 * member.wait, MAX_SYNC))
+            self._set(member, self._in(member.wait))
         else:
             member.attempts += 1
             self.unanswered += member.attempts == ATTEMPTS + 1
@@ -884,7 +886,7 @@ class Swarm:
             self._set(member, min(member.due, max(self._now, member.synced + SYNC)))
         elif page.version > member.version:
             was_behind = member.version < member.target
-            member.version = page.version
+            member.version, member.wait = page.version, 0.0
             member.pages += 1
             if member.mirror is not None:
                 member.mirror.apply(page)

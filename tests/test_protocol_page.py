@@ -360,6 +360,7 @@ CHOSEN = {
     "longest relay": "stream.MAX_RELAY_TIME",
     "patience with a knock": "stream.KNOCK_TIMEOUT",
     "hold": "conversation.HOLD_TIME",
+    "longest time between two sync": "registry.MAX_SYNC_INTERVAL",
     "old table": "registry.OLD_TABLE_TIME",
     "first retransmission timeout": "stream.INITIAL_TIMEOUT",
     "least retransmission timeout": "stream.MIN_TIMEOUT",
