@@ -18,6 +18,7 @@ are measured in turn, and processor time is counted instead of the clock's where
 - start      from the call to the end of ``--help``, and to the first welcome of a client, of the installed program; and
              of ``python udpchat.py``, a script, which Python compiles at each start.
 - crowd      many clients register at once; until all hold the whole table.
+- restart    the server of as many clients is killed, and started again: until all are back, and hold its table.
 - idle       10,000 clients are registered and do nothing but ping: the server's processor time and memory.
 - table      bytes and processor time of the server for each change of the table and each client that is told. What
              the change itself costs (measured with one client), and the pings meanwhile, are taken off. The yardstick,
@@ -657,7 +658,7 @@ class Member:
     """One client of a swarm."""
 
     __slots__ = ("nick", "sock", "request", "attempts", "server_id", "cookie", "session", "leaving", "version",
-                 "target", "pages", "synced", "wait", "ping", "due", "queued", "mirror", "mail")
+                 "target", "pages", "synced", "wait", "boot", "ping", "due", "queued", "mirror", "mail")
 
     def __init__(self, nick: str) -> None:
         self.nick = nick
@@ -675,6 +676,7 @@ class Member:
         self.pages = 0              # since the last sync ...
         self.synced = -NEVER        # ... and when that was
         self.wait = 0.0             # s until it is repeated if nothing comes
+        self.boot = 0               # of the server, in this session
         self.ping = 0               # id of the last one
         self.due = NEVER            # when to ask the server for something
         self.queued = NEVER         # when to look at that
@@ -867,6 +869,9 @@ class Swarm:
     def _on_welcome(self, member: Member, info: Info) -> None:
         if info["id"] == member.request and member.session is None:
             member.session, member.target, member.attempts = info["session"], info["version"], 0
+            if info["boot"] != member.boot:
+                member.boot, member.version = info["boot"], 0
+                member.mirror = Table() if member.mirror is not None else None
             self._ask(member)
 
     def _on_refused(self, member: Member, info: Info) -> None:
@@ -898,7 +903,13 @@ class Swarm:
                 self._ask(member)       # a ping: the server learns that the table is here
 
     def _on_pong(self, member: Member, info: Info) -> None:
-        if info["id"] != member.ping or member.session is None or member.leaving:
+        if member.session is None or member.leaving:
+            return
+        if info["id"] != member.ping:       # the server may have restarted
+            self._set(member, min(member.due, self._now + self._random.random()))
+            return
+        if info["boot"] != member.boot:
+            self._register(member)
             return
         member.attempts = 0
         self._set(member, self._in(PING))
@@ -1009,7 +1020,8 @@ def raise_limit() -> int:
 # --- crowd, idle, table ---------------------------------------------------------------------------------------
 
 SMALL_CROWD, LARGE_CROWD = 2_000, 10_000
-CROWD_LIMITS = {SMALL_CROWD: 5.0, LARGE_CROWD: 60.0}    # s
+CROWD_LIMITS = {SMALL_CROWD: 5.0, LARGE_CROWD: 15.0}    # s
+RESTART_LIMIT = 20.0      # s
 CROWD_PATIENCE = 10.0     # s beyond that until a crowd is given up
 SETTLE = 2.0              # s of rest before something is measured
 IDLE_TIME = 20.0          # s
@@ -1043,6 +1055,20 @@ def measure_crowd(swarm: Swarm, server: Process, count: int) -> Row:
     return Row("crowd", figure + "; {} refused, {} without answer, {} wrong".format(*faults),
                f"{used:.1f} s of the server's core", f"{seconds / max(used, 1e-9):.1f}", f"<= {limit:.0f} s, no fault",
                done and seconds <= limit and not any(faults))
+
+
+def measure_restart(swarm: Swarm, chat: Chat, server: Process, count: int) -> Row:
+    """The server is killed and started again; until all are back, and hold the table in which they are."""
+    swarm.refused = swarm.unwelcome = 0
+    server.kill()
+    began = time.monotonic()
+    server = chat.restart()
+    done = swarm.until(lambda: swarm.all_hold(2 * count), RESTART_LIMIT + CROWD_PATIENCE)
+    seconds, used = time.monotonic() - began, processor_time(server)
+    faults = (swarm.refused, swarm.unwelcome, swarm.wrong() if done else count)
+    return Row("restart", f"{count:,}: {seconds:.1f} s" + "; {} refused, {} without answer, {} wrong".format(*faults),
+               f"{used:.1f} s of the server's core", f"{seconds / max(used, 1e-9):.1f}",
+               f"<= {RESTART_LIMIT:.0f} s, no fault", done and seconds <= RESTART_LIMIT and not any(faults))
 
 
 def measure_idle(swarm: Swarm, server: Process) -> tuple[Row, float]:
@@ -1115,7 +1141,7 @@ def table_rows(costs: dict[int, Cost]) -> Iterator[Row]:
 
 
 def measure_many(names: set[str]) -> Iterator[Row]:
-    """Everything for which many clients are registered: ``crowd``, ``idle``, ``table``."""
+    """Everything for which many clients are registered: ``crowd``, ``idle``, ``table``, ``restart``."""
     large = min(LARGE_CROWD, raise_limit())
     if "crowd" in names:
         with world() as chat:
@@ -1134,6 +1160,8 @@ def measure_many(names: set[str]) -> Iterator[Row]:
                 yield row
             if whole and costs:
                 costs[large - 1] = measure_changes(swarm, server, CHANGES[LARGE_CROWD], share)
+            if whole and "restart" in names:
+                yield measure_restart(swarm, chat, server, large)
     if not whole and "idle" in names:
         yield Row("idle", "not measured: the crowd was not complete", "-", "-", "<= 5 %, <= 80 MB", False)
     if costs:
@@ -1443,7 +1471,8 @@ def measure_loss(names: set[str]) -> Iterator[Row]:
 MEASURES: dict[str, Callable[[set[str]], Iterator[Row]]] = {
     "piped": measure_piped, "latency": measure_latency, "start": measure_start, "keep": measure_mail,
     "deliver": measure_mail, "memory": measure_memory, "loss": measure_loss, "timers": measure_timers,
-    "crowd": measure_many, "idle": measure_many, "table": measure_many, "secret": measure_secret,
+    "crowd": measure_many, "idle": measure_many, "table": measure_many, "restart": measure_many,
+    "secret": measure_secret,
     "zipapp": measure_zipapp}
 ROLES: dict[str, Callable[[list[str]], None]] = {
     "--plain-send": plain_send, "--plain-receive": plain_receive, "--echo": bare_echo, "--bare": bare_loop,

@@ -8,6 +8,7 @@ port is fixed: servers take any and say which.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import pty
 import random
@@ -427,11 +428,16 @@ class Chat:
             fd = process.waits_to_write
             if fd is not None:
                 writing[fd] = process
-        readable, writable, _ = select.select(list(reading), list(writing), [], seconds)
-        for fd in readable:
-            reading[fd].read()
-        for fd in writable:
-            writing[fd].write_some()
+        poll = select.poll()        # ``select`` cannot have more than 1,024 descriptors in a process
+        for fd in reading:
+            poll.register(fd, select.POLLIN)
+        for fd in writing:
+            poll.register(fd, select.POLLOUT)
+        for fd, _ in poll.poll(math.ceil(seconds * 1000)):
+            if fd in reading:
+                reading[fd].read()
+            elif fd in writing:
+                writing[fd].write_some()
 
     def until(self, condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
         """Wait until ``condition`` holds. Fail, with all output, if that lasts too long."""
