@@ -560,7 +560,7 @@ class PeerLinks:
         self._outbox, self._receiving, self._display = outbox, receiving, display
         if peers is not None:
             peers.shown_of, peers.home_of, peers.is_at = table.key_of, table.home_of, self._is_at
-            peers.on_plain = self._on_plain
+            peers.on_plain, peers.is_known = self._on_plain, lambda nick: nick in table.table.entries
 
     def on_news(self, nick: str) -> None:
         """Forget where somebody was: the table has changed."""
@@ -827,7 +827,7 @@ class Client:
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
-        self.check_table = self.table_sync.check
+        self.check_table, self.settle_sends = self.table_sync.check, self.sending.settle
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._next_turn = RestartableTimer(loop, wake_up)

@@ -871,7 +871,7 @@ class Inbox:
 
     def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> None:
         """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known."""
-        incoming = self._incoming(info["from"], info["stream"], 1)
+        incoming = self._incoming(info["from"], info["stream"])
         incoming.address = address
         self.unacked[incoming] = None
         if accept:
@@ -901,8 +901,8 @@ class Inbox:
             self._forget(self._mail)
             self._mail = None
 
-    def _incoming(self, sender: str, stream: int, first: int) -> Incoming:
-        """Return a stream of a sender, which becomes the one that was heard last; open it at ``first`` if it is new."""
+    def _incoming(self, sender: str, stream: int) -> Incoming:
+        """Return a stream of a sender, which becomes the one that was heard last."""
         streams = self._streams[sender] = self._streams.pop(sender, {})
         incoming = streams.pop(stream, None)
         if incoming is None:
@@ -911,7 +911,7 @@ class Inbox:
             elif self.stream_count >= STREAMS_IN_ALL:
                 self._evict_idle(next(iter(self._streams)))
             self._streams[sender] = streams
-            incoming = Incoming(ReceiveStream(stream, first), self.unacked)
+            incoming = Incoming(ReceiveStream(stream), self.unacked)
             incoming.sender = sender
             snapshot = self.duplicates.pop(sender, stream)
             if snapshot is not None:
@@ -1083,8 +1083,8 @@ class Inbox:
         """
         sender, stream, number = letters[0][:3]
         proof = proof_of(letters, len(texts))
-        incoming = self._incoming(UNPROVEN_MARK + sender if proof in DOUBTS else sender, stream, number)
-        if number > incoming.stream.reached:    # their sender has closed the numbers below: these can only come late
+        incoming = self._incoming(UNPROVEN_MARK + sender if proof in DOUBTS else sender, stream)
+        if number > incoming.stream.reached:    # if their sender has not closed the numbers below, no ack says so
             incoming.stream.advance(number, elsewhere=True)
         yield from self._take_all_chat(incoming)
         if incoming.stream.claim(number, len(letters)):

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from protocol import UNSAFE, Parcel, StoredLetter, clean, is_nick
+from protocol import ENVELOPE_BYTES, KEY_BYTES, LETTER_EXTRA, UNSAFE, Parcel, StoredLetter, clean, is_nick
 
 if TYPE_CHECKING:
     import sqlite3
@@ -245,6 +245,9 @@ LEVELS = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
 
 
+LAST_TIME = 253402300799.0      # s since 1970 of the end of the year 9999: RFC 3339 has no later one
+
+
 @functools.lru_cache(maxsize=1024)
 def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     """Return a wall-clock time in local time, for people."""
@@ -257,7 +260,7 @@ def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 def rfc3339(at: float) -> str:
     """Return a wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
     try:
-        seconds, thousandths = divmod(math.floor(at * 1000), 1000)
+        seconds, thousandths = divmod(math.floor(min(at, LAST_TIME) * 1000), 1000)
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
     except (OverflowError, ValueError, OSError):
         return "1970-01-01T00:00:00.000Z"
@@ -624,6 +627,7 @@ class Known:
         return self.last - self.first + 1
 
 
+NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of letters that are damaged: their recipient cannot open them
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
@@ -794,8 +798,10 @@ class Mailbox:
             parcel = Parcel.of_row(numbers, n, *columns)
         except (ValueError, TypeError):
             self.damaged += 1
+            is_sealed = is_sender_whole and columns[-2:] != (None, None)
+            content = (bytes(LETTER_EXTRA), False, NO_SEAL) if is_sealed else (DAMAGED, False, ())
             return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
-                     n if type(n) is int and n > 0 else 1, 0.0, DAMAGED, False, ()]] * numbers
+                     n if type(n) is int and n > 0 else 1, 0.0, *content]] * numbers
         more, seal = parcel.more, parcel.seal
         return [[sender, stream, number, at, text, number in more, seal]
                 for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]

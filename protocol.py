@@ -529,8 +529,7 @@ def offer_prologue(server_key: bytes, called: str, id_: int) -> bytes:
 
 def letter_prologue(server_key: bytes, sender: str, recipient: str, stream: int) -> bytes:
     """Return what the letters of a stream are bound to."""
-    return encode("udpchat mail 1", {"server": server_key, "from": folded(sender), "to": folded(recipient),
-                                     "stream": stream})
+    return encode("udpchat mail 1", {"server": server_key, "from": sender, "to": recipient, "stream": stream})
 
 
 # --- what may be shown ----------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class TableSource(Protocol):
 
     nick: str
     endpoint: Endpoint
+    is_silent: bool
 
     @property
     def has_joined(self) -> bool: ...
@@ -88,7 +89,7 @@ class TableSync(Mirror):
         self._wait = 0.0                        # ... and the time after which it is repeated if none come
         self._places: set[Address] = set()      # where anybody is online, ...
         self._places_of = self.table, -1        # ... as of that version
-        self._sync_timer = RestartableTimer(loop, self._ask)
+        self._sync_timer = RestartableTimer(loop, self._repeat)
         self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
 
     def reach(self, host: str, port: int) -> Address | None:
@@ -148,6 +149,7 @@ class TableSync(Mirror):
 
     def end_session(self) -> None:
         """Stop asking for the table: there is no session."""
+        self.is_checking = False
         self._sync_timer.cancel()
 
     def stop(self) -> None:
@@ -156,13 +158,18 @@ class TableSync(Mirror):
         self._sync_timer.cancel()
         self._old_table_timer.cancel()
 
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Ask for what is missing; return False if there is no session for that."""
         if not self._link.sync(self.version):
-            return
+            return False
         self._pages = 0
         self._asked = self._loop.now()
         self._wait = max(self.interval, min(2 * self._wait, MAX_SYNC_INTERVAL))
         self._sync_timer.set(self._asked + jittered(self._loop, self._wait))
+        return True
+
+    def _repeat(self) -> None:
+        self._ask()
 
     def ask_soon(self) -> None:
         """Ask for what is missing, at once unless that was done just now."""
@@ -170,10 +177,13 @@ class TableSync(Mirror):
             self._sync_timer.set(max(self._loop.now(), self._asked + SYNC_INTERVAL))
 
     def check(self) -> None:
-        """Ask whether anything is missing here, although nothing seems to be: what was sent may have got lost."""
-        self.is_checking = True
-        self._ask()
-        self._link.ping_until_answered()
+        """Ask whether anything is missing here, although nothing seems to be: what was sent may have got lost.
+
+        Where nobody would answer, nothing is asked.
+        """
+        self.is_checking = not self._link.is_silent and self._ask()
+        if self.is_checking:
+            self._link.ping_until_answered()
 
     def on_version(self, version: int) -> None:
         """Note how far the server is; ask if something is missing here."""

@@ -289,6 +289,7 @@ class Peers:
         self.shown_of: Callable[[str], tuple[bytes, bool] | None] = lambda nick: None   # see ``TableSync.key_of``
         self.home_of: Callable[[str], Address | None] = lambda nick: None   # where it is, as the table says
         self.is_at: Callable[[str, Address], bool] = lambda nick, address: False    # whether somebody may be there
+        self.is_known: Callable[[str], bool] = lambda nick: True    # whether there is such a nick
         self.on_plain: Callable[[str], None] = lambda nick: None    # hears whose messages cannot be encrypted
         self._keys, self._send, self._now, self._new_id = keys, send, now, new_id
         self._must_encrypt, self._known = must_encrypt, known or KnownKeys()
@@ -353,10 +354,10 @@ class Peers:
         return shown[0] if shown is not None and not self.refusal(nick) else None
 
     def refusal(self, nick: str) -> str:
-        """Return why nothing may be sent to somebody: "key-changed", or "not-secure"; "": it may be."""
+        """Return why nothing may be sent to somebody: "key-changed", "unknown" or "not-secure"; "": it may be."""
         shown, pinned = self.shown_of(nick), self._pinned(nick)
         if pinned is not None:
-            return "" if shown == (pinned[0], True) else "key-changed"
+            return "" if shown == (pinned[0], True) else "key-changed" if self.is_known(nick) else "unknown"
         return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
 
     def bound_key_of(self, nick: str) -> bytes:
@@ -424,7 +425,8 @@ class Peers:
                 return
         key = self.key_of(nick)
         if key == b"":
-            self._send_plain(peer, datagram, address)
+            self.tell_of_plain(nick)
+            self._send(datagram, address)
         elif len(peer.waiting) < WAITING:
             peer.waiting.append((datagram, address))
         if key:
@@ -449,11 +451,12 @@ class Peers:
         elif self.takes_plain(nick):
             self._send(datagram, address)
 
-    def _send_plain(self, peer: Peer, datagram: bytes, address: Address) -> None:
+    def tell_of_plain(self, nick: str) -> None:
+        """Tell the user, once, that what goes to somebody is not encrypted."""
+        peer = self._peer(nick)
         if not peer.is_told:
             peer.is_told = True
-            self.on_plain(peer.nick)
-        self._send(datagram, address)
+            self.on_plain(nick)
 
     # handshakes
 
@@ -1103,6 +1106,8 @@ class SealedMail:
             except (Forged, ValueError):    # there is no key, or it was made up
                 letters = None
             frames.letters = letters
+        if letters is None and not self._must_encrypt:
+            self._peers.tell_of_plain(frames.peer)
         return "not-secure" if letters is None and self._must_encrypt else ""
 
     def opened(self, run: Any) -> Opened:

@@ -1014,9 +1014,20 @@ class ReceiveStream:
         """Return the ``ack`` to send now; ``grow``: whether there is memory for more than was promised before."""
         if grow and self.window_end < self.next + MAX_EARLY:
             self.window_end = self.next + MAX_EARLY
-        window = self.window_end - self.next
-        return {"stream": self.id, "next": self.next, "room": window if window >= MAX_TEXT_PIECES else 0,
+        next_ = self._proven()
+        window = self.window_end - next_
+        return {"stream": self.id, "next": next_, "room": window if window >= MAX_TEXT_PIECES else 0,
                 "have": self._have() if self._early or self.ready > self.next or self._pieces else []}
+
+    def _proven(self) -> int:
+        """Return ``next``, but no more than what is written, or what the sender itself has closed.
+
+        What was given up because mail says so may still be the sender's: whoever carries the mail may have lost it.
+        """
+        for start, end in self.given_up.spans:
+            if end > self.base:
+                return min(self.next, max(start, self.base))
+        return self.next
 
     def _have(self) -> list[list[int]]:
         """Return what came and is not written: inclusive ranges, the lowest ones."""

@@ -743,6 +743,8 @@ class ChatClient(Protocol):
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
     @property
     def check_table(self) -> Callable[[], None]: ...        # ask whether somebody is missing, before the next command
+    @property
+    def settle_sends(self) -> Callable[[], None]: ...       # send, or refuse, what was queued
 
 
 class Shell:
@@ -832,7 +834,7 @@ class Shell:
             if self._is_to_be_checked(command):
                 self.waiting.appendleft(command._replace(echo=""))
                 self._client.check_table()
-                return
+                continue        # if the server is asked, no command may run
             if command.send is not None:
                 if not self._do_send(command.send):
                     return
@@ -952,6 +954,7 @@ class Shell:
 
     def _do_trust(self, word: str) -> None:
         keys, nick = self._client.peer_keys, self._client.spelling_of(word)
+        self._client.settle_sends()     # what was sent before is refused, as it was said
         digits = keys.trust(nick) if keys is not None and nick is not None else ""
         self._tell_of_keys("talk-unknown" if nick is None else "trusted" if digits else "no-key", nick or word, digits)
 

@@ -1415,8 +1415,9 @@ class Flow:
         now, conversation = self._link.now, self._conversation
         if conversation.pending < QUEUE_LIMIT:
             conversation.send(now, self._texts, now)
-        for datagram, _ in conversation.poll(now):
-            self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))
+        for datagram, address in conversation.poll(now):
+            if address is not None:         # else it is for the server, which is not here
+                self._link.send(len(datagram) + HEADERS, functools.partial(self._arrived, datagram))
         conversation.events.clear()
         due = conversation.due()
         if due < self._wake or self._wake <= now:

@@ -951,6 +951,19 @@ def test_signal_ends_a_client_without_a_server_and_names_all_of_many_messages(ch
     assert f"[{len(accounted)} messages not delivered.]" in alice.lines
 
 
+@pytest.mark.parametrize("command", ["send ghost hello", "talk ghost", "verify ghost"])
+def test_commands_with_unknown_nicks_do_not_wait_for_a_server_that_is_gone(chat: Chat, command: str) -> None:
+    server = chat.server()
+    bob, alice = chat.clients("bob", "alice")
+    alice.wait_for("bob")
+    server.kill()
+    alice.feed(f"{command}\n{command}\n")
+    alice.see("[Unknown client ghost.]", "[Unknown client ghost.]")
+    alice.feed(f"{command}\nsend bob hello\nquit\n")
+    bob.see("alice: hello")
+    assert alice.wait() == 1
+
+
 def test_signal_ends_an_idle_client_without_a_server_with_0(chat: Chat) -> None:
     server = chat.server()
     alice = chat.client("alice")

@@ -13,9 +13,10 @@ from hypothesis import given, strategies as st
 import protocol
 from conversation import Inbox
 from home import show_time
-from protocol import (BROKEN, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, OTHER_KEY, SEALED, STRANGELY_PLAIN,
-                      UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
+from protocol import (BROKEN, GONE, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, ONLINE, OTHER_KEY, SEALED,
+                      STRANGELY_PLAIN, UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
+from server import Keeper
 from stream import Account, Frames, Sealing, SendStream
 from tests.processes import MAIL_NOTICE, SAVED, Chat
 from tests.simulate import SERVER, Life, World
@@ -448,6 +449,70 @@ def test_a_server_whose_clock_is_wrong_delivers_every_letter_with_its_time(years
     world.run(3)
     line, = [line for line in bob.lines if line.endswith("hello")]
     assert line.split("<")[1].startswith(show_time(alice.loop.wall(), "%Y-%m-%d"))
+
+
+def test_a_server_that_loses_letters_gets_no_receipt_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    go_away(world, bob)
+
+    def keeps_only_the_last(self: Keeper, save: Any, parcel: Parcel, sealed_for: tuple[bytes, ...]) -> bool:
+        last = len(parcel.texts) - 1
+        self._registry.keep(save.to, save.session.nick, save.stream.id, parcel.part(last, last + 1))
+        save.stream.give_back(parcel.n)
+        return False
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "_keep_part", keeps_only_the_last)
+        for number in range(1, 6):
+            alice.type(f"send bob secret {number}")
+        world.run(1)
+        bob.type("reg bob")
+        world.run(2)
+    world.run(20)
+    received = alice.lines.count("[Message received by bob.]") + alice.lines.count(SAVED)
+    assert received_by(bob, "secret 5") == 1 and received <= sum("secret" in line for line in bob.lines)
+
+
+@pytest.mark.parametrize("spelling", ["Alice", "ALICE", "\uff41lice"])
+def test_a_letter_is_not_shown_again_under_another_spelling_of_its_sender(spelling: str) -> None:
+    alice, bob = writers("alice", "bob")
+    run, = alice.runs("bob", "pay 100 EUR")
+    assert {proof for _, _, proof in bob.read(changed(run, sender=spelling))} == {BROKEN}
+    assert bob.read(run)[0][2] == SEALED
+
+
+def test_what_was_sent_before_a_key_is_trusted_is_refused_even_if_both_come_at_once() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    alice.type("send bob before")
+    world.run(1)
+    alice.client.table_sync.table.set("bob", *bob.address, ONLINE, b"k" * 32, True)
+    alice.type("send bob for the old one")
+    alice.type("trust bob")
+    world.run(1)
+    assert "[The key of bob has changed, message not sent.]" in alice.lines
+    assert any(line.startswith("[The key of bob is trusted now.") for line in alice.lines)
+
+
+def test_who_is_gone_is_unknown_and_has_no_changed_key() -> None:
+    world, wire, (alice, bob) = encrypted("alice", "bob")
+    alice.type("send bob before")
+    world.run(1)
+    go_away(world, bob)
+    alice.type("send bob after")
+    assert alice.client.peer_keys is not None
+    alice.client.table_sync.table.set("bob", *bob.address, GONE)
+    assert alice.client.peer_keys.refusal("bob") == "unknown"
+
+
+def test_it_is_said_once_that_mail_is_not_encrypted() -> None:
+    world, wire, (alice,) = encrypted("alice")
+    world.encrypts = False
+    bob = world.client("bob")
+    world.run(1)
+    go_away(world, bob)
+    alice.type("send bob one")
+    alice.type("send bob two")
+    world.run(2)
+    assert alice.complaints.count("[Messages to bob are not encrypted.]") == 1 and alice.lines.count(SAVED) == 2
 
 
 def test_nothing_is_saved_for_a_recipient_who_has_a_new_owner() -> None:

@@ -626,8 +626,9 @@ def test_letters_belong_to_one_server_sender_recipient_and_stream(sodium: Sodium
     alice, bob, mallory = pair(sodium, ALICE), pair(sodium, BOB), pair(sodium, MALLORY)
     right = letter_prologue(key(99), "alice", "bob", 7)
     envelope = Letters.to(sodium, alice, bob.public, right, key(ALICE_ONCE)).envelope
-    assert not is_forged(Letters.of, sodium, bob, alice.public, letter_prologue(key(99), "Alice", "BOB", 7), envelope)
-    for wrong in (letter_prologue(key(98), "alice", "bob", 7), letter_prologue(key(99), "alicia", "bob", 7),
+    assert not is_forged(Letters.of, sodium, bob, alice.public, letter_prologue(key(99), "alice", "bob", 7), envelope)
+    for wrong in (letter_prologue(key(99), "Alice", "bob", 7), letter_prologue(key(99), "alice", "BOB", 7),
+                  letter_prologue(key(98), "alice", "bob", 7), letter_prologue(key(99), "alicia", "bob", 7),
                   letter_prologue(key(99), "alice", "bobby", 7), letter_prologue(key(99), "alice", "bob", 8),
                   letter_prologue(key(99), "bob", "alice", 7)):
         assert is_forged(Letters.of, sodium, bob, alice.public, wrong, envelope)

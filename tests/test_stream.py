@@ -648,10 +648,25 @@ def test_a_stream_that_was_forgotten_and_remembered_shows_nothing_again() -> Non
     stream.on_data(5, labels(5, 1))
     again = ReceiveStream(1, 9)
     again.restore(stream.snapshot())
-    assert again.ack()["next"] == 5
+    assert again.ack()["next"] == 4, "its sender has not said that it is done with 4"
     again.on_data(1, labels(1, 9))
     assert take(again) == labels(5, 3) + labels(9, 1)
     assert not again.claim(2, 1) and again.claim(4, 1), "4 was passed: it may come late, once"
+
+
+def test_no_ack_says_that_what_mail_has_passed_over_is_written_before_its_sender_has_closed_it() -> None:
+    stream = ReceiveStream(1)
+    stream.advance(5, elsewhere=True)
+    assert stream.claim(5, 1)
+    take(stream)
+    stream.all_written()
+    for base, next_ in ((1, 1), (3, 3), (5, 6)):
+        stream.on_data(base, labels(base, 1), (), base)
+        assert stream.ack()["next"] == next_
+    stream.on_data(6, labels(6, 1), (), 6)
+    assert take(stream) == labels(6, 1)
+    stream.written(1)
+    assert stream.ack()["next"] == 7
 
 
 def test_an_ack_names_what_came_early_lowest_first_and_in_32_ranges_at_most() -> None:
