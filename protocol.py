@@ -1053,6 +1053,23 @@ Seal = tuple[bytes, ...]    # of letters: the key of their sender and the envelo
 StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued, its seal]
 
 
+def _pieces_of_row(texts: Any, seal: Sequence[Any]) -> Any:
+    """Return the texts, or the letters, of a column; raise ValueError or TypeError if they are damaged."""
+    import json
+    if seal:
+        letters = msgpack.unpackb(texts)
+        if not (KEY(seal[0]) and ENVELOPE(seal[1]) and valid_letters(letters)):
+            raise ValueError("the letters are damaged, or nobody can open them")
+        return letters
+    pieces = json.loads(texts)
+    if not pieces or set(map(type, pieces)) != {str}:
+        raise ValueError("the texts are damaged")
+    encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
+    if max(map(len, encoded)) > MAX_PIECE:
+        raise ValueError("a piece is too long")
+    return pieces
+
+
 class Parcel(NamedTuple):
     """Consecutive numbers of one stream, from ``n`` on, as they are kept: one row of a store.
 
@@ -1096,19 +1113,7 @@ class Parcel(NamedTuple):
         """Return the parcel of these columns of a row; raise ValueError or TypeError if they are damaged."""
         import json
         seal = () if key is None and envelope is None else (key, envelope)
-        if seal:
-            if not (KEY(key) and ENVELOPE(envelope)):
-                raise ValueError("nobody can open this")
-            pieces = msgpack.unpackb(texts)
-            if not valid_letters(pieces):
-                raise ValueError("the letters are damaged")
-        else:
-            pieces = json.loads(texts)
-            if not pieces or set(map(type, pieces)) != {str}:
-                raise ValueError("the texts are damaged")
-            encoded = pieces if "".join(pieces).isascii() else map(str.encode, pieces)
-            if max(map(len, encoded)) > MAX_PIECE:
-                raise ValueError("a piece is too long")
+        pieces = _pieces_of_row(texts, seal)
         sent, continued = json.loads(times), json.loads(more) if more else ()
         if type(n) is not int or n <= 0 or len(pieces) != numbers:
             raise ValueError("the numbers are damaged")

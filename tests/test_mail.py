@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from conversation import Inbox
+from conversation import Delivery, Inbox
 from home import show_time
 from protocol import (BROKEN, GONE, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, ONLINE, OTHER_KEY, SEALED,
                       STRANGELY_PLAIN, UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
 from server import Keeper
 from stream import Account, Frames, Sealing, SendStream
+from terminal import JsonFormatter, TextFormatter
 from tests.processes import MAIL_NOTICE, SAVED, Chat
 from tests.simulate import SERVER, Life, World
 from tests.test_peers import HOMES, User, received_by, some_sodium, words_on
@@ -278,6 +279,26 @@ def test_what_could_have_been_sealed_and_is_not_is_doubtful(
     bob = Writer("bob", {"alice": key}, must_encrypt, has_own_key=has_own_key)
     plain = ["alice", STREAM, 1, 1.5, ["hello"], []]
     assert bob.read(plain) == [(1.5, "hello", proof)]
+
+
+def test_what_is_not_proven_can_neither_drive_a_terminal_nor_pass_for_something_else() -> None:
+    said = Delivery("alice", ["\x1b[31mred\nbob: forged"], [1.0], lambda texts: None, STREAM, 1, OTHER_KEY)
+    assert TextFormatter().messages(said, "mail") == "[Not proven to be from alice: \\x1b[31mred\\x0abob: forged]\n"
+    event = json.loads(JsonFormatter("bob", lambda: 1.5).messages(said, "mail", False))
+    assert event["type"] == "unproven" and event["reason"] == "key-changed" and event["text"] == said.texts[0]
+    broken = said._replace(proof=BROKEN)
+    assert TextFormatter().messages(broken, "mail") == "[A message from alice is damaged.]\n"
+    assert json.loads(JsonFormatter("bob", lambda: 1.5).messages(broken, "mail", False))["text"] == ""
+
+
+def test_a_time_that_no_calendar_has_is_shown_as_the_last_one_that_can_be() -> None:
+    said = Delivery("alice", ["hello"], [2.5e14], lambda texts: None, STREAM, 1, SEALED)
+    event = json.loads(JsonFormatter("bob", lambda: 1.5).messages(said, "mail", True))
+    assert event["sent"].startswith("9999-12-31T23:59:59")
+    for at in (float("nan"), float("inf"), -float("inf"), -1e300):
+        odd = said._replace(times=[at])
+        assert TextFormatter().messages(odd, "mail").endswith("> hello\n")
+        assert len(json.loads(JsonFormatter("bob", lambda: 1.5).messages(odd, "mail", True))["sent"]) == 24
 
 
 # --- what the server keeps ------------------------------------------------------------------------------------
