@@ -956,6 +956,7 @@ def test_commands_with_unknown_nicks_do_not_wait_for_a_server_that_is_gone(chat:
     server = chat.server()
     bob, alice = chat.clients("bob", "alice")
     alice.wait_for("bob")
+    bob.wait_for("alice")
     server.kill()
     alice.feed(f"{command}\n{command}\n")
     alice.see("[Unknown client ghost.]", "[Unknown client ghost.]")
