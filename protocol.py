@@ -515,7 +515,8 @@ def index_of(datagram: bytes) -> bytes | None:
     return datagram[2:INDEX_END] if is_record else None
 
 
-# what handshakes of Noise are bound to; spellings of one nick are the same
+# What handshakes of Noise are bound to. Of who is called, all spellings are the same; in letters each nick stands as it
+# is registered: otherwise a letter could be shown again under each spelling.
 
 def hello_prologue(server_id: bytes, request: int, cookie: bytes) -> bytes:
     """Return what a handshake between client and server is bound to."""
