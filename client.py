@@ -93,6 +93,7 @@ class ServerLink:
         self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
         self._last_pong = -NEVER                # when an unasked one caused a ping
         self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        handshake.on_found = self._registration.renew
         self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._ping_request = Request(loop, self._ping_and_ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._ping_timer = RestartableTimer(loop, self._ping_request.start)
@@ -249,11 +250,11 @@ class ServerLink:
                 self._pings.popitem(last=False)
             self.connection.send(padded("ping", info, SESSION_SIZE), address)
 
-    def sync(self, version: int) -> bool:
-        """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
+    def ask(self, tag: str, about: Info) -> bool:
+        """Ask the server a question about the table; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
-        self.connection.send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE))
+        self.connection.send(padded(tag, {"session": self.session, **about}, SESSION_SIZE))
         return True
 
     def _ping_unanswered(self) -> None:
@@ -482,6 +483,8 @@ class Receiving:
         """Accept mail from the server."""
         if self.accepts:
             mail = self._mail if self._link.connection.channel is not None else None
+            if mail is not None and mail.waits_for_keys(info):
+                return      # it is not acked, so it comes again
             self.inbox.on_mail(self._loop.now(), info, mail.opened if mail is not None else opened_plain)
 
     def _ask_about_mail(self) -> None:
@@ -520,7 +523,7 @@ class Receiving:
             return None
         if delivery.times:
             return delivery.proof == SEALED
-        return self._link.connection.channel is not None and bool(self._peers.key_of(delivery.sender))
+        return self._link.connection.channel is not None and self._peers.can_decrypt(delivery.sender)
 
     def _greet(self) -> None:
         """Announce the mail that comes first after coming online."""
@@ -561,6 +564,7 @@ class PeerLinks:
         if peers is not None:
             peers.shown_of, peers.home_of, peers.is_at = table.key_of, table.home_of, self._is_at
             peers.on_plain, peers.is_known = self._on_plain, lambda nick: nick in table.table.entries
+            peers.waits_for_key = table.waits_for_key
 
     def on_news(self, nick: str) -> None:
         """Forget where somebody was: the table has changed."""
@@ -827,7 +831,8 @@ class Client:
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
-        self.check_table, self.settle_sends = self.table_sync.check, self.sending.settle
+        self.check_table, self.await_key = self.table_sync.check, self.table_sync.await_key
+        self.settle_sends = self.sending.settle
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._next_turn = RestartableTimer(loop, wake_up)
@@ -835,7 +840,8 @@ class Client:
             "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
             "knock": self.peers.meetings.on_knock}
         self._from_server: dict[str, Callable[[Info], None]] = {
-            "table": self.table_sync.on_table, "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
+            "table": self.table_sync.on_table, "key": self.table_sync.on_key,
+            "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
             "nack": lambda info: self.outbox.on_nack(loop.now(), info, None),
             "exists": self.sending.on_exists, "mail": self._on_mail, "packed": self._on_packed,
             "call": self.peers.meetings.on_call}
@@ -955,7 +961,7 @@ class Client:
             log.info("the server does not respond: trying again")
         else:
             self.display.tell("silent")
-        self.table_sync.is_checking = False
+        self.table_sync.stop_waiting()
         if is_news:
             self.outbox.server_is_silent = True
             self.table_sync.interval = OUTAGE_PING_INTERVAL
@@ -1029,10 +1035,10 @@ class Client:
     def accepts_commands(self) -> bool:
         """Return whether commands count: we were online for everybody to see, or are offline; and do not leave.
 
-        They wait while it is found out whether a nick that seems to be unknown is.
+        They wait while it is found out whether a nick that seems to be unknown is, or what the key of one is.
         """
-        leaving = self.leaving
-        return self.link.state in COMMAND_STATES and not self.table_sync.is_checking and (
+        leaving, table = self.leaving, self.table_sync
+        return self.link.state in COMMAND_STATES and not (table.is_checking or table.awaited) and (
             leaving.command is None and leaving.ending is None and not leaving.is_over)
 
     def dereg(self) -> None:

@@ -55,7 +55,7 @@ from typing import Any, NamedTuple, Protocol
 from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Opened, Outgoing,
                       Place, are_neighbours, are_short, encode, is_private, join_pieces, letters_of, opened_plain,
                       pieces_of, proof_of, runs_of_one_stream)
-from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, Account, DuplicateFilter, Frames, Incoming, Reach,
+from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
                     ReceiveStream, SendStream)
 
 
@@ -160,6 +160,7 @@ class Conversation:
         self._progress_at = NEVER                   # when messages were closed last, or the first of these was queued
         self._route_progress_at = NEVER             # the same, or when the route changed
         self._judge_at = -NEVER                     # when ``_judge`` may have something to decide; never too late
+        self._is_held = False                       # nothing may be sent yet: ``locate`` says when
         self._announced: dict[EventKind, int] = {}      # below which number an event of that kind was added
         self.stream = SendStream(id_, self.frames.capacity(True), min(INITIAL_TIMEOUT, ack_timeout / 2))
 
@@ -301,7 +302,9 @@ class Conversation:
 
     def due(self) -> float:
         """Return when ``poll`` must be called even if nothing happens."""
-        return min(self.stream.due(), self._judge_at) if self.pending else NEVER
+        if not self.pending:
+            return NEVER
+        return self._judge_at if self._is_held else min(self.stream.due(), self._judge_at)
 
     def poll(self, now: float, drained: bool = True, guard: Guard | None = None) -> list[Outgoing]:
         """Return the datagrams to send now, and where to (None: the server).
@@ -316,8 +319,10 @@ class Conversation:
             self._judge(now)
             self._judge_at = self._next_judgement()
         reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
+        self._is_held = reason == NOT_YET
         if reason:
-            self._refuse_all(now, reason)
+            if reason != NOT_YET:
+                self._refuse_all(now, reason)
             return []
         packets, route = stream.poll(now), self.route
         if packets and self.silent_since == NEVER:

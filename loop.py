@@ -400,6 +400,12 @@ class Request:
         else:
             self._again()
 
+    def renew(self, is_busy: bool) -> None:
+        """Count the attempts from the last one on: there was a sign of life. ``is_busy``: the next one has time."""
+        self.attempts = min(self.attempts, 1)
+        if is_busy and self.is_running:
+            self._timer.set(self._loop.now() + jittered(self._loop, 2 * self.interval))
+
     def stop(self) -> None:
         """Stop asking: the answer is here, or nobody wants it any more."""
         self._timer.cancel()
@@ -436,6 +442,7 @@ OUTPUT_LIMIT = 65536      # bytes of backlog at which no more messages are shown
 CHUNK_LIMIT = 4096        # calls of ``write`` in the backlog at which no more are shown: empty ones wait, too
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"    # U+FEFF in UTF-8: some editors begin a file with it
 TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
+BUFFER_FULL = (*TRANSIENT, errno.ENOBUFS)          # of a socket: in another way, it would not be sent either
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -726,8 +733,12 @@ log = Log()
 # --- the UDP socket -------------------------------------------------------------------------------------------
 
 MAX_RECEIVED = 65535            # bytes; the largest UDP datagram there is
-DATAGRAMS_PER_TURN = 128        # read from the socket before timers and acks get their turn
+DATAGRAMS_PER_TURN = 128        # read from the socket before timers and acks get their turn, by a client ...
+SERVER_DATAGRAMS = 512          # ... and by a server: what it has not read when thousands come at once gets lost, ...
+READ_TIME = 0.01                # ... and comes again. But it reads no more after so many seconds
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
+UDP_SEGMENT = 103 if sys.platform == "linux" else 0     # of udp(7); the socket module does not have it
+MAX_SEGMENTS = 32               # datagrams in one call: with 1,232 bytes each, they stay below the 65,507 of one
 
 
 def is_link_local(host: str) -> bool:
@@ -779,12 +790,20 @@ def show_address(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def can_cut(sock: socket.socket) -> bool:
+    """Return whether the system cuts what a UDP socket is given into datagrams (Linux 4.18 and later)."""
+    try:
+        return bool(UDP_SEGMENT) and sock.getsockopt(socket.IPPROTO_UDP, UDP_SEGMENT) == 0
+    except OSError:
+        return False
+
+
 class UdpSocket:
     """The UDP socket: calls ``receive`` for each datagram, sends with ``send``. No error of it ends the program."""
 
-    def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
-        self._sock = sock
-        self._loop = loop
+    def __init__(self, sock: socket.socket, loop: SelectorLoop, per_turn: int = DATAGRAMS_PER_TURN) -> None:
+        """``per_turn``: how many datagrams are read before others get their turn, at most."""
+        self._sock, self._loop, self._per_turn = sock, loop, per_turn
         self._is_ipv6 = self._unmaps = sock.family == socket.AF_INET6
         self._receive_from: Callable[[int], tuple[bytes, Any]] = sock.recvfrom
         self.datagrams_in = self.bytes_in = self.datagrams_out = self.bytes_out = self.not_sent = 0
@@ -792,10 +811,12 @@ class UdpSocket:
         sock.setblocking(False)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        self._cuts = can_cut(sock)
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
 
     def _on_readable(self) -> None:
-        for _ in range(DATAGRAMS_PER_TURN):
+        end = NEVER
+        for number in range(self._per_turn):
             try:
                 datagram, address = self._receive_from(MAX_RECEIVED)
             except OSError as error:
@@ -811,6 +832,10 @@ class UdpSocket:
                 # datagram: without this line, a line takes 8 % longer to its receipt (tests.bench latency: 187 us, not
                 # 175). If there is more, the next turn begins at once.
                 break
+            if number % 64 == 63:
+                if self._loop.clock() > end:
+                    break
+                end = min(end, self._loop.clock() + READ_TIME)
         self._loop.drained = False
 
     def send(self, datagram: bytes, address: Address) -> None:
@@ -824,6 +849,34 @@ class UdpSocket:
             self.bytes_out += len(datagram)
         except OSError as error:
             self._note_not_sent(address, error)
+
+    def send_series(self, datagrams: Sequence[bytes], address: Address) -> None:
+        """Send datagrams, as ``send`` does each; with one call if the system can cut what it is given into them.
+
+        For that, all must have the same size; the last one may be shorter.
+        """
+        size = len(datagrams[0])
+        is_even = len(datagrams) > 1 and set(map(len, datagrams[:-1])) == {size} and len(datagrams[-1]) <= size
+        if not (is_even and self._cuts and self._send_joined(datagrams, size, address)):
+            for datagram in datagrams:
+                self.send(datagram, address)
+
+    def _send_joined(self, datagrams: Sequence[bytes], size: int, address: Address) -> bool:
+        """Send datagrams of that size with one call; return False if the system does not want that."""
+        cut = socket.IPPROTO_UDP, UDP_SEGMENT, size.to_bytes(2, sys.byteorder)
+        where = for_ipv6_socket(address) if self._is_ipv6 else address
+        try:
+            self.bytes_out += self._sock.sendmsg(datagrams, [*self._source(address), cut], 0, where)
+            self.datagrams_out += len(datagrams)
+        except OSError as error:
+            if error.errno not in BUFFER_FULL:      # they are too large for a link on the way, say
+                return False
+            self._note_not_sent(address, error)
+        return True
+
+    def _source(self, peer: Address) -> list[tuple[int, int, bytes]]:
+        """Return the control messages that choose the address from which a datagram for ``peer`` is sent."""
+        return []
 
     def _note_not_sent(self, address: Address, error: OSError) -> None:
         self.not_sent += 1
@@ -850,7 +903,6 @@ MAX_ASKED = 65536               # peers of which a server remembers at which of 
 WILDCARDS = ("0.0.0.0", "::")   # a socket bound to one of them receives at every address of the machine
 IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform, 0)       # the socket module has it from Python 3.12 on
 PKTINFO_SPACE = socket.CMSG_SPACE(20)   # bytes of the larger of the two structures below
-BUFFER_FULL = (*TRANSIENT, errno.ENOBUFS)          # from another address, it would not be sent either
 Asked = tuple[bytes, list[tuple[int, int, bytes]]]  # what came with a datagram, and what goes with the answers to it
 
 
@@ -881,8 +933,8 @@ class AnsweringSocket(UdpSocket):
     ``MAX_ASKED`` peers. For others, where that address is gone, and on systems that do not tell, the kernel chooses.
     """
 
-    def __init__(self, sock: socket.socket, loop: SelectorLoop) -> None:
-        super().__init__(sock, loop)
+    def __init__(self, sock: socket.socket, loop: SelectorLoop, per_turn: int = DATAGRAMS_PER_TURN) -> None:
+        super().__init__(sock, loop, per_turn)
         self._asked: dict[Address, Asked] = {}      # by peer; the oldest first
         if IP_PKTINFO:
             ipv6, ipv4 = (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO), (socket.IPPROTO_IP, IP_PKTINFO)
@@ -903,6 +955,10 @@ class AnsweringSocket(UdpSocket):
                     del self._asked[next(iter(self._asked))]
                 self._asked[address] = asked_at(control[0][2])
         return datagram, address
+
+    def _source(self, peer: Address) -> list[tuple[int, int, bytes]]:
+        asked = self._asked.get(peer)
+        return asked[1] if asked is not None else []
 
     def send(self, datagram: bytes, address: Address) -> None:
         """Send as ``UdpSocket`` does, from the address where that peer has asked."""

@@ -89,6 +89,7 @@ MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever i
 MAX_UNPACKED = 65535      # bytes that a ``packed`` may become
 ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
 PACKED_LEVEL = 6          # of zlib: 9 gains nothing
+PACKED_OVERHEAD = 26      # bytes of a ``packed`` before its data, if these are more than 255
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
 
 
@@ -259,6 +260,7 @@ SESSION = binary(SESSION_BYTES)
 PROOF = binary(PROOF_BYTES)
 TOKEN = binary(TOKEN_BYTES)
 KEY = binary(KEY_BYTES)
+KEY_OR_NONE: Check = lambda value: value == b"" or KEY(value)
 INDEX = binary(INDEX_BYTES)
 ENVELOPE = binary(ENVELOPE_BYTES)
 NUMBERS = rows(NUMBER)
@@ -279,6 +281,8 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "table": {"version": COUNT, "set": rows(ENTRY)},
     "packed": {"data": binary_up_to(MAX_DATAGRAM)},
     "sync": {"session": SESSION, "version": COUNT},
+    "want": {"session": SESSION, "nick": NICK},
+    "key": {"nick": NICK, "key": KEY_OR_NONE, "bound": boolean, "version": COUNT},
     "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": valid_texts},
     "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
     "nack": {"stream": COUNT, "first": NUMBER, "last": NUMBER, "reason": REASON},
@@ -306,7 +310,8 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS, "packed": boolean},
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
-    "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY, boolean))},
+    "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY_OR_NONE, boolean)),
+              "untold": boolean},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
     "mail": {"to": NICK},
@@ -395,11 +400,14 @@ def addressed(session: bytes, *maps: bytes) -> bytes:
     return b"".join((_FOR, session[:PROOF_BYTES], *maps))
 
 
-def table_map(since: int, version: int, entries: list[list[object]], keys: Sequence[list[object]] = ()) -> bytes:
-    """Return a ``table``: the entries that changed in (since, version]; ``keys``: see ``Page``."""
+def table_map(since: int, version: int, entries: list[list[object]], keys: Sequence[list[object]] = (),
+              is_untold: bool = False) -> bytes:
+    """Return a ``table``: the entries that changed in (since, version]; ``keys``, ``is_untold``: see ``Page``."""
     info: Info = {"version": version, "set": entries}
     if keys:
         info["keys"] = keys
+    if is_untold:
+        info["untold"] = True
     return encode("table", info if since == version - 1 else {"since": since, **info})
 
 
@@ -407,6 +415,11 @@ def packed(maps: bytes) -> bytes:
     """Return maps compressed, as one map."""
     import zlib     # here: only large tables need it
     return encode("packed", {"data": zlib.compress(maps, PACKED_LEVEL)})
+
+
+def widened(data: bytes, size: int) -> bytes:
+    """Return a ``packed`` of at least 300 bytes as ``size`` bytes: zeros follow on what is compressed."""
+    return encode("packed", {"data": data[PACKED_OVERHEAD:].ljust(size - PACKED_OVERHEAD, b"\0")})
 
 
 def _unpacker_class() -> Any:
@@ -664,13 +677,19 @@ class Entry(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key."""
+    """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key.
+
+    ``is_untold``: the server says their keys when it is asked; ``keys`` has a row for each of those that have none.
+    """
 
     since: int
     version: int
     rows: list[EntryRow]
     keys: Sequence[KeyRow] = ()
+    is_untold: bool = False
 
+
+UNTOLD = b"?"             # in an ``Entry``, in place of a key: there is one, and the server says which if it is asked
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
 KEY_OVERHEAD = 39         # ... and of its key
@@ -757,7 +776,7 @@ class Table:
     def _is_current(self, entry: Entry) -> bool:
         return self.entries.get(entry.nick) is entry or self._gone.get(entry.nick) is entry
 
-    def pages(self, since: int, size: int) -> Iterator[Page]:
+    def pages(self, since: int, size: int, is_untold: bool = False) -> Iterator[Page]:
         """Yield what changed after version ``since``, in pages of about ``size`` bytes on the wire.
 
         Even a snapshot names those who are gone: part of an earlier answer to the same question may have arrived.
@@ -769,17 +788,18 @@ class Table:
             entry = self._log[index]
             if not self._is_current(entry):
                 continue
-            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD + (KEY_OVERHEAD if entry.key else 0)
+            has_key_row = bool(entry.key) is not is_untold
+            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD + (KEY_OVERHEAD if has_key_row else 0)
             if rows and used + cost > size:
-                yield Page(start, last, rows, tuple(keys))
+                yield Page(start, last, rows, tuple(keys), is_untold)
                 start, rows, keys, used = last, [], [], 0
-            if entry.key:
+            if has_key_row:
                 keys.append([len(rows), entry.key, entry.is_bound])
             rows.append(entry.row())
             used += cost
             last = entry.version
         if self.version > since:
-            yield Page(start, self.version, rows, tuple(keys))
+            yield Page(start, self.version, rows, tuple(keys), is_untold)
 
     def apply(self, page: Page) -> list[str] | None:
         """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
@@ -790,8 +810,9 @@ class Table:
         changed = []
         self.version = page.version
         keys = {position: key for position, *key in page.keys}
+        others = (UNTOLD, False) if page.is_untold else (b"", False)
         for position, (nick, host, port, name) in enumerate(page.rows):
-            entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, ()))
+            entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, others))
             if self._says(entry):
                 continue
             if entry.state == GONE:
@@ -800,6 +821,14 @@ class Table:
                 self._replace(entry)
             changed.append(nick)
         return changed
+
+    def learn(self, nick: str, key: bytes, is_bound: bool, version: int) -> bool:
+        """Note in a mirror the key of an entry, as of ``version``; return False if that is known, or too old."""
+        entry = self.entries.get(nick)
+        if entry is None or entry.key != UNTOLD or version < entry.version:
+            return False
+        self.entries[nick] = entry._replace(key=key, is_bound=is_bound)
+        return True
 
 
 class Mirror:

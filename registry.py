@@ -38,9 +38,9 @@ from typing import Protocol
 
 from home import Known, Mailbox
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, Address, Info, Mirror,
-                      Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
-                      mixes_scripts, network_of, since_of, size_of)
+from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info,
+                      Mirror, Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded,
+                      hello_prologue, mixes_scripts, network_of, since_of, size_of)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, is_bind_proof, is_hash_of,
                     read_map)
 
@@ -49,6 +49,8 @@ from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Se
 
 SYNC_INTERVAL = 0.2       # s until what is missing of the table is asked for again; twice as long each further time ...
 MAX_SYNC_INTERVAL = 2.0   # ... up to this: a server to which thousands come at once remembers who has asked
+KEY_INTERVAL = 0.5        # s until the keys of others are asked for again
+KEYS_ASKED = 64           # at once
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 
 
@@ -61,7 +63,7 @@ class TableSource(Protocol):
 
     @property
     def has_joined(self) -> bool: ...
-    def sync(self, version: int) -> bool: ...       # asks for the table behind it; False: there is no session for that
+    def ask(self, tag: str, about: Info) -> bool: ...       # a question for the server; False: there is no session
     def ping_until_answered(self) -> None: ...
 
 
@@ -87,10 +89,13 @@ class TableSync(Mirror):
         self._pages = 0                         # that came since the last question, ...
         self._asked = -NEVER                    # ... when that was, ...
         self._wait = 0.0                        # ... and the time after which it is repeated if none come
+        self._wanted: dict[str, None] = {}      # whose keys are asked for
+        self.awaited = ""                       # the one for whose key a command waits
         self._places: set[Address] = set()      # where anybody is online, ...
         self._places_of = self.table, -1        # ... as of that version
         self._sync_timer = RestartableTimer(loop, self._repeat)
         self._old_table_timer = RestartableTimer(loop, self._on_old_table_expired)
+        self._key_timer = RestartableTimer(loop, self._ask_for_keys)
 
     def reach(self, host: str, port: int) -> Address | None:
         """Return where we reach an address of the table; None if we cannot: then the server relays."""
@@ -112,7 +117,50 @@ class TableSync(Mirror):
         b"": it cannot be encrypted for, in its present session.
         """
         entry = self.table.entries.get(nick)
-        return (entry.key, entry.is_bound) if entry is not None and (entry.key or entry.state == ONLINE) else None
+        if entry is None or entry.key == UNTOLD or not (entry.key or entry.state == ONLINE):
+            return None
+        return entry.key, entry.is_bound
+
+    def waits_for_key(self, nick: str) -> bool:
+        """Return whether ``nick`` has a key that the server has not told: then it is asked, until it says which."""
+        entry = self.table.entries.get(nick)
+        if entry is None or entry.key != UNTOLD:
+            return False
+        if nick not in self._wanted:
+            self._wanted[nick] = None
+            if len(self._wanted) <= KEYS_ASKED:
+                self._link.ask("want", {"nick": nick})
+            if not self._key_timer.is_set:
+                self._key_timer.set(self._loop.now() + jittered(self._loop, KEY_INTERVAL))
+        return True
+
+    def await_key(self, nick: str) -> bool:
+        """Have the next command wait for the key of ``nick``, if it is to come; return whether it waits."""
+        self.awaited = nick if not self._link.is_silent and self.waits_for_key(nick) else ""
+        return bool(self.awaited)
+
+    def stop_waiting(self) -> None:
+        """Let no command wait: nobody would answer."""
+        self.is_checking, self.awaited = False, ""
+
+    def _ask_for_keys(self) -> None:
+        """Ask again for the keys that are wanted; for a part of them, if they are many."""
+        entries = self.table.entries
+        self._wanted = {nick: None for nick in self._wanted if nick in entries and entries[nick].key == UNTOLD}
+        for nick in list(self._wanted)[:KEYS_ASKED]:
+            self._wanted[nick] = self._wanted.pop(nick)     # behind the others
+            self._link.ask("want", {"nick": nick})
+        if self.awaited not in self._wanted:
+            self.awaited = ""
+        if self._wanted:
+            self._key_timer.set(self._loop.now() + jittered(self._loop, max(KEY_INTERVAL, self.interval)))
+
+    def on_key(self, info: Info) -> None:
+        """Learn the key of somebody, which was asked for."""
+        if self.is_of_this_boot and self.table.learn(info["nick"], info["key"], info["bound"], info["version"]):
+            self._wanted.pop(info["nick"], None)
+            self.awaited = self.awaited if self.awaited in self._wanted else ""
+            self._on_changed([info["nick"]])
 
     def is_at(self, nick: str, address: Address) -> bool:
         """Return whether ``nick`` is online at ``address``."""
@@ -138,6 +186,7 @@ class TableSync(Mirror):
         self._shows_us = self._is_confirmed = False
         self._wait = 0.0
         super().begin_session(boot, version)
+        self._key_timer.set(self._loop.now() if self._wanted else NEVER)
         if not (self.is_of_this_boot or self._old_table_timer.is_set):
             self._old_table_timer.set(self._loop.now() + OLD_TABLE_TIME)
         if self.is_of_this_boot and self.is_whole:
@@ -149,18 +198,20 @@ class TableSync(Mirror):
 
     def end_session(self) -> None:
         """Stop asking for the table: there is no session."""
-        self.is_checking = False
+        self.stop_waiting()
         self._sync_timer.cancel()
+        self._key_timer.cancel()
 
     def stop(self) -> None:
         """Neither ask nor wait any more: the client leaves."""
-        self.is_checking = False
+        self.stop_waiting()
         self._sync_timer.cancel()
+        self._key_timer.cancel()
         self._old_table_timer.cancel()
 
     def _ask(self) -> bool:
         """Ask for what is missing; return False if there is no session for that."""
-        if not self._link.sync(self.version):
+        if not self._link.ask("sync", {"version": self.version}):
             return False
         self._pages = 0
         self._asked = self._loop.now()
@@ -195,7 +246,7 @@ class TableSync(Mirror):
         if not self._link.has_joined:
             return
         since, version = since_of(info), info["version"]
-        changed = self.apply(Page(since, version, info["set"], info.get("keys", ())))
+        changed = self.apply(Page(since, version, info["set"], info.get("keys", ()), info.get("untold", False)))
         if changed is None:
             self.ask_soon()
             return
@@ -209,7 +260,7 @@ class TableSync(Mirror):
                 self._refresh_own_state()
             self.is_checking = self.is_checking and not since == version == self.version    # which says: no more
             if self.is_checking:
-                self._ask()
+                self.ask_soon()     # not at once: the network may repeat pages
         elif self._pages >= SYNC_PAGES:
             self._ask()
         else:

@@ -36,7 +36,7 @@ from typing import Any
 
 from home import KnownKeys, Pin, fingerprint
 from loop import NEVER, Endpoint, log
-from stream import Frames
+from stream import NOT_YET, Frames
 from protocol import (BROKEN, CONTINUES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES,
                       NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address,
                       Decoder, Info, Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private,
@@ -48,6 +48,7 @@ Send = Callable[[bytes, Address], None]     # sends a datagram
 # --- the handshake --------------------------------------------------------------------------------------------
 
 COOKIES_PER_ATTEMPT = 3   # cookies accepted for one attempt to register
+BUSY_SIGNS = 10           # of one request: cookies that say "wait", and count
 NO_REQUEST = -1           # an id that no request has
 
 
@@ -78,6 +79,7 @@ class Handshake:
         self._noise: HandshakeState | None = None       # once this request is one of Noise; None behind its answer
         self.on_welcome: Callable[[Info, Address, Channel], None] = lambda info, address, channel: None
         self.on_refused: Callable[[Info, Address], None] = lambda info, address: None
+        self.on_found: Callable[[bool], None] = lambda is_busy: None    # hears that there is a server
         self._hello = b""                       # its first message, as it is sent
         self._index = self._key_asked = b""     # what is in it: how records are to call our channel; and for which key
         self.id = NO_REQUEST
@@ -86,12 +88,12 @@ class Handshake:
         self.has_cookie = False
         self._send, self._proof, self._nick = send, proof, ""
         self._cookie = (("", 0), b"", b"")      # from where, the id of the server, and the cookie itself
-        self._cookies_left = 0
+        self._cookies_left = self._signs_left = 0
 
     def begin(self, id_: int, nick: str) -> None:
         """Make a new request, for ``nick``; ``id_`` is a new random number."""
         self.id, self.has_cookie, self._nick = id_, False, nick
-        self._noise, self._hello, self.doubt = None, b"", None
+        self._noise, self._hello, self.doubt, self._signs_left = None, b"", None, BUSY_SIGNS
 
     @property
     def is_plain(self) -> bool:
@@ -124,11 +126,18 @@ class Handshake:
         return about if self.own is None else {**about, "own": self.own}
 
     def on_cookie(self, info: Info, address: Address) -> None:
-        """Prove our address."""
+        """Prove our address. The same cookie again says that the server is busy, and will answer."""
         if info["id"] == self.id and self._cookies_left and not (self.has_cookie and address != self._cookie[0]):
             cookie = address, info["server"], info["cookie"]
-            if self.keys is not None and not (self._hello and cookie == self._cookie):
+            if self.has_cookie and cookie == self._cookie:
+                self._signs_left -= 1
+                if self._signs_left >= 0:
+                    self.on_found(True)
+                return
+            if self.keys is not None:
                 self._begin_noise(self.keys, info, address)
+            if not self.has_cookie:
+                self.on_found(False)
             self.has_cookie, self._cookie = True, cookie
             self.ask((), self._cookies_left - 1)
 
@@ -260,6 +269,7 @@ class Peer:
         self.is_told = False            # the user knows that nothing is encrypted here
         self.offer: Offer | None = None
         self.waiting: list[tuple[bytes, Address]] = []
+        self.early: tuple[Info, Address] | None = None  # an offer that came before we knew its key, and from where
         self.channel: Channel | None = None     # the one to send in: of those below, the latest to come into use
         self.channels: list[Channel] = []       # oldest first
         self.replies: dict[bytes, bytes] = {}   # to the last messages that were accepted
@@ -289,6 +299,7 @@ class Peers:
         self.shown_of: Callable[[str], tuple[bytes, bool] | None] = lambda nick: None   # see ``TableSync.key_of``
         self.home_of: Callable[[str], Address | None] = lambda nick: None   # where it is, as the table says
         self.is_at: Callable[[str, Address], bool] = lambda nick, address: False    # whether somebody may be there
+        self.waits_for_key: Callable[[str], bool] = lambda nick: False  # the server is asked for it: see ``TableSync``
         self.is_known: Callable[[str], bool] = lambda nick: True    # whether there is such a nick
         self.on_plain: Callable[[str], None] = lambda nick: None    # hears whose messages cannot be encrypted
         self._keys, self._send, self._now, self._new_id = keys, send, now, new_id
@@ -323,12 +334,17 @@ class Peers:
         """Learn that the table says something new of somebody: with another key, it is another client than before."""
         peer = self._peers.get(nick)
         if peer is not None:
+            reason = self.refusal(nick)
+            if reason == NOT_YET:       # it may be the same
+                return
             if self.key_of(nick) != peer.key:
                 self._close(peer)
-            waiting, peer.waiting = peer.waiting, []
-            if not self.refusal(nick):      # what is refused counts as not sent: it must not go out later
+            waiting, peer.waiting, early, peer.early = peer.waiting, [], peer.early, None
+            if not reason:      # what is refused counts as not sent: it must not go out later
                 for datagram, address in waiting:
                     self.send(nick, datagram, address)
+            if early is not None:
+                self.on_offer(*early)
 
     # which key
 
@@ -354,8 +370,13 @@ class Peers:
         return shown[0] if shown is not None and not self.refusal(nick) else None
 
     def refusal(self, nick: str) -> str:
-        """Return why nothing may be sent to somebody: "key-changed", "unknown" or "not-secure"; "": it may be."""
+        """Return why nothing may be sent to somebody: "key-changed", "unknown" or "not-secure"; "": it may be.
+
+        ``NOT_YET``: its key is still to come.
+        """
         shown, pinned = self.shown_of(nick), self._pinned(nick)
+        if shown is None and self.waits_for_key(nick):
+            return NOT_YET
         if pinned is not None:
             return "" if shown == (pinned[0], True) else "key-changed" if self.is_known(nick) else "unknown"
         return "not-secure" if self._must_encrypt and not (shown and shown[0]) else ""
@@ -395,7 +416,9 @@ class Peers:
     def is_verified(self, nick: str) -> bool:
         """Return whether the user has compared the key that somebody has."""
         pinned = self._pinned(nick)
-        return pinned is not None and pinned[1] and self.shown_of(nick) == (pinned[0], True)
+        if pinned is None or not pinned[1]:
+            return False
+        return self.shown_of(nick) == (pinned[0], True) or self.waits_for_key(nick)
 
     def trust(self, nick: str) -> str:
         """Accept the key that somebody has now; return the digits to compare, "" if there is none to accept."""
@@ -406,6 +429,10 @@ class Peers:
             self._pin(nick, key)
         self.on_news(nick)
         return self.digits(nick)
+
+    def can_decrypt(self, nick: str) -> bool:
+        """Return whether what goes to somebody is encrypted."""
+        return bool(self.key_of(nick)) or self.waits_for_key(nick)
 
     def takes_plain(self, nick: str) -> bool:
         """Return whether what somebody says in plain counts."""
@@ -500,6 +527,8 @@ class Peers:
         key = noise.received["s"]
         if not self.is_at(greet["from"], address) or self.key_of(greet["from"]) != key:
             self._failures.allows(now, "")
+            if self.waits_for_key(greet["from"]):
+                self._peer(greet["from"]).early = info, address
             return False
         peer = self._peer(greet["from"])
         peer.key = key
@@ -1109,6 +1138,10 @@ class SealedMail:
         if letters is None and not self._must_encrypt:
             self._peers.tell_of_plain(frames.peer)
         return "not-secure" if letters is None and self._must_encrypt else ""
+
+    def waits_for_keys(self, info: Info) -> bool:
+        """Return whether the key of a sender in a ``mail`` is still to come: it can be judged only then."""
+        return any([self._peers.waits_for_key(run[0]) for run in info["items"]])    # each of them is asked for
 
     def opened(self, run: Any) -> Opened:
         """Return what is in the letters of a run, see ``letters_of``."""

@@ -35,13 +35,13 @@ One turn
 --------
 ``settle`` ends it, in this order:
 
-1. forget the mail streams of sessions that have ended;
+1. read what those who encrypt have sent to register; forget the mail streams of sessions that have ended;
 2. keep the messages of this turn, and commit them together with everything else that has changed: one transaction;
 3. answer the saves with acks, or with refusals if the commit has failed;
 4. send mail where there is some and the window of its stream allows it;
-5. answer those who miss some of the table;
-6. send all that;
-7. broadcast what has changed in the table, in slices: pings, probes and saves go first.
+5. send all that: registrations, probes, pings and saves do not wait for pages of the table;
+6. answer those who miss some of the table, a few in each turn;
+7. broadcast what has changed in the table, in slices.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from operator import itemgetter
 
 import protocol
 from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, StoredLetter, addressed,
-                      Table, encode, index_of, mail_runs, mail_sizes, packed, table_map)
+                      Table, encode, index_of, mail_runs, mail_sizes, packed, table_map, widened)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
@@ -84,6 +84,8 @@ Drops = dict[Drop, int]     # how often each has happened since the start
 
 
 # --- sending --------------------------------------------------------------------------------------------------
+
+SendSeries = Callable[[Sequence[bytes], Address], None]     # of many datagrams for one address
 
 STRANGER_REPLIES = 20_000   # replies a second to those who have no session, at most
 
@@ -116,6 +118,10 @@ class SendQueue:
 
 # --- registration ---------------------------------------------------------------------------------------------
 
+UNREAD_HELLOS = 16384     # that wait to be read: 10 MB
+HELLOS_PER_TURN = 32      # that are read: 8 ms
+
+
 class Gate:
     """Registration: who gets a session for which nick. The handshake::
 
@@ -142,6 +148,8 @@ class Gate:
         self.refusals, self._must_encrypt = 0, must_encrypt
         self.hellos = Hellos(keys, registry.sessions.channels) if keys is not None else None
         self.cookies = Cookies(loop.random.getrandbits(256).to_bytes(32, "big"))
+        self._unread: dict[Address, Info] = {}      # hellos that have come, oldest first
+        self._timer = RestartableTimer(loop, wake_up)       # the end of its turn reads more of them
         self._loop, self._registry, self._send_queue = loop, registry, send_queue
         self._limit, self._drops, self._prober, self._boot = limit, drops, prober, boot
 
@@ -162,25 +170,44 @@ class Gate:
             return True
         self._drops[Drop.WRONG_COOKIE if "cookie" in info else Drop.NO_COOKIE] += 1
         if self._limit.allowance >= protocol.REG_SIZE:
-            answer: Info = {"id": info["id"], "server": self._registry.server_id,
-                            "cookie": self.cookies.make(now, address)}
-            if self.hellos is not None and (info.get("secure") or "message" in info):
-                answer["key"] = self.hellos.keys.pair.public
-            self._limit.reply(encode("cookie", answer), address)
+            self._send_cookie(info, self.cookies.make(now, address), address)
         return False
 
+    def _send_cookie(self, info: Info, cookie: bytes, address: Address) -> None:
+        answer: Info = {"id": info["id"], "server": self._registry.server_id, "cookie": cookie}
+        if self.hellos is not None and (info.get("secure") or "message" in info):
+            answer["key"] = self.hellos.keys.pair.public
+        self._limit.reply(encode("cookie", answer), address)
+
     def on_hello(self, info: Info, address: Address, channel: Channel | None = None) -> None:
-        """Go on with the claim of somebody who encrypts. (The cookie comes first: a handshake costs much more.)"""
+        """Go on, in its turn, with the claim of somebody who encrypts.
+
+        The cookie comes first, because a handshake costs much more. Whoever repeats one that is still to be read gets
+        the same cookie again: thousands may come at once, and none of them shall believe that there is no server.
+        """
         if self.hellos is None or not self._has_cookie(info, address):
             return
-        known = self.hellos.find(info["message"])
-        hello = known or self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
-        if hello is None:
-            self._drops[Drop.FORGED] += 1
-        elif known is None:
-            self.consider(Claim.of(hello))
-        elif known.reply:
-            self._send_queue.put(known.reply, address)
+        known, unread = self.hellos.find(info["message"]), self._unread.get(address)
+        if known is not None:
+            if known.reply:
+                self._send_queue.put(known.reply, address)
+        elif unread is not None and unread["message"] == info["message"]:
+            self._send_cookie(info, info["cookie"], address)        # "wait": its turn will come
+        elif unread is not None or len(self._unread) < UNREAD_HELLOS:
+            self._unread[address] = info
+
+    def read_hellos(self) -> None:
+        """Go on with those that have come, in order, as far as that is possible in one turn."""
+        for address in list(itertools.islice(self._unread, HELLOS_PER_TURN)):
+            info = self._unread.pop(address)
+            assert self.hellos is not None
+            hello = self.hellos.read(self._loop.now(), address, self._registry.server_id, info)
+            if hello is None:
+                self._drops[Drop.FORGED] += 1
+            else:
+                self.consider(Claim.of(hello))
+        if self._unread:
+            self._timer.set(self._loop.now())
 
     def consider(self, claim: Claim) -> None:
         """Register the client, or refuse that, or ask first whether the holder of the nick is there."""
@@ -770,6 +797,7 @@ BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clie
 BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB ...
 BUSY_SLICE = 2            # ... and in one that has left something unread: whoever registers must be heard in time
+KEYS_TOLD = 200           # changes; a client that encrypts and misses more is told the keys in them when it asks
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
 PAGE_SIZE = protocol.MAX_DATAGRAM - 104     # bytes of entries in one ``table``, beside its own fields and ``for``
@@ -781,12 +809,15 @@ MOST_GAIN = 8.0           # times as many entries in a ``packed`` as in a ``tabl
 class Pages:
     """The table as datagrams, for clients that read compressed ones (``is_packed``), or for others.
 
+    ``is_untold``: without keys, which those who encrypt ask for (``want``). Each key has 32 bytes that nothing
+    compresses: to a client that misses much, they would be two thirds of it, and it needs few of them.
+
     When many clients come at once, they need the same pages: those that are full are remembered, the last one until the
-    table changes.
+    table changes. Compressed ones are filled up to the same size, so that many of them are sent with one call.
     """
 
-    def __init__(self, table: Table, is_packed: bool) -> None:
-        self._table, self._is_packed = table, is_packed
+    def __init__(self, table: Table, is_packed: bool, is_untold: bool = False) -> None:
+        self._table, self._is_packed, self._is_untold = table, is_packed, is_untold
         self._gain = 2.0        # how many times as many entries a page has if it is packed; learned from those before
         self._cache: dict[int, tuple[bytes, int, int]] = {}     # version -> the page after it, its version, and when
         self._emptied = 0       # version of the table when the cache was empty
@@ -815,16 +846,23 @@ class Pages:
 
     def _packed(self, since: int) -> tuple[bytes, int]:
         while True:
-            page = next(self._table.pages(since, int(PAGE_SIZE * self._gain)))
+            page = next(self._table.pages(since, int(PAGE_SIZE * self._gain), self._is_untold))
             plain = table_map(*page)
             data = packed(plain)
             fill = len(data) / PACKED_SIZE
             if fill <= 1 or self._gain == 1:
                 break
             self._gain = max(1.0, PACKED_AIM * self._gain / fill)
-        if page.version < self._table.version and fill < PACKED_AIM:
+        if page.version == self._table.version:
+            return min(data, plain, key=len), page.version
+        if fill < PACKED_AIM:
             self._gain = min(PACKED_AIM * self._gain / fill, MOST_GAIN)
-        return min(data, plain, key=len), page.version
+        return widened(data, PACKED_SIZE) if fill > 0.5 else data, page.version
+
+
+def in_series(pages: Sequence[bytes]) -> Sequence[Sequence[bytes]]:
+    """Return pages in groups of as many as answer one ``sync``."""
+    return [pages[start:start + SYNC_PAGES] for start in range(0, len(pages), SYNC_PAGES)]
 
 
 class Announcer:
@@ -838,16 +876,17 @@ class Announcer:
     as long as it took, and gathers what changes meanwhile.
     """
 
-    def __init__(self, loop: Loop, registry: Registry, send_queue: SendQueue,
-                 send: Callable[[bytes, Address], None]) -> None:
+    def __init__(self, loop: Loop, registry: Registry, send: Callable[[bytes, Address], None],
+                 send_series: SendSeries) -> None:
+        """``send``, ``send_series``: at once. What this sends comes behind all that is in the queue of a turn."""
         self.announced_version = registry.table.version         # that of the last broadcast
-        self.unsent: Iterator[tuple[Session, bytes]] | None = None      # the rest of a broadcast that is under way
-        self._loop, self._registry, self._send_queue = loop, registry, send_queue
-        self._send = send                       # at once: a broadcast comes behind everything in the queue
+        self.unsent: Iterator[tuple[Session, Sequence[bytes]]] | None = None    # the rest of a broadcast that goes on
+        self._loop, self._registry, self._send, self._send_series = loop, registry, send, send_series
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
         self.newcomers: set[bytes] = set()      # of this turn: others shall hear of them before they hear of others
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
         self._pages = {is_packed: Pages(registry.table, is_packed) for is_packed in (False, True)}
+        self._untold_pages, self.keys_told = Pages(registry.table, True, is_untold=True), KEYS_TOLD
         self._broadcast_end = -NEVER
         self._broadcast_cost = 0.0              # s that the last one took
         self._broadcast_timer = RestartableTimer(loop, wake_up)     # wakes the loop; settle then sends the next slice
@@ -869,14 +908,19 @@ class Announcer:
             self._sync_timer.set(self._loop.now())
 
     def _send_missing(self, session: Session, since: int) -> None:
-        version, pages = self._registry.table.version, self._pages[session.reads_packed]
+        version, datagrams = self._registry.table.version, []
+        pages = self._pages_for(session, version - since)
         if since >= version:
-            self._send_queue.put_for(session, table_map(version, version, []))  # nothing is missing: that is an answer
-        for _ in range(SYNC_PAGES):
-            if since >= version:
-                break
+            datagrams.append(session.told(table_map(version, version, [])))     # nothing is missing: that is an answer
+        while since < version and len(datagrams) < SYNC_PAGES:
             data, since = pages.after(since)
-            self._send_queue.put_for(session, data)
+            datagrams.append(session.told(data))
+        self._send_series(datagrams, session.address)
+
+    def _pages_for(self, session: Session, missing: int) -> Pages:
+        """Return the pages for a client that misses so many changes."""
+        asks_for_keys = session.channel is not None and session.reads_packed and missing > self.keys_told
+        return self._untold_pages if asks_for_keys else self._pages[session.reads_packed]
 
     def broadcast(self) -> None:
         """Send a slice of the broadcast that goes on, or begin one if the table has changed and it is time."""
@@ -899,24 +943,30 @@ class Announcer:
             self.unsent = None
         self._broadcast_timer.set(NEVER if is_over and table.version <= self.announced_version else now)
 
-    def _begin(self) -> Iterator[tuple[Session, bytes]]:
+    def _begin(self) -> Iterator[tuple[Session, Sequence[bytes]]]:
         table, sessions = self._registry.table, self._registry.sessions.live_sessions()
-        pages = {is_packed: list(found.all_after(self.announced_version)) for is_packed, found in self._pages.items()}
+        since, missing = self.announced_version, table.version - self.announced_version
+        series = functools.lru_cache(lambda pages: in_series(list(pages.all_after(since))))
         self.announced_version = table.version
         self._broadcast_cost = 0.0
-        return ((session, page) for session in sessions for page in pages[session.reads_packed])
+        return ((session, some) for session in sessions for some in series(self._pages_for(session, missing)))
 
-    def _send_slice(self, unsent: Iterator[tuple[Session, bytes]]) -> bool:
+    def _send_slice(self, unsent: Iterator[tuple[Session, Sequence[bytes]]]) -> bool:
         """Send the next datagrams of a broadcast; return whether it is over."""
         is_live = self._registry.sessions.is_live
-        count = 0
-        most = BROADCAST_DATAGRAMS if self._loop.drained else BUSY_SLICE * SYNC_PAGES
-        for session, page in itertools.islice(unsent, most):
-            count += 1
+        left = BROADCAST_DATAGRAMS if self._loop.drained else BUSY_SLICE * SYNC_PAGES
+        for session, pages in unsent:
+            left -= len(pages)
             if session.holds_table and is_live(session):    # a client that does not hold it will ask
-                datagram = addressed(session.id, page) if session.channel is None else session.told(page)
-                self._send(datagram, session.address)       # (a call for each of millions is saved here)
-        return count < most
+                if len(pages) == 1:         # (calls are saved here: mostly there is one page for each of thousands)
+                    data = pages[0]
+                    datagram = addressed(session.id, data) if session.channel is None else session.told(data)
+                    self._send(datagram, session.address)
+                else:
+                    self._send_series([session.told(data) for data in pages], session.address)
+            if left <= 0:
+                return False
+        return True
 
 
 # --- the server -----------------------------------------------------------------------------------------------
@@ -936,7 +986,12 @@ class Server:
 
     def __init__(self, loop: Loop, send: Callable[[bytes, Address], None], registry: Registry,
                  nick_lapse: float = NICK_LAPSE, stranger_replies: int = STRANGER_REPLIES,
-                 keys: Keys | None = None, must_encrypt: bool = False) -> None:
+                 keys: Keys | None = None, must_encrypt: bool = False, send_series: SendSeries | None = None) -> None:
+        """``send_series``: sends many datagrams to one address, more cheaply than by as many calls of ``send``."""
+
+        def send_each(datagrams: Sequence[bytes], address: Address) -> None:
+            for datagram in datagrams:
+                send(datagram, address)
         self.loop, self.registry, self.nick_lapse = loop, registry, nick_lapse
         self.decoder = Decoder()
         self.boot = new_id(loop)        # another one in each run of the server
@@ -950,11 +1005,12 @@ class Server:
         self.postman = Postman(loop, registry, self.send_queue, self.drops, self._heard)
         self.keeper = Keeper(loop, registry, self.send_queue, self.drops, self.prober, self.postman.note)
         self.committer = Committer(loop, registry.mailbox)
-        self.announcer = Announcer(loop, registry, self.send_queue, send)
+        self.announcer = Announcer(loop, registry, send, send_series or send_each)
         self.calls = RateLimit(CALLS_PER_SECOND)
         self._notices: deque[Address] = deque()     # where to say that the server is back
         self._from_sessions: dict[str, Callable[[Session, Info], None]] = {
-            "ping": self._on_ping, "sync": self._on_sync, "save": self.keeper.on_save, "meet": self._on_meet}
+            "ping": self._on_ping, "sync": self._on_sync, "want": self._on_want, "meet": self._on_meet,
+            "save": self.keeper.on_save}
         registry.public_key = keys.pair.public if keys is not None else b""
         self._from_anybody: dict[str, Callable[[Info, Address, Channel | None], None]] = {
             "reg": self.gate.on_reg, "hello": self.gate.on_hello, "alive": self.prober.on_alive,
@@ -992,13 +1048,14 @@ class Server:
 
     def settle(self) -> None:
         """End a turn: commit, then send everything that was decided in it."""
+        self.gate.read_hellos()
         self.postman.close(self.registry.sessions.pop_ended())
         self.keeper.keep()
         committed = self.committer.commit()
         self.keeper.answer(committed)
         self.postman.deliver()
-        self.announcer.answer()
         self.send_queue.flush()
+        self.announcer.answer()
         self.announcer.broadcast()
 
     def counters(self) -> dict[str, int]:
@@ -1092,6 +1149,14 @@ class Server:
     def _on_sync(self, session: Session, info: Info) -> None:
         self.postman.note_version(session, info["version"])
         self.announcer.note_sync(session, info["version"])
+
+    def _on_want(self, session: Session, info: Info) -> None:
+        """Say which key somebody has: see ``Pages``."""
+        nick, table = info["nick"], self.registry.table
+        entry = table.get(nick)
+        key, is_bound = (entry.key, entry.is_bound) if entry is not None else (b"", False)
+        self.send_queue.put_for(session, encode("key", {"nick": nick, "key": key, "bound": is_bound,
+                                                        "version": table.version}))
 
     def _on_meet(self, session: Session, info: Info) -> None:
         """Tell a recipient where somebody is who does not get through to it: see ``Meetings`` of the client."""

@@ -636,6 +636,9 @@ class SendTimes:
         return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
 
 
+NOT_YET = "not-yet"       # what a guard says of messages that may be sent only later
+
+
 class Account:
     """The owner's session at the server, and whether everything is encrypted there."""
 

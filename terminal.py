@@ -744,6 +744,8 @@ class ChatClient(Protocol):
     @property
     def check_table(self) -> Callable[[], None]: ...        # ask whether somebody is missing, before the next command
     @property
+    def await_key(self) -> Callable[[str], bool]: ...       # is the next command to wait until somebody's key is here?
+    @property
     def settle_sends(self) -> Callable[[], None]: ...       # send, or refuse, what was queued
 
 
@@ -831,9 +833,8 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
-            if self._is_to_be_checked(command):
+            if self._asks_first(command):
                 self.waiting.appendleft(command._replace(echo=""))
-                self._client.check_table()
                 continue        # if the server is asked, no command may run
             if command.send is not None:
                 if not self._do_send(command.send):
@@ -844,13 +845,18 @@ class Shell:
             elif command.words:
                 self._do(*command.words)
 
-    def _is_to_be_checked(self, command: Command) -> bool:
-        """Return whether a command names somebody who is not in our table: perhaps the server's has a newcomer."""
+    def _asks_first(self, command: Command) -> bool:
+        """Ask the server about somebody whom a command names, if that is needed; return whether something was asked.
+
+        Whoever is not in our table may be a newcomer. And of somebody who is, the key may not have been told.
+        """
         about = command.words[1:] if command.words and command.words[0] in ABOUT_PEERS else ()
         nick = command.send.nick if command.send is not None else " ".join(about)
-        is_unknown = nick and not self._client.is_offline and self._client.spelling_of(nick) is None
-        self._checked = nick if is_unknown and nick != self._checked else ""
-        return bool(self._checked)
+        known = self._client.spelling_of(nick) if nick and not self._client.is_offline else nick
+        self._checked = nick if known is None and nick != self._checked else ""
+        if self._checked:
+            self._client.check_table()
+        return bool(self._checked) or bool(about and known and self._client.await_key(known))
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""

@@ -46,9 +46,9 @@ except ModuleNotFoundError as missing:
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, check_store, config_home, fingerprint, is_private,
                   json_line, load_secret, make_private, read_settings, remove_quietly, state_home)
-from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
-                  Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
-                  read_some, show_address, unmapped)
+from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
+                  LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns,
+                  is_link_local, log, read_some, show_address, unmapped)
 from protocol import clean
 if TYPE_CHECKING:
     from editor import Prompt, Style
@@ -482,9 +482,9 @@ def run_server(options: argparse.Namespace) -> int:
     keys = keys_of_server(options, mailbox)
     registry = Registry(mailbox, options.max_clients, options.mailbox_limit, options.max_nicks)
     where = unmapped(sock.getsockname())
-    port = AnsweringSocket(sock, loop) if where[0] in WILDCARDS else UdpSocket(sock, loop)
+    port = (AnsweringSocket if where[0] in WILDCARDS else UdpSocket)(sock, loop, SERVER_DATAGRAMS)
     server = Server(loop, port.send, registry, options.nick_lapse, options.stranger_replies, keys,
-                    options.secure == "require")
+                    options.secure == "require", port.send_series)
     began = time.monotonic()
 
     def settle() -> None:

@@ -863,6 +863,8 @@ class Swarm:
 
     def _on_cookie(self, member: Member, info: Info) -> None:
         if info["id"] == member.request and member.session is None:
+            if member.cookie is None:
+                member.attempts = 1         # the server is there
             member.cookie = info["cookie"]
             self._send_reg(member)
 
@@ -971,7 +973,13 @@ class SecretSwarm(Swarm):
             keys = Keys(sodium, KeyPair(sodium, os.urandom(32)), lambda: os.urandom(32))
             handshake = Handshake(functools.partial(self._say, member), keys=keys)
             handshake.on_welcome = functools.partial(self._begin, member)
+            handshake.on_found = functools.partial(self._on_found, member)
             self._handshakes[member] = handshake
+
+    def _on_found(self, member: Member, is_busy: bool) -> None:
+        member.attempts = 1
+        if is_busy:
+            self._set(member, self._in(2 * REQUEST))
 
     def _say(self, member: Member, data: bytes, server: protocol.Address) -> None:
         super()._send(member, data)
@@ -1007,6 +1015,10 @@ class SecretSwarm(Swarm):
                 self._handshakes[member].on_cookie(info, self.server)
             elif tag == "hello":
                 self._handshakes[member].on_hello(info, self.server)
+            elif tag == "pong" and member.session is not None:
+                member.attempts += 1        # the server does not know the channel
+                if member.attempts > 2:
+                    self._register(member)
 
 
 def raise_limit() -> int:

@@ -9,7 +9,7 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -226,6 +226,60 @@ def test_no_broadcast_or_multicast_address_is_answered_from() -> None:
         (socket.IPPROTO_IP, loop.IP_PKTINFO, bytes([0] * 4 + [10, 0, 0, 1] + [0] * 4))]
     multicast = socket.inet_pton(socket.AF_INET6, "ff02::1") + bytes([2, 0, 0, 0])
     assert loop.asked_at(multicast)[1] == loop.asked_at(b"")[1] == []
+
+
+# many datagrams with one call
+
+
+SERIES = [b"a" * 900, b"b" * 900, b"c" * 900, b"d" * 7]
+
+
+def receive_series(kind: type[UdpSocket], ours: socket.socket, datagrams: Sequence[bytes]) -> tuple[
+        UdpSocket, list[tuple[bytes, Address]]]:
+    """Let a peer ask at 127.0.0.1, and send it datagrams; return what it receives, and from where."""
+    selector_loop = SelectorLoop()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        ours.bind(("0.0.0.0", 0))
+        peer.bind(("127.0.0.1", 0))
+        port = kind(ours, selector_loop)
+        echo(port, selector_loop, peer, ("127.0.0.1", ours.getsockname()[1]))
+        port.datagrams_out = port.bytes_out = 0
+        port.send_series(datagrams, peer.getsockname())
+        received = []
+        while select.select([peer], [], [], 0.2)[0]:
+            received.append(peer.recvfrom(2000))
+    selector_loop.close()
+    return port, received
+
+
+@pytest.mark.parametrize("kind", [UdpSocket, AnsweringSocket])
+@pytest.mark.parametrize("datagrams", [SERIES, SERIES[:3], SERIES[:1], SERIES[::-1], [b"1", b"22", b"1"]])
+def test_a_series_of_datagrams_arrives_as_it_is_from_where_the_peer_has_asked(
+        kind: type[UdpSocket], datagrams: list[bytes]) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
+        port, received = receive_series(kind, ours, datagrams)
+        where = "127.0.0.1", ours.getsockname()[1]
+    assert received == [(datagram, where) for datagram in datagrams]
+    assert (port.datagrams_out, port.bytes_out) == (len(datagrams), sum(map(len, datagrams)))
+
+
+@pytest.mark.parametrize("reason, is_sent", [
+    (errno.EINVAL, True), (errno.EIO, True), (errno.EMSGSIZE, True), (errno.EAGAIN, False), (errno.ENOBUFS, False)])
+def test_what_the_system_does_not_send_with_one_call_is_sent_with_many_unless_it_has_no_room(
+        monkeypatch: pytest.MonkeyPatch, reason: int, is_sent: bool) -> None:
+    monkeypatch.setattr(loop, "can_cut", lambda sock: True)
+    monkeypatch.setattr(Socket, "reason", reason)
+    with Socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
+        _, received = receive_series(UdpSocket, ours, SERIES)
+    assert [datagram for datagram, _ in received] == (SERIES if is_sent else [])
+
+
+def test_a_system_that_does_not_cut_gets_each_datagram_with_a_call_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "UDP_SEGMENT", 0)
+    with Socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
+        assert not loop.can_cut(ours)
+        _, received = receive_series(UdpSocket, ours, SERIES)
+    assert [datagram for datagram, _ in received] == SERIES
 
 
 # link-local addresses

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from home import ERROR, INFO, LineFile
-from loop import (COMPACT_TIMERS, MAX_TURN_TIME, OUTPUT_LIMIT, Log, LogFile, Output, RestartableTimer, SelectorLoop,
-                  TimerHeap, UdpSocket, Writer)
+from loop import (COMPACT_TIMERS, MAX_TURN_TIME, OUTPUT_LIMIT, READ_TIME, Log, LogFile, Output, RestartableTimer,
+                  SelectorLoop, TimerHeap, UdpSocket, Writer)
 
 
 class Paper:
@@ -251,6 +251,30 @@ def test_a_turn_that_waited_reads_one_datagram_and_does_not_call_that_all(loop: 
     loop.call_at(loop.now(), lambda: None)      # the next turn does not wait
     loop.turn()
     assert read == [b"0", b"1", b"2"] and loop.drained
+
+
+def test_a_turn_reads_no_more_once_it_has_read_for_a_while(loop: SelectorLoop, hands: Hands, selector: IdleSelector,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours, socket.socket(
+            socket.AF_INET, socket.SOCK_DGRAM) as theirs:
+        ours.bind(("127.0.0.1", 0))
+        port, read = UdpSocket(ours, loop, 200), []
+        monkeypatch.setattr(selector, "select",
+                            lambda timeout: [(selector.get_key(ours.fileno()), selectors.EVENT_READ)])
+
+        def slow(datagram: bytes, address: object) -> None:
+            read.append(datagram)
+            hands.time += READ_TIME / 50
+        port.receive = slow
+        for number in range(300):
+            theirs.sendto(b"%d" % number, ours.getsockname())
+        loop.call_at(loop.now(), lambda: None)
+        loop.turn()
+        assert len(read) == 128 and not loop.drained
+        port.receive = lambda datagram, address: read.append(datagram)
+        loop.call_at(loop.now(), lambda: None)
+        loop.turn()
+        assert len(read) == 300
 
 
 def test_a_turn_with_a_timer_that_is_due_reads_all_that_there_is(loop: SelectorLoop, read: list[bytes]) -> None:

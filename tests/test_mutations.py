@@ -209,7 +209,7 @@ FAULTS: dict[Patch, int] = {
     deletes_mail_when_it_is_sent: 10,
     shows_what_came_on_another_route: 2,
     announces_before_the_mail_is_shown: 0,
-    does_not_wait_for_missing_messages: 32,
+    does_not_wait_for_missing_messages: 22,
     forgets_its_base: 1,
     accepts_chat_from_any_address: 26,
     does_not_repeat_what_is_lost: 1,

@@ -186,6 +186,7 @@ SPECIAL: dict[str, tuple[list[Any], list[Any]]] = {     # what the column "rule"
              ["01.2.3.4", "1.2.3", "1.2.3.256", "localhost", "[::1]", "fe80::1%\n", ""]),
     "state": (["online", "offline", "gone"], ["", "Online", "away"]),
     "text": (["", "é" * 384, "日" * 256], ["é" * 385, "日" * 256 + "x"]),
+    "public key": ([b""], [b"k", bytes(31)]),
     "float": ([0.0, -1.5, float("inf")], []),
     "range": ([[4, 4]], [[4, 3], [0, 1]]),
     "runs": ([[["bob", 7, 1, 0.0, ["x"] * 512, []]] * 2], [[["bob", 7, 1, 0.0, ["x"] * 513, []]] * 2]),
@@ -300,7 +301,7 @@ def test_an_example_is_the_datagram_of_its_maps(example: Example) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.tag)
 def test_an_example_obeys_the_rules_of_the_page(example: Example) -> None:
     """Sizes of requests, the ``for`` in front, no field that the page does not know, but for the pad."""
-    sizes = {"reg": REG_SIZE, "ping": SESSION_SIZE, "sync": SESSION_SIZE, "dereg": SESSION_SIZE}
+    sizes = {"reg": REG_SIZE, "ping": SESSION_SIZE, "sync": SESSION_SIZE, "want": SESSION_SIZE, "dereg": SESSION_SIZE}
     assert len(example.datagram) == sizes.get(example.tag, len(example.datagram))
     tags = [tag for tag, _ in example.maps]
     assert tags.count("for") == (tags[0] == "for")
@@ -334,7 +335,7 @@ OBEYED = {      # a constant of the page -> its name in the code
     "reg without cookie": "protocol.REG_SIZE",
     "join": "protocol.JOIN_SIZE",
     "greet": "protocol.GREET_SIZE",
-    "ping, sync, dereg": "protocol.SESSION_SIZE",
+    "ping, sync, want, dereg": "protocol.SESSION_SIZE",
     "pages for one sync": "protocol.SYNC_PAGES",
     "life of a cookie": "registry.COOKIE_TIME",
     "answer to a probe": "server.PROBE_TIMEOUT",
@@ -373,6 +374,8 @@ CHOSEN = {
     "life of an offer": "secure.OFFER_TIME",
     "offers of one address": "secure.OFFERS_READ",
     "cookies for one attempt": "secure.COOKIES_PER_ATTEMPT",
+    "signs that a server is busy": "secure.BUSY_SIGNS",
+    "repeated want": "registry.KEY_INTERVAL",
     "shortest probe interval": "server.PROBE_INTERVAL",
     "broadcast gap": "server.BROADCAST_GAP",
 }
