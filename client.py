@@ -1016,7 +1016,8 @@ class Client:
         """Follow those who came, went or moved."""
         for nick in nicks:
             self.peers.on_news(nick)
-            self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
+            if nick in self.outbox.conversations:
+                self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
 
     def _on_own_state(self, is_online: bool, was_online: bool) -> None:
         """Follow what the table says of us; a ping brings us back online."""

@@ -87,6 +87,7 @@ SERVER_ATTEMPTS = 5       # requests without an answer after which a server coun
 SERVER_INTERVAL = 0.5     # s between them
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
 MAX_UNPACKED = 65535      # bytes that a ``packed`` may become
+MAX_MAPS = 64             # in one datagram; in one of 1,200 bytes, the smallest that there are are fewer
 ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
 PACKED_LEVEL = 6          # of zlib: 9 gains nothing
 PACKED_OVERHEAD = 26      # bytes of a ``packed`` before its data, if these are more than 255
@@ -442,6 +443,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self.dropped = 0
+        self._may_unpack = True     # the datagram that was decoded last has had no ``packed`` yet
         self._unpacker = self._new_unpacker()
 
     @staticmethod
@@ -452,26 +454,38 @@ class Decoder:
     def decode(self, datagram: bytes) -> list[Map]:
         """Return the valid maps of a datagram, in order. It never raises, whatever the bytes are."""
         maps: list[Map] = []
+        self._may_unpack = True
         unpacker = self._unpacker       # one for all datagrams: a new one for each would cost more than the decoding
         position = unpacker.tell()
         end = position + len(datagram)
         try:
             unpacker.feed(datagram)
-            while position < end:
+            for _ in range(MAX_MAPS):
+                if position >= end:
+                    break
                 value = unpacker.unpack()
                 position = unpacker.tell()
                 if type(value) is dict and is_valid(value.get("tag"), value.get("info")):
                     maps.append((value["tag"], value["info"]))
                 else:
                     self.dropped += 1
+            if position < end:
+                raise ValueError("a datagram that its sender may send has fewer")
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException):    # broken, or only a part of it came
             self.dropped += 1
             self._unpacker = self._new_unpacker()       # the old one would read the next datagram as the rest of this
         return maps
 
     def unpacked(self, data: bytes) -> list[Map]:
-        """Return the maps in the ``data`` of a ``packed``. It never raises, and takes bounded memory."""
+        """Return the maps in the ``data`` of a ``packed``; of further ones in the same datagram, none.
+
+        It never raises, and takes bounded memory, and bounded time for each datagram.
+        """
         import zlib
+        if not self._may_unpack:
+            self.dropped += 1
+            return []
+        self._may_unpack = False
         try:
             stream = zlib.decompressobj()
             maps = stream.decompress(data, MAX_UNPACKED)
@@ -480,7 +494,9 @@ class Decoder:
         if not maps or not stream.eof:      # it is broken, or there is more
             self.dropped += 1
             return []
-        return self.decode(maps)
+        found = self.decode(maps)
+        self._may_unpack = False
+        return found
 
 
 RECORD = 0xC1             # the first byte of a record; msgpack never uses it: programs without encryption drop it
@@ -675,6 +691,10 @@ class Entry(NamedTuple):
         """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
         return [self.nick, self.host.partition("%")[0], self.port, self.state]
 
+    def says(self, other: Entry) -> bool:
+        """Return whether this is the same, but for the version."""
+        return self[:4] == other[:4] and self[5:] == other[5:]
+
 
 class Page(NamedTuple):
     """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key.
@@ -693,6 +713,7 @@ UNTOLD = b"?"             # in an ``Entry``, in place of a key: there is one, an
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
 KEY_OVERHEAD = 39         # ... and of its key
+MAX_ENTRIES = 1_000_000   # of a mirror, whatever its server says; what is beyond is left out
 MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
 
@@ -710,6 +731,7 @@ class Table:
         self._gone: dict[str, Entry] = {}
         self._log: list[Entry] = []     # by version; entries that changed again are stale
         self._spellings: Spellings | None = None
+        self.is_full = False            # a mirror had no room for somebody
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -748,7 +770,7 @@ class Table:
         old = self.entries.get(entry.nick)
         if old is None:
             return entry.state == GONE
-        return old[:4] == entry[:4] and old[5:] == entry[5:]
+        return old.says(entry)
 
     def _put(self, entry: Entry) -> None:
         if entry.state == GONE:
@@ -817,6 +839,9 @@ class Table:
                 continue
             if entry.state == GONE:
                 self._remove(nick)
+            elif len(self.entries) >= MAX_ENTRIES and nick not in self.entries:
+                self.is_full = True
+                continue
             else:
                 self._replace(entry)
             changed.append(nick)
@@ -885,10 +910,9 @@ class Mirror:
 
     def _swap(self, fresh: Table) -> list[str]:
         """Put the table of the new boot in force; return the nicks of which it says something else."""
-        old, self.table, self._fresh = self.table, fresh, None
-        before, after = ({nick: (entry.row(), entry.key, entry.is_bound) for nick, entry in table.entries.items()}
-                         for table in (old, fresh))
-        return [nick for nick in {**before, **after} if before.get(nick) != after.get(nick)]
+        old, self.table, self._fresh = self.table.entries, fresh, None
+        changed = [nick for nick, entry in fresh.entries.items() if nick not in old or not old[nick].says(entry)]
+        return changed + [nick for nick in old if nick not in fresh.entries]
 
     def mark_all_offline(self) -> list[str]:
         """Mark everybody offline: the table in force is too old. Return the nicks that were online until now."""

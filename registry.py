@@ -89,6 +89,7 @@ class TableSync(Mirror):
         self._pages = 0                         # that came since the last question, ...
         self._asked = -NEVER                    # ... when that was, ...
         self._wait = 0.0                        # ... and the time after which it is repeated if none come
+        self._is_warned = False                 # the log says that the table is too large
         self._wanted: dict[str, None] = {}      # whose keys are asked for
         self.awaited = ""                       # the one for whose key a command waits
         self._places: set[Address] = set()      # where anybody is online, ...
@@ -251,6 +252,9 @@ class TableSync(Mirror):
             self.ask_soon()
             return
         self._pages, self._wait = self._pages + 1, 0.0
+        if self.table.is_full and not self._is_warned:
+            self._is_warned = True
+            log.error("the server names more than a million clients: this program knows only the first ones")
         self._note_changes(changed)
         if self.is_whole:
             self._sync_timer.cancel()

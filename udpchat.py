@@ -49,7 +49,7 @@ from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, check_store, c
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
                   LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns,
                   is_link_local, log, read_some, show_address, unmapped)
-from protocol import clean
+from protocol import MAX_ENTRIES, clean
 if TYPE_CHECKING:
     from editor import Prompt, Style
     from home import Mailbox
@@ -208,7 +208,7 @@ def add_server_options(server: Parser) -> None:
                         help="most clients at a time (default: %(default)s)")
     server.add_argument("--mailbox-limit", type=whole_number(0, 10 ** 8, "a number"), default=MAILBOX_LIMIT,
                         metavar="N", help="most messages kept for one recipient (default: %(default)s)")
-    server.add_argument("--max-nicks", type=whole_number(1, 10 ** 7, "a number"), default=MAX_KNOWN, metavar="N",
+    server.add_argument("--max-nicks", type=whole_number(1, MAX_ENTRIES, "a number"), default=MAX_KNOWN, metavar="N",
                         help="most nicks that are known; one more makes an offline nick be forgotten"
                         " (default: %(default)s)")
     server.add_argument("--stranger-replies", type=whole_number(1, 10 ** 7, "a number"), default=STRANGER_REPLIES,

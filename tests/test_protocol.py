@@ -85,6 +85,25 @@ def swallow(datagram: bytes) -> list[Map]:
     return messages
 
 
+def test_behind_so_many_maps_a_datagram_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    for value in (GOOD, b"\0"):
+        assert len(decoder.decode(value * protocol.MAX_MAPS)) == (protocol.MAX_MAPS if value == GOOD else 0)
+        before = decoder.dropped
+        assert len(decoder.decode(value * 60_000 if value != GOOD else GOOD * 1000)) == len(
+            decoder.decode(value * (protocol.MAX_MAPS + 1)))
+        assert decoder.dropped <= before + 2 * (protocol.MAX_MAPS + 1)
+        assert decoder.decode(GOOD) == GOOD_MESSAGES
+
+
+def test_of_the_packed_maps_in_one_datagram_the_first_alone_counts() -> None:
+    decoder, bomb = Decoder(), protocol.packed(GOOD)
+    for _ in range(2):
+        (first, second) = decoder.decode(bomb * 2)
+        assert decoder.unpacked(first[1]["data"]) == GOOD_MESSAGES
+        assert decoder.unpacked(second[1]["data"]) == []
+
+
 def without(info: Info, field: str) -> Info:
     return {name: value for name, value in info.items() if name != field}
 

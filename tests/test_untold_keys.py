@@ -55,6 +55,14 @@ def test_a_key_that_is_older_than_what_the_table_says_is_not_learned() -> None:
     assert not mirror.learn("alice", OTHER, True, 8) and mirror.learn("alice", KEY, True, 9)
 
 
+def test_a_mirror_has_no_more_entries_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_ENTRIES", 3)
+    mirror = mirror_of(*((f"nick{number}", KEY, True) for number in range(5)))
+    assert list(mirror.entries) == ["nick0", "nick1", "nick2"] and mirror.is_full and mirror.version == 5
+    assert mirror.apply(Page(5, 6, [["nick1", *PLACE, OFFLINE], ["nick2", *PLACE, "gone"], ["new", *PLACE, ONLINE]]))
+    assert list(mirror.entries) == ["nick0", "nick1", "new"]
+
+
 def test_pages_without_keys_are_much_fewer() -> None:
     table = Table()
     for number in range(3000):
