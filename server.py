@@ -23,6 +23,7 @@ The parts
     Postman         stored mail on its way to its recipients
     Announcer       the table: answers to those who miss some of it, and broadcasts
     Pages           the table as datagrams, compressed for those who read that
+    Rush            whether those who ask for the table shall wait, because it changes fast
 
 How a datagram passes
 ---------------------
@@ -797,6 +798,9 @@ BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clie
 BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB ...
 BUSY_SLICE = 2            # ... and in one that has left something unread: whoever registers must be heard in time
+RUSH = 1000               # changes of the table in a second: while there are more, whoever asks for it waits, ...
+RUSH_TIME = 5.0           # s; ... so long at most: most of what is sent in a rush is out of date when it is over
+RUSH_INTERVAL = 0.25      # s in which changes are counted
 KEYS_TOLD = 200           # changes; a client that encrypts and misses more is told the keys in them when it asks
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
 CACHE_AGE = 1000          # changes of the table, beside one for each entry, after which the cache is emptied
@@ -865,11 +869,31 @@ def in_series(pages: Sequence[bytes]) -> Sequence[Sequence[bytes]]:
     return [pages[start:start + SYNC_PAGES] for start in range(0, len(pages), SYNC_PAGES)]
 
 
+class Rush:
+    """Whether so many register that the table is better sent to them a little later."""
+
+    def __init__(self, now: float, version: int) -> None:
+        self._since, self._version = now, version   # when the count began, and the version of the table then
+        self._began: float | None = None
+
+    def lasts(self, now: float, version: int) -> bool:
+        """Return whether those who ask for the table, which has that version, shall wait."""
+        seconds = now - self._since
+        if seconds >= RUSH_INTERVAL:
+            is_rush = version - self._version > RUSH * seconds
+            self._since, self._version = now, version
+            if not is_rush:
+                self._began = None
+            elif self._began is None:
+                self._began = now
+        return self._began is not None and now < self._began + RUSH_TIME
+
+
 class Announcer:
     """The table, as it is sent to clients.
 
     *Answers*: a client that misses some of the table says up to which version it holds it. It gets a few pages from
-    there, and asks again until it has everything.
+    there, and asks again until it has everything. In a ``Rush`` it waits.
 
     *Broadcasts*: what has changed since the last one is encoded once, and sent to every live client in slices, one each
     turn, after everything else. A broadcast to 10,000 clients takes a while. So after one, the next waits for ten times
@@ -884,6 +908,7 @@ class Announcer:
         self._loop, self._registry, self._send, self._send_series = loop, registry, send, send_series
         self._to_sync: dict[bytes, int] = {}    # id of a session -> the version that its client holds
         self.newcomers: set[bytes] = set()      # of this turn: others shall hear of them before they hear of others
+        self._rush = Rush(loop.now(), registry.table.version)
         self._sync_timer = RestartableTimer(loop, wake_up)      # the end of its turn answers more of them
         self._pages = {is_packed: Pages(registry.table, is_packed) for is_packed in (False, True)}
         self._untold_pages, self.keys_told = Pages(registry.table, True, is_untold=True), KEYS_TOLD
@@ -898,6 +923,9 @@ class Announcer:
     def answer(self) -> None:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
         newcomers, self.newcomers = self.newcomers, set()
+        if self._rush.lasts(self._loop.now(), self._registry.table.version):
+            self._sync_timer.set(self._loop.now() + RUSH_INTERVAL)
+            return
         most = SYNC_SLICE if self._loop.drained else BUSY_SLICE
         for id_ in list(itertools.islice((id_ for id_ in self._to_sync if id_ not in newcomers), most)):
             version = self._to_sync.pop(id_)
@@ -972,7 +1000,7 @@ class Announcer:
 # --- the server -----------------------------------------------------------------------------------------------
 
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
-NOTICE_SLICE = 40         # datagrams in each: 2,000 a second, as many as can register in that time
+NOTICE_SLICE = 100        # datagrams in each: 5,000 a second; those who register wait for their turn
 CALLS_PER_SECOND = 20     # to one client, at most
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 

@@ -8,7 +8,7 @@ import pytest
 
 import protocol
 from protocol import ONLINE, Decoder, Info, Page, Table, padded
-from server import Pages
+from server import RUSH, RUSH_INTERVAL, RUSH_TIME, Pages, Rush
 from tests.test_strangers import Desk
 
 
@@ -91,3 +91,27 @@ def test_only_those_who_have_said_that_they_read_packed_pages_get_some() -> None
         pages = desk.say(address, padded("sync", {"session": session, "version": 0}, protocol.SESSION_SIZE))
         tags = [tag for tag, _ in pages if tag != "for"]
         assert tags.count("packed") == (len(tags) if about else 0) and len(tags) == (2 if about else 7)
+
+
+def rush(changes: Callable[[float], int], until: float) -> list[float]:
+    """Return when those who ask for a table wait; ``changes``: returns its version at a time."""
+    found, waits, now = Rush(0.0, changes(0.0)), [], 0.0
+    while now < until:
+        now += 0.125
+        if found.lasts(now, changes(now)):
+            waits.append(now)
+    return waits
+
+
+def test_while_thousands_register_those_who_ask_for_the_table_wait() -> None:
+    waits = rush(lambda now: int(min(now, 2.0) * 2 * RUSH), 6)
+    assert waits[0] <= 2 * RUSH_INTERVAL and 2 <= waits[-1] < 2 + 2 * RUSH_INTERVAL
+
+
+def test_a_rush_that_does_not_end_keeps_nobody_waiting_for_long() -> None:
+    waits = rush(lambda now: int(now * 2 * RUSH), 30)
+    assert RUSH_TIME - 2 * RUSH_INTERVAL <= waits[-1] <= RUSH_TIME + 2 * RUSH_INTERVAL
+
+
+def test_nobody_waits_where_the_table_changes_slowly() -> None:
+    assert rush(lambda now: int(now * 0.9 * RUSH), 30) == []
