@@ -1061,6 +1061,10 @@ class Client:
         return [KnownClient(entry.nick, show_address((entry.host, entry.port)), entry.state, entry.state == ONLINE)
                 for entry in sorted(self.table_sync.table.entries.values())]
 
+    def nicks_like(self, word: str, most: int) -> list[str]:
+        """Return the nicks that begin like ``word``, those that are online first."""
+        return self.table_sync.table.beginning_with(word, most)
+
     def spelling_of(self, nick: str) -> str | None:
         """Return how ``nick`` is registered, see ``Table``; None: there is no such client."""
         if nick in self.table_sync.table.entries:       # most are: this call is enough for them

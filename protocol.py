@@ -756,6 +756,19 @@ class Table:
         """Return the nick here that is spelled like ``nick``, else the only one that counts as the same, else None."""
         return nick if nick in self.entries else self.spellings.only(nick)
 
+    def beginning_with(self, word: str, most: int) -> list[str]:
+        """Return the nicks that begin like ``word``, in any spelling; the first ones: those online, then in order."""
+        import heapq        # here: servers, and clients in pipes, never ask
+        wanted = folded(word)
+        online: list[str] = []
+        others: list[str] = []
+        for nick, entry in self.entries.items():
+            if nick.lower().startswith(wanted) or nick.startswith(word) or (
+                    not nick.isascii() and folded(nick).startswith(wanted)):
+                (online if entry.state is ONLINE else others).append(nick)
+        found = heapq.nsmallest(most, online)
+        return found + heapq.nsmallest(most - len(found), others)
+
     def set(self, nick: str, host: str, port: int, state: State, key: bytes = b"", is_bound: bool = False) -> bool:
         """Change one entry; return whether that changed anything (and so used a new version)."""
         entry = Entry(nick, host, port, state, self.version + 1, key, is_bound)

@@ -90,6 +90,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "end": CommandSpec("end", works_offline=True, only_in_talk=True),
 }
 ABOUT_PEERS = frozenset(name for name, spec in COMMANDS.items() if spec.completes is Completion.PEERS)
+COMPLETIONS = 1000  # nicks that are offered for the beginning of one, at most
 HELP_INDENT = 20    # columns before what a command does
 
 
@@ -740,6 +741,7 @@ class ChatClient(Protocol):
     def reg(self) -> None: ...                              # come online
     def quit(self) -> None: ...                             # go offline, and end
     def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
+    def nicks_like(self, word: str, most: int) -> list[str]: ...    # that begin so, best first
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
     @property
     def check_table(self) -> Callable[[], None]: ...        # ask whether somebody is missing, before the next command
@@ -1007,9 +1009,7 @@ class Shell:
             return start, []
         nicks = [self._client.nick]
         if spec.completes is Completion.PEERS:
-            others = [known for known in self._client.clients() if known.nick != self._client.nick]
-            others.sort(key=lambda known: not known.is_online)      # a stable sort: the order of the nicks stays
-            nicks = [known.nick for known in others]
+            return start, [nick for nick in self._client.nicks_like(word, COMPLETIONS) if nick != self._client.nick]
         return start, [nick for nick in nicks if nick.startswith(word) or folded(nick).startswith(folded(word))]
 
 
