@@ -741,7 +741,16 @@ class Leaving:
         """End: what is not closed by now counts as not delivered."""
         if not self.ending or self._deadline == NEVER:
             self._link.lose_patience()
+            if not self.is_over:
+                self._display.remark(self._why_late())
             self._end(Reason.SIGNAL, 0.0)
+
+    def _why_late(self) -> str:
+        """Return a line for stderr that says who has not answered in time, "" if nothing waits for anybody."""
+        silent = self._sending.outbox.awaited()
+        if self._link.is_starting or self._shell.waiting:
+            silent = ["the server"]
+        return f"udpchat: the time is over, and no answer from {', '.join(silent)}\n" if silent else ""
 
     def reader_is_gone(self) -> bool:
         """End, because nobody reads stdout or it cannot be written; return False if that was known."""
@@ -986,6 +995,8 @@ class Client:
         self.display.tell(REGISTRATION_REFUSALS.get(reason, "taken"), nick=self.nick)
         if reason == "key-changed":
             log.error("%s", self.link.handshake.pin.advice)
+        elif reason == "owned":
+            log.warning("take another nick (--nick NICK), or the identity that this one belongs to (--identity PATH)")
         elif reason == "encrypted":
             log.warning("that takes the extra secure (pip install 'udpchat[secure]'), and no --secure off")
         self.leaving.give_up(1)

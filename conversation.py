@@ -522,6 +522,11 @@ class Outbox:
         """Whether every message is closed, or stuck."""
         return all(self._is_stuck(conversation, conversation.route) for conversation in self._sending.values())
 
+    def awaited(self) -> list[str]:
+        """Return who has to answer before every message is closed: nicks, and "the server"."""
+        return list(dict.fromkeys(nick if conversation.route is DIRECT else "the server"
+                                  for nick, conversation in self._sending.items() if conversation.pending))
+
     def undelivered(self) -> Iterator[tuple[str, str]]:
         """Yield the messages that are not closed: recipient and text."""
         for nick, conversation in self._sending.items():

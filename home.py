@@ -410,6 +410,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
     "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
     "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
+    "no-text": EventFormat("[Not a command, text is missing: {line}]", FAILURE, "error", "not-a-command"),
     "command-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
     "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
     "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),

@@ -114,7 +114,7 @@ class Command(NamedTuple):
     """Something to do: texts to send, or else the words of a command, or neither: ignore it.
 
     ``echo``: the line, where the terminal does not show what is typed by itself. ``invalid``: an object that means
-    nothing, and the ``ref`` in it.
+    nothing, and the ``ref`` in it; ``has_no_text``: it would be a ``send``.
     """
 
     send: SendCommand | None = None
@@ -122,6 +122,7 @@ class Command(NamedTuple):
     echo: str = ""
     invalid: str = ""
     ref: object = None
+    has_no_text: bool = False
 
 
 class LongLine(str):
@@ -325,7 +326,8 @@ def json_command(line: str) -> Command:
             return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
         if bool in spec.json and found.get(name) is True:
             return Command(words=[name])
-    return Command(invalid=line, ref=ref if _is_ref(ref) else None)
+    has_no_text = type(nick) is str and nick != "" and "text" not in found
+    return Command(invalid=line, ref=ref if _is_ref(ref) else None, has_no_text=has_no_text)
 
 
 # --- events out -----------------------------------------------------------------------------------------------
@@ -335,22 +337,25 @@ FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fing
           "secure")     # of an event, in JSON
 
 
+TIME_OF_DAY, DATE_AND_TIME = "%H:%M:%S", "%Y-%m-%d %H:%M:%S"     # what may stand before a line
+
+
 class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
     ``hidden``: the events that are not told. ``wall``: returns the time that stands before each line, in seconds since
-    1970; None for no time. ``bell``: ring with each message.
+    1970; None for no time. ``bell``: ring with each message. ``stamp``: the form of the time.
     """
 
     is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
     nick = ""                   # our own
 
     def __init__(self, style: Style | None = None, wall: Callable[[], float] | None = None,
-                 hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
+                 hidden: Collection[str] = FOR_PEOPLE, bell: bool = False, stamp: str = TIME_OF_DAY) -> None:
         self._error: Callable[[str], str] = str if style is None else style.error
         self._dim: Callable[[str], str] = str if style is None else style.dim
         self._name: Callable[[str], str] = str if style is None else style.name
-        self._wall, self._hidden = wall, hidden
+        self._wall, self._hidden, self._stamp = wall, hidden, stamp
         self._bell = "\a" if bell else ""
         is_styled = style is not None and style.enabled
         self._is_plain = wall is None and not (is_styled or bell)       # nothing is added to a line
@@ -372,7 +377,7 @@ class TextFormatter:
         return clean(form.line.format(**fields)) + "\n" if form.is_failure and form.line else ""
 
     def _clock(self) -> str:
-        return "" if self._wall is None else self._dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
+        return "" if self._wall is None else self._dim(show_time(int(self._wall()), self._stamp)) + " "
 
     def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent; ``via``: the route that it came by; ``is_secure``: see ``Display``."""
@@ -462,8 +467,10 @@ class Display:
     """Where the events of a client go: to stdout, complaints to stderr; on a terminal, above the prompt.
 
     ``output`` and ``errors`` are the backlogs of stdout and stderr, ``formatter`` says how events are told, ``prompt``
-    is None where there is no terminal.
+    is None where there is no terminal. ``names_saved``: say for whom the server has saved a message, too.
     """
+
+    names_saved = False
 
     def __init__(self, output: Output, errors: Output | None = None, formatter: TextFormatter | None = None,
                  prompt: Prompt | None = None) -> None:
@@ -489,9 +496,14 @@ class Display:
         if line:
             self.write(line.encode() * times)
         else:
-            complaint = self.formatter.complaint(event, **fields).encode() * times
-            if complaint:
-                (self.errors.write if self.prompt is None else self.write)(complaint)
+            self.remark(self.formatter.complaint(event, **fields) * times)
+        if event == "saved" and self.names_saved:
+            self.remark(f"[Saved for {fields['to']}.]\n")
+
+    def remark(self, lines: str) -> None:
+        """Write to stderr; on a terminal, above the prompt."""
+        if lines:
+            (self.errors.write if self.prompt is None else self.write)(lines.encode())
 
     def show_messages(self, received: Delivery, via: str, written: Callable[[int], None],
                       is_secure: bool | None = None) -> None:
@@ -840,7 +852,8 @@ class Shell:
                     return
             elif command.invalid:
                 self._note_failure()
-                self._display.tell("object", line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
+                event = "no-text" if command.has_no_text else "object"
+                self._display.tell(event, line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
 

@@ -174,7 +174,7 @@ def fingerprint_argument(text: str) -> str:
 
 def nicks_argument(text: str) -> list[str]:
     """Return nicks, which have commas between them, each once: an argument type."""
-    return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
+    return list(dict.fromkeys(nick_argument(part.strip(" \t")) for part in text.split(",")))
 
 
 def build_parser(mode: str = "") -> tuple[Parser, Parser]:
@@ -236,6 +236,7 @@ def add_client_options(client: Parser) -> None:
     client.add_argument("--time", action="store_true", default=None,
                         help="show the time of day before each line (default: on a terminal)")
     client.add_argument("--no-time", action="store_false", dest="time", help="do not show the time")
+    client.add_argument("--date", action="store_true", help="show the date and the time before each line")
     client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
     client.set_defaults(timeout=None)
     add_chat_options(client)
@@ -248,8 +249,9 @@ def add_send_options(send: Parser) -> None:
     send.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
                       help="wait for everything so long: the server, a nick in use, the recipient; what is not closed"
                       " then counts as not delivered (default: none)")
+    send.add_argument("--skip-empty", action="store_true", help="if stdin is empty, send nothing: that is no failure")
     send.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, stay=False, time=False,
-                      bell=False)
+                      date=False, bell=False)
     add_chat_options(send)
 
 
@@ -790,7 +792,7 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
                   style: Style | None) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
     from home import FOR_PEOPLE, ROUTINE, STATUS
-    from terminal import JsonFormatter, TextFormatter
+    from terminal import DATE_AND_TIME, TIME_OF_DAY, JsonFormatter, TextFormatter
     hidden: frozenset[str] = frozenset()
     if options.quiet:
         hidden = STATUS
@@ -800,10 +802,11 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
         return JsonFormatter(nick, wall, hidden)
     timed = options.time
     if timed is None:
-        timed = is_terminal and options.mode == "client"
+        timed = options.date or (is_terminal and options.mode == "client")
     if not is_terminal:
         hidden |= FOR_PEOPLE
-    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal)
+    stamp = DATE_AND_TIME if options.date else TIME_OF_DAY
+    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal, stamp)
 
 
 def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
@@ -898,6 +901,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
+    if options.mode == "send" and options.skip_empty and not (text or size or options.text):
+        return 0
     sodium = sodium_for(options)
     secret = secret_of(options, sodium is not None)
     loop = SelectorLoop()
@@ -909,6 +914,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
+    display.names_saved = options.mode == "send" and len(options.nicks) > 1 and not (options.json or options.quiet)
     look_up_again = NameLookUp(loop, host, server_port, sock.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
     handshake = handshake_for(options, port, secret, keys_of_client(sodium, secret), (host, server_port))

@@ -156,7 +156,7 @@ udpchat client bob chat.example.org
 .TP
 One message from a cron job:
 .nf
-df \-h / | udpchat send \-\-quiet \-\-timeout 60 alice
+df \-h / | udpchat send \-q \-\-skip\-empty \-\-timeout 60 alice
 .fi
 .TP
 Wait for one message:

@@ -22,6 +22,7 @@ complete -c udpchat -n '__fish_seen_subcommand_from client' -l anonymous -d 'do 
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l bell -d 'on a terminal, ring with each message'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l color -x -a 'auto always never' -d 'auto: on a terminal, unless NO_COLOR is set (default: auto)'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l config -r -F -d 'file with settings (default: ~/.config/udpchat/config)'
+complete -c udpchat -n '__fish_seen_subcommand_from client' -l date -d 'show the date and the time before each line'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -s h -l help -d 'show this help message and exit'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l identity -r -F -d 'file with the secret that proves that a nick is yours (default: in the user'\''s state directory)'
 complete -c udpchat -n '__fish_seen_subcommand_from client' -l json -d 'events, and commands, as JSON objects, one a line'
@@ -51,6 +52,7 @@ complete -c udpchat -n '__fish_seen_subcommand_from send' -s q -l quiet -d 'show
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l secure -x -a 'auto require off' -d 'encrypt: auto, with everybody who can; require, or do not speak; off, never (default: auto)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l server -x -d 'the server (default: UDPCHAT_SERVER, or 127.0.0.1)'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -l server-key -x -d 'fingerprint of the server (default: UDPCHAT_SERVER_KEY, or that of the first contact)'
+complete -c udpchat -n '__fish_seen_subcommand_from send' -l skip-empty -d 'if stdin is empty, send nothing: that is no failure'
 complete -c udpchat -n '__fish_seen_subcommand_from send' -s t -l timeout -x -d 'wait for everything so long: the server, a nick in use, the recipient; what is not closed then counts as not delivered (default: none)'
 function __udpchat_nicks
     set -l state $XDG_STATE_HOME
