@@ -25,7 +25,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox
+from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox,
+                          Selection)
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -82,6 +83,7 @@ class ServerLink:
         self.state = LINK_OFFLINE
         self.is_silent = False                  # the server does not answer
         self.was_heard = False                  # it has spoken in this turn
+        self.is_early = False                   # be online before the mail that waits is acked
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
@@ -253,7 +255,10 @@ class ServerLink:
         """Ask for the changes of the table behind ``version``; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
-        self.connection.send(padded("sync", {"session": self.session, "version": version}, SESSION_SIZE))
+        info: Info = {"session": self.session, "version": version}
+        if self.is_early:
+            info["early"] = True
+        self.connection.send(padded("sync", info, SESSION_SIZE))
         return True
 
     def _ping_unanswered(self) -> None:
@@ -497,6 +502,11 @@ class Receiving:
         if self.inbox.holding:
             self._ask_about_mail()
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether all is shown that was wanted: the client ends, and nothing more is accepted."""
+        return self.inbox.selection is not None and not self.inbox.selection.left
+
     def show(self) -> bool:
         """Hand to the display what is ready, as long as it has room; return whether something is left."""
         display = self._display
@@ -510,6 +520,7 @@ class Receiving:
                 display.show_messages(delivery, via, delivery.written, is_secure)
             else:
                 display.write(b"", delivery.written)    # nothing to show: called once all before it is written
+        self.accepts = self.accepts and not self.has_enough
         if self.inbox.holding:
             self._ask_about_mail()
         return self.inbox.is_ready
@@ -648,6 +659,10 @@ class Reason(Enum):
     END_OF_INPUT = "end of stdin"
     SIGNAL = "signal"
     READER_GONE = "nobody reads stdout, or it cannot be written"
+    ENOUGH = "what was waited for has come, or cannot come"
+
+
+TIME_IS_OVER = 3                        # exit code: what a ``Selection`` waits for has not come in time
 
 
 class Leaving:
@@ -671,6 +686,7 @@ class Leaving:
         self.is_over = False                    # nothing is left but the writing
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
+        self._missing = 0                       # the same, where not all has come that was waited for
         self._deadline = NEVER
         self._is_interrupted = self._is_reader_gone = False
         self._loop, self._link, self._table, self._sending = loop, link, table, sending
@@ -680,6 +696,9 @@ class Leaving:
     def settle(self) -> None:
         """Take the next step, if there is one to take."""
         input_ended = self._shell.has_ended and not self._stay
+        if self._receiving.inbox.selection is not None and not self.ending:
+            if self._receiving.has_enough or self._receipts.has_failed:
+                self._end(Reason.ENOUGH)
         if self.command is None and self.ending is None and not input_ended:
             return
         if self.command is Reason.QUIT and not self.ending:
@@ -735,20 +754,26 @@ class Leaving:
             self._end_now()
             return
         self._is_interrupted = True
+        self._note_missing(1)
         self._end(Reason.SIGNAL, END_TIME)      # also if only the writing is left
+
+    def _note_missing(self, code: int) -> None:
+        selection = self._receiving.inbox.selection
+        self._missing = code if selection is not None and selection.left else 0
 
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
         if not self.ending or self._deadline == NEVER:
             self._link.lose_patience()
             if not self.is_over:
+                self._note_missing(TIME_IS_OVER if self._link.has_joined else 1)
                 self._display.remark(self._why_late())
             self._end(Reason.SIGNAL, 0.0)
 
     def _why_late(self) -> str:
         """Return a line for stderr that says who has not answered in time, "" if nothing waits for anybody."""
         silent = self._sending.outbox.awaited()
-        if self._link.is_starting or self._shell.waiting:
+        if self._shell.waiting or (self._missing and not self._link.has_joined):
             silent = ["the server"]
         return f"udpchat: the time is over, and no answer from {', '.join(silent)}\n" if silent else ""
 
@@ -786,7 +811,7 @@ class Leaving:
         self._receiving.stop_asking()
         self._link.close()
         has_failed = self._receipts.has_failed or self._shell.has_failed or self._receipts.undelivered > 0
-        self._result = code or int(has_failed)
+        self._result = code or int(has_failed) or self._missing
         self.is_over = True
 
     def _report(self) -> None:
@@ -810,17 +835,19 @@ class Client:
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Endpoint,
                  handshake: Handshake | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
-                 is_typed: bool = False, observer: Observer | None = None, patience: Patience | None = None) -> None:
+                 is_typed: bool = False, observer: Observer | None = None, patience: Patience | None = None,
+                 selection: Selection | None = None) -> None:
         """``handshake``: by default that of an anonymous client. ``ack_timeout``: s. ``stay``: go on at stdin's end.
 
         ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
+        ``selection``: which messages are shown, by default all; the client ends when it has them.
         """
         patience = patience or Patience()
         self.nick = nick
         self.decoder = Decoder()
         self.display = display
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
-        self.inbox = Inbox()
+        self.inbox = Inbox(selection)
         self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version,
                                handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
@@ -837,6 +864,10 @@ class Client:
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
         self.check_table, self.settle_sends = self.table_sync.check, self.sending.settle
+        if selection is not None:
+            self.link.is_early = selection.is_early
+            if selection.asks:
+                selection.has_asked = lambda: bool(self.outbox.conversations)
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._next_turn = RestartableTimer(loop, wake_up)
@@ -953,6 +984,8 @@ class Client:
             self.link.handshake.tells_of_plain = False
             self.display.tell("insecure")
         self.table_sync.begin_session(boot, version)
+        if self.inbox.selection is not None and self.inbox.selection.asks:
+            self.link.ping_until_answered()     # the answer says which mail is older than the question
 
     def on_session_lost(self) -> None:
         """Wait for another session: the server does not know this one."""
@@ -979,6 +1012,8 @@ class Client:
     def on_pong(self, asked: float, version: int, mail: int) -> None:
         """Note how far the table and the mail were when the server answered the ping that was sent at ``asked``."""
         self.inbox.answer(asked, mail)
+        if self.inbox.selection is not None and self.inbox.selection.mail_from is None:
+            self.inbox.selection.mail_from = mail + 1
         self.table_sync.on_version(version)
 
     def on_refused(self, reason: str, spelling: str) -> None:
@@ -1042,9 +1077,10 @@ class Client:
 
         They wait while it is found out whether a nick that seems to be unknown is.
         """
-        leaving = self.leaving
+        leaving, selection = self.leaving, self.inbox.selection
         return self.link.state in COMMAND_STATES and not self.table_sync.is_checking and (
-            leaving.command is None and leaving.ending is None and not leaving.is_over)
+            leaving.command is None and leaving.ending is None and not leaving.is_over) and (
+            selection is None or selection.mail_from is not None)
 
     def dereg(self) -> None:
         """Go offline, once all sends before are settled."""

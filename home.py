@@ -235,6 +235,31 @@ class RecentLines:
         return lines[-self._keep:]
 
 
+SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 21     # lines, lines, bytes
+
+
+class ShownMessages:
+    """The messages that ``udpchat recv`` and ``ask`` have shown, in the file ``shown``; a line for some of a stream::
+
+        SENDER STREAM FIRST END       the numbers from FIRST on, below END
+
+    They may come again, because an ack cannot leave out a message that was passed over, or was lost at the end.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
+                                 lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)))
+
+    def load(self) -> list[tuple[str, int, int, int]]:
+        """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""
+        rows = [line.split(" ") for line in self._file.load()]
+        return [(sender, int(stream), int(first), int(end)) for sender, stream, first, end in rows]
+
+    def note(self, sender: str, stream: int, first: int, end: int) -> None:
+        """Note some numbers of a stream. Raise OSError."""
+        self._file.append([f"{sender} {stream} {first} {end}"])
+
+
 def _encoded(lines: Iterable[str]) -> bytes:
     return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
 

@@ -309,6 +309,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY, boolean))},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
+    "sync": {"early": boolean},
     "mail": {"to": NICK},
     "exists": {"knocks": boolean},
     "call": {"own": ADDRESS},

@@ -411,6 +411,14 @@ class TextFormatter:
         return f"send {nick} {text}\n" if "\n" not in text else as_json({"send": nick, "text": text}) + "\n"
 
 
+class AnswerFormatter(TextFormatter):
+    """Messages as their bare texts, of one sender: what ``udpchat ask`` prints."""
+
+    def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
+        """Return what somebody has sent."""
+        return "".join([clean(text) + "\n" for text in received.texts])
+
+
 class JsonFormatter(TextFormatter):
     """Events as JSON objects, one a line, for programs. ``wall`` returns the seconds since 1970."""
 

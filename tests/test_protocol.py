@@ -34,7 +34,7 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN, True]]},
     "packed": {"data": zlib.compress(b"")},
-    "sync": {"session": SESSION, "version": 9},
+    "sync": {"session": SESSION, "version": 9, "early": True},
     "chat": {"from": "alice", "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""], "more": [6]},
     "ack": {"stream": STREAM, "next": 5, "have": [[6, 6], [8, 9]], "room": 90},
     "nack": {"stream": STREAM, "first": 5, "last": 6, "reason": "full"},
