@@ -25,8 +25,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox,
-                          Selection)
+from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Event, Inbox, Meetings, Observer,
+                          Outbox, Selection)
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -36,7 +36,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import Display, KnownClient, Receipts, SendCommand, Shell
+from terminal import CLOSINGS, Display, KnownClient, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -437,11 +437,18 @@ class Sending:
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
         for nick, events in self.outbox.pop_events():
-            for event in events:
+            for place, event in enumerate(events, 1):
                 if event.kind is SILENT:
                     self._link.announce_silence()
+                    self._receipts.tell_silence(nick)
                 else:
-                    self._receipts.tell(nick, event)
+                    end = self._end_of(nick, events[place:]) if self._receipts.has_others else 0
+                    self._receipts.tell(nick, event, end)
+
+    def _end_of(self, nick: str, later: Sequence[Event]) -> int:
+        """Return behind which number an event has closed nothing: those ``later`` that close go on there."""
+        return next((event.first for event in later if event.kind in CLOSINGS),
+                    self.outbox.conversations[nick].stream.base)
 
 
 # --- messages in ----------------------------------------------------------------------------------------------
@@ -693,6 +700,11 @@ class Leaving:
         self._receipts, self._receiving, self._display, self._shell = receipts, receiving, display, shell
         self._stay, self._may_end = stay, may_end
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether nobody leaves."""
+        return self.command is None and self.ending is None and not self.is_over
+
     def settle(self) -> None:
         """Take the next step, if there is one to take."""
         input_ended = self._shell.has_ended and not self._stay
@@ -870,6 +882,7 @@ class Client:
                 selection.has_asked = lambda: bool(self.outbox.conversations)
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
+        self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
@@ -983,6 +996,7 @@ class Client:
         if self.link.handshake.tells_of_plain and not is_sealed:
             self.link.handshake.tells_of_plain = False
             self.display.tell("insecure")
+        self.on_joined()
         self.table_sync.begin_session(boot, version)
         if self.inbox.selection is not None and self.inbox.selection.asks:
             self.link.ping_until_answered()     # the answer says which mail is older than the question
@@ -1077,10 +1091,13 @@ class Client:
 
         They wait while it is found out whether a nick that seems to be unknown is.
         """
-        leaving, selection = self.leaving, self.inbox.selection
-        return self.link.state in COMMAND_STATES and not self.table_sync.is_checking and (
-            leaving.command is None and leaving.ending is None and not leaving.is_over) and (
+        selection = self.inbox.selection
+        return self.link.state in COMMAND_STATES and not self.table_sync.is_checking and self.leaving.may_go_on and (
             selection is None or selection.mail_from is not None)
+
+    def takes_messages(self) -> bool:
+        """Return whether another program of the same user may hand over a message now."""
+        return self.link.state is LINK_ONLINE and not self.link.is_silent and self.leaving.may_go_on
 
     def dereg(self) -> None:
         """Go offline, once all sends before are settled."""

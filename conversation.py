@@ -54,7 +54,7 @@ from typing import Any, NamedTuple, Protocol
 
 from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Opened, Outgoing,
                       Place, are_neighbours, are_short, encode, folded, is_private, join_pieces, letters_of,
-                      opened_plain, pieces_of, proof_of, runs_of_one_stream)
+                      opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
 from stream import (INITIAL_TIMEOUT, MAX_CLAIMED_RANGES, MAX_TIMEOUT, NEVER, Account, DuplicateFilter, Frames, Incoming,
                     Ranges, Reach, ReceiveStream, Run, SendStream, Snapshot)
 
@@ -527,11 +527,13 @@ class Outbox:
         return list(dict.fromkeys(nick if conversation.route is DIRECT else "the server"
                                   for nick, conversation in self._sending.items() if conversation.pending))
 
-    def undelivered(self) -> Iterator[tuple[str, str]]:
-        """Yield the messages that are not closed: recipient and text."""
+    def undelivered(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the messages that are not closed: recipient, text, and the number of the first of its pieces."""
         for nick, conversation in self._sending.items():
+            number = conversation.stream.base
             for text in conversation.texts():
-                yield nick, text
+                yield nick, text, number
+                number += len(split_text(text))
 
     # how much is pending
 

@@ -69,6 +69,13 @@ def _directory(variable: str, *default: str) -> str | None:
     return os.path.join(above, "udpchat")
 
 
+def socket_path(state: str, *which: bytes) -> str:
+    """Return where a client is to be found by other programs of its user; ``which``: what both must have in common."""
+    import hashlib      # here: the start of the program is measured
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (b"udpchat socket 1", *which)))
+    return os.path.join(state, f"{digest.hexdigest()[:16]}.sock")
+
+
 CONFIG_SIZE = 65536       # bytes that a file with settings may have
 
 

@@ -45,17 +45,18 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages, check_store, config_home, fingerprint,
-                  is_private, json_line, load_secret, make_private, read_settings, remove_quietly, state_home)
-from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LogFile, NameLookUp,
-                  Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns, is_link_local, log,
-                  read_some, show_address, unmapped)
-from protocol import clean
+                  is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
+                  state_home)
+from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, WILDCARDS, Address, AnsweringSocket, Endpoint, LocalSocket,
+                  LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns,
+                  is_link_local, log, read_some, show_address, unmapped, visit)
+from protocol import clean, folded
 if TYPE_CHECKING:
     from conversation import Selection
     from editor import Prompt, Style
     from home import Mailbox
     from secure import Handshake, Keys, Sodium
-    from terminal import Display, TextFormatter
+    from terminal import Display, Shell, TextFormatter
 gc.freeze()
 gc.enable()
 
@@ -66,6 +67,7 @@ VERSION = "1.1.0"
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 NICK_PATIENCE = 10.0           # s for which all modes but ``client`` wait for a nick in use, without ``--timeout``
+GREETING_TIME = 2.0            # s for which a client of one's own may take to answer; it may be stopped
 ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
 LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
@@ -939,56 +941,127 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     """Run a client, or send or receive some messages; return the exit code. Raise Usage and Failure."""
     from client import Client
     from registry import Patience
-    from terminal import Console, Display
+    from terminal import JSON_LIMIT, Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
     text, size = text_to_send(options, end) if options.mode in SENDING_MODES else ("", 0)
-    if options.mode == "send" and options.skip_empty and not (text or size or options.text):
+    if is_nothing(options, text, size):
         return 0
     sodium = sodium_for(options)
     secret = secret_of(options, sodium is not None)
+    own = functools.partial(own_socket, options, nick, secret)
+    sock = client_of_same_user(options, [own(address) for address in addresses], nick, end)
+    if sock is not None:
+        return hand_over(options, nick, sock, text, size, end, errors)
     shown, earlier = shown_messages()
     loop = SelectorLoop()
-    sock = client_socket(addresses, is_named, options.client_port)
-    port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
+    udp = client_socket(addresses, is_named, options.client_port)
+    port, reader, writer = UdpSocket(udp, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = style_for(options, is_terminal)
     # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
-    display.names_saved = options.mode == "send" and len(options.nicks) > 1 and not (options.json or options.quiet)
-    look_up_again = NameLookUp(loop, host, server_port, sock.family)
+    display.names_saved = names_saved(options)
+    look_up_again = NameLookUp(loop, host, server_port, udp.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
     handshake = handshake_for(options, port, secret, keys_of_client(sodium, secret), (host, server_port))
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)),
                     selection=selection_for(options, shown))
     client.inbox.restore(earlier)
+    local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
+    if options.mode == "client":
+        client.on_joined = lambda: local.open(own(server.current))
     if prompt is not None:
         show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     end_in_order_on_signals(loop, client.leaving.interrupt)
-    if options.mode in SENDING_MODES:
-        client.shell.put(options.nicks, text, size)
-    if options.mode != "client":
-        client.shell.feed(b"")
-    if end < NEVER:
-        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.leaving.time_is_over)
+    feed_job(options, client.shell, text, size)
+    call_at_the_end(loop, end, client.leaving.time_is_over)
     try:
         console.start()
         client.start()
         loop.run()
     finally:
+        local.close()
         look_up_again.close()
         console.close()
         loop.close()
     if is_terminal:
         remember_nicks([known.nick for known in client.clients()])
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def is_nothing(options: argparse.Namespace, text: str, size: int) -> bool:
+    """Return whether there is no text on stdin, and nothing is to be sent then."""
+    return options.mode == "send" and options.skip_empty and not (text or size or options.text)
+
+
+def feed_job(options: argparse.Namespace, shell: Shell, text: str, size: int) -> None:
+    """Let a client that reads no commands do what its command line says."""
+    if options.mode in SENDING_MODES:
+        shell.put(options.nicks, text, size)
+    if options.mode != "client":
+        shell.feed(b"")
+
+
+def call_at_the_end(loop: SelectorLoop, end: float, callback: Callable[[], None]) -> None:
+    """Call back at ``end``, by the monotonic clock."""
+    if end < NEVER:
+        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), callback)
+
+
+def client_of_same_user(options: argparse.Namespace, paths: Sequence[str], nick: str,
+                        end: float) -> socket.socket | None:
+    """Return a connection to the client of the same user that has the nick; None: there is none. Raise Failure.
+
+    ``paths``: where it may be. ``end``: when the time is over, by the monotonic clock.
+    """
+    if options.mode == "client":
+        return None
+    sock = visit(paths, max(0.1, min(GREETING_TIME, end - time.monotonic())))
+    if sock is not None and options.mode != "send":
+        sock.close()
+        raise Failure(f"a client of yours runs as {nick}: what comes for {nick} is shown there")
+    return sock
+
+
+def own_socket(options: argparse.Namespace, nick: str, secret: bytes | None, server: Address) -> str:
+    """Return where a client of the same user, with that nick at that server, can be found; "": nowhere.
+
+    Only one that would do the same with a message is meant: which keys are in force, and whether plain is, counts, too.
+    """
+    state = state_home()
+    if state is None or secret is None:
+        return ""
+    which = (show_address(server), folded(nick), options.secure, given_key_of_server(options))
+    return socket_path(state, secret, *(part.encode() for part in which))
+
+
+def hand_over(options: argparse.Namespace, nick: str, sock: socket.socket, text: str, size: int, end: float,
+              errors: Output) -> int:
+    """Hand a message to the client of the same user that has the nick; return the exit code."""
+    from terminal import Display, HandOver
+    loop, writer = SelectorLoop(), Writer(STDOUT)
+    style = style_for(options, False)
+    display = Display(Output(writer.put), errors, formatter_for(options, nick, loop.wall, False, style))
+    display.names_saved = names_saved(options)
+    handed = HandOver(loop, sock, display, options.nicks, text, size, end < NEVER)
+    end_in_order_on_signals(loop, lambda: handed.give_up("nobody waits for it any more"))
+    call_at_the_end(loop, end, lambda: handed.give_up("the time is over"))
+    loop.run()
+    loop.close()
+    return handed.exit_code if display.output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def names_saved(options: argparse.Namespace) -> bool:
+    """Return whether stderr says for whom the server has saved a message."""
+    return options.mode == "send" and len(options.nicks) > 1 and not (options.json or options.quiet)
 
 
 def shown_messages() -> tuple[ShownMessages | None, list[tuple[str, int, int, int]]]:

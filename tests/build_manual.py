@@ -146,6 +146,9 @@ the keys that servers had at first contact
 .I ~/.local/state/udpchat/history
 the lines that were typed
 .TP
+.I ~/.local/state/udpchat/*.sock
+where send finds a client of yours that runs under the nick
+.TP
 .I ~/.local/state/udpchat/shown
 what recv and ask have shown, so that nothing is shown twice
 .TP

@@ -742,8 +742,15 @@ def test_jobs_with_a_nick_that_nobody_had_before_all_deliver(chat: Chat) -> None
     assert [process.lines for process in sent] == [[is_offline("bob"), SAVED]] * 4
 
 
+def without_sockets(chat: Chat) -> None:
+    """Give the state directory a path that is too long for a socket: jobs must register."""
+    chat.state = chat.directory / ("x" * 100)
+    chat.environment["XDG_STATE_HOME"] = str(chat.state)
+
+
 @pytest.mark.parametrize("timeout", [(), ("--timeout", "60")])
 def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat, timeout: Sequence[str]) -> None:
+    without_sockets(chat)
     chat.absent("bob")
     carl = chat.client("carl")
     sent = job(chat, "bob", "hello", "--log-level", "info", *timeout)
@@ -755,6 +762,7 @@ def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat
 
 
 def test_a_job_whose_nick_stays_in_use_gives_up_when_its_time_is_over(chat: Chat) -> None:
+    without_sockets(chat)
     carl = chat.client("carl")
     began = time.monotonic()
     sent, told = job(chat, "carl", "hello", "--timeout", "3"), job(chat, "carl", "hello", "--timeout", "3", "--json")
@@ -769,6 +777,7 @@ def test_a_job_whose_nick_stays_in_use_gives_up_when_its_time_is_over(chat: Chat
 
 
 def test_a_job_without_a_time_limit_waits_ten_seconds_for_its_nick_and_an_anonymous_one_does_not(chat: Chat) -> None:
+    without_sockets(chat)
     carl, eve = chat.client("carl"), chat.client("eve", "--anonymous")
     began = time.monotonic()
     sent = job(chat, "carl", "hello")
@@ -825,6 +834,7 @@ def test_a_job_gives_up_a_silent_server_when_its_time_is_over(chat: Chat) -> Non
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["nick", "silence"])
 def test_a_signal_ends_a_job_that_waits_and_its_message_is_handed_back(chat: Chat, number: int, what: str) -> None:
+    without_sockets(chat)
     chat.absent("carl")
     if what == "nick":
         chat.client("carl")
