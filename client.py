@@ -25,7 +25,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox
+from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Event, Inbox, Meetings, Observer,
+                          Outbox, Selection)
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -35,7 +36,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import Display, KnownClient, Receipts, SendCommand, Shell
+from terminal import CLOSINGS, Display, KnownClient, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -82,6 +83,7 @@ class ServerLink:
         self.state = LINK_OFFLINE
         self.is_silent = False                  # the server does not answer
         self.was_heard = False                  # it has spoken in this turn
+        self.is_early = False                   # be online before the mail that waits is acked
         self.session: bytes | None = None
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
@@ -254,6 +256,8 @@ class ServerLink:
         """Ask the server a question about the table; return False if there is no session for that."""
         if not self.has_joined or self.session is None:
             return False
+        if self.is_early and tag == "sync":
+            about = {**about, "early": True}
         self.connection.send(padded(tag, {"session": self.session, **about}, SESSION_SIZE))
         return True
 
@@ -433,11 +437,18 @@ class Sending:
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
         for nick, events in self.outbox.pop_events():
-            for event in events:
+            for place, event in enumerate(events, 1):
                 if event.kind is SILENT:
                     self._link.announce_silence()
+                    self._receipts.tell_silence(nick)
                 else:
-                    self._receipts.tell(nick, event)
+                    end = self._end_of(nick, events[place:]) if self._receipts.has_others else 0
+                    self._receipts.tell(nick, event, end)
+
+    def _end_of(self, nick: str, later: Sequence[Event]) -> int:
+        """Return behind which number an event has closed nothing: those ``later`` that close go on there."""
+        return next((event.first for event in later if event.kind in CLOSINGS),
+                    self.outbox.conversations[nick].stream.base)
 
 
 # --- messages in ----------------------------------------------------------------------------------------------
@@ -500,6 +511,11 @@ class Receiving:
         if self.inbox.holding:
             self._ask_about_mail()
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether all is shown that was wanted: the client ends, and nothing more is accepted."""
+        return self.inbox.selection is not None and not self.inbox.selection.left
+
     def show(self) -> bool:
         """Hand to the display what is ready, as long as it has room; return whether something is left."""
         display = self._display
@@ -513,6 +529,7 @@ class Receiving:
                 display.show_messages(delivery, via, delivery.written, is_secure)
             else:
                 display.write(b"", delivery.written)    # nothing to show: called once all before it is written
+        self.accepts = self.accepts and not self.has_enough
         if self.inbox.holding:
             self._ask_about_mail()
         return self.inbox.is_ready
@@ -652,6 +669,10 @@ class Reason(Enum):
     END_OF_INPUT = "end of stdin"
     SIGNAL = "signal"
     READER_GONE = "nobody reads stdout, or it cannot be written"
+    ENOUGH = "what was waited for has come, or cannot come"
+
+
+TIME_IS_OVER = 3                        # exit code: what a ``Selection`` waits for has not come in time
 
 
 class Leaving:
@@ -675,15 +696,24 @@ class Leaving:
         self.is_over = False                    # nothing is left but the writing
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
+        self._missing = 0                       # the same, where not all has come that was waited for
         self._deadline = NEVER
         self._is_interrupted = self._is_reader_gone = False
         self._loop, self._link, self._table, self._sending = loop, link, table, sending
         self._receipts, self._receiving, self._display, self._shell = receipts, receiving, display, shell
         self._stay, self._may_end = stay, may_end
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether nobody leaves."""
+        return self.command is None and self.ending is None and not self.is_over
+
     def settle(self) -> None:
         """Take the next step, if there is one to take."""
         input_ended = self._shell.has_ended and not self._stay
+        if self._receiving.inbox.selection is not None and not self.ending:
+            if self._receiving.has_enough or self._receipts.has_failed:
+                self._end(Reason.ENOUGH)
         if self.command is None and self.ending is None and not input_ended:
             return
         if self.command is Reason.QUIT and not self.ending:
@@ -739,13 +769,28 @@ class Leaving:
             self._end_now()
             return
         self._is_interrupted = True
+        self._note_missing(1)
         self._end(Reason.SIGNAL, END_TIME)      # also if only the writing is left
+
+    def _note_missing(self, code: int) -> None:
+        selection = self._receiving.inbox.selection
+        self._missing = code if selection is not None and selection.left else 0
 
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
         if not self.ending or self._deadline == NEVER:
             self._link.lose_patience()
+            if not self.is_over:
+                self._note_missing(TIME_IS_OVER if self._link.has_joined else 1)
+                self._display.remark(self._why_late())
             self._end(Reason.SIGNAL, 0.0)
+
+    def _why_late(self) -> str:
+        """Return a line for stderr that says who has not answered in time, "" if nothing waits for anybody."""
+        silent = self._sending.outbox.awaited()
+        if self._shell.waiting or (self._missing and not self._link.has_joined):
+            silent = ["the server"]
+        return f"udpchat: the time is over, and no answer from {', '.join(silent)}\n" if silent else ""
 
     def reader_is_gone(self) -> bool:
         """End, because nobody reads stdout or it cannot be written; return False if that was known."""
@@ -781,7 +826,7 @@ class Leaving:
         self._receiving.stop_asking()
         self._link.close()
         has_failed = self._receipts.has_failed or self._shell.has_failed or self._receipts.undelivered > 0
-        self._result = code or int(has_failed)
+        self._result = code or int(has_failed) or self._missing
         self.is_over = True
 
     def _report(self) -> None:
@@ -805,17 +850,19 @@ class Client:
 
     def __init__(self, loop: Loop, send: Send, display: Display, nick: str, server: Endpoint,
                  handshake: Handshake | None = None, ack_timeout: float = ACK_TIMEOUT, stay: bool = False,
-                 is_typed: bool = False, observer: Observer | None = None, patience: Patience | None = None) -> None:
+                 is_typed: bool = False, observer: Observer | None = None, patience: Patience | None = None,
+                 selection: Selection | None = None) -> None:
         """``handshake``: by default that of an anonymous client. ``ack_timeout``: s. ``stay``: go on at stdin's end.
 
         ``is_typed``: stdin is a terminal. ``patience``: by default none; an endless one ends with ``time_is_over``.
+        ``selection``: which messages are shown, by default all; the client ends when it has them.
         """
         patience = patience or Patience()
         self.nick = nick
         self.decoder = Decoder()
         self.display = display
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
-        self.inbox = Inbox()
+        self.inbox = Inbox(selection)
         self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version,
                                handshake or Handshake(send), patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
@@ -833,8 +880,13 @@ class Client:
                                self.shell, stay, self.accepts_commands)
         self.check_table, self.await_key = self.table_sync.check, self.table_sync.await_key
         self.settle_sends = self.sending.settle
+        if selection is not None:
+            self.link.is_early = selection.is_early
+            if selection.asks:
+                selection.has_asked = lambda: bool(self.outbox.conversations)
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
+        self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
             "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
@@ -949,7 +1001,10 @@ class Client:
         if self.link.handshake.tells_of_plain and not is_sealed:
             self.link.handshake.tells_of_plain = False
             self.display.tell("insecure")
+        self.on_joined()
         self.table_sync.begin_session(boot, version)
+        if self.inbox.selection is not None and self.inbox.selection.asks:
+            self.link.ping_until_answered()     # the answer says which mail is older than the question
 
     def on_session_lost(self) -> None:
         """Wait for another session: the server does not know this one."""
@@ -976,6 +1031,8 @@ class Client:
     def on_pong(self, asked: float, version: int, mail: int) -> None:
         """Note how far the table and the mail were when the server answered the ping that was sent at ``asked``."""
         self.inbox.answer(asked, mail)
+        if self.inbox.selection is not None and self.inbox.selection.mail_from is None:
+            self.inbox.selection.mail_from = mail + 1
         self.table_sync.on_version(version)
 
     def on_refused(self, reason: str, spelling: str) -> None:
@@ -992,6 +1049,8 @@ class Client:
         self.display.tell(REGISTRATION_REFUSALS.get(reason, "taken"), nick=self.nick)
         if reason == "key-changed":
             log.error("%s", self.link.handshake.pin.advice)
+        elif reason == "owned":
+            log.warning("take another nick (--nick NICK), or the identity that this one belongs to (--identity PATH)")
         elif reason == "encrypted":
             log.warning("that takes the extra secure (pip install 'udpchat[secure]'), and no --secure off")
         self.leaving.give_up(1)
@@ -1038,9 +1097,13 @@ class Client:
 
         They wait while it is found out whether a nick that seems to be unknown is, or what the key of one is.
         """
-        leaving, table = self.leaving, self.table_sync
+        selection, table = self.inbox.selection, self.table_sync
         return self.link.state in COMMAND_STATES and not (table.is_checking or table.awaited) and (
-            leaving.command is None and leaving.ending is None and not leaving.is_over)
+            self.leaving.may_go_on and (selection is None or selection.mail_from is not None))
+
+    def takes_messages(self) -> bool:
+        """Return whether another program of the same user may hand over a message now."""
+        return self.link.state is LINK_ONLINE and not self.link.is_silent and self.leaving.may_go_on
 
     def dereg(self) -> None:
         """Go offline, once all sends before are settled."""

@@ -53,10 +53,10 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Opened, Outgoing,
-                      Place, are_neighbours, are_short, encode, is_private, join_pieces, letters_of, opened_plain,
-                      pieces_of, proof_of, runs_of_one_stream)
-from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
-                    ReceiveStream, SendStream)
+                      Place, are_neighbours, are_short, encode, folded, is_private, join_pieces, letters_of,
+                      opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
+from stream import (INITIAL_TIMEOUT, MAX_CLAIMED_RANGES, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames,
+                    Incoming, Ranges, Reach, ReceiveStream, Run, SendStream, Snapshot)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -527,11 +527,18 @@ class Outbox:
         """Whether every message is closed, or stuck."""
         return all(self._is_stuck(conversation, conversation.route) for conversation in self._sending.values())
 
-    def undelivered(self) -> Iterator[tuple[str, str]]:
-        """Yield the messages that are not closed: recipient and text."""
+    def awaited(self) -> list[str]:
+        """Return who has to answer before every message is closed: nicks, and "the server"."""
+        return list(dict.fromkeys(nick if conversation.route is DIRECT else "the server"
+                                  for nick, conversation in self._sending.items() if conversation.pending))
+
+    def undelivered(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the messages that are not closed: recipient, text, and the number of the first of its pieces."""
         for nick, conversation in self._sending.items():
+            number = conversation.stream.base
             for text in conversation.texts():
-                yield nick, text
+                yield nick, text, number
+                number += len(split_text(text))
 
     # how much is pending
 
@@ -840,9 +847,110 @@ class Delivery(NamedTuple):
     stream: int = 0
     first: int = 0
     proof: str = ""             # of mail: how it is proved to be from its sender
+    numbers: int = 1            # that each text takes
 
 
 UNPROVEN_MARK = "?"         # before the sender, in no nick: the streams of what is not proved to be from there
+
+
+def no_ack(texts: int) -> None:
+    """Do nothing: what was written is behind something that must not be acked."""
+
+
+OLD_STREAMS = 64            # of the one who is asked, in which something came before the question
+Note = Callable[[str, int, int, int], None]     # sender, stream, first number, the one behind the last
+
+
+class Selection:
+    """What a client shows that wants some messages only: the next ``count``, of one ``sender``, or the answer of one.
+
+    All others are neither shown nor acked, so whoever has them keeps them for the next run: the server, or the sender,
+    who takes them there when he gets no ack, or sees us leave. An ack cannot leave out a number. So behind a message
+    that is passed over, nothing of that stream is acked; what is shown all the same is noted (``note``), and
+    ``Inbox.restore`` tells the next run. What is acked is noted as well: the ack may get lost while we leave.
+
+    Only what comes behind the question may be its answer: no letter below ``mail_from``, nothing of ``_old``.
+    """
+
+    def __init__(self, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:
+        """``sender``: "" for anybody. ``note``: keeps on the disk what was shown; None: nothing is kept there."""
+        self.left = count
+        self.mail_from: int | None = None if asks else 1    # the number of the first letter that counts; None: unknown
+        self.has_asked: Callable[[], bool] = lambda: True
+        self.has_passed_mail = False
+        self.asks, self._sender, self._note = asks, folded(sender), note
+        self._old: dict[tuple[str, int], int] = {}          # by sender and stream: below which number all is old
+        self._passed: set[tuple[str, int]] = set()          # the streams of which something was passed over
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything may be shown now."""
+        return self.left > 0 and self.mail_from is not None
+
+    @property
+    def is_early(self) -> bool:
+        """Whether somebody must not wait for mail of others."""
+        return bool(self._sender)
+
+    def begin_mail(self) -> None:
+        """Expect another stream of mail."""
+        self.has_passed_mail = False
+        if self.asks:
+            self.mail_from = None
+
+    def admits(self, info: Info) -> bool:
+        """Return whether a ``chat`` may be accepted."""
+        sender, stream = info["from"], info["stream"]
+        if self._sender and folded(sender) != self._sender:
+            return False
+        if not self.has_asked():
+            if (sender, stream) in self._old or len(self._old) < OLD_STREAMS:
+                end = info["n"] + len(info["text"])
+                self._old[sender, stream] = max(end, self._old.get((sender, stream), 1))
+            return False
+        return True
+
+    def takes(self, number: int, sender: str, proof: str) -> bool:
+        """Return whether a letter is shown, which has that ``number`` in the mail; note if it is passed over."""
+        is_wanted = not self._sender or (folded(sender) == self._sender and proof not in DOUBTS)
+        is_new = self.mail_from is not None and number >= self.mail_from
+        can_note = self._note is not None or not self.has_passed_mail
+        if self.left and is_wanted and is_new and can_note:
+            return True
+        self.has_passed_mail = True
+        return False
+
+    def cut(self, deliveries: Iterator[Delivery]) -> Iterator[Delivery]:
+        """Yield what is shown of ``deliveries``."""
+        for delivery in deliveries:
+            key = delivery.sender, delivery.stream
+            texts, times, first = delivery.texts, delivery.times, delivery.first
+            if texts and not times and first < self._old.get(key, 1):
+                self._passed.add(key)
+                texts, first = texts[self._old[key] - first:], self._old[key]
+            is_passed = key in self._passed and not times
+            if not delivery.texts and not is_passed:
+                yield delivery
+            if not texts or (is_passed and self._note is None):
+                continue
+            texts = texts[:self.left]
+            self.left -= len(texts)
+            written = self._noting(delivery, first, no_ack if is_passed else delivery.written)
+            yield delivery._replace(texts=texts, times=times[:len(texts)], first=first, written=written)
+            if not self.left:
+                return
+
+    def _noting(self, delivery: Delivery, first: int, written: Callable[[int], None]) -> Callable[[int], None]:
+        """Return what hears how many texts from ``first`` on are written, notes them, and then calls ``written``."""
+        sender = UNPROVEN_MARK + delivery.sender if delivery.proof in DOUBTS else delivery.sender
+
+        def on_written(texts: int) -> None:
+            nonlocal first
+            if texts and self._note is not None:
+                self._note(sender, delivery.stream, first, first + texts * delivery.numbers)
+            first += texts * delivery.numbers
+            written(texts)
+        return on_written
 
 
 class Inbox:
@@ -855,7 +963,9 @@ class Inbox:
     answered, so that what comes next from that sender may be out of order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, selection: Selection | None = None) -> None:
+        """``selection``: what is wanted, if that is not all."""
+        self.selection = selection
         self.buffered = 0           # numbers of all streams that wait here
         self.stream_count = 0       # of peers
         self.holding: dict[Incoming, None] = {}     # the streams that are held
@@ -872,10 +982,21 @@ class Inbox:
         """The streams of each sender, by their ids; the sender who was silent longest comes first."""
         return self._streams
 
+    def restore(self, shown: Sequence[tuple[str, int, int, int]]) -> None:
+        """Learn what an earlier run has shown, see ``Selection``: sender, stream, and the numbers [first, end)."""
+        found: dict[tuple[str, int], Ranges] = {}
+        for sender, stream, first, end in shown:
+            if 0 < first < end:
+                found.setdefault((sender, stream), Ranges(MAX_CLAIMED_RANGES)).add(first, end)
+        for (sender, stream), ranges in found.items():
+            self.duplicates.add(sender, stream, Snapshot(1, tuple(ranges.spans), ()))
+
     # what arrives
 
     def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> None:
         """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known."""
+        if self.selection is not None and not self.selection.admits(info):
+            return
         incoming = self._incoming(info["from"], info["stream"])
         incoming.address = address
         self.unacked[incoming] = None
@@ -902,6 +1023,8 @@ class Inbox:
         """Begin a session, and with it another stream of mail: what the server has said of its length is void."""
         for incoming in self.holding:
             incoming.held_since, incoming.awaited_mail = now, None
+        if self.selection is not None:
+            self.selection.begin_mail()
         if self._mail is not None:
             self._forget(self._mail)
             self._mail = None
@@ -1032,16 +1155,24 @@ class Inbox:
     @property
     def has_chat(self) -> bool:
         """Whether chat is ready to be shown."""
-        return bool(self._readable)
+        return bool(self._readable) and (self.selection is None or self.selection.is_open)
 
     @property
     def is_ready(self) -> bool:
         """Whether anything is ready to be shown."""
         mail = self._mail
+        if self.selection is not None and not self.selection.is_open:
+            return False
         return bool(self._readable) or (mail is not None and mail.stream.taken < mail.stream.ready)
 
     def take(self, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
         """Hand out what is ready as long as ``has_room()``: chat first, and mail when no chat is left."""
+        deliveries = self._take(now, has_room)
+        if self.selection is None:
+            return deliveries
+        return self.selection.cut(deliveries) if self.selection.is_open else iter(())
+
+    def _take(self, now: float, has_room: Callable[[], bool]) -> Iterator[Delivery]:
         while self._readable and has_room():
             yield from self._take_chat(next(iter(self._readable)))
         if self._mail is not None and not self._readable and has_room():
@@ -1056,7 +1187,8 @@ class Inbox:
         stream, deliveries = incoming.stream, []
         for run in stream.take(MAX_ITEMS):
             texts = ["".join(run.items)] if run.more else run.items
-            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.id, run.first))
+            numbers = run.numbers if run.more else 1
+            deliveries.append(Delivery(incoming.sender, texts, [], incoming.written, stream.id, run.first, "", numbers))
         self._count(incoming)
         if stream.taken == stream.ready:
             self._readable.pop(incoming, None)
@@ -1068,16 +1200,29 @@ class Inbox:
 
     def _take_mail(self, mail: Incoming) -> Iterator[Delivery]:
         for run in mail.stream.take(MAX_ITEMS):
-            if run.more:
-                yield from self._take_letters(mail, run.items, ["".join(letter[4] for letter in run.items)])
+            if self.selection is not None:
+                yield from self._select_letters(mail, run, self.selection)
+            elif run.more:
+                yield from self._take_letters(mail.written, run.items, ["".join(letter[4] for letter in run.items)])
             elif run.items:
                 for letters in runs_of_one_stream(run.items):
-                    yield from self._take_letters(mail, letters, [letter[4] for letter in letters])
+                    yield from self._take_letters(mail.written, letters, [letter[4] for letter in letters])
             else:
                 yield Delivery("", [], [], mail.written)
         self._count(mail)
 
-    def _take_letters(self, mail: Incoming, letters: Sequence[Any], texts: list[str]) -> Iterator[Delivery]:
+    def _select_letters(self, mail: Incoming, run: Run, selection: Selection) -> Iterator[Delivery]:
+        """Hand out the letters of a run that are wanted. What is passed over is left as if it had not come."""
+        if not run.items and not selection.has_passed_mail:
+            yield Delivery("", [], [], mail.written)
+        for number, letters in [(run.first, run.items)] if run.more else [
+                (number, [letter]) for number, letter in enumerate(run.items, run.first)]:
+            if selection.takes(number, letters[0][0], proof_of(letters, 1)):
+                written = no_ack if selection.has_passed_mail else mail.written
+                yield from self._take_letters(written, letters, ["".join(letter[4] for letter in letters)])
+
+    def _take_letters(self, written: Callable[[int], None], letters: Sequence[Any],
+                      texts: list[str]) -> Iterator[Delivery]:
         """Hand out texts of consecutive numbers of one stream, except for those that another route has shown.
 
         Chat of the same stream is handed out before and after them. Before: all that is ready there has lower numbers.
@@ -1094,10 +1239,10 @@ class Inbox:
         yield from self._take_all_chat(incoming)
         if incoming.stream.claim(number, len(letters)):
             times = [letter[3] for letter in letters[:len(texts)]]
-            yield Delivery(sender, texts, times, mail.written, stream, number, proof)
+            yield Delivery(sender, texts, times, written, stream, number, proof, len(letters) // len(texts))
         elif len(texts) == 1:
-            yield Delivery("", [], [], lambda _: mail.written(1))
+            yield Delivery("", [], [], lambda _: written(1))
         else:
             for letter, text in zip(letters, texts):
-                yield from self._take_letters(mail, [letter], [text])
+                yield from self._take_letters(written, [letter], [text])
         yield from self._take_all_chat(incoming)

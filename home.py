@@ -69,6 +69,13 @@ def _directory(variable: str, *default: str) -> str | None:
     return os.path.join(above, "udpchat")
 
 
+def socket_path(state: str, *which: bytes) -> str:
+    """Return where a client is to be found by other programs of its user; ``which``: what both must have in common."""
+    import hashlib      # here: the start of the program is measured
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (b"udpchat socket 1", *which)))
+    return os.path.join(state, f"{digest.hexdigest()[:16]}.sock")
+
+
 CONFIG_SIZE = 65536       # bytes that a file with settings may have
 
 
@@ -233,6 +240,31 @@ class RecentLines:
             if self._is_valid(line):
                 lines.append(line)
         return lines[-self._keep:]
+
+
+SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 21     # lines, lines, bytes
+
+
+class ShownMessages:
+    """The messages that ``udpchat recv`` and ``ask`` have shown, in the file ``shown``; a line for some of a stream::
+
+        SENDER STREAM FIRST END       the numbers from FIRST on, below END
+
+    They may come again, because an ack cannot leave out a message that was passed over, or was lost at the end.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
+                                 lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)))
+
+    def load(self) -> list[tuple[str, int, int, int]]:
+        """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""
+        rows = [line.split(" ") for line in self._file.load()]
+        return [(sender, int(stream), int(first), int(end)) for sender, stream, first, end in rows]
+
+    def note(self, sender: str, stream: int, first: int, end: int) -> None:
+        """Note some numbers of a stream. Raise OSError."""
+        self._file.append([f"{sender} {stream} {first} {end}"])
 
 
 def _encoded(lines: Iterable[str]) -> bytes:
@@ -410,6 +442,7 @@ EVENT_FORMATS: dict[str, EventFormat] = {
     "usage": EventFormat("[Usage: {usage}]", FAILURE, "error", "usage"),
     "command": EventFormat("[Unknown command {name}, try {help}.]", FAILURE, "error", "unknown-command"),
     "object": EventFormat("[Not a command: {line}]", FAILURE, "error", "not-a-command"),
+    "no-text": EventFormat("[Not a command, text is missing: {line}]", FAILURE, "error", "not-a-command"),
     "command-while-offline": EventFormat("[You are offline. Use: {usage}]", FAILURE, "error", "offline"),
     "dereg-other": EventFormat("[You can only deregister yourself.]", FAILURE, "error", "not-yours"),
     "reg-other": EventFormat("[You can only register as {nick}.]", FAILURE, "error", "not-yours"),

@@ -621,6 +621,188 @@ class Output:
             written(lines)
 
 
+# --- one's own programs ---------------------------------------------------------------------------------------
+
+MAX_GUESTS = 16           # connections at a time
+GUEST_TIME = 5.0          # s that a line may take to come
+BACKLOG_LIMIT = 262144    # bytes that wait for one who does not read; then he is cut off
+
+
+def is_own(sock: socket.socket) -> bool:
+    """Return whether the process at the other end of a UNIX socket is the same user's, as far as the system tells."""
+    try:
+        if hasattr(socket, "SO_PEERCRED"):      # struct ucred of unix(7): pid, uid, gid
+            found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        elif sys.platform == "darwin":          # LOCAL_PEERCRED of <sys/un.h>, struct xucred: version, uid, ...
+            found = sock.getsockopt(0, 1, 76)
+        else:
+            return True
+        return int.from_bytes(found[4:8], sys.byteorder) == os.geteuid()
+    except OSError:
+        return False
+
+
+class Guest:
+    """A connection to a ``LocalSocket``: one line comes in, any number may go out."""
+
+    def __init__(self, loop: SelectorLoop, sock: socket.socket, limit: int, on_line: Callable[[Guest, bytes], None],
+                 on_closed: Callable[[Guest], None]) -> None:
+        self._loop, self._sock, self._limit, self._on_line, self._on_closed = loop, sock, limit, on_line, on_closed
+        self._line, self._has_line = b"", False
+        self._is_open, self._is_ending = True, False
+        self._output = Output(self._put)
+        loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
+        self._timer = loop.call_at(loop.now() + GUEST_TIME, self.close)
+
+    def _put(self, data: bytes) -> int:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()        # what is not a whole line was never said
+        elif not self._has_line:
+            line, end, _ = (self._line + data).partition(b"\n")
+            self._line = line
+            if len(line) > self._limit:
+                self.close()
+            elif end:
+                self._has_line, self._line = True, b""
+                self._timer.cancel()
+                log.info("another program says %d bytes", len(line))
+                self._on_line(self, line)
+
+    def write(self, data: bytes) -> None:
+        """Send, without blocking; ignored once the other side has gone."""
+        if self._is_open:
+            self._output.write(data)
+            self._flush()
+
+    def _flush(self) -> None:
+        self._output.flush()
+        if self._output.broken or self._output.pending > BACKLOG_LIMIT or (
+                self._is_ending and not self._output.pending):
+            self.close()
+        else:
+            self._loop.watch(self._sock.fileno(), selectors.EVENT_WRITE, self._flush if self._output.pending else None)
+
+    def end(self) -> None:
+        """Close it once all is sent."""
+        self._is_ending = True
+        if self._is_open:
+            self._flush()
+
+    def close(self) -> None:
+        """Close it now."""
+        if self._is_open:
+            self._is_open = False
+            self._timer.cancel()
+            for event in (selectors.EVENT_READ, selectors.EVENT_WRITE):
+                self._loop.watch(self._sock.fileno(), event, None)
+            self._sock.close()
+            self._on_closed(self)
+
+
+class LocalSocket:
+    """A UNIX socket at which other programs of the same user, and nobody else, can say a line.
+
+    One that is left by a process that has died is replaced. Where there can be none (the path is too long, the file
+    system has no sockets), there is none.
+    """
+
+    def __init__(self, loop: SelectorLoop, limit: int, is_willing: Callable[[], bool],
+                 on_line: Callable[[Guest, bytes], None]) -> None:
+        """``limit``: bytes of a line. ``is_willing``: returns whether one may come now; only then is it greeted."""
+        self._loop, self._limit, self._is_willing, self._on_line = loop, limit, is_willing, on_line
+        self._sock: socket.socket | None = None
+        self._path = ""
+        self._status: os.stat_result | None = None      # of the socket that we have made
+        self._guests: dict[Guest, None] = {}
+
+    def open(self, path: str) -> None:
+        """Listen at ``path`` ("": nowhere), unless this listens already."""
+        if self._sock is not None or not path:
+            return
+        draft = f"{path}.{os.urandom(2).hex()}"     # as short as that: all of it must fit into a sockaddr_un
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            sock.bind(draft)
+            os.chmod(draft, 0o600)
+            sock.listen(MAX_GUESTS)
+            self._status = os.stat(draft)
+            os.replace(draft, path)
+        except OSError as error:
+            log.info("no socket for other programs at %s: %s", path, error)
+            sock.close()
+            try:
+                os.unlink(draft)
+            except OSError:
+                pass
+            return
+        sock.setblocking(False)
+        self._sock, self._path = sock, path
+        self._loop.watch(sock.fileno(), selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        assert self._sock is not None
+        try:
+            sock = self._sock.accept()[0]
+        except OSError:
+            return
+        if len(self._guests) >= MAX_GUESTS or not is_own(sock) or not self._is_willing():
+            sock.close()
+            return
+        sock.setblocking(False)
+        guest = Guest(self._loop, sock, self._limit, self._on_line, lambda gone: self._guests.pop(gone, None))
+        self._guests[guest] = None
+        guest.write(GREETING)
+
+    def close(self) -> None:
+        """Listen no more; remove the socket, unless another process has replaced it."""
+        for guest in list(self._guests):
+            guest.close()
+        if self._sock is not None:
+            self._loop.watch(self._sock.fileno(), selectors.EVENT_READ, None)
+            self._sock.close()
+            try:
+                if self._status is not None and os.path.samestat(os.stat(self._path), self._status):
+                    os.unlink(self._path)
+            except OSError:
+                pass
+
+
+GREETING = b"ready\n"          # a program that reads it may say a line; without it, nothing was said
+
+
+def visit(paths: Sequence[str], seconds: float) -> socket.socket | None:
+    """Return a connection to the first ``LocalSocket`` at one of ``paths`` that is willing; None: there is none.
+
+    ``seconds``: for which a process that may be stopped is waited for.
+    """
+    for path in paths:
+        if not os.path.exists(path):
+            continue
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(seconds)
+            sock.connect(path)
+            if is_own(sock) and sock.recv(len(GREETING)) == GREETING:
+                return sock
+        except OSError:     # nobody listens any more, or not now
+            pass
+        sock.close()
+    return None
+
+
 # --- the log --------------------------------------------------------------------------------------------------
 
 NO_COUNTERS: Mapping[str, int] = {}

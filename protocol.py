@@ -315,6 +315,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
               "untold": boolean},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
+    "sync": {"early": boolean},
     "mail": {"to": NICK},
     "exists": {"knocks": boolean},
     "call": {"own": ADDRESS},

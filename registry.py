@@ -549,7 +549,7 @@ class Session:
     """One registration of one client."""
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
-                 "knocks", "reads_packed", "own", "channel", "key")
+                 "knocks", "reads_packed", "is_early", "own", "channel", "key")
 
     def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
         self.id = id_
@@ -562,6 +562,7 @@ class Session:
         self.version = 0                    # of the table that it must hold before it gets mail
         self.holds_table = False
         self.knocks = self.reads_packed = False     # its client knows ``call``, and ``packed``
+        self.is_early = False               # it is to be announced before it has acked the mail that waits
         self.own: Address | None = None     # of the client in its own network, as it says
         self.channel: Channel | None = None     # in which all of the session goes, None: in plain ...
         self.key: bytes | None = None           # ... and the public key of the client who has made it
@@ -577,8 +578,8 @@ class Session:
 
     @property
     def has_had_its_mail(self) -> bool:
-        """Whether all mail that waited for it when it came is acked."""
-        return self.known.first > self.greeting
+        """Whether all mail that waited for it when it came is acked, or it does not want to wait for that."""
+        return self.is_early or self.known.first > self.greeting
 
 
 class Sessions:

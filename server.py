@@ -1175,6 +1175,9 @@ class Server:
         self.postman.note_version(session, info["version"])
 
     def _on_sync(self, session: Session, info: Info) -> None:
+        if info.get("early", False):
+            session.is_early = True
+            self.registry.announce(session)
         self.postman.note_version(session, info["version"])
         self.announcer.note_sync(session, info["version"])
 

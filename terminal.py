@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event, Observer
 from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, UNPROVEN_LINE, as_json, rfc3339, show_time
-from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
-                  wake_up)
+from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Guest, Loop, Output, Reader, RestartableTimer, SelectorLoop,
+                  Writer, wake_up)
 from protocol import BROKEN, DOUBTS, MAX_TEXT, are_short, clean, folded, split_text
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
+    import socket
     from editor import Action, EditorScreen, Prompt, StatusRow, Style
 
 
@@ -94,6 +95,33 @@ COMPLETIONS = 1000  # nicks that are offered for the beginning of one, at most
 HELP_INDENT = 20    # columns before what a command does
 
 
+class Handed:
+    """A message that another program has handed over, to one or more nicks: what becomes of it is told there."""
+
+    def __init__(self, write: Callable[[bytes], None], end: Callable[[], None], recipients: int) -> None:
+        self._write, self._end, self._open = write, end, recipients
+        self._served: dict[str, SendCommand] = {}
+
+    def is_for(self, nick: str, send: SendCommand) -> bool:
+        """Return whether ``nick`` gets it by ``send``, and not by another one under another spelling."""
+        is_first = self._served.setdefault(nick, send) is send
+        if not is_first:
+            self._close_one()
+        return is_first
+
+    def tell(self, name: str, is_closing: bool, /, **fields: Any) -> None:
+        """Tell what has happened to it, for one recipient."""
+        self._write((as_json({"event": name, **fields}) + "\n").encode())
+        if is_closing:
+            self._close_one()
+
+    def _close_one(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._write(b'{"event": "end"}\n')
+            self._end()
+
+
 class SendCommand:
     """Texts for one nick.
 
@@ -115,7 +143,7 @@ class Command(NamedTuple):
     """Something to do: texts to send, or else the words of a command, or neither: ignore it.
 
     ``echo``: the line, where the terminal does not show what is typed by itself. ``invalid``: an object that means
-    nothing, and the ``ref`` in it.
+    nothing, and the ``ref`` in it; ``has_no_text``: it would be a ``send``.
     """
 
     send: SendCommand | None = None
@@ -123,6 +151,7 @@ class Command(NamedTuple):
     echo: str = ""
     invalid: str = ""
     ref: object = None
+    has_no_text: bool = False
 
 
 class LongLine(str):
@@ -326,7 +355,8 @@ def json_command(line: str) -> Command:
             return Command(words=[name, re.sub(SURROGATES, "\ufffd", found[name])])
         if bool in spec.json and found.get(name) is True:
             return Command(words=[name])
-    return Command(invalid=line, ref=ref if _is_ref(ref) else None)
+    has_no_text = type(nick) is str and nick != "" and "text" not in found
+    return Command(invalid=line, ref=ref if _is_ref(ref) else None, has_no_text=has_no_text)
 
 
 # --- events out -----------------------------------------------------------------------------------------------
@@ -336,22 +366,25 @@ FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fing
           "secure")     # of an event, in JSON
 
 
+TIME_OF_DAY, DATE_AND_TIME = "%H:%M:%S", "%Y-%m-%d %H:%M:%S"     # what may stand before a line
+
+
 class TextFormatter:
     """Events as lines for people, and for scripts that read what people read.
 
     ``hidden``: the events that are not told. ``wall``: returns the time that stands before each line, in seconds since
-    1970; None for no time. ``bell``: ring with each message.
+    1970; None for no time. ``bell``: ring with each message. ``stamp``: the form of the time.
     """
 
     is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
     nick = ""                   # our own
 
     def __init__(self, style: Style | None = None, wall: Callable[[], float] | None = None,
-                 hidden: Collection[str] = FOR_PEOPLE, bell: bool = False) -> None:
+                 hidden: Collection[str] = FOR_PEOPLE, bell: bool = False, stamp: str = TIME_OF_DAY) -> None:
         self._error: Callable[[str], str] = str if style is None else style.error
         self._dim: Callable[[str], str] = str if style is None else style.dim
         self._name: Callable[[str], str] = str if style is None else style.name
-        self._wall, self._hidden = wall, hidden
+        self._wall, self._hidden, self._stamp = wall, hidden, stamp
         self._bell = "\a" if bell else ""
         is_styled = style is not None and style.enabled
         self._is_plain = wall is None and not (is_styled or bell)       # nothing is added to a line
@@ -373,7 +406,7 @@ class TextFormatter:
         return clean(form.line.format(**fields)) + "\n" if form.is_failure and form.line else ""
 
     def _clock(self) -> str:
-        return "" if self._wall is None else self._dim(show_time(int(self._wall()), "%H:%M:%S")) + " "
+        return "" if self._wall is None else self._dim(show_time(int(self._wall()), self._stamp)) + " "
 
     def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent; ``via``: the route that it came by; ``is_secure``: see ``Display``."""
@@ -405,6 +438,14 @@ class TextFormatter:
     def undelivered(self, nick: str, text: str, ref: object) -> str:
         """Return the command that would send a message again."""
         return f"send {nick} {text}\n" if "\n" not in text else as_json({"send": nick, "text": text}) + "\n"
+
+
+class AnswerFormatter(TextFormatter):
+    """Messages as their bare texts, of one sender: what ``udpchat ask`` prints."""
+
+    def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
+        """Return what somebody has sent."""
+        return "".join([clean(text) + "\n" for text in received.texts])
 
 
 class JsonFormatter(TextFormatter):
@@ -463,8 +504,10 @@ class Display:
     """Where the events of a client go: to stdout, complaints to stderr; on a terminal, above the prompt.
 
     ``output`` and ``errors`` are the backlogs of stdout and stderr, ``formatter`` says how events are told, ``prompt``
-    is None where there is no terminal.
+    is None where there is no terminal. ``names_saved``: say for whom the server has saved a message, too.
     """
+
+    names_saved = False
 
     def __init__(self, output: Output, errors: Output | None = None, formatter: TextFormatter | None = None,
                  prompt: Prompt | None = None) -> None:
@@ -490,9 +533,14 @@ class Display:
         if line:
             self.write(line.encode() * times)
         else:
-            complaint = self.formatter.complaint(event, **fields).encode() * times
-            if complaint:
-                (self.errors.write if self.prompt is None else self.write)(complaint)
+            self.remark(self.formatter.complaint(event, **fields) * times)
+        if event == "saved" and self.names_saved:
+            self.remark(f"[Saved for {fields['to']}.]\n")
+
+    def remark(self, lines: str) -> None:
+        """Write to stderr; on a terminal, above the prompt."""
+        if lines:
+            (self.errors.write if self.prompt is None else self.write)(lines.encode())
 
     def show_messages(self, received: Delivery, via: str, written: Callable[[int], None],
                       is_secure: bool | None = None) -> None:
@@ -567,6 +615,7 @@ class Receipts:
         self._loop, self._display, self._goes_direct, self._observer = loop, display, goes_direct, observer
         self._names_messages = display.names_messages
         self._on_their_way: dict[str, deque[SentMessage]] = {}
+        self._handed: dict[str, deque[SentMessage]] = {}        # the same, of other programs, where ours do not matter
         self._wait_timer = RestartableTimer(loop, wake_up)        # the end of the turn shows who waits
 
     # before a message is queued
@@ -580,16 +629,20 @@ class Receipts:
 
     def _fits(self, size: int, command: SendCommand) -> bool:
         if size > MAX_TEXT:
-            self.has_failed = True
+            self.has_failed = self.has_failed or not isinstance(command.ref, Handed)
             if self._observer is not None:
                 self._observer.on_too_long(command.nick)
-            self._display.tell("too-long", size=size, most=MAX_TEXT, to=clean(command.nick), ref=command.ref)
+            self._tell_one("too-long", command.ref, True, size=size, most=MAX_TEXT, to=clean(command.nick))
         return size <= MAX_TEXT
 
     def tell_unknown(self, send: SendCommand) -> None:
         """Close texts for somebody who is not known."""
-        self.has_failed = True
         texts = self.fitting(send, send.texts)
+        if isinstance(send.ref, Handed):
+            for _ in texts:
+                send.ref.tell("unknown", True, to=clean(send.nick))
+            return
+        self.has_failed = True
         if self._observer is not None:
             self._observer.on_unknown(send.nick, len(texts))
         if not self._display.formatter.is_for_programs:
@@ -600,28 +653,67 @@ class Receipts:
 
     def track(self, nick: str, stream: int, number: int, texts: list[str], ref: object) -> None:
         """Remember texts that are about to be queued, from ``number`` on in that stream, if it matters."""
-        if not self._names_messages:
+        if not (self._names_messages or isinstance(ref, Handed)):
             return
-        sent = self._on_their_way.setdefault(nick, deque())
+        sent = (self._on_their_way if self._names_messages else self._handed).setdefault(nick, deque())
         for text in texts:
             sent.append(SentMessage(number, f"{stream}:{number}", ref, self._loop.now()))
             number += len(split_text(text))
 
     # what becomes of it
 
-    def tell(self, nick: str, event: Event) -> None:
-        """Tell what has happened to messages for ``nick``."""
+    @property
+    def has_others(self) -> bool:
+        """Whether messages of other programs wait, among some of ours that are only counted."""
+        return bool(self._handed)
+
+    def tell(self, nick: str, event: Event, end: int = 0) -> None:
+        """Tell what has happened to messages for ``nick``; ``end``: if it closes them, the number behind the last.
+
+        That matters only if it ``has_others``.
+        """
         if self._observer is not None:
             self._observer.on_event(nick, event)
         name = event.kind.event_name
         if event.kind is REFUSED:
-            self.has_failed = True
             name = event.reason if event.reason in REFUSALS else "disk"
-        if not self._names_messages:
-            self._display.tell(name, event.messages, to=nick)
+        meant, others = [], 0       # others: those that are only counted
+        if self._names_messages:
+            meant = self._meant(nick, event)
         else:
-            for sent in self._meant(nick, event):
-                self._display.tell(name, to=nick, id=sent.id, ref=sent.ref, **self._outcome(nick, event, sent))
+            meant = self._meant_of_others(nick, event, end) if self._handed else []
+            others = event.messages - len(meant)
+            self._display.tell(name, others, to=nick)
+        for sent in meant:
+            self._tell_one(name, sent.ref, event.kind in CLOSINGS, to=nick, id=sent.id,
+                           **self._outcome(nick, event, sent))
+        if event.kind is REFUSED and (others or not all(isinstance(sent.ref, Handed) for sent in meant)):
+            self.has_failed = True
+
+    def _tell_one(self, name: str, ref: object, is_closing: bool, **fields: Any) -> None:
+        """Tell what has happened to one message, to whoever has sent it."""
+        if isinstance(ref, Handed):
+            ref.tell(name, is_closing, **fields)
+        else:
+            self._display.tell(name, ref=ref, **fields)
+
+    def tell_silence(self, nick: str) -> None:
+        """Tell other programs whose messages for ``nick`` wait that the server does not respond."""
+        for sent in (self._on_their_way if self._names_messages else self._handed).get(nick, ()):
+            if isinstance(sent.ref, Handed):
+                sent.ref.tell("silent", False)
+
+    def _meant_of_others(self, nick: str, event: Event, end: int) -> list[SentMessage]:
+        """Return the messages of other programs that an event is about; forget those that it closes."""
+        sent = self._handed.get(nick, ())
+        if event.kind not in CLOSINGS or not sent:
+            return [message for message in sent if message.number >= event.first]
+        found = []
+        while sent and sent[0].number < end:
+            found.append(self._handed[nick].popleft())
+        if not sent:
+            del self._handed[nick]
+        return found
 
     def _meant(self, nick: str, event: Event) -> list[SentMessage]:
         """Return the messages that an event is about; forget those that it closes."""
@@ -673,11 +765,11 @@ class Receipts:
         for text in self.fitting(send, send.texts):
             self._hand_back(send.nick, text, send.ref, None)
 
-    def hand_back_all(self, undelivered: Iterator[tuple[str, str]]) -> None:
-        """Name the messages, (recipient, text) each, that were queued and are not closed."""
-        for nick, text in undelivered:
-            sent = self._on_their_way.get(nick)
-            if sent:
+    def hand_back_all(self, undelivered: Iterator[tuple[str, str, int]]) -> None:
+        """Name the messages, (recipient, text, number) each, that were queued and are not closed."""
+        for nick, text, number in undelivered:
+            sent = self._on_their_way.get(nick) or self._handed.get(nick)
+            if sent and sent[0].number == number:
                 message = sent.popleft()
                 self._hand_back(nick, text, message.ref, message.id)
             else:
@@ -685,6 +777,9 @@ class Receipts:
         self._on_their_way.clear()
 
     def _hand_back(self, nick: str, text: str, ref: object, id_: str | None) -> None:
+        if isinstance(ref, Handed):
+            ref.tell("undelivered", True, to=nick, id=id_)
+            return
         self.undelivered += 1
         self._display.errors.write(self._display.formatter.undelivered(nick, text, ref).encode())
         self._display.tell("undelivered", to=nick, text=text, ref=ref, id=id_)
@@ -813,6 +908,22 @@ class Shell:
         for nick in nicks:
             self._reader.put(SendCommand(nick, [text], None, size))
 
+    def hand_over(self, guest: Guest, line: bytes) -> None:
+        """Accept a message of another program: what a ``HandOver`` says."""
+        import json
+        try:
+            found = json.loads(line)
+            nicks, text, size = found["send"], found["text"], found["size"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            nicks, text, size = [], "", 0
+        is_valid = type(nicks) is list and all(type(nick) is str for nick in nicks) and nicks
+        if not is_valid or type(text) is not str or type(size) is not int:
+            guest.close()
+            return
+        handed = Handed(guest.write, guest.end, len(nicks))
+        for nick in nicks:
+            self._reader.put(SendCommand(nick, [re.sub(SURROGATES, "\ufffd", text)], handed, size))
+
     def close(self, forget: bool) -> None:
         """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""
         self._is_closed = True
@@ -843,7 +954,8 @@ class Shell:
                     return
             elif command.invalid:
                 self._note_failure()
-                self._display.tell("object", line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
+                event = "no-text" if command.has_no_text else "object"
+                self._display.tell(event, line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
 
@@ -862,6 +974,9 @@ class Shell:
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""
+        if self._client.is_offline and isinstance(send.ref, Handed):
+            self._receipts.hand_back(send)
+            return True
         if self._client.is_offline:
             for text in send.texts:
                 self._display.tell("send-while-offline", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
@@ -871,6 +986,8 @@ class Shell:
             self._receipts.tell_unknown(send)
             return True
         send.nick = nick
+        if isinstance(send.ref, Handed) and not send.ref.is_for(nick, send):
+            return True
         is_done = self._queue(send)
         if send.texts:
             self._reader.waiting.appendleft(send)
@@ -1113,3 +1230,126 @@ class Console:
     def _on_reader_gone(self) -> None:
         self._loop.watch(self._writer.fd, selectors.EVENT_READ, None)
         self._display.output.give_up()
+
+
+# --- a message in other hands ---------------------------------------------------------------------------------
+
+FLUSH_INTERVAL = 0.05     # s between attempts to write what stdout or stderr do not take at once
+
+
+class HandOver:
+    """Hands one message to the client of the same user that has the nick, and tells what becomes of it there.
+
+    From the moment when the message was sent it is in the hands of that client: it is never sent by another way.
+    """
+
+    def __init__(self, loop: SelectorLoop, sock: socket.socket, display: Display, nicks: Sequence[str], text: str,
+                 size: int, is_patient: bool) -> None:
+        """``sock``: to the client, which is willing. ``is_patient``: a server that does not respond is waited for."""
+        import json
+        self.receipts = Receipts(loop, display, lambda nick: False, None)
+        self._loop, self._sock, self._display, self._is_patient = loop, sock, display, is_patient
+        self._text = text
+        self._open = {folded(nick): nick for nick in nicks}     # whose messages are not closed
+        self._line, self._is_over = b"", False
+        if max(size, len(text.encode())) > MAX_TEXT:
+            size, text = max(size, len(text.encode())), ""      # it is only refused
+        request = {"send": list(nicks), "text": text, "size": size}
+        self._request = Output(self._put)
+        self._request.write((json.dumps(request, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        sock.setblocking(False)
+        loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
+        loop.watch(sock.fileno(), selectors.EVENT_WRITE, self._on_writable)
+        loop.settle = self._settle
+
+    @property
+    def exit_code(self) -> int:
+        """What the program ends with."""
+        failed = self.receipts.has_failed or self.receipts.undelivered or self._display.output.broken
+        return int(bool(failed))
+
+    def _put(self, data: bytes) -> int:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+
+    def _on_writable(self) -> None:
+        self._request.flush()
+        if not self._request.pending:       # all is sent, or nobody reads it: then the end comes by reading
+            self._loop.watch(self._sock.fileno(), selectors.EVENT_WRITE, None)
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(OUTPUT_LIMIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            self._on_event(line)
+        if not data:
+            self.give_up("it has ended")
+        elif len(self._line) > JSON_LIMIT:
+            self.give_up("it says what nobody understands")
+
+    def _on_event(self, line: bytes) -> None:
+        import json
+        try:
+            fields = json.loads(line)
+            name = fields.pop("event")
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return
+        to = fields.get("to")
+        if name == "end":
+            self._finish()
+        elif name == "silent":
+            if not self._is_patient:
+                self._display.tell("silent")
+                self.give_up("it waits for the server")
+        elif name == "undelivered":
+            self.give_up("it has not delivered it", [to] if type(to) is str else [])
+        elif name in HANDED_EVENTS and type(to) is str:
+            form = EVENT_FORMATS[name]
+            self.receipts.has_failed = self.receipts.has_failed or form.is_failure
+            told = {field: fields[field] for field in (*FIELDS, "most") if field in fields}
+            if name == "unknown":
+                told["text"] = self._text
+            self._display.tell(name, **{"size": 0, "most": MAX_TEXT, **told})
+            if form.is_failure or form.type in ("received", "saved"):
+                self._open.pop(folded(to), None)
+
+    def give_up(self, why: str, nicks: Sequence[str] = ()) -> None:
+        """Hand back what is for ``nicks``; by default all that is open, and end: nobody hears what becomes of it."""
+        if self._is_over:
+            return
+        self._display.remark(f"udpchat: the message is in the hands of a client of yours, and {clean(why)}\n")
+        for nick in [self._open.pop(folded(nick), None) for nick in list(nicks or self._open)]:
+            if nick is not None:
+                self.receipts.hand_back(SendCommand(nick, [self._text]))
+        if not nicks:
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._loop.watch(self._sock.fileno(), selectors.EVENT_READ, None)
+            self._loop.watch(self._sock.fileno(), selectors.EVENT_WRITE, None)
+            self._sock.close()
+            self.receipts.tell_undelivered()
+
+    def _settle(self) -> None:
+        display = self._display
+        display.flush()
+        if display.output.broken:
+            display.report_error()
+            self._finish()
+            display.errors.flush()
+        if self._is_over and not display.pending:
+            self._loop.stop()
+        elif display.pending:
+            self._loop.call_at(self._loop.now() + FLUSH_INTERVAL, wake_up)
+
+
+HANDED_EVENTS = frozenset(("received", "saved", "no-ack", "offline", "exists", "too-long", *REFUSALS))

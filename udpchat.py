@@ -44,17 +44,19 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__" or missing.name != "msgpack":
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
-from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, check_store, config_home, fingerprint, is_private,
-                  json_line, load_secret, make_private, read_settings, remove_quietly, state_home)
+from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages, check_store, config_home, fingerprint,
+                  is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
+                  state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
-                  LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket, in_turns,
-                  is_link_local, log, read_some, show_address, unmapped)
-from protocol import MAX_ENTRIES, clean
+                  LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket,
+                  in_turns, is_link_local, log, read_some, show_address, unmapped, visit)
+from protocol import MAX_ENTRIES, clean, folded
 if TYPE_CHECKING:
+    from conversation import Selection
     from editor import Prompt, Style
     from home import Mailbox
     from secure import Handshake, Keys, Sodium
-    from terminal import Display, TextFormatter
+    from terminal import Display, Shell, TextFormatter
 gc.freeze()
 gc.enable()
 
@@ -64,7 +66,9 @@ VERSION = "1.1.0"
 # --- the command line -----------------------------------------------------------------------------------------
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-NICK_PATIENCE = 10.0           # s for which ``send`` waits for a nick that is in use, without ``--timeout``
+NICK_PATIENCE = 10.0           # s for which all modes but ``client`` wait for a nick in use, without ``--timeout``
+GREETING_TIME = 2.0            # s for which a client of one's own may take to answer; it may be stopped
+ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
 LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -174,7 +178,7 @@ def fingerprint_argument(text: str) -> str:
 
 def nicks_argument(text: str) -> list[str]:
     """Return nicks, which have commas between them, each once: an argument type."""
-    return list(dict.fromkeys(nick_argument(part) for part in text.split(",")))
+    return list(dict.fromkeys(nick_argument(part.strip(" \t")) for part in text.split(",")))
 
 
 def build_parser(mode: str = "") -> tuple[Parser, Parser]:
@@ -236,8 +240,10 @@ def add_client_options(client: Parser) -> None:
     client.add_argument("--time", action="store_true", default=None,
                         help="show the time of day before each line (default: on a terminal)")
     client.add_argument("--no-time", action="store_false", dest="time", help="do not show the time")
+    client.add_argument("--date", action="store_true", help="show the date and the time before each line")
     client.add_argument("--bell", action="store_true", help="on a terminal, ring with each message")
     client.set_defaults(timeout=None)
+    add_quiet_option(client)
     add_chat_options(client)
 
 
@@ -245,16 +251,54 @@ def add_send_options(send: Parser) -> None:
     """Add the arguments of ``udpchat send``."""
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
-    send.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
-                      help="wait for everything so long: the server, a nick in use, the recipient; what is not closed"
-                      " then counts as not delivered (default: none)")
-    send.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, stay=False, time=False,
-                      bell=False)
-    add_chat_options(send)
+    add_timeout(send, "wait for everything so long: the server, a nick in use, the recipient; what is not closed then"
+                " counts as not delivered (default: none)")
+    send.add_argument("--skip-empty", action="store_true", help="if stdin is empty, send nothing: that is no failure")
+    send.set_defaults(stay=False)
+    add_quiet_option(send)
+    add_job_options(send)
+
+
+def add_recv_options(recv: Parser) -> None:
+    """Add the arguments of ``udpchat recv``."""
+    recv.add_argument("--count", type=whole_number(1, 10 ** 9 - 1, "a number"), default=1, metavar="N",
+                      help="end behind so many messages (default: %(default)s)")
+    recv.add_argument("--from", dest="sender", type=nick_argument, metavar="NICK",
+                      help="only messages of this one; the others are for the next who asks (default: all)")
+    add_timeout(recv, "wait so long; what has not come then is exit code 3 (default: for ever)")
+    recv.set_defaults(stay=True, quiet=True)
+    add_job_options(recv)
+
+
+def add_ask_options(ask: Parser) -> None:
+    """Add the arguments of ``udpchat ask``."""
+    ask.add_argument("nicks", type=lambda text: [nick_argument(text)], metavar="NICK", help="whom")
+    ask.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the question (default: all of stdin)")
+    add_timeout(ask, "wait so long for the answer; none by then is exit code 3 (default: %(default)s)", ANSWER_TIMEOUT)
+    ask.set_defaults(stay=True, quiet=True)
+    add_job_options(ask)
+
+
+def add_timeout(parser: Parser, purpose: str, default: int | None = None) -> None:
+    """Add ``--timeout``."""
+    parser.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
+                        help=purpose, default=default)
+
+
+def add_job_options(parser: Parser) -> None:
+    """Add what all modes but ``client`` and ``server`` share."""
+    parser.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, time=False, date=False,
+                        bell=False)
+    add_chat_options(parser)
+
+
+def add_quiet_option(parser: Parser) -> None:
+    """Add ``--quiet``."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="show messages only, no status lines")
 
 
 def add_chat_options(parser: Parser) -> None:
-    """Add the arguments that ``client`` and ``send`` share."""
+    """Add the arguments that all modes but ``server`` share."""
     from conversation import ACK_TIMEOUT
     parser.add_argument("--server", type=server_argument, metavar="HOST[:PORT]",
                         help="the server (default: UDPCHAT_SERVER, or 127.0.0.1)")
@@ -263,7 +307,6 @@ def add_chat_options(parser: Parser) -> None:
     parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
                         help="your nick (default: UDPCHAT_NICK, or the login name)")
     parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
-    parser.add_argument("-q", "--quiet", action="store_true", help="show messages only, no status lines")
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
                         help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
@@ -279,7 +322,10 @@ MODES: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "server": ("keep the list of clients and the mail of those offline", add_server_options),
     "client": ("chat", add_client_options),
     "send": ("send one message, and end", add_send_options),
+    "recv": ("wait for messages, and end", add_recv_options),
+    "ask": ("send a question, print the answer, and end", add_ask_options),
 }
+SENDING_MODES = ("send", "ask")
 SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
@@ -306,7 +352,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if settings:
         of_mode.set_defaults(**settings)
         options, rest = parser.parse_known_args(words)
-    if options.mode == "send":      # argparse finds no TEXT behind an option
+    if options.mode in SENDING_MODES:       # argparse finds no TEXT behind an option
         end = rest.index("--") if "--" in rest else len(rest)
         if not any(word.startswith("-") for word in rest[:end]):
             options.text, rest = options.text + rest[:end] + rest[end + 1:], []
@@ -588,7 +634,7 @@ def keys_of_client(sodium: Sodium | None, secret: bytes | None) -> Keys | None:
 
 def tells_of_plain(options: argparse.Namespace) -> bool:
     """Return whether the user hears that a connection is not encrypted."""
-    return not (options.mode == "send" and options.quiet)
+    return not (options.mode != "client" and options.quiet)
 
 
 def given_key_of_server(options: argparse.Namespace) -> str:
@@ -790,7 +836,7 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
                   style: Style | None) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
     from home import FOR_PEOPLE, ROUTINE, STATUS
-    from terminal import JsonFormatter, TextFormatter
+    from terminal import DATE_AND_TIME, TIME_OF_DAY, AnswerFormatter, JsonFormatter, TextFormatter
     hidden: frozenset[str] = frozenset()
     if options.quiet:
         hidden = STATUS
@@ -798,16 +844,19 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
         hidden = ROUTINE
     if options.json:
         return JsonFormatter(nick, wall, hidden)
+    if options.mode == "ask":
+        return AnswerFormatter(hidden=hidden)
     timed = options.time
     if timed is None:
-        timed = is_terminal and options.mode == "client"
+        timed = options.date or (is_terminal and options.mode == "client")
     if not is_terminal:
         hidden |= FOR_PEOPLE
-    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal)
+    stamp = DATE_AND_TIME if options.date else TIME_OF_DAY
+    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal, stamp)
 
 
 def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
-    """Return what ``udpchat send`` sends: its arguments, or all of stdin but the line ends at its end.
+    """Return what ``udpchat send`` or ``ask`` sends: its arguments, or all of stdin but the line ends at its end.
 
     Behind it the bytes of a text that is too long to be kept, else 0. ``end``: when the text must be there, by the
     monotonic clock. Raise Failure.
@@ -871,7 +920,7 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
     if options.mode == "send":
         is_shown = os.isatty(STDOUT) and not (is_dumb or options.json or options.quiet)
     else:
-        is_shown = is_terminal
+        is_shown = is_terminal and options.mode == "client"
     if not is_shown:
         return None
     from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty
@@ -889,52 +938,163 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
 
 
 def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output) -> int:
-    """Run a client, or send one message; return the exit code. Raise Usage and Failure."""
+    """Run a client, or send or receive some messages; return the exit code. Raise Usage and Failure."""
     from client import Client
     from registry import Patience
-    from terminal import Console, Display
+    from terminal import JSON_LIMIT, Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
-    text, size = text_to_send(options, end) if options.mode == "send" else ("", 0)
+    text, size = text_to_send(options, end) if options.mode in SENDING_MODES else ("", 0)
+    if is_nothing(options, text, size):
+        return 0
     sodium = sodium_for(options)
     secret = secret_of(options, sodium is not None)
+    own = functools.partial(own_socket, options, nick, secret)
+    sock = client_of_same_user(options, [own(address) for address in addresses], nick, end)
+    if sock is not None:
+        return hand_over(options, nick, sock, text, size, end, errors)
+    shown, earlier = shown_messages()
     loop = SelectorLoop()
-    sock = client_socket(addresses, is_named, options.client_port)
-    port, reader, writer = UdpSocket(sock, loop), Reader(STDIN), Writer(STDOUT)
+    udp = client_socket(addresses, is_named, options.client_port)
+    port, reader, writer = UdpSocket(udp, loop), Reader(STDIN), Writer(STDOUT)
     output = Output(writer.put)
     is_terminal = reader.is_terminal and writer.is_terminal and not options.json
     style = style_for(options, is_terminal)
     # a lambda, because the client is made below
     prompt = prompt_for(options, is_terminal, output, style, lambda before: client.shell.complete(before))
     display = Display(output, errors, formatter_for(options, nick, loop.wall, is_terminal, style), prompt)
-    look_up_again = NameLookUp(loop, host, server_port, sock.family)
+    display.names_saved = names_saved(options)
+    look_up_again = NameLookUp(loop, host, server_port, udp.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
     handshake = handshake_for(options, port, secret, keys_of_client(sodium, secret), (host, server_port))
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)))
+                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)),
+                    selection=selection_for(options, shown))
+    client.inbox.restore(earlier)
+    local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
+    if options.mode == "client":
+        client.on_joined = lambda: local.open(own(server.current))
     if prompt is not None:
         show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     end_in_order_on_signals(loop, client.leaving.interrupt)
-    if options.mode == "send":
-        client.shell.put(options.nicks, text, size)
-        client.shell.feed(b"")
-    if end < NEVER:
-        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), client.leaving.time_is_over)
+    feed_job(options, client.shell, text, size)
+    call_at_the_end(loop, end, client.leaving.time_is_over)
     try:
         console.start()
         client.start()
         loop.run()
     finally:
+        local.close()
         look_up_again.close()
         console.close()
         loop.close()
     if is_terminal:
         remember_nicks([known.nick for known in client.clients()])
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def is_nothing(options: argparse.Namespace, text: str, size: int) -> bool:
+    """Return whether there is no text on stdin, and nothing is to be sent then."""
+    return options.mode == "send" and options.skip_empty and not (text or size or options.text)
+
+
+def feed_job(options: argparse.Namespace, shell: Shell, text: str, size: int) -> None:
+    """Let a client that reads no commands do what its command line says."""
+    if options.mode in SENDING_MODES:
+        shell.put(options.nicks, text, size)
+    if options.mode != "client":
+        shell.feed(b"")
+
+
+def call_at_the_end(loop: SelectorLoop, end: float, callback: Callable[[], None]) -> None:
+    """Call back at ``end``, by the monotonic clock."""
+    if end < NEVER:
+        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), callback)
+
+
+def client_of_same_user(options: argparse.Namespace, paths: Sequence[str], nick: str,
+                        end: float) -> socket.socket | None:
+    """Return a connection to the client of the same user that has the nick; None: there is none. Raise Failure.
+
+    ``paths``: where it may be. ``end``: when the time is over, by the monotonic clock.
+    """
+    if options.mode == "client":
+        return None
+    sock = visit(paths, max(0.1, min(GREETING_TIME, end - time.monotonic())))
+    if sock is not None and options.mode != "send":
+        sock.close()
+        raise Failure(f"a client of yours runs as {nick}: what comes for {nick} is shown there")
+    return sock
+
+
+def own_socket(options: argparse.Namespace, nick: str, secret: bytes | None, server: Address) -> str:
+    """Return where a client of the same user, with that nick at that server, can be found; "": nowhere.
+
+    Only one that would do the same with a message is meant: which keys are in force, and whether plain is, counts, too.
+    """
+    state = state_home()
+    if state is None or secret is None:
+        return ""
+    which = (show_address(server), folded(nick), options.secure, given_key_of_server(options))
+    return socket_path(state, secret, *(part.encode() for part in which))
+
+
+def hand_over(options: argparse.Namespace, nick: str, sock: socket.socket, text: str, size: int, end: float,
+              errors: Output) -> int:
+    """Hand a message to the client of the same user that has the nick; return the exit code."""
+    from terminal import Display, HandOver
+    loop, writer = SelectorLoop(), Writer(STDOUT)
+    style = style_for(options, False)
+    display = Display(Output(writer.put), errors, formatter_for(options, nick, loop.wall, False, style))
+    display.names_saved = names_saved(options)
+    handed = HandOver(loop, sock, display, options.nicks, text, size, end < NEVER)
+    end_in_order_on_signals(loop, lambda: handed.give_up("nobody waits for it any more"))
+    call_at_the_end(loop, end, lambda: handed.give_up("the time is over"))
+    loop.run()
+    loop.close()
+    return handed.exit_code if display.output.broken or is_kept(writer) else EXIT_FAILED
+
+
+def names_saved(options: argparse.Namespace) -> bool:
+    """Return whether stderr says for whom the server has saved a message."""
+    return options.mode == "send" and len(options.nicks) > 1 and not (options.json or options.quiet)
+
+
+def shown_messages() -> tuple[ShownMessages | None, list[tuple[str, int, int, int]]]:
+    """Return where is noted what ``recv`` has shown, None where nothing can be; and what was noted."""
+    state = state_home()
+    if state is None:
+        return None, []
+    path = os.path.join(state, "shown")
+    try:
+        shown = ShownMessages(path)
+        return shown, shown.load()
+    except NotADirectoryError:
+        return None, []
+    except OSError as error:
+        log.warning("what was shown before may come again: %s: %s", path, error.strerror)
+        return None, []
+
+
+def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> Selection | None:
+    """Return which messages are shown, None for all."""
+    if options.mode not in ("recv", "ask"):
+        return None
+    from conversation import Selection
+
+    def note(sender: str, stream: int, first: int, end: int) -> None:
+        try:
+            if shown is not None:
+                shown.note(sender, stream, first, end)
+        except OSError as error:
+            log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
+    sender = options.nicks[0] if options.mode == "ask" else options.sender or ""
+    return Selection(1 if options.mode == "ask" else options.count, sender, options.mode == "ask",
+                     note if shown is not None else None)
 
 
 def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | None, keys: Keys | None,
@@ -960,7 +1120,7 @@ def proof_of(secret: bytes | None) -> Callable[[bytes, str], bytes] | None:
 
 def nick_patience(mode: str, has_proof: bool) -> float:
     """Return for how many s a nick that is in use is waited for: without a proof it may be a stranger's."""
-    return NICK_PATIENCE if mode == "send" and has_proof else 0.0
+    return NICK_PATIENCE if mode != "client" and has_proof else 0.0
 
 
 def show_log_above_prompt(display: Display) -> None:
@@ -1046,7 +1206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         write_error(build_parser()[0].format_help())
         return EXIT_USAGE
-    end_at_once_on_signals(sends=words[0] == "send")
+    end_at_once_on_signals(sends=words[0] in SENDING_MODES)
     try:
         options = parse(words)
         import_mode(options.mode)

@@ -68,7 +68,7 @@ def synopsis(mode: str, parser: udpchat.Parser) -> str:
     """Return how a mode is called."""
     words = [str(action.metavar) if action.nargs is None else f"[{action.metavar}]"
              for action in parser.arguments if not action.option_strings]
-    return f".B udpchat {mode}\n.RI [ OPTION ...]\n.I {roff(' '.join(words))}\n"
+    return f".B udpchat {mode}\n.RI [ OPTION ...]\n" + (f".I {roff(' '.join(words))}\n" if words else "")
 
 
 def described(action: argparse.Action) -> str:
@@ -109,6 +109,12 @@ not registered, stdout or stdin failed, some message was neither delivered nor k
 .TP
 .B 2
 wrong arguments, or a mistake in the file with settings
+.TP
+.B 3
+.B udpchat recv
+and
+.BR "udpchat ask" :
+the time is over, and not all has come that was waited for
 .SH ENVIRONMENT
 .TP
 .B UDPCHAT_SERVER
@@ -128,8 +134,8 @@ where the files below are, if these are absolute paths
 .SH FILES
 .TP
 .I ~/.config/udpchat/config
-settings: sections [client], [send], [server], with the long options as keys (nick = alice). Arguments win over the
-environment, and that wins over the file.
+settings: a section for each mode, [client], [send] and so on, with the long options as keys (nick = alice). Arguments
+win over the environment, and that wins over the file.
 .TP
 .I ~/.local/state/udpchat/identity
 the secret that proves which nicks are yours
@@ -139,6 +145,12 @@ the keys that servers had at first contact
 .TP
 .I ~/.local/state/udpchat/history
 the lines that were typed
+.TP
+.I ~/.local/state/udpchat/*.sock
+where send finds a client of yours that runs under the nick
+.TP
+.I ~/.local/state/udpchat/shown
+what recv and ask have shown, so that nothing is shown twice
 .TP
 .I ~/.local/state/udpchat/server\-PORT.db
 the store of a server
@@ -156,12 +168,13 @@ udpchat client bob chat.example.org
 .TP
 One message from a cron job:
 .nf
-df \-h / | udpchat send \-\-quiet \-\-timeout 60 alice
+df \-h / | udpchat send \-q \-\-skip\-empty \-\-timeout 60 alice
 .fi
 .TP
-Wait for one message:
+Wait for one message, and for an answer:
 .nf
-udpchat client waiter \-\-quiet \-\-stay < /dev/null | head \-n 1
+udpchat recv \-\-from bob \-\-timeout 60
+udpchat ask bob \-\-timeout 60 'shall I go on?'
 .fi
 """
 
@@ -228,7 +241,7 @@ _udpchat() {{
 {options}    esac
     if [[ $word == -* ]]; then
         COMPREPLY=($(compgen -W "$options" -- "$word"))
-    elif [[ $mode == send ]] && ((COMP_CWORD == 2)); then
+    elif [[ $mode == send || $mode == ask ]] && ((COMP_CWORD == 2)); then
         listed=${{word%"${{word##*,}}"}}
         COMPREPLY=($(compgen -P "$listed" -W "$(cat "{NICKS}" 2> /dev/null)" -- "${{word##*,}}"))
     fi
@@ -265,7 +278,7 @@ def zsh() -> str:
     cases = ""
     for mode, parser in modes.items():
         options = " \\\n".join(f"            {zsh_option(action)}" for action in options_of(parser))
-        rest = " \\\n            '1:nick:_udpchat_nicks'" if mode == "send" else ""
+        rest = " \\\n            '1:nick:_udpchat_nicks'" if mode in udpchat.SENDING_MODES else ""
         cases += f"    {mode})\n        _arguments -s \\\n{options}{rest} ;;\n"
     return f"""\
 #compdef udpchat
@@ -317,7 +330,8 @@ def fish() -> str:
     nicks = NICKS.replace("${XDG_STATE_HOME:-$HOME/.local/state}", "$state")
     lines += ["function __udpchat_nicks", "    set -l state $XDG_STATE_HOME", "    test -n \"$state\"; or set state "
               "$HOME/.local/state", f"    cat {nicks} 2> /dev/null", "end",
-              "complete -c udpchat -n '__fish_seen_subcommand_from send' -a '(__udpchat_nicks)'", ""]
+              *(f"complete -c udpchat -n '__fish_seen_subcommand_from {mode}' -a '(__udpchat_nicks)'"
+                for mode in udpchat.SENDING_MODES), ""]
     return "\n".join(lines)
 
 

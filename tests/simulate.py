@@ -147,7 +147,7 @@ class Ledger:
 
     def handed_back(self, life: Life, line: str) -> None:
         """Close the message of a ``send`` line on stderr: it was not delivered."""
-        if line.endswith("not encrypted.]"):
+        if line.endswith("not encrypted.]") or line.startswith("udpchat: the time is over, and no answer from "):
             return
         if life.speech == "json":
             found = json.loads(line)

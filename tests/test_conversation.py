@@ -750,7 +750,7 @@ def test_an_ack_that_comes_twice_does_not_settle_what_is_sent_to_whoever_was_for
     polled(outbox, 0.1)
     assert outbox.pop_events() == []
     outbox.recount()
-    assert ("bob", "again") in outbox.undelivered()
+    assert ("bob", "again", 1) in outbox.undelivered()
 
 
 def test_messages_that_change_their_route_while_the_server_is_silent_count_as_stuck_at_once() -> None:

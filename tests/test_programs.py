@@ -397,6 +397,27 @@ def test_an_object_may_be_indented_and_a_wrong_one_is_named_by_its_ref(chat: Cha
     assert alice.see("error", reason="not-a-command")["ref"] == 2
 
 
+def test_an_object_without_a_text_is_told_so(chat: Chat) -> None:
+    alice = Program(chat, "alice")
+    alice.process.feed('{"send": "bob", "ref": 3}\n{"send": "bob", "text": 3, "ref": 4}\n')
+    first = alice.see("error", reason="not-a-command")
+    assert first["ref"] == 3 and first["text"] == '[Not a command, text is missing: {"send": "bob", "ref": 3}]'
+    assert alice.see("error", ref=4)["text"] == '[Not a command: {"send": "bob", "text": 3, "ref": 4}]'
+
+
+def test_the_date_may_stand_before_each_line_of_a_file(chat: Chat) -> None:
+    chat.absent("bob")
+    alice = chat.start("alice", "--date")
+    alice.feed("send alice hello\n")
+    assert alice.finish() == 0
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+    assert all(re.match(stamp, line) for line in alice.lines)
+    assert any(re.fullmatch(stamp + "alice: hello", line) for line in alice.lines)
+    timed, plain = chat.start("alice", "--time"), chat.start("dora", "--no-time", "--date")
+    assert (timed.finish(), plain.finish()) == (0, 0)
+    assert re.match(r"\d\d:\d\d:\d\d \[Welcome", timed.lines[0]) and plain.lines[0] == WELCOME
+
+
 def test_who_talks_to_nobody_is_told_by_an_error(chat: Chat) -> None:
     alice = Program(chat, "alice")
     alice.process.feed("talk nobody\n")
@@ -495,6 +516,10 @@ def run_send(chat: Chat, *arguments: str, stdin: str | bytes = "", **environment
     return process
 
 
+def no_answer(whose: str) -> str:
+    return f"udpchat: the time is over, and no answer from {whose}"
+
+
 def result(process: Process) -> tuple[int, list[str], list[str]]:
     return process.popen.returncode, process.lines, process.errors
 
@@ -577,6 +602,43 @@ def test_send_may_go_to_several_each_of_them_once(chat: Chat) -> None:
         assert process.lines.count("carl: hello") == 1
 
 
+def test_blanks_may_stand_beside_the_commas_between_recipients(chat: Chat) -> None:
+    bob, dora = chat.clients("bob", "dora")
+    sent = run_send(chat, " bob, dora\t", "hello")
+    assert sent.popen.returncode == 0 and sorted(sent.lines) == [received("bob"), received("dora")]
+    bob.see("carl: hello")
+    dora.see("carl: hello")
+
+
+def test_send_to_several_says_on_stderr_for_whom_the_server_has_saved(chat: Chat) -> None:
+    for nick in ("bob", "dora"):
+        chat.absent(nick)
+    sent = run_send(chat, "bob,dora", "hello")
+    assert sent.popen.returncode == 0 and sent.lines.count(SAVED) == 2
+    assert sorted(sent.errors) == ["[Saved for bob.]", "[Saved for dora.]"]
+    assert result(run_send(chat, "bob,dora", "hello", "--quiet")) == (0, [], [])
+    assert not run_send(chat, "bob,dora", "hello", "--json").errors
+
+
+def test_send_skips_an_empty_text_from_stdin_if_it_is_told_to(chat: Chat) -> None:
+    bob = chat.client("bob")
+    for nothing in (b"", b"\n", b"\xef\xbb\xbf\r\n"):
+        assert result(run_send(chat, "bob", "--skip-empty", stdin=nothing)) == (0, [], [])
+    assert result(run_send(chat, "bob", "--skip-empty", stdin="something\n")) == (0, [received("bob")], [])
+    assert result(run_send(chat, "bob", "", "--skip-empty")) == (0, [received("bob")], [])
+    bob.sync()
+    assert [line for line in bob.lines if line.startswith("carl: ")] == ["carl: something", "carl: "]
+
+
+def test_whoever_is_refused_somebody_elses_nick_is_told_how_to_get_in(chat: Chat) -> None:
+    chat.absent("bob")
+    sent = run_send(chat, "bob", "hello", "--nick", "bob", "--identity", str(chat.directory / "another"))
+    assert sent.popen.returncode == 1
+    assert sent.lines == ["[Nickname bob belongs to someone else.]", ONE_LOST, EXITING]
+    hint, again = sent.errors
+    assert "--nick" in hint and "--identity" in hint and again == "send bob hello"
+
+
 def test_send_to_nobody_fails_and_to_the_others_it_goes(chat: Chat) -> None:
     bob = chat.client("bob")
     sent = run_send(chat, "nobody,bob", "hello")
@@ -600,7 +662,8 @@ def test_send_fails_when_the_server_is_silent(chat: Chat, timeout: Sequence[str]
         took = time.monotonic() - began
     assert took > least
     said = ["[1 message not delivered.]"] if timeout else [NOT_RESPONDING, "[1 message not delivered.]", EXITING]
-    assert result(sent) == (1, said, ["send bob hello"])
+    why = [no_answer("the server")] if timeout else []
+    assert result(sent) == (1, said, [*why, "send bob hello"])
 
 
 @pytest.mark.parametrize("who", ["bob", "server"])
@@ -619,7 +682,8 @@ def test_send_waits_no_longer_than_its_timeout(chat: Chat, who: str) -> None:
     assert sent.wait() == 1
     stopped.signal(signal.SIGCONT)
     assert "[1 message not delivered.]" in sent.lines
-    assert [json.loads(line) for line in sent.errors] == [{"send": "bob", "text": "two\nlines"}]
+    assert sent.errors[0] == no_answer("bob" if who == "bob" else "the server")
+    assert [json.loads(line) for line in sent.errors[1:]] == [{"send": "bob", "text": "two\nlines"}]
 
 
 # --- what ``udpchat send`` waits for --------------------------------------------------------------------------
@@ -678,8 +742,15 @@ def test_jobs_with_a_nick_that_nobody_had_before_all_deliver(chat: Chat) -> None
     assert [process.lines for process in sent] == [[is_offline("bob"), SAVED]] * 4
 
 
+def without_sockets(chat: Chat) -> None:
+    """Give the state directory a path that is too long for a socket: jobs must register."""
+    chat.state = chat.directory / ("x" * 100)
+    chat.environment["XDG_STATE_HOME"] = str(chat.state)
+
+
 @pytest.mark.parametrize("timeout", [(), ("--timeout", "60")])
 def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat, timeout: Sequence[str]) -> None:
+    without_sockets(chat)
     chat.absent("bob")
     carl = chat.client("carl")
     sent = job(chat, "bob", "hello", "--log-level", "info", *timeout)
@@ -691,6 +762,7 @@ def test_a_job_whose_nick_is_in_use_gets_in_when_that_client_has_left(chat: Chat
 
 
 def test_a_job_whose_nick_stays_in_use_gives_up_when_its_time_is_over(chat: Chat) -> None:
+    without_sockets(chat)
     carl = chat.client("carl")
     began = time.monotonic()
     sent, told = job(chat, "carl", "hello", "--timeout", "3"), job(chat, "carl", "hello", "--timeout", "3", "--json")
@@ -705,6 +777,7 @@ def test_a_job_whose_nick_stays_in_use_gives_up_when_its_time_is_over(chat: Chat
 
 
 def test_a_job_without_a_time_limit_waits_ten_seconds_for_its_nick_and_an_anonymous_one_does_not(chat: Chat) -> None:
+    without_sockets(chat)
     carl, eve = chat.client("carl"), chat.client("eve", "--anonymous")
     began = time.monotonic()
     sent = job(chat, "carl", "hello")
@@ -761,6 +834,7 @@ def test_a_job_gives_up_a_silent_server_when_its_time_is_over(chat: Chat) -> Non
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["nick", "silence"])
 def test_a_signal_ends_a_job_that_waits_and_its_message_is_handed_back(chat: Chat, number: int, what: str) -> None:
+    without_sockets(chat)
     chat.absent("carl")
     if what == "nick":
         chat.client("carl")

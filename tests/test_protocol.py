@@ -35,7 +35,7 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN, True]],
               "untold": False},
     "packed": {"data": zlib.compress(b"")},
-    "sync": {"session": SESSION, "version": 9},
+    "sync": {"session": SESSION, "version": 9, "early": True},
     "want": {"session": SESSION, "nick": "bob"},
     "key": {"nick": "bob", "key": TOKEN, "bound": True, "version": 9},
     "chat": {"from": "alice", "to": "bob", "stream": STREAM, "n": 5, "base": 4, "text": ["hi", ""], "more": [6]},

@@ -73,6 +73,8 @@ def test_bash_completes_the_nicks_that_were_seen_last(tmp_path: Path, monkeypatc
     udpchat.remember_nicks(["alice", "bob", "bo\u00efken"])
     assert completed(tmp_path, "udpchat", "send", "b") == ["bob", "bo\u00efken"]
     assert completed(tmp_path, "udpchat", "send", "bob,a") == ["bob,alice"]
+    assert completed(tmp_path, "udpchat", "ask", "al") == ["alice"]
+    assert completed(tmp_path, "udpchat", "recv", "--fr") == ["--from"]
 
 
 @pytest.mark.parametrize("shell, name", [("bash", "udpchat"), ("zsh", "_udpchat"), ("fish", "udpchat.fish")])

@@ -1246,7 +1246,7 @@ def test_a_client_whose_time_is_over_ends_though_its_recipient_does_not_answer()
     alice.client.leaving.time_is_over()
     world.run(0.6)
     assert alice.exit_code == 1 and "[1 message not delivered.]" in alice.lines
-    assert alice.complaints == ["send bob hello"]
+    assert alice.complaints == ["udpchat: the time is over, and no answer from bob", "send bob hello"]
 
 
 def test_a_deregistered_client_is_silent_and_its_unsent_messages_go_out_when_it_is_back() -> None:

@@ -1,0 +1,254 @@
+"""``udpchat recv`` and ``udpchat ask``: they show what they were asked for, and leave all else for the next one."""
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from conversation import Inbox, Selection
+from home import ShownMessages
+from tests.processes import SAVED, Chat, Process, received, sends
+
+TIME_IS_OVER = 3
+
+
+def start(chat: Chat, mode: str, *arguments: str, nick: str = "carl") -> Process:
+    """Start ``udpchat recv`` or ``ask``."""
+    environment = {"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": nick}
+    return chat.run(mode, *arguments, stdin=subprocess.DEVNULL, environment=environment)
+
+
+def run(chat: Chat, mode: str, *arguments: str, nick: str = "carl") -> tuple[int, list[str], list[str]]:
+    """Run it until it ends; return the exit code, and the lines on stdout, without times, and on stderr."""
+    process = start(chat, mode, *arguments, nick=nick)
+    process.wait()
+    return process.popen.returncode, texts(process), process.errors
+
+
+def texts(process: Process) -> list[str]:
+    return [re.sub(r": <\d{4}-\d\d-\d\d \d\d:\d\d:\d\d> ", ": ", line) for line in process.lines]
+
+
+def leave_mail(chat: Chat, sender: str, lines: Sequence[str], to: str = "carl") -> None:
+    """Leave mail for somebody who is away."""
+    client = chat.client(sender)
+    client.feed(sends(to, lines))
+    assert client.finish() == 0 and client.lines.count(SAVED) == len(lines)
+
+
+def all_mail(chat: Chat, nick: str = "carl") -> list[str]:
+    """Return what a client gets that comes next."""
+    client = chat.start(nick, "--quiet")
+    assert client.finish() == 0
+    return texts(client)
+
+
+# --- recv -----------------------------------------------------------------------------------------------------
+
+def test_recv_shows_one_message_and_the_next_recv_the_next(chat: Chat) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "bob", ["one", "two", "three", "four"])
+    assert run(chat, "recv") == (0, ["bob: one"], [])
+    assert run(chat, "recv", "--count", "2") == (0, ["bob: two", "bob: three"], [])
+    assert all_mail(chat) == ["bob: four"]
+
+
+def test_recv_gets_what_comes_straight_and_the_rest_waits_at_the_server(chat: Chat) -> None:
+    bob = chat.client("bob")
+    waiting = start(chat, "recv", "--count", "2")
+    bob.wait_for("carl")
+    bob.feed(sends("carl", [f"number {number}" for number in range(50)]))
+    assert waiting.wait() == 0 and waiting.lines == ["bob: number 0", "bob: number 1"]
+    assert bob.finish() == 0
+    closings = [line for line in bob.lines if line in (SAVED, received("carl"))]
+    assert closings == [received("carl")] * 2 + [SAVED] * 48
+    assert run(chat, "recv", "--count", "3")[1] == [f"bob: number {number}" for number in (2, 3, 4)]
+    assert all_mail(chat) == [f"bob: number {number}" for number in range(5, 50)]
+
+
+def test_recv_without_a_message_ends_with_3_when_its_time_is_over(chat: Chat) -> None:
+    assert run(chat, "recv", "--timeout", "1") == (TIME_IS_OVER, [], [])
+    leave_mail(chat, "bob", ["only one"])
+    assert run(chat, "recv", "--timeout", "1", "--count", "2") == (TIME_IS_OVER, ["bob: only one"], [])
+    assert all_mail(chat) == []
+
+
+def test_recv_of_one_sender_leaves_what_others_have_sent_before_and_between(chat: Chat) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["first"])
+    leave_mail(chat, "bob", ["one"])
+    leave_mail(chat, "dora", ["second"])
+    leave_mail(chat, "bob", ["two", "x" * 5000, "three"])
+    assert run(chat, "recv", "--from", "bob") == (0, ["bob: one"], [])
+    assert run(chat, "recv", "--from", "BOB", "--count", "2") == (0, ["bob: two", "bob: " + "x" * 5000], [])
+    assert run(chat, "recv", "--from", "dora") == (0, ["dora: first"], [])
+    assert run(chat, "recv", "--from", "nobody", "--timeout", "1") == (TIME_IS_OVER, [], [])
+    assert all_mail(chat) == ["dora: second", "bob: three"]
+    assert all_mail(chat) == []
+
+
+def test_recv_of_one_sender_hears_it_though_mail_of_others_waits(chat: Chat) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["before"])
+    bob, dora = chat.clients("bob", "dora")
+    waiting = start(chat, "recv", "--from", "bob")
+    bob.wait_for("carl")
+    dora.wait_for("carl")
+    dora.feed("send carl meanwhile\n")
+    dora.see(SAVED)
+    assert not waiting.lines
+    bob.feed("send carl straight\n")
+    bob.see(received("carl"))
+    assert waiting.wait() == 0 and waiting.lines == ["bob: straight"]
+    assert bob.finish() == dora.finish() == 0
+    assert all_mail(chat) == ["dora: before", "dora: meanwhile"]
+
+
+def test_recv_may_show_objects(chat: Chat) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "bob", ["one", "two"])
+    code, lines, errors = run(chat, "recv", "--json")
+    event, = map(json.loads, lines)
+    assert (code, errors, event["type"], event["text"]) == (0, [], "message", "one")
+
+
+def test_recv_that_cannot_register_fails_and_says_why(chat: Chat) -> None:
+    server = chat.server()
+    server.kill()
+    code, lines, errors = run(chat, "recv", "--timeout", "1")
+    assert (code, lines, errors) == (1, [], ["udpchat: the time is over, and no answer from the server"])
+    assert run(chat, "recv")[0] == 1
+
+
+def test_recv_that_is_interrupted_fails(chat: Chat) -> None:
+    bob = chat.client("bob")
+    waiting = start(chat, "recv")
+    bob.wait_for("carl")
+    waiting.signal(signal.SIGTERM)
+    assert waiting.wait() == 1 and not waiting.lines
+
+
+def test_many_recvs_in_a_row_show_each_message_once_while_others_go_on_sending(chat: Chat) -> None:
+    chat.absent("carl")
+    bob, dora = chat.clients("bob", "dora")
+    shown: list[str] = []
+    for number in range(6):
+        bob.feed(sends("carl", [f"{number}.{part}" for part in range(5)]))
+        dora.feed(sends("carl", [f"{number}.{part}" for part in range(5)]))
+        code, lines, _ = run(chat, "recv", "--count", "4", *(["--from", "bob"] if number % 2 else []))
+        assert code == 0 and len(lines) == 4
+        shown += lines
+    assert bob.finish() == dora.finish() == 0
+    shown += all_mail(chat)
+    wanted = [f"{number}.{part}" for number in range(6) for part in range(5)]
+    for nick in "bob", "dora":
+        assert sorted(line for line in shown if line.startswith(nick)) == sorted(f"{nick}: {text}" for text in wanted)
+
+
+# --- ask ------------------------------------------------------------------------------------------------------
+
+def test_ask_prints_the_first_answer_and_leaves_what_comes_behind_it(chat: Chat) -> None:
+    bob = chat.client("bob")
+    asking = start(chat, "ask", "bob", "what", "time?")
+    bob.see("carl: what time?")
+    bob.feed("send carl half past\nsend carl or later\n")
+    assert asking.wait() == 0 and asking.lines == ["half past"] and not asking.errors
+    assert bob.finish() == 0
+    assert all_mail(chat) == ["bob: or later"]
+
+
+def test_ask_does_not_take_what_was_sent_before_for_the_answer(chat: Chat) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["for later"])
+    leave_mail(chat, "bob", ["yesterday"])
+    bob, dora = chat.clients("bob", "dora")
+    bob.feed("send carl today\n")
+    bob.see(SAVED)
+    asking = start(chat, "ask", "bob", "well?")
+    bob.see("carl: well?")
+    dora.wait_for("carl")
+    dora.feed("send carl not asked\n")
+    dora.see(SAVED)
+    bob.feed("send carl now\n")
+    assert asking.wait() == 0 and asking.lines == ["now"]
+    assert bob.finish() == dora.finish() == 0
+    assert all_mail(chat) == ["dora: for later", "bob: yesterday", "bob: today", "dora: not asked"]
+
+
+def test_ask_without_an_answer_ends_with_3_and_a_later_answer_is_for_the_next_one(chat: Chat) -> None:
+    bob = chat.client("bob")
+    assert run(chat, "ask", "bob", "well?", "--timeout", "1") == (TIME_IS_OVER, [], [])
+    bob.see("carl: well?")
+    bob.feed("send carl late\n")
+    bob.see(SAVED)
+    assert run(chat, "recv", "--from", "bob") == (0, ["bob: late"], [])
+
+
+def test_ask_somebody_unknown_or_a_server_that_is_gone_fails(chat: Chat) -> None:
+    server = chat.server()
+    assert run(chat, "ask", "nobody", "well?") == (1, [], ["[Unknown client nobody.]"])
+    server.kill()
+    assert run(chat, "ask", "bob", "well?", "--timeout", "1") == (
+        1, [], ["udpchat: the time is over, and no answer from the server", "send bob well?",
+                "[1 message not delivered.]"])
+
+
+@pytest.mark.parametrize("arguments", [["recv", "--count", "0"], ["recv", "--from", "two words"], ["recv", "bob"],
+                                       ["ask"], ["ask", "bob,dora", "well?"], ["recv", "--quiet"]], ids=repr)
+def test_recv_and_ask_with_wrong_arguments_are_one_line_on_stderr(chat: Chat, arguments: list[str]) -> None:
+    process = chat.complete(*arguments, "--nick", "carl")
+    assert process.popen.returncode == 2 and not process.lines and len(process.errors) == 1
+
+
+# --- the parts ------------------------------------------------------------------------------------------------
+
+def test_what_was_shown_is_read_again_whatever_else_is_in_the_file(tmp_path: object) -> None:
+    path = f"{tmp_path}/below/shown"
+    assert ShownMessages(path).load() == []
+    ShownMessages(path).note("bob", 7, 1, 3)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("torn 1\nbob 7 x 9\n")
+    ShownMessages(path).note("?bob", 8, 2, 3)
+    assert ShownMessages(path).load() == [("bob", 7, 1, 3), ("?bob", 8, 2, 3)]
+
+
+def chat_of(sender: str, stream: int, first: int, *said: str) -> dict[str, object]:
+    return {"from": sender, "to": "carl", "stream": stream, "n": first, "base": 1, "text": list(said)}
+
+
+def test_an_inbox_acks_what_was_selected_and_nothing_behind_it() -> None:
+    noted: list[tuple[str, int, int, int]] = []
+    inbox = Inbox(Selection(2, note=lambda *what: noted.append(what)))
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "one", "two", "three"), ("h", 1))
+    delivery, = inbox.take(0.0, lambda: True)
+    assert delivery.texts == ["one", "two"] and not inbox.is_ready and not inbox.has_chat
+    delivery.written(1)
+    delivery.written(1)
+    (ack, _, _), = inbox.acks()
+    assert ack["next"] == 3 and noted == [("bob", 7, 1, 2), ("bob", 7, 2, 3)]
+    later = Inbox()
+    later.restore(noted)
+    later.on_chat(0.0, chat_of("bob", 7, 1, "one", "two", "three"), ("h", 1))
+    assert [text for delivery in later.take(0.0, lambda: True) for text in delivery.texts] == ["three"]
+
+
+def test_a_sender_who_is_not_wanted_gets_no_ack_and_what_came_before_the_question_is_no_answer() -> None:
+    has_asked: list[bool] = []
+    selection = Selection(1, "bob", asks=True, note=lambda *what: None)
+    selection.has_asked = lambda: bool(has_asked)
+    inbox = Inbox(selection)
+    selection.mail_from = 1
+    inbox.on_chat(0.0, chat_of("dora", 6, 1, "no"), ("h", 1))
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "before"), ("h", 1))
+    assert not inbox.acks() and not inbox.is_ready
+    has_asked.append(True)
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "before", "answer"), ("h", 1))
+    delivery, = inbox.take(0.0, lambda: True)
+    delivery.written(1)
+    assert delivery.texts == ["answer"] and delivery.first == 2
+    (ack, _, _), = inbox.acks()
+    assert ack["next"] == 1
