@@ -292,7 +292,7 @@ def test_a_job_without_a_timeout_does_not_wait_for_a_server_that_is_silent(chat:
     server.signal(signal.SIGSTOP)
     job = start(chat, "send", "bob", "hello")
     assert job.wait() == 1
-    assert NOT_RESPONDING in job.lines and LOST in job.lines and job.errors[-1] == "send bob hello"
+    assert job.lines[-3:] == [NOT_RESPONDING, LOST, EXITING] and job.errors[-1] == "send bob hello"
     server.signal(signal.SIGCONT)
     assert carl.finish() == 0
 
