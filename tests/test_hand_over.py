@@ -98,6 +98,17 @@ def test_a_message_may_go_to_several_and_each_gets_it_once(chat: Chat) -> None:
     assert carl.finish() == 0       # what a job could not send is no failure of the client
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_what_the_server_refuses_of_a_job_is_no_failure_of_the_client(chat: Chat, options: Sequence[str]) -> None:
+    chat.server("--mailbox-limit", "1")
+    chat.absent("dora")
+    carl = client(chat, "carl", *options)
+    assert run(chat, "send", "dora", "one") == (0, [is_offline("dora"), SAVED], [])
+    full = "[Mailbox of dora is full, message not saved.]"
+    assert run(chat, "send", "dora", "two") == (1, [is_offline("dora"), full], [])
+    assert carl.finish() == 0
+
+
 def test_own_messages_and_those_of_jobs_have_one_closing_line_each(chat: Chat) -> None:
     bob, carl = client(chat, "bob"), client(chat, "carl")
     jobs = [start(chat, "send", "bob", f"job {number} {'x' * 3000}") for number in range(4)]
