@@ -87,6 +87,13 @@ def test_a_job_sends_by_the_client_that_has_its_nick_and_gets_its_line(chat: Cha
     assert carl.finish() == 0 and bob.finish() == 0
 
 
+def test_on_a_terminal_a_job_shows_it_as_ever(chat: Chat) -> None:
+    carl = client(chat, "carl")
+    job = chat.run_on_terminal("send", "nobody", "x", "--nick", "carl", "--server", f"127.0.0.1:{chat.port}")
+    assert job.wait() == 1 and bytes(job.out.data) == b"\x1b[31m[Unknown client nobody.]\x1b[39m\r\n"
+    assert carl.finish() == 0
+
+
 def test_a_message_may_go_to_several_and_each_gets_it_once(chat: Chat) -> None:
     chat.absent("dora")
     bob, carl = client(chat, "bob"), client(chat, "carl")
