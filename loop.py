@@ -741,7 +741,7 @@ class LocalSocket:
             self._status = os.stat(draft)
             os.replace(draft, path)
         except OSError as error:
-            log.info("no socket for other programs at %s: %s", path, error)
+            log.debug("no socket for other programs at %s: %s", path, error)
             sock.close()
             try:
                 os.unlink(draft)

@@ -1308,6 +1308,7 @@ class HandOver:
             if not self._is_patient:
                 self._display.tell("silent")
                 self.give_up("it waits for the server")
+                self._display.tell("exiting")
         elif name == "undelivered":
             self.give_up("it has not delivered it", [to] if type(to) is str else [])
         elif name in HANDED_EVENTS and type(to) is str:

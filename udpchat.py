@@ -1048,8 +1048,9 @@ def hand_over(options: argparse.Namespace, nick: str, sock: socket.socket, text:
     """Hand a message to the client of the same user that has the nick; return the exit code."""
     from terminal import Display, HandOver
     loop, writer = SelectorLoop(), Writer(STDOUT)
-    style = style_for(options, False)
-    display = Display(Output(writer.put), errors, formatter_for(options, nick, loop.wall, False, style))
+    is_terminal = os.isatty(STDIN) and writer.is_terminal and not options.json
+    formatter = formatter_for(options, nick, loop.wall, is_terminal, style_for(options, is_terminal))
+    display = Display(Output(writer.put), errors, formatter)
     display.names_saved = names_saved(options)
     handed = HandOver(loop, sock, display, options.nicks, text, size, end < NEVER)
     end_in_order_on_signals(loop, lambda: handed.give_up("nobody waits for it any more"))

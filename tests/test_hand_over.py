@@ -87,6 +87,13 @@ def test_a_job_sends_by_the_client_that_has_its_nick_and_gets_its_line(chat: Cha
     assert carl.finish() == 0 and bob.finish() == 0
 
 
+def test_on_a_terminal_a_job_shows_it_as_ever(chat: Chat) -> None:
+    carl = client(chat, "carl")
+    job = chat.run_on_terminal("send", "nobody", "x", "--nick", "carl", "--server", f"127.0.0.1:{chat.port}")
+    assert job.wait() == 1 and bytes(job.out.data) == b"\x1b[31m[Unknown client nobody.]\x1b[39m\r\n"
+    assert carl.finish() == 0
+
+
 def test_a_message_may_go_to_several_and_each_gets_it_once(chat: Chat) -> None:
     chat.absent("dora")
     bob, carl = client(chat, "bob"), client(chat, "carl")
@@ -96,6 +103,17 @@ def test_a_message_may_go_to_several_and_each_gets_it_once(chat: Chat) -> None:
     bob.sync()
     assert bob.lines.count("carl: hello") == 1
     assert carl.finish() == 0       # what a job could not send is no failure of the client
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_what_the_server_refuses_of_a_job_is_no_failure_of_the_client(chat: Chat, options: Sequence[str]) -> None:
+    chat.server("--mailbox-limit", "1")
+    chat.absent("dora")
+    carl = client(chat, "carl", *options)
+    assert run(chat, "send", "dora", "one") == (0, [is_offline("dora"), SAVED], [])
+    full = "[Mailbox of dora is full, message not saved.]"
+    assert run(chat, "send", "dora", "two") == (1, [is_offline("dora"), full], [])
+    assert carl.finish() == 0
 
 
 def test_own_messages_and_those_of_jobs_have_one_closing_line_each(chat: Chat) -> None:
@@ -292,7 +310,7 @@ def test_a_job_without_a_timeout_does_not_wait_for_a_server_that_is_silent(chat:
     server.signal(signal.SIGSTOP)
     job = start(chat, "send", "bob", "hello")
     assert job.wait() == 1
-    assert NOT_RESPONDING in job.lines and LOST in job.lines and job.errors[-1] == "send bob hello"
+    assert job.lines[-3:] == [NOT_RESPONDING, LOST, EXITING] and job.errors[-1] == "send bob hello"
     server.signal(signal.SIGCONT)
     assert carl.finish() == 0
 
