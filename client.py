@@ -36,7 +36,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import CLOSINGS, Display, KnownClient, Receipts, SendCommand, Shell
+from terminal import CLOSINGS, Display, KnownClient, Presence, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -875,6 +875,7 @@ class Client:
         self.receiving = Receiving(loop, send, self.link, peers, mail, self.inbox, display)
         self.peers = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
                                display)
+        self.presence = Presence(loop, display, lambda nick: self.table_sync.table.is_online(nick))
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
                                self.shell, stay, self.accepts_commands)
@@ -886,6 +887,7 @@ class Client:
                 selection.has_asked = lambda: bool(self.outbox.conversations)
         self._loop, self._send, self._server = loop, send, server
         self._may_read = False                  # stdin, as of the end of the last turn
+        self._knows_table = False               # the user has heard that the table has come, since the last welcome
         self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
         self._next_turn = RestartableTimer(loop, wake_up)
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
@@ -906,6 +908,8 @@ class Client:
 
     def start(self) -> None:
         """Come online."""
+        if self.display.prompt is not None and self.display.prompt.asks:
+            self.display.note(f"[Connecting to {show_address(self._server.current)} as {self.nick}.]")
         self.link.start()
 
     # datagrams
@@ -997,6 +1001,7 @@ class Client:
             self.peer_keys.begin_session(self.nick, self.link.handshake.pin.key)
         self.outbox.register(self._loop.now(), Account(session, is_sealed))
         self.receiving.start_over()
+        self._knows_table = False
         self.display.tell("registered", nick=self.nick)
         if self.link.handshake.tells_of_plain and not is_sealed:
             self.link.handshake.tells_of_plain = False
@@ -1068,11 +1073,13 @@ class Client:
         self.receiving.start_over()
         self.outbox.server_is_silent = False
         self.outbox.offline = True
+        self.presence.end()
         self.leaving.command = None
         self.display.tell("left", nick=self.nick)
 
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
+        self.presence.note(nick for nick in nicks if nick != self.nick)
         for nick in nicks:
             self.peers.on_news(nick)
             if nick in self.outbox.conversations:
@@ -1153,8 +1160,7 @@ class Client:
             shell.run()
         self.sending.settle()
         if self.table_sync.has_news and display.output.has_room():
-            self.table_sync.has_news = False
-            display.tell("table")
+            self._tell_of_table()
         has_more = (bool(inbox.holding) or inbox.is_ready) and self.receiving.show()
         display.output.flush()
         if outbox.awaiting_recount:
@@ -1165,6 +1171,15 @@ class Client:
         self._finish_turn(has_more)
         if self.leaving.is_over:
             self.leaving.finish()
+
+    def _tell_of_table(self) -> None:
+        """Tell that the table has changed: people are told of each one, see ``Presence``."""
+        self.table_sync.has_news = False
+        if not self.presence.is_for_people or not self._knows_table:
+            self.display.tell("table")
+        self._knows_table = True
+        if self.table_sync.is_of_this_boot and self.table_sync.is_whole:
+            self.presence.begin(entry.nick for entry in self.table_sync.table.entries.values() if entry.state == ONLINE)
 
     def _finish_turn(self, has_more: bool) -> None:
         """Write what was added since the flush, and plan another turn if there is still something to do.
@@ -1192,5 +1207,6 @@ class Client:
         lines, complaints = output.pending, errors.pending
         self.display.flush()
         asks_no_more = self.leaving.ending is not None or self.leaving.command is Reason.QUIT
-        self.display.draw(self.receipts.notices, self.shell.prompt, asks_no_more)
+        prompt = "" if self.link.is_starting else self.shell.prompt
+        self.display.draw(self.receipts.notices, prompt, asks_no_more)
         return output.pending < lines or errors.pending < complaints

@@ -987,7 +987,7 @@ class Prompt:
 
     def draw(self, notices: Sequence[str], prompt: str) -> bytes:
         """Return what to write behind the last line."""
-        shown, self._is_shown = self._is_shown, True
+        shown, self._is_shown = self._is_shown, self._is_shown or bool(prompt)
         return b"" if shown else prompt.encode()
 
     def answered(self) -> None:

@@ -402,6 +402,10 @@ NOT_SAVED = "[The server cannot save messages now, message for {to} not saved.]"
 EVENT_FORMATS: dict[str, EventFormat] = {
     "registered": EventFormat("[Welcome, You are registered.]", NEWS, "registered"),
     "table": EventFormat("[Client table updated.]", NEWS, "table"),
+    "client-online": EventFormat("[{nick} is online.]", NEWS, "client-online"),
+    "client-onlines": EventFormat("[{nick} are online.]", NEWS, "client-online"),
+    "client-offline": EventFormat("[{nick} is offline.]", NEWS, "client-offline"),
+    "client-offlines": EventFormat("[{nick} are offline.]", NEWS, "client-offline"),
     "mail": EventFormat("[You have messages]", NEWS, "mail"),
     "received": EventFormat("[Message received by {to}.]", NEWS, "received"),
     "saved": EventFormat("[Messages received by the server and saved]", NEWS, "saved"),
@@ -453,8 +457,13 @@ UNPROVEN_LINE, BROKEN_LINE = "[Not proven to be from {sender}: {text}]", "[A mes
 REGISTRATION_REFUSALS = {"full": "server-full", "owned": "owned", "encrypted": "owner-encrypts",
                          "secure": "must-encrypt", "insecure": "server-insecure", "key-changed": "server-key-changed"}
 STATUS = frozenset(EVENT_FORMATS)                               # everything but the messages of others
-ROUTINE = frozenset({"registered", "table", "left", "back"})    # of no interest to a script that sends one message
+# of no interest to a script that sends one message
+ROUTINE = frozenset({"registered", "table", "left", "back", "client-online", "client-offline"})
 FOR_PEOPLE = frozenset({"back", "insecure", "peer-insecure"})   # not promised to scripts that read plain lines
+SCREEN_LINES = {        # what is told otherwise at a terminal, where nobody compares lines
+    "saved": "[Messages received by the server and saved] ({to})",
+    "exists": "[The server has reached {to}: sending once more.]",
+}
 
 
 # --- the store of a server ------------------------------------------------------------------------------------

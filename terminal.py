@@ -27,12 +27,12 @@ import selectors
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event, Observer
-from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, UNPROVEN_LINE, as_json, rfc3339, show_time
+from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, SCREEN_LINES, UNPROVEN_LINE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Guest, Loop, Output, Reader, RestartableTimer, SelectorLoop,
                   Writer, wake_up)
 from protocol import BROKEN, DOUBTS, MAX_TEXT, are_short, clean, folded, split_text
@@ -185,16 +185,21 @@ def group_sends(text: str) -> list[str]:
     return text.split("\n")
 
 
+ALIASES = {"exit": "quit", "?": "help", "msg": "send"}      # what other chats call these: at a terminal, both do
+
+
 class CommandReader:
     """Turns stdin into commands: bytes or lines go in, commands come out, in order.
 
     During a ``talk`` every line is a text for that nick; commands then begin with a slash, and a text that begins with
-    one has two. With ``reads_json``, a line may also be a JSON object. A line ends with LF or CRLF, and a byte order
-    mark at the start is no part of the first one: editors of other systems leave both.
+    one has two. At a terminal (``is_typed``) commands may always begin with one, and have other names, too. With
+    ``reads_json``, a line may also be a JSON object. A line ends with LF or CRLF, and a byte order mark at the start is
+    no part of the first one: editors of other systems leave both.
     """
 
-    def __init__(self, reads_json: bool = False) -> None:
-        self.talk = ""              # the nick that lines go to, or none
+    def __init__(self, reads_json: bool = False, is_typed: bool = False) -> None:
+        self.talk = ""              # the nicks that lines go to, with commas between them, or none
+        self._is_typed = is_typed
         self.ended = False          # nothing more will come
         self.waiting: deque[str | SendCommand | Command] = deque()      # of which ``next_command`` makes commands
         self._reads_json = reads_json
@@ -207,7 +212,7 @@ class CommandReader:
     @property
     def prompt(self) -> str:
         """What asks for the next line."""
-        return f"{self.talk}>>> "
+        return f"to {self.talk}> " if self.talk else ">>> "
 
     @property
     def slash(self) -> str:
@@ -291,7 +296,17 @@ class CommandReader:
             return self._meaning(str(line))._replace(echo=self.prompt + line)
         return self._meaning(line)
 
+    def _as_typed(self, line: str) -> str:
+        """Return a line as one that would mean the same in a pipe."""
+        has_mark = line.startswith(COMMAND_MARK) and not line.startswith(2 * COMMAND_MARK)
+        if isinstance(line, (LongLine, Block)) or (self.talk and not has_mark):
+            return line
+        name, blank, rest = line.removeprefix(COMMAND_MARK if has_mark else "").partition(" ")
+        return f"{self.slash}{ALIASES.get(name, name)}{blank}{rest}"
+
     def _meaning(self, line: str) -> Command:
+        if self._is_typed:
+            line = self._as_typed(line)
         if self._reads_json and line.lstrip().startswith("{"):
             return json_command(line)
         if self.talk:
@@ -367,6 +382,7 @@ FIELDS = ("to", "text", "id", "via", "ms", "ref", "nick", "count", "size", "fing
 
 
 TIME_OF_DAY, DATE_AND_TIME = "%H:%M:%S", "%Y-%m-%d %H:%M:%S"     # what may stand before a line
+DAY_LINE = "--- %Y-%m-%d ---"      # stands before the first line of a new day
 
 
 class TextFormatter:
@@ -376,6 +392,7 @@ class TextFormatter:
     1970; None for no time. ``bell``: ring with each message. ``stamp``: the form of the time.
     """
 
+    _lines: Mapping[str, str] = {}  # of events that are told otherwise than ``EVENT_FORMATS`` says
     is_for_programs = False     # they want to know which message an event is about, and may give commands as JSON
     nick = ""                   # our own
 
@@ -394,11 +411,15 @@ class TextFormatter:
         form = EVENT_FORMATS[name]
         if name in self._hidden or not form.line:
             return ""
-        line = form.line.format(**fields)
+        line = self._lines.get(name, form.line).format(**fields)
         if self._is_plain:
             return line + "\n"
         styled = self._error(line) if form.is_failure else self._dim(line)
         return f"{self._clock()}{styled}\n"
+
+    def note(self, line: str) -> str:
+        """Return a line that is no event."""
+        return f"{self._clock()}{self._dim(line)}\n"
 
     def complaint(self, name: str, /, **fields: Any) -> str:
         """Return what has gone wrong, where ``event`` tells nothing: for stderr, as a line for people."""
@@ -438,6 +459,49 @@ class TextFormatter:
     def undelivered(self, nick: str, text: str, ref: object) -> str:
         """Return the command that would send a message again."""
         return f"send {nick} {text}\n" if "\n" not in text else as_json({"send": nick, "text": text}) + "\n"
+
+
+MOST_ROWS = 100           # lines as which one text is shown at a terminal; further line ends are escaped
+
+
+class ScreenFormatter(TextFormatter):
+    """Events and messages for somebody at a terminal: a text has as many lines as its sender has typed.
+
+    Each of them begins with the sender's nick, so nobody can forge one. A new day is announced before its first line.
+    """
+
+    _lines = SCREEN_LINES
+
+    def __init__(self, style: Style | None = None, wall: Callable[[], float] | None = None,
+                 hidden: Collection[str] = FOR_PEOPLE, bell: bool = False, stamp: str = TIME_OF_DAY) -> None:
+        super().__init__(style, wall, hidden, bell, stamp)
+        self._day = self._today()
+
+    def _today(self) -> str:
+        return "" if self._wall is None or self._stamp != TIME_OF_DAY else show_time(self._wall(), DAY_LINE)
+
+    def _with_day(self, lines: str) -> str:
+        """Return lines, and before them the day, if it has changed since the last ones."""
+        before, self._day = self._day, self._today() if lines else self._day
+        return lines if self._day == before else self._dim(self._day) + "\n" + lines
+
+    def event(self, name: str, /, **fields: Any) -> str:
+        """Return what has happened; an empty string where that is not told."""
+        return self._with_day(super().event(name, **fields))
+
+    def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
+        """Return what somebody has sent."""
+        if received.proof in DOUBTS or "\n" not in "".join(received.texts):
+            return self._with_day(super().messages(received, via, is_secure))
+        return self._with_day("".join([
+            self._rows(received._replace(texts=[text], times=received.times[number:number + 1]), via)
+            for number, text in enumerate(received.texts)]))
+
+    def _rows(self, received: Delivery, via: str) -> str:
+        first, *others = received.texts[0].replace("\r\n", "\n").split("\n", MOST_ROWS - 1)
+        start = f"{self._name(received.sender)}| "
+        return super().messages(received._replace(texts=[first]), via) + "".join(
+            [f"{start}{clean(line)}\n" for line in others])
 
 
 class AnswerFormatter(TextFormatter):
@@ -537,6 +601,10 @@ class Display:
         if event == "saved" and self.names_saved:
             self.remark(f"[Saved for {fields['to']}.]\n")
 
+    def note(self, line: str) -> None:
+        """Write what only somebody at a terminal has to know."""
+        self.write(self.formatter.note(line).encode())
+
     def remark(self, lines: str) -> None:
         """Write to stderr; on a terminal, above the prompt."""
         if lines:
@@ -579,6 +647,90 @@ class Display:
             return
         self.output.write(row.draw(notices(), prompt))
         self.output.flush()
+
+
+# --- who comes and goes ---------------------------------------------------------------------------------------
+
+VISIT_TIME = 2.0          # s; whoever is there, or away, for a shorter time is not announced to people
+NAMES_TOLD = 3            # in one line, at most
+GONE_KEPT = 10_000        # nicks of whom it is remembered when they went
+
+
+class Presence:
+    """Who comes and goes: told to people, a little later, and to programs, at once.
+
+    The others of the first whole table after a registration are no news.
+    """
+
+    def __init__(self, loop: Loop, display: Display, is_online: Callable[[str], bool]) -> None:
+        """``is_online``: returns what the table says now."""
+        self.seen: dict[str, float] = {}        # wall-clock times at which nicks went offline, as far as we were there
+        self._loop, self._display, self._is_online = loop, display, is_online
+        self._told: set[str] | None = None      # who is online, as the user knows; None: nothing was told yet
+        self._news: dict[str, float] = {}       # of whom something else is true, and from when on it is told
+        self._timer = RestartableTimer(loop, self._tell_people)
+
+    @property
+    def is_for_people(self) -> bool:
+        """Whether people read this: then lines with names stand for the one that the table has changed."""
+        prompt = self._display.prompt
+        return prompt is not None and prompt.asks
+
+    def begin(self, nicks: Iterable[str]) -> None:
+        """Take those who are online as known: a session has begun, and its table is whole."""
+        if self._told is None:
+            self._told = set(nicks)
+
+    def end(self) -> None:
+        """Tell nothing until another session has begun."""
+        self._told = None
+        self._news.clear()
+
+    def note(self, nicks: Iterable[str]) -> None:
+        """Note that the table says something new of these."""
+        for nick in nicks:
+            is_online = self._is_online(nick)
+            if is_online:
+                self.seen.pop(nick, None)
+            if self._told is None or (nick in self._told) is is_online:
+                self._news.pop(nick, None)
+            elif self.is_for_people:
+                self._news.setdefault(nick, self._loop.now() + VISIT_TIME)
+            elif self._display.formatter.is_for_programs:
+                self._turn(nick)
+                self._display.tell("client-online" if is_online else "client-offline", nick=nick)
+            if not is_online and self._told is not None and nick not in self.seen:
+                self.seen[nick] = self._loop.wall()
+                if len(self.seen) > GONE_KEPT:
+                    del self.seen[next(iter(self.seen))]
+        if self._news:
+            self._timer.set(next(iter(self._news.values())))
+
+    def _turn(self, nick: str) -> bool:
+        """Note that the user knows; return whether the nick is online now."""
+        assert self._told is not None
+        self._told ^= {nick}
+        return nick in self._told
+
+    def _tell_people(self) -> None:
+        now = self._loop.now()
+        due = [nick for nick, when in self._news.items() if when <= now]
+        for nick in due:
+            del self._news[nick]
+        came = [nick for nick in due if self._turn(nick)]
+        went = [nick for nick in due if nick not in came]
+        for event, nicks in (("client-offline", went), ("client-online", came)):
+            if nicks:
+                self._display.tell(event if len(nicks) == 1 else event + "s", nick=_names(sorted(nicks)))
+        self._timer.set(next(iter(self._news.values()), NEVER))
+
+
+def _names(nicks: Sequence[str]) -> str:
+    """Return names for a sentence, a few of them."""
+    shown = list(nicks[:NAMES_TOLD])
+    if len(nicks) > NAMES_TOLD:
+        shown.append(f"{len(nicks) - NAMES_TOLD} more")
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 # --- receipts -------------------------------------------------------------------------------------------------
@@ -825,6 +977,7 @@ class ChatClient(Protocol):
     """What the shell asks of the client."""
 
     nick: str
+    presence: Presence
 
     @property
     def peer_keys(self) -> PeerKeys | None: ...             # None: nothing can be encrypted
@@ -863,7 +1016,7 @@ class Shell:
         self._client, self._display, self._receipts, self._queue = client, display, receipts, queue
         self._is_closed = False
         self._checked = ""          # a nick that is not in the table, as the server has been asked
-        self._reader = CommandReader(display.formatter.is_for_programs)
+        self._reader = CommandReader(display.formatter.is_for_programs, is_typed)
         self.waiting = self._reader.waiting     # what was read and not carried out
         self._methods: dict[str, Callable[..., None]] = {       # of the commands in ``COMMANDS``, but for ``send``
             "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
@@ -946,6 +1099,9 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
+            if command.send is not None and "," in command.send.nick:
+                self.waiting.extendleft(reversed(self._one_by_one(command.send)))
+                continue
             if self._asks_first(command):
                 self.waiting.appendleft(command._replace(echo=""))
                 continue        # if the server is asked, no command may run
@@ -958,6 +1114,11 @@ class Shell:
                 self._display.tell(event, line=clean(command.invalid[:SHOWN_OF_LINE]), ref=command.ref)
             elif command.words:
                 self._do(*command.words)
+
+    def _one_by_one(self, send: SendCommand) -> list[SendCommand]:
+        """Return the same texts for each of several nicks; two spellings of one nick get them once."""
+        nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in send.nick.split(",") if nick)
+        return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks or (send.nick.strip(","),)]
 
     def _asks_first(self, command: Command) -> bool:
         """Ask the server about somebody whom a command names, if that is needed; return whether something was asked.
@@ -1000,11 +1161,14 @@ class Shell:
         elif spec is None or (spec.only_in_talk and not slash):
             self._note_failure()
             self._display.tell("command", name=clean(slash + name), help=slash + "help")
+            self._hint(name)
         else:
             self._carry_out(name, words)
 
     def _carry_out(self, name: str, words: Sequence[str]) -> None:
         """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
+        if self._is_typed and not words and COMMANDS[name].completes is Completion.SELF:
+            words = (self._client.nick,)
         usage = COMMANDS[name].usage
         most = len(usage.split()) - 1
         is_complete = most - usage.count("[") <= len(words) <= most
@@ -1013,6 +1177,12 @@ class Shell:
             self._display.tell("usage", usage=self._reader.slash + usage)
         else:
             self._methods[name](*words)
+
+    def _hint(self, word: str) -> None:
+        """Tell somebody at a terminal what may have been meant."""
+        if self._display.prompt is not None and not self._reader.slash:
+            nick = self._client.spelling_of(word) or "NICK"
+            self._display.note(f"[To say something: talk {nick}, or send {nick} MESSAGE.]")
 
     def _note_failure(self) -> None:
         """Note that a line was no command."""
@@ -1031,12 +1201,14 @@ class Shell:
         return self._client.nick in (word, self._client.spelling_of(word))
 
     def _do_talk(self, word: str) -> None:
-        nick = self._client.spelling_of(word)
-        if nick is None:
+        nicks = {name: self._client.spelling_of(name) for name in word.split(",")}
+        unknown = [name for name, nick in nicks.items() if nick is None]
+        if unknown:
             self._note_failure()        # the lines that follow would go to nobody
-            self._display.tell("talk-unknown", nick=clean(word))
+            for name in unknown:
+                self._display.tell("talk-unknown", nick=clean(name))
         else:
-            self._reader.talk = nick
+            self._reader.talk = ",".join(dict.fromkeys(filter(None, nicks.values())))
 
     def _do_end(self) -> None:
         self._reader.talk = ""
@@ -1057,9 +1229,19 @@ class Shell:
 
     def _do_who(self) -> None:
         rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
+        if self._display.prompt is not None and self._display.prompt.asks:
+            rows = self._rows_for_people(rows)
         keys = self._client.peer_keys if self._display.names_messages else None
         verified = [nick for nick, _, _ in rows if keys.is_verified(nick)] if keys is not None else []
         self._display.write(self._display.formatter.clients(rows, verified).encode())
+
+    def _rows_for_people(self, rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+        """Return rows as people look for them: who is online, then the others, with the time at which they went."""
+        rows.sort(key=lambda row: row[2] != "online")
+        seen, me = self._client.presence.seen, self._client.nick
+        return [(nick, address, f"{state}, you" if nick == me else
+                 f"{state} since {show_time(seen[nick], DATE_AND_TIME)}" if nick in seen else state)
+                for nick, address, state in rows]
 
     def _do_fingerprint(self, word: str = "") -> None:
         keys, me = self._client.peer_keys, self._client.nick

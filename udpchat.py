@@ -547,7 +547,7 @@ def run_server(options: argparse.Namespace) -> int:
     loop.on_signal(signal.SIGHUP, log.reopen if options.log_file or not is_at_terminal() else loop.stop)
     server.start()
     announce(f"[Server listening on {show_address(where)}]\n" + shown_fingerprint(keys)
-             + (how_to_join(where) if os.isatty(STDOUT) else ""))
+             + (how_to_join(where) + "[Ctrl-C ends this server.]\n" if os.isatty(STDOUT) else ""))
     loop.run()
     loop.close()
     return 0 if server.stop() else EXIT_FAILED
@@ -836,7 +836,7 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
                   style: Style | None) -> TextFormatter:
     """Return how events are told: as objects, as plain lines, or as lines for people."""
     from home import FOR_PEOPLE, ROUTINE, STATUS
-    from terminal import DATE_AND_TIME, TIME_OF_DAY, AnswerFormatter, JsonFormatter, TextFormatter
+    from terminal import DATE_AND_TIME, TIME_OF_DAY, AnswerFormatter, JsonFormatter, ScreenFormatter, TextFormatter
     hidden: frozenset[str] = frozenset()
     if options.quiet:
         hidden = STATUS
@@ -852,7 +852,8 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
     if not is_terminal:
         hidden |= FOR_PEOPLE
     stamp = DATE_AND_TIME if options.date else TIME_OF_DAY
-    return TextFormatter(style, wall if timed else None, hidden, options.bell and is_terminal, stamp)
+    kind = ScreenFormatter if is_terminal and options.mode == "client" else TextFormatter
+    return kind(style, wall if timed else None, hidden, options.bell and is_terminal, stamp)
 
 
 def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:

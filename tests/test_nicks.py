@@ -374,7 +374,7 @@ def test_at_a_terminal_a_nick_is_completed_and_prompted_for_as_it_is_registered(
     alice.feed("send BO\thello\r")
     bob.see("alice: hello")
     alice.feed("talk BOB\r")
-    chat.until(lambda: b"bob>>> " in alice.out.data, "the prompt of a talk")
+    chat.until(lambda: b"to bob> " in alice.out.data, "the prompt of a talk")
     alice.feed("/dereg ALI\t\r")
     chat.until(lambda: b"Offline. Bye." in alice.out.data, "alice to be offline")
 

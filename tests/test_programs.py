@@ -291,6 +291,19 @@ def keys_of_others(chat: Chat) -> list[Event]:
     return alice.events + again.events + bob.events
 
 
+def comings(chat: Chat) -> list[Event]:
+    """Return what a client says of somebody who comes and goes; those who were there before are no news."""
+    erin = Program(chat, "erin")
+    alice = Program(chat, "alice")
+    bob = Program(chat, "bob")
+    alice.see("client-online", nick="bob")
+    assert bob.finish() == 0
+    alice.see("client-offline", nick="bob")
+    assert alice.finish() == erin.finish() == 0
+    assert [event["nick"] for event in alice.events if event["type"].startswith("client-")] == ["bob", "bob"]
+    return alice.events
+
+
 def by_itself(_: Chat) -> list[Event]:
     """Return the event of a disk that fails, which only the simulated world has."""
     line = JsonFormatter("alice", lambda: 1.5).event("disk", to="bob", id="1:2", ref=None, via="mail", ms=0.5)
@@ -315,6 +328,7 @@ PRODUCED: dict[Any, Kinds] = {
                  ("refused", "key-changed"), ("failed", "not-secure")},
     keys_of_others: {("fingerprint", None), ("verified", None), ("trusted", None), ("error", "no-key"),
                      ("error", "key-changed"), ("failed", "key-changed")},
+    comings: {("client-online", None), ("client-offline", None)},
     by_itself: {("failed", "disk")},
 }
 

@@ -6,6 +6,7 @@ where the cursor is.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -28,9 +29,12 @@ from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
 from tests.processes import (FROZEN_CLOCK, NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
 from tests.test_editor import EMOJI, Xterm
+from terminal import MOST_ROWS
 from udpchat import wraps_again
 
 CURSOR = "▮"
+HINT = "[To say something: talk NICK, or send NICK MESSAGE.]"
+SAVED_FOR_BOB = f"{SAVED} (bob)"
 # whatever terminal the tests themselves run in
 WRAPS_NOT_AGAIN = dict.fromkeys(("ALACRITTY_WINDOW_ID", "KONSOLE_VERSION", "TERM_PROGRAM", "TMUX", "VTE_VERSION",
                                  "WEZTERM_PANE", "WT_SESSION"), "")
@@ -523,20 +527,20 @@ def test_thirty_sizes_of_a_terminal_that_wraps_again_leave_one_copy_of_what_is_b
     bob.feed("".join(f"send alice {message[5:]}\n" for message in messages))
     alice.until(lambda: messages[-1] in alice.lines, "the messages")
     alice.type(text + LEFT * left)
-    alice.until(lambda: "".join(alice.lines[len(messages) + 2:]).replace(" ", "") == (">>>" + text).replace(" ", ""),
+    alice.until(lambda: "".join(alice.lines[len(messages) + 3:]).replace(" ", "") == (">>>" + text).replace(" ", ""),
                 "the text")
     for number in range(30):
         alice.resize(24 + (number * 37) % 70)
         alice.chat.rest(0.05 if number % 10 else 1.0)
     alice.chat.rest(1.0)
     alice.resize(200)
-    alice.until(lambda: len(alice.lines) == len(messages) + 3, "one line")
-    assert alice.lines[:-1] == [WELCOME, UPDATED, *messages]
+    alice.until(lambda: len(alice.lines) == len(messages) + 4, "one line")
+    assert alice.lines[1:-1] == [WELCOME, UPDATED, *messages]
     alice.until(lambda: alice.lines[-1].replace(" ", "") == (">>>" + text).replace(" ", ""), "exactly what was typed")
     alice.until(lambda: alice.cursor[1] == column, "the cursor")
     bob.feed("send alice the last\n")
-    alice.until(lambda: alice.lines[len(messages) + 2] == "bob: the last", "the message")
-    assert alice.lines[2:-1] == messages + ["bob: the last"]
+    alice.until(lambda: alice.lines[len(messages) + 3] == "bob: the last", "the message")
+    assert alice.lines[3:-1] == messages + ["bob: the last"]
 
 
 def test_a_cleared_screen_leaves_no_copy_of_what_is_being_typed_above_it(open_tmux: Callable[..., Tmux]) -> None:
@@ -586,7 +590,7 @@ def test_control_l_clears_the_screen_but_not_the_line(open_window: Open) -> None
 def test_lines_are_remembered_when_the_program_runs_again(chat: Chat, open_window: Open) -> None:
     alice = open_window()
     alice.type("first\r")
-    alice.shows(">>> first", "[Unknown command first, try help.]", f">>> {CURSOR}")
+    alice.shows(">>> first", "[Unknown command first, try help.]", HINT, f">>> {CURSOR}")
     alice.type("second\rquit\r")
     alice.ends()
     history = chat.state / "udpchat" / "history"
@@ -669,7 +673,7 @@ def test_control_d_ends_on_an_empty_line_only(open_window: Open) -> None:
     alice.shows(UPDATED, f">>> {CURSOR}ello")
     alice.type(CONTROL_C + CONTROL_D)
     alice.ends()
-    assert [row for row in alice.rows if row] == [WELCOME, UPDATED, OFFLINE]
+    assert [row for row in alice.rows if row][1:] == [WELCOME, UPDATED, OFFLINE]
 
 
 def test_a_second_control_c_does_not_wait(chat: Chat, open_window: Open) -> None:
@@ -707,7 +711,7 @@ def test_what_was_not_delivered_stands_below_on_lines_of_its_own(chat: Chat, ope
     alice.shows("[Waiting for bob: 2 messages.]", f">>> {CURSOR}")
     alice.type(CONTROL_C)
     alice.ends(1)
-    assert [row for row in alice.rows if row][2:] == [">>> send bob one", ">>> send bob two",
+    assert [row for row in alice.rows if row][3:] == [">>> send bob one", ">>> send bob two",
                                                       OFFLINE, "[2 messages not delivered.]", "send bob one",
                                                       "send bob two"]
 
@@ -716,7 +720,7 @@ def test_the_log_goes_above_what_is_being_typed(chat: Chat, open_window: Open) -
     chat.absent("bob")
     alice = open_window(*PLAIN, "--log-level", "info", columns=120, shows_errors=True)
     alice.type("send bob hello\r")
-    alice.shows(is_offline("bob"), SAVED, f">>> {CURSOR}")
+    alice.shows(is_offline("bob"), SAVED_FOR_BOB, f">>> {CURSOR}")
     chat.processes[0].kill()
     chat.restart()
     alice.type("half" + LEFT)
@@ -732,10 +736,10 @@ def test_control_c_ends_a_client_that_never_found_its_server(chat: Chat, open_wi
                             command=FROZEN_CLOCK)       # it would never give the server up
         alice.chat.until(lambda: alice.is_raw, "the line editor")
         alice.type("hello")
-        alice.shows(f">>> hello{CURSOR}")
+        alice.shows(f"hello{CURSOR}")
         alice.type(CONTROL_C + CONTROL_C)
         alice.ends()
-        assert not any(alice.rows)
+        assert [row for row in alice.rows if row] == [f"[Connecting to 127.0.0.1:{nobody.getsockname()[1]} as alice.]"]
 
 
 # --- the terminal's own settings ------------------------------------------------------------------------------
@@ -748,7 +752,7 @@ def test_a_signal_ends_in_order_and_leaves_the_terminal_as_it_was(open_window: O
     alice.shows(f">>> half a line{CURSOR}")
     alice.process.signal(number)
     alice.ends()
-    assert [row for row in alice.rows if row] == [WELCOME, UPDATED, OFFLINE]
+    assert [row for row in alice.rows if row][1:] == [WELCOME, UPDATED, OFFLINE]
     assert alice.picture[-1] == CURSOR
 
 
@@ -920,10 +924,10 @@ def test_a_job_in_the_background_leaves_the_terminal_to_the_shell(chat: Chat, op
     alice.type("x\r")                # whoever reads in the background is stopped
     see_error(alice, *["stopped, its settings"] * 2)
     alice.process.signal(FG)
-    alice.shows("[Unknown command halfx, try help.]", f">>> {CURSOR}")
+    alice.shows("[Unknown command halfx, try help.]", HINT, f">>> {CURSOR}")
     alice.chat.until(lambda: alice.is_raw and alice.pastes_are_bracketed, "the line editor")
     alice.type("hre" + LEFT * 2 + "e\r")
-    alice.shows(">>> here", "[Unknown command here, try help.]", f">>> {CURSOR}")
+    alice.shows(">>> here", "[Unknown command here, try help.]", HINT, f">>> {CURSOR}")
     alice.type("quit\r")
     see_error(alice, *["stopped, its settings"] * 2, "ended with 0, its settings")
 
@@ -1028,7 +1032,7 @@ def test_the_bell_rings_for_messages_and_for_nothing_else(chat: Chat, open_windo
     alice.type("send bob hello\r")
     alice.shows(received("bob"), f">>> {CURSOR}")
     alice.type("send nobody hello\rdance\r")
-    alice.shows("[Unknown command dance, try help.]", f">>> {CURSOR}")
+    alice.shows("[Unknown command dance, try help.]", HINT, f">>> {CURSOR}")
     assert alice.glass.bells == 0
     bob.feed("send alice one\nsend alice two\nsend quiet hello\n")
     alice.shows("bob: one", "bob: two", f">>> {CURSOR}")
@@ -1057,27 +1061,27 @@ def test_talk_sends_every_line_to_one_nick_until_it_ends(chat: Chat, open_window
     meet(alice, bob)
     carol.wait_for("alice")
     alice.type("talk bob\r")
-    alice.shows(">>> talk bob", f"bob>>> {CURSOR}")
+    alice.shows(">>> talk bob", f"to bob> {CURSOR}")
     alice.type("quit\r")
     bob.see("alice: quit")
-    alice.shows("bob>>> quit", received("bob"), f"bob>>> {CURSOR}")
+    alice.shows("to bob> quit", received("bob"), f"to bob> {CURSOR}")
     alice.type("/send carol hi\r")
     carol.see("alice: hi")
-    alice.shows("bob>>> /send carol hi", received("carol"), f"bob>>> {CURSOR}")
+    alice.shows("to bob> /send carol hi", received("carol"), f"to bob> {CURSOR}")
     alice.type("//text\r")
     bob.see("alice: /text")
-    alice.shows("bob>>> //text", received("bob"), f"bob>>> {CURSOR}")
+    alice.shows("to bob> //text", received("bob"), f"to bob> {CURSOR}")
     alice.type("/foo\r")
-    alice.shows("bob>>> /foo", "[Unknown command /foo, try /help.]", f"bob>>> {CURSOR}")
+    alice.shows("to bob> /foo", "[Unknown command /foo, try /help.]", f"to bob> {CURSOR}")
     alice.type("/s\tca\t")
-    alice.shows(f"bob>>> /send carol {CURSOR}")
+    alice.shows(f"to bob> /send carol {CURSOR}")
     alice.type(CONTROL_C + "\r/who\r")
     alice.shows_row(r"carol +127.0.0.1:\d+ +online")
-    alice.shows(f"bob>>> {CURSOR}")
+    alice.shows(f"to bob> {CURSOR}")
     alice.type("/talk nobody\r")
-    alice.shows("[Unknown client nobody.]", f"bob>>> {CURSOR}")
+    alice.shows("[Unknown client nobody.]", f"to bob> {CURSOR}")
     alice.type("/end\r")
-    alice.shows("bob>>> /end", f">>> {CURSOR}")
+    alice.shows("to bob> /end", f">>> {CURSOR}")
     alice.type("send carol bye\r")
     carol.see("alice: bye")
     alice.shows(">>> send carol bye", received("carol"), f">>> {CURSOR}")
@@ -1091,7 +1095,7 @@ def test_a_block_that_is_pasted_while_one_talks_goes_there_as_it_is(chat: Chat, 
     alice = open_window()
     meet(alice, bob)
     alice.type("talk bob\r")
-    alice.shows(f"bob>>> {CURSOR}")
+    alice.shows(f"to bob> {CURSOR}")
     alice.type(pasted("see\n/etc/passwd\n/quit\nquit") + "\r")
     bob.see("alice: see", "alice: /etc/passwd", "alice: /quit", "alice: quit")
 
@@ -1138,7 +1142,7 @@ def test_who_waits_for_the_server_sees_that(chat: Chat, open_window: Open) -> No
     alice.type("send bob hello\r")
     alice.shows(is_offline("bob"), "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
     server.signal(signal.SIGCONT)
-    alice.shows(is_offline("bob"), SAVED, f">>> {CURSOR}")
+    alice.shows(is_offline("bob"), SAVED_FOR_BOB, f">>> {CURSOR}")
     assert not any("Waiting" in row for row in alice.rows)
 
 
@@ -1201,11 +1205,11 @@ def test_a_server_that_restarts_is_one_line_when_it_goes_and_one_when_it_is_back
     alice.type("send bob hello\r")
     alice.shows(is_offline("bob"), NOT_RESPONDING, "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
     chat.restart()
-    alice.shows_row(re.escape(SAVED))
+    alice.shows_row(re.escape(SAVED_FOR_BOB))
     alice.shows(f">>> {CURSOR}")
     alice.chat.rest(0.3)
-    assert [row for row in alice.picture if row != UPDATED] == [
-        WELCOME, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING, WELCOME, SAVED, f">>> {CURSOR}"]
+    assert [row for row in alice.picture if row != UPDATED][1:] == [
+        WELCOME, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING, WELCOME, SAVED_FOR_BOB, f">>> {CURSOR}"]
 
 
 def test_a_server_that_stops_for_a_while_is_one_line_then_and_one_when_it_goes_on(chat: Chat,
@@ -1216,8 +1220,101 @@ def test_a_server_that_stops_for_a_while_is_one_line_then_and_one_when_it_goes_o
     alice.type("send bob hello\r")
     alice.shows(is_offline("bob"), NOT_RESPONDING, "[Waiting for the server: 1 message for bob.]", f">>> {CURSOR}")
     chat.processes[0].signal(signal.SIGCONT)
-    alice.shows_row(re.escape(SAVED))
+    alice.shows_row(re.escape(SAVED_FOR_BOB))
     alice.shows(f">>> {CURSOR}")
     alice.chat.rest(0.3)
-    assert alice.picture == [WELCOME, UPDATED, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING,
-                             "[Server is responding again]", SAVED, f">>> {CURSOR}"]
+    assert alice.picture[1:] == [WELCOME, UPDATED, ">>> send bob hello", is_offline("bob"), NOT_RESPONDING,
+                                 "[Server is responding again]", SAVED_FOR_BOB, f">>> {CURSOR}"]
+
+
+# --- what people expect ---------------------------------------------------------------------------------------
+
+def test_other_names_of_commands_and_a_slash_before_them_mean_what_people_expect(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN)
+    meet(alice, bob)
+    alice.type("/msg bob  two blanks\r")
+    alice.shows(">>> /msg bob  two blanks", received("bob"), f">>> {CURSOR}")
+    bob.see("alice:  two blanks")
+    alice.type("?\r")
+    alice.shows_row("quit +go offline and end")
+    alice.type("/dereg\r")
+    alice.shows(OFFLINE, f">>> {CURSOR}")
+    alice.type("reg\r")
+    alice.shows(WELCOME, UPDATED, f">>> {CURSOR}")
+    alice.type("talk bob\r")
+    alice.shows(f"to bob> {CURSOR}")
+    alice.type("exit\r")
+    alice.shows("to bob> exit", received("bob"), f"to bob> {CURSOR}")
+    alice.type("/exit\r")
+    alice.ends()
+
+
+def test_a_word_that_is_no_command_is_answered_with_what_may_have_been_meant(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN)
+    meet(alice, bob)
+    alice.type("bob\r")
+    alice.shows("[Unknown command bob, try help.]", "[To say something: talk bob, or send bob MESSAGE.]",
+                f">>> {CURSOR}")
+
+
+def test_one_line_goes_to_several_and_each_has_its_receipt(chat: Chat, open_window: Open) -> None:
+    bob, carol = chat.clients("bob", "carol")
+    alice = open_window(*PLAIN)
+    meet(alice, bob)
+    meet(alice, carol)
+    alice.type("send bob,carol,BOB hello\r")
+    bob.see("alice: hello")
+    carol.see("alice: hello")
+    alice.type("talk carol,bob\r")
+    alice.shows(f"to carol,bob> {CURSOR}")
+    alice.type("both of you\r")
+    for other in (bob, carol):
+        other.see("alice: both of you")
+    alice.chat.until(lambda: alice.rows.count(received("bob")) == alice.rows.count(received("carol")) == 2, "receipts")
+    assert bob.lines.count("alice: hello") == 1
+    alice.type("/talk bob,nobody\r")
+    alice.shows("[Unknown client nobody.]", f"to carol,bob> {CURSOR}")
+
+
+def test_lines_of_one_text_stand_below_each_other_and_none_can_be_forged(chat: Chat, open_window: Open) -> None:
+    bob = chat.run("client", "bob", "127.0.0.1", str(chat.port), "0", "--json")
+    alice = open_window(*PLAIN)
+    alice.shows_row(r"\[bob is online\.\]")
+    bob.feed('{"send": "alice", "text": "one\\n[Exiting]\\r\\n\\u001b[31mcarol: two"}\n')
+    alice.shows("bob: one", "bob| [Exiting]", "bob| \\x1b[31mcarol: two", f">>> {CURSOR}")
+    bob.feed(json.dumps({"send": "alice", "text": "\n" * 200}) + "\n")
+    alice.shows_row(r"bob\| (\\x0a)+")
+    assert alice.rows.count("bob|") == MOST_ROWS - 2
+
+
+def test_who_comes_and_goes_is_named_but_short_visits_are_not(chat: Chat, open_window: Open) -> None:
+    alice = open_window(*PLAIN)
+    bob, carol = chat.clients("bob", "carol")
+    alice.shows_row(r"\[(bob and carol are|carol is) online\.\]")
+    chat.run("send", "alice", "short visit", "--nick", "eve", "--server", f"127.0.0.1:{chat.port}").finish()
+    alice.shows("eve: short visit", f">>> {CURSOR}")
+    carol.feed("quit\n")
+    carol.finish()
+    alice.shows("eve: short visit", "[carol is offline.]", f">>> {CURSOR}")
+    alice.type("who\r")
+    alice.shows_row(r"carol +\S+ +offline since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+    names = [row.split()[0] for row in alice.picture if re.match(r"(alice|bob|carol|eve) +127", row)]
+    assert names == ["alice", "bob", "carol", "eve"] and any(row.endswith("online, you") for row in alice.picture)
+    assert alice.rows.count(UPDATED) == 1
+
+
+def test_while_it_connects_a_client_says_where_to_and_has_no_prompt(chat: Chat, open_window: Open) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        alice = open_window(arguments=("client", "alice", "127.0.0.1", str(port)), ready=False)
+        alice.shows(f"[Connecting to 127.0.0.1:{port} as alice.]", CURSOR)
+
+
+def test_a_server_at_a_terminal_says_how_it_ends(chat: Chat, open_window: Open) -> None:
+    server = open_window("--store", ":memory:", arguments=("server", "0", "--host", "127.0.0.1"), ready=False)
+    server.shows_row(r"\[Ctrl-C ends this server\.\]")
+    server.type(CONTROL_C)
+    server.ends()
