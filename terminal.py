@@ -447,10 +447,12 @@ class TextFormatter:
     def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
         """Return the known clients, (nick, address, state) each, as aligned lines; ``verified``: whose keys are."""
         from editor import text_width
-        wide = max((text_width(nick) for nick, _, _ in entries), default=0)
-        far = max((len(address) for _, address, _ in entries), default=0)
-        return "".join([f"{self._name(nick)}{' ' * (wide - text_width(nick))}  {address:{far}}  {state}"
-                        f"{', verified' if nick in verified else ''}\n" for nick, address, state in entries])
+        widths = [text_width(nick) for nick, _, _ in entries]
+        wide, far = max(widths, default=0), max((len(address) for _, address, _ in entries), default=0)
+        compared = frozenset(verified)
+        return "".join([f"{self._name(nick)}{' ' * (wide - width)}  {address:{far}}  {state}"
+                        f"{', verified' if nick in compared else ''}\n"
+                        for width, (nick, address, state) in zip(widths, entries)])
 
     def help(self, text: str) -> str:
         """Return the list of commands."""
@@ -572,6 +574,7 @@ class Display:
     """
 
     names_saved = False
+    last_sender = ""        # whose message was shown last
 
     def __init__(self, output: Output, errors: Output | None = None, formatter: TextFormatter | None = None,
                  prompt: Prompt | None = None) -> None:
@@ -616,6 +619,7 @@ class Display:
 
         ``is_secure``: whether nobody but their sender and we could read them; None: nothing can be encrypted here.
         """
+        self.last_sender = received.sender
         self.write(self.formatter.messages(received, via, is_secure).encode(), written)
 
     def show_log(self, data: bytes) -> int:
@@ -955,15 +959,6 @@ LINES_PER_TURN = 512      # commands carried out before the network gets its tur
 SHOWN_OF_LINE = 80        # characters of a line that nobody understands
 
 
-class KnownClient(NamedTuple):
-    """A row of ``who``; ``address`` as HOST:PORT."""
-
-    nick: str
-    address: str
-    state: str
-    is_online: bool
-
-
 class PeerKeys(Protocol):
     """What the shell asks of the keys of others. Digits are "" where there is no key."""
 
@@ -988,7 +983,7 @@ class ChatClient(Protocol):
     def dereg(self) -> None: ...                            # go offline, once all sends before are settled
     def reg(self) -> None: ...                              # come online
     def quit(self) -> None: ...                             # go offline, and end
-    def clients(self) -> list[KnownClient]: ...             # everybody who is known, in the order of the nicks
+    def clients(self) -> list[tuple[str, str, str]]: ...    # nick, address, state, in the order of the nicks
     def nicks_like(self, word: str, most: int) -> list[str]: ...    # that begin so, best first
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
     @property
@@ -1228,7 +1223,7 @@ class Shell:
             self._display.tell("registered-already")
 
     def _do_who(self) -> None:
-        rows = [(known.nick, known.address, known.state) for known in self._client.clients()]
+        rows = self._client.clients()
         if self._display.prompt is not None and self._display.prompt.asks:
             rows = self._rows_for_people(rows)
         keys = self._client.peer_keys if self._display.names_messages else None
@@ -1299,6 +1294,8 @@ class Shell:
         start = before.rfind(" ") + 1
         words, word = before[:start].split(), before[start:]
         slash = self._reader.slash
+        if not before and not slash and self._display.last_sender:
+            return 0, [f"send {self._display.last_sender}"]
         if not words:
             names = sorted(COMMANDS, key=lambda name: (name != "send", name))
             found = [slash + name for name in names if slash or not COMMANDS[name].only_in_talk]

@@ -250,6 +250,17 @@ def test_a_mirror_equals_the_table_whatever_the_network_does_to_the_pages() -> N
     run_state_machine_as_test(Mirroring, settings=settings(stateful_step_count=30))
 
 
+def test_nicks_are_found_by_their_beginning_in_any_spelling_those_online_first() -> None:
+    table = Table()
+    for nick, state in (("Bob", ONLINE), ("bert", OFFLINE), ("anna", ONLINE), ("\u00dcnal", ONLINE), ("bea", ONLINE)):
+        table.set(nick, *A, state)
+    assert table.beginning_with("B", 9) == ["Bob", "bea", "bert"]
+    assert table.beginning_with("b", 2) == ["Bob", "bea"]
+    assert table.beginning_with("u\u0308N", 9) == table.beginning_with("\u00fc", 9) == ["\u00dcnal"]
+    assert table.beginning_with("", 9) == ["Bob", "anna", "bea", "\u00dcnal", "bert"]
+    assert not table.beginning_with("x", 9)
+
+
 def test_the_table_of_a_restarted_server_comes_into_force_when_it_is_whole() -> None:
     mirror, before, after = Mirror(), filled(4), filled(2)
     after.set("nick-1", "192.0.2.9", 9, ONLINE)

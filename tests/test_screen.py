@@ -1250,6 +1250,17 @@ def test_other_names_of_commands_and_a_slash_before_them_mean_what_people_expect
     alice.ends()
 
 
+def test_tab_on_an_empty_line_begins_an_answer_to_whoever_has_written_last(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN)
+    meet(alice, bob)
+    alice.type("\t")
+    bob.feed("send alice are you there?\n")
+    alice.shows("bob: are you there?", f">>> {CURSOR}")
+    alice.type("\tyes\r")
+    alice.shows(">>> send bob yes", received("bob"), f">>> {CURSOR}")
+
+
 def test_a_word_that_is_no_command_is_answered_with_what_may_have_been_meant(chat: Chat, open_window: Open) -> None:
     bob = chat.client("bob")
     alice = open_window(*PLAIN)
