@@ -151,9 +151,9 @@ class Key(NamedTuple):
 
 CONTROL_KEYS = {
     "\x01": "home", "\x02": "left", "\x03": "interrupt", "\x04": "end-of-input", "\x05": "end", "\x06": "right",
-    "\x08": "backspace", "\t": "tab", "\n": "enter", "\x0b": "kill-end", "\x0c": "clear", "\r": "enter",
-    "\x0e": "down", "\x10": "up", "\x15": "kill-start", "\x17": "kill-word", "\x19": "yank", "\x1a": "suspend",
-    "\x7f": "backspace",
+    "\x07": "abort", "\x08": "backspace", "\t": "tab", "\n": "enter", "\x0b": "kill-end", "\x0c": "clear",
+    "\r": "enter", "\x0e": "down", "\x10": "up", "\x12": "search", "\x15": "kill-start", "\x17": "kill-word",
+    "\x19": "yank", "\x1a": "suspend", "\x7f": "backspace",
 }
 PASTE_BEGIN, PASTE_END = "[200~", "\x1b[201~"
 SEQUENCES = {                    # what follows the Escape
@@ -306,6 +306,15 @@ class History:
         self._position = min(self._position + 1, len(self._lines))
         return self._lines[self._position] if self.browsing else self._draft
 
+    def find(self, wanted: str, end: int) -> int | None:
+        """Return the place of the newest line before the place ``end`` that has a text in it, None if none has."""
+        places = reversed(range(min(end, len(self._lines))))
+        return next((place for place in places if wanted in self._lines[place]), None)
+
+    def line(self, place: int) -> str:
+        """Return the line at a place that was found."""
+        return self._lines[place]
+
     def stop_browsing(self) -> None:
         """Begin again at the end: what is typed next is a new line."""
         self._position = len(self._lines)
@@ -456,6 +465,28 @@ class _Completion(NamedTuple):
     chosen: int                          # the index of the candidate in the text, modulo their number
 
 
+NEWEST = 2 ** 31          # a place in the history behind all lines
+
+
+class Search:
+    """Looking for a line that was entered before: Ctrl-R begins it, or goes to an older one that fits, too.
+
+    What is typed is looked for, Backspace takes back a character of it, Ctrl-G gives up. Every other key ends it, and
+    does what it does to the line that was found.
+    """
+
+    def __init__(self, text: str, cursor: int) -> None:
+        """``text``, ``cursor``: what is restored when it is given up."""
+        self.wanted = ""
+        self.place = NEWEST        # in the history, of the line that is shown
+        self.before = text, cursor
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the line that was found."""
+        return f"search '{self.wanted}': "
+
+
 class Editor:
     """The line being edited: its ``text``, and the ``cursor``, which is an index into the text.
 
@@ -480,12 +511,15 @@ class Editor:
         self._decoder = KeyDecoder()
         self._killed = ""                    # what ``yank`` inserts
         self._completion: _Completion | None = None
+        self.search: Search | None = None    # that goes on
         self._block_has_prefix = False       # the block in the text was pasted behind a ``block_prefix``
         self._draft_has_prefix = False       # the same for the text that waits while older lines are shown
         self._commands: dict[str, Callable[[], Action | None]] = {
             "up": self._show_older,
             "down": self._show_newer,
             "yank": lambda: self._insert(self._killed),
+            "search": self._begin_search,
+            "abort": lambda: None,
             "tab": lambda: self._complete_word(1),
             "back-tab": lambda: self._complete_word(-1),
             "enter": self._submit,
@@ -509,6 +543,10 @@ class Editor:
 
     def _press(self, key: Key) -> Action | None:
         name = key.name
+        if self.search is not None:
+            if name in ("text", "search", "backspace", "abort"):
+                return self._go_on(self.search, name, key.text)
+            self.search = None
         if name == "text":
             return self._insert(key.text)
         if name == "paste":
@@ -558,6 +596,30 @@ class Editor:
         if self._history.browsing:
             self._show(self._history.next())
             self._block_has_prefix = self._draft_has_prefix
+
+    def _begin_search(self) -> None:
+        self.search = Search(self.text, self.cursor)
+
+    def _go_on(self, search: Search, name: str, text: str) -> Action | None:
+        """Do what a key says during a search."""
+        if name == "abort":
+            self.search = None
+            self.text, self.cursor = search.before
+            return None
+        wanted, end = search.wanted + text, search.place + 1
+        if name == "backspace":
+            wanted, end = search.wanted[:-1], NEWEST
+        elif name == "search":
+            end = search.place
+        place = self._history.find(wanted, end) if wanted else None
+        if wanted and place is None:
+            return Action(ActionKind.BELL)
+        search.wanted, search.place = wanted, search.place if wanted else NEWEST
+        if place is not None:
+            search.place = place
+            self._show(self._history.line(place))
+            self.cursor = self.text.find(wanted)
+        return None
 
     def _complete_word(self, step: int) -> Action | None:
         if self._completion is None:
@@ -1061,7 +1123,11 @@ class EditorScreen(StatusRow):
         """Return what shows the line being typed, and the notices above it; b"" while another job has the terminal."""
         if not self._is_ours:
             self.open()
-        return self._screen.draw(notices, prompt, self._editor.text, self._editor.cursor) if self._is_ours else b""
+            if not self._is_ours:
+                return b""
+        search = self._editor.search
+        shown = prompt if search is None else search.prompt
+        return self._screen.draw(notices, shown, self._editor.text, self._editor.cursor)
 
     def type(self, data: bytes) -> Iterator[Action]:
         """Accept what was typed; yield what is left to do about it."""

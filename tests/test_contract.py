@@ -1067,7 +1067,8 @@ def test_terminal_has_a_prompt_and_lines_go_above_it(chat: Chat) -> None:
     alice.feed("\n")
     shows(alice, "bob: hi there", ">>>", ">>> ")
     alice.feed("dance\n")
-    shows(alice, ">>> dance", "[Unknown command dance, try help.]", ">>> ")
+    shows(alice, ">>> dance", "[Unknown command dance, try help.]",
+          "[To say something: talk NICK, or send NICK MESSAGE.]", ">>> ")
     assert not re.search(rb"\x1b\[[0-9;]*m", alice.out.data), "no colour was asked for"
 
 
@@ -1077,7 +1078,7 @@ def test_terminal_says_its_last_line_on_a_line_of_its_own(chat: Chat) -> None:
     alice.feed("quit\n")
     assert alice.wait() == 0
     lines = [line for line in screen(alice)[0] if line]
-    assert lines == [WELCOME, UPDATED, ">>> quit", OFFLINE]
+    assert lines == [f"[Connecting to 127.0.0.1:{chat.port} as alice.]", WELCOME, UPDATED, ">>> quit", OFFLINE]
 
 
 def test_control_d_on_a_terminal_ends_in_order(chat: Chat) -> None:

@@ -136,7 +136,7 @@ def test_bytes_that_are_not_utf_8_become_replacement_characters() -> None:
 
 @pytest.mark.parametrize("data", [
     b"\x1b[5~", b"\x1b[24;2~", b"\x1b[?1;2c", b"\x1b[I", b"\x1b[[A", b"\x1bOP", b"\x1bx", "\x1bé".encode(), b"\x00",
-    b"\x07", b"\x1b[201~", "\u0085".encode(), b"\x1b[<0;1;1M"])
+    b"\x0f", b"\x1b[201~", "\u0085".encode(), b"\x1b[<0;1;1M"])
 def test_an_unknown_sequence_is_ignored_as_a_whole(data: bytes) -> None:
     keys = KeyDecoder()
     assert keys.feed(data) == []
