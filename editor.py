@@ -545,7 +545,8 @@ class Editor:
         name = key.name
         if self.search is not None:
             if name in ("text", "search", "backspace", "abort"):
-                return self._go_on(self.search, name, key.text)
+                bells = [self._go_on(self.search, name, c) for c in key.text or ("",)]
+                return next(filter(None, bells), None)
             self.search = None
         if name == "text":
             return self._insert(key.text)

@@ -1311,8 +1311,8 @@ def test_one_line_goes_to_several_and_each_has_its_receipt(chat: Chat, open_wind
 
 
 def test_lines_of_one_text_stand_below_each_other_and_none_can_be_forged(chat: Chat, open_window: Open) -> None:
-    bob = chat.run("client", "bob", "127.0.0.1", str(chat.port), "0", "--json")
     alice = open_window(*PLAIN)
+    bob = chat.run("client", "bob", "127.0.0.1", str(chat.port), "0", "--json")
     alice.shows_row(r"\[bob is online\.\]")
     bob.feed('{"send": "alice", "text": "one\\n[Exiting]\\r\\n\\u001b[31mcarol: two"}\n')
     alice.shows("bob: one", "bob| [Exiting]", "bob| \\x1b[31mcarol: two", f">>> {CURSOR}")
