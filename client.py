@@ -908,7 +908,7 @@ class Client:
 
     def start(self) -> None:
         """Come online."""
-        if self.display.prompt is not None and self.display.prompt.asks:
+        if self.display.asks:
             self.display.note(f"[Connecting to {show_address(self._server.current)} as {self.nick}.]")
         self.link.start()
 
@@ -1176,7 +1176,7 @@ class Client:
     def _tell_of_table(self) -> None:
         """Tell that the table has changed: people are told of each one, see ``Presence``."""
         self.table_sync.has_news = False
-        if not self.presence.is_for_people or not self._knows_table:
+        if not self.display.asks or not self._knows_table:
             self.display.tell("table")
         self._knows_table = True
         if self.table_sync.is_of_this_boot and self.table_sync.is_whole:

@@ -585,6 +585,11 @@ class Display:
         self.write = output.write if prompt is None else self._write_above     # to stdout
 
     @property
+    def asks(self) -> bool:
+        """Whether somebody at a terminal is asked for commands."""
+        return self.prompt is not None and self.prompt.asks
+
+    @property
     def names_messages(self) -> bool:
         """Whether it matters which message an event is about: to programs, and to people who see what waits."""
         return self.formatter.is_for_programs or self.prompt is not None
@@ -674,12 +679,6 @@ class Presence:
         self._news: dict[str, float] = {}       # of whom something else is true, and from when on it is told
         self._timer = RestartableTimer(loop, self._tell_people)
 
-    @property
-    def is_for_people(self) -> bool:
-        """Whether people read this: then lines with names stand for the one that the table has changed."""
-        prompt = self._display.prompt
-        return prompt is not None and prompt.asks
-
     def begin(self, nicks: Iterable[str]) -> None:
         """Take those who are online as known: a session has begun, and its table is whole."""
         if self._told is None:
@@ -698,7 +697,7 @@ class Presence:
                 self.seen.pop(nick, None)
             if self._told is None or (nick in self._told) is is_online:
                 self._news.pop(nick, None)
-            elif self.is_for_people:
+            elif self._display.asks:
                 self._news.setdefault(nick, self._loop.now() + VISIT_TIME)
             elif self._display.formatter.is_for_programs:
                 self._turn(nick)
@@ -721,8 +720,10 @@ class Presence:
         due = [nick for nick, when in self._news.items() if when <= now]
         for nick in due:
             del self._news[nick]
-        came = [nick for nick in due if self._turn(nick)]
-        went = [nick for nick in due if nick not in came]
+        came: list[str] = []
+        went: list[str] = []
+        for nick in due:
+            (came if self._turn(nick) else went).append(nick)
         for event, nicks in (("client-offline", went), ("client-online", came)):
             if nicks:
                 self._display.tell(event if len(nicks) == 1 else event + "s", nick=_names(sorted(nicks)))
@@ -1175,7 +1176,7 @@ class Shell:
 
     def _hint(self, word: str) -> None:
         """Tell somebody at a terminal what may have been meant."""
-        if self._display.prompt is not None and not self._reader.slash:
+        if self._display.asks and not self._reader.slash:
             nick = self._client.spelling_of(word) or "NICK"
             self._display.note(f"[To say something: talk {nick}, or send {nick} MESSAGE.]")
 
@@ -1224,7 +1225,7 @@ class Shell:
 
     def _do_who(self) -> None:
         rows = self._client.clients()
-        if self._display.prompt is not None and self._display.prompt.asks:
+        if self._display.asks:
             rows = self._rows_for_people(rows)
         keys = self._client.peer_keys if self._display.names_messages else None
         verified = [nick for nick, _, _ in rows if keys.is_verified(nick)] if keys is not None else []

@@ -526,9 +526,13 @@ class Wire:
             node.arrive(datagram, source)
 
 
-def encrypted(*nicks: str, seed: int = 1) -> tuple[World, Wire, list[Life]]:
-    """Return a world where all encrypt, its wire, and clients that are online and know each other."""
+def encrypted(*nicks: str, seed: int = 1, tells_keys: bool = True) -> tuple[World, Wire, list[Life]]:
+    """Return a world where all encrypt, its wire, and clients that are online and know each other.
+
+    ``tells_keys``: else the server tells no key before it is asked.
+    """
     world = World(seed, encrypts=True)
+    world.tells_keys = tells_keys
     wire = Wire(world)
     world.start_server()
     lives = [world.client(nick) for nick in nicks]

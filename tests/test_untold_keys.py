@@ -12,7 +12,7 @@ from secure import BUSY_SIGNS, load_sodium
 from server import HELLOS_PER_TURN, KEYS_TOLD, Pages
 from tests.processes import SAVED
 from tests.simulate import Life, World
-from tests.test_secrecy import Visitor, Wire, desk, is_ready, keys_of
+from tests.test_secrecy import Visitor, Wire, desk, encrypted, is_ready, keys_of
 from tests.test_strangers import home, maps_of
 
 pytestmark = pytest.mark.skipif(load_sodium() is None, reason="the extra secure is not installed")
@@ -176,16 +176,9 @@ def test_a_cookie_is_a_sign_of_life_and_a_server_that_answers_late_is_waited_for
 
 # --- in the simulated world -----------------------------------------------------------------------------------
 
-def strangers(*nicks: str, seed: int = 1) -> tuple[World, Wire, list[Life]]:
-    """Return a world like that of ``encrypted``, whose server tells no key before it is asked."""
-    world = World(seed, encrypts=True)
-    world.tells_keys = False
-    wire = Wire(world)
-    world.start_server()
-    lives = [world.client(nick) for nick in nicks]
-    world.run_until(lambda: all(is_ready(life, *nicks) for life in lives), 5)
-    world.run(1)
-    return world, wire, lives
+def strangers(*nicks: str) -> tuple[World, Wire, list[Life]]:
+    """Return a world whose server tells no key before it is asked, its wire, and clients that know each other."""
+    return encrypted(*nicks, tells_keys=False)
 
 
 def shows(life: Life, text: str) -> bool:
