@@ -36,7 +36,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import CLOSINGS, Display, Presence, Receipts, SendCommand, Shell
+from terminal import CLOSINGS, ClientRow, Display, Presence, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -1126,11 +1126,15 @@ class Client:
         self.receiving.accepts = True
         self.link.start()
 
-    def clients(self) -> list[tuple[str, str, str]]:
-        """Return everybody who is known, (nick, address, state) each, in the order of the nicks."""
+    def clients(self) -> list[ClientRow]:
+        """Return everybody who is known, in the order of the nicks."""
         entries = self.table_sync.table.entries
-        return [(nick, f"{host}:{port}" if ":" not in host else show_address((host, port)), state)
-                for nick, host, port, state, *_ in map(entries.__getitem__, sorted(entries))]
+        return [(nick, f"{host}:{port}" if ":" not in host else show_address((host, port)), state, seen)
+                for nick, host, port, state, _, _, _, seen in map(entries.__getitem__, sorted(entries))]
+
+    def wall(self) -> float:
+        """Return the wall-clock time, in s since 1970."""
+        return self._loop.wall()
 
     def nicks_like(self, word: str, most: int) -> list[str]:
         """Return the nicks that begin like ``word``, those that are online first."""

@@ -26,7 +26,9 @@ import os
 import re
 import stat
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from protocol import ENVELOPE_BYTES, KEY_BYTES, LETTER_EXTRA, UNSAFE, Parcel, StoredLetter, clean, is_nick
@@ -473,6 +475,7 @@ APPLICATION_ID = 0x55445043     # "UDPC" in the header of a SQLite file: this is
 STORE_FORMAT = 4                # the version of the tables below
 OLD_FORMATS = (1, 2, 3)         # of stores that are converted when they are opened. 1: ``seen`` was a wall-clock time
 SERVER_KEY = "key"              # in ``meta``: the secret of the server's key, once it has encrypted
+CLOCK = "clock"                 # in ``meta``: a JSON list, see ``Mailbox.note_clock``
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE nicks (id INTEGER PRIMARY KEY, nick TEXT NOT NULL UNIQUE, host TEXT NOT NULL, port INTEGER NOT NULL,
@@ -632,6 +635,8 @@ class StoreFile:
 # --- what is in a store -----------------------------------------------------------------------------------------
 
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
+MAX_CLOCK = 1000                # runs of the server of which it is known when they were
+CLOCK_STEP = 60.0               # s that the wall clock may be ahead, or behind, before that is noted
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -667,6 +672,16 @@ class Known:
     def waiting(self) -> int:
         """How many numbers of mail wait."""
         return self.last - self.first + 1
+
+
+def _clock_of(text: Any) -> list[tuple[float, float]]:
+    """Return what ``Mailbox.note_clock`` has noted, nothing of it if it is damaged: it is only shown."""
+    import json
+    try:
+        noted = [(float(uptime), float(wall)) for uptime, wall in json.loads(text)]
+    except (ValueError, TypeError, OverflowError):
+        return []
+    return noted if noted == sorted(noted) and all(map(math.isfinite, chain.from_iterable(noted))) else []
 
 
 NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of letters that are damaged: their recipient cannot open them
@@ -717,6 +732,8 @@ class Mailbox:
             known = Known(*row)
             self.known[known.nick] = by_id[known.id] = known
         self._next_id = max(by_id, default=0) + 1
+        noted = execute("SELECT value FROM meta WHERE key = ?", (CLOCK,)).fetchone()
+        self._clock = _clock_of(noted[0]) if noted is not None else []
         for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
             by_id[id_].messages, by_id[id_].size = messages, size
 
@@ -755,6 +772,23 @@ class Mailbox:
     def uptime(self, now: float) -> float:
         """Return for how many seconds a server has run with this store, in all runs; a crash loses an hour at most."""
         return self._base + now
+
+    def note_clock(self, now: float, wall: float) -> None:
+        """Note which wall-clock time it is now, if that does not follow from what was noted before.
+
+        So it can be said to people when somebody was last seen, although that is kept as an uptime.
+        """
+        uptime = self.uptime(now)
+        if not self._clock or abs(self._clock[-1][1] + uptime - self._clock[-1][0] - wall) > CLOCK_STEP:
+            self._clock = [*self._clock[-MAX_CLOCK + 1:], (uptime, wall)]
+
+    def wall_at(self, uptime: float) -> int:
+        """Return which wall-clock time it was at an uptime, in whole seconds since 1970; 0: nobody knows."""
+        index = bisect_left(self._clock, (uptime,)) - 1     # one run begins with the uptime at which another has ended
+        if index < 0 and self._clock and self._clock[0][0] == uptime:
+            index = 0
+        wall = self._clock[index][1] + uptime - self._clock[index][0] if index >= 0 else 0.0
+        return int(wall) if 0 <= wall <= LAST_TIME else 0       # it is not if it is damaged
 
     def tidy(self) -> None:
         """Let the next commit write the uptime, and forget the longest silent streams beyond ``MAX_STREAMS``."""
@@ -890,6 +924,7 @@ class Mailbox:
 
     def _write(self, uptime: float) -> list[tuple[Known, int, int]]:
         """Write everything pending; return from whose mailbox how many messages and bytes were deleted."""
+        import json
         run, many = self._db.execute, self._db.executemany
         for id_, nick in self._forgotten.items():
             run("DELETE FROM nicks WHERE id = ?", (id_,))
@@ -910,6 +945,7 @@ class Mailbox:
               for k in changed])
         if self._is_untidy:
             run("UPDATE meta SET value = ? WHERE key = 'uptime'", (uptime,))
+            run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (CLOCK, json.dumps(self._clock)))
             run("DELETE FROM streams WHERE seen < (SELECT seen FROM streams ORDER BY seen DESC LIMIT 1 OFFSET ?)",
                 (MAX_STREAMS - 1,))
         return freed

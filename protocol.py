@@ -312,7 +312,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY_OR_NONE, boolean)),
-              "untold": boolean},
+              "untold": boolean, "seen": rows(row(integer(0, MAX_ITEMS - 1), COUNT))},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
     "sync": {"early": boolean},
@@ -403,11 +403,13 @@ def addressed(session: bytes, *maps: bytes) -> bytes:
 
 
 def table_map(since: int, version: int, entries: list[list[object]], keys: Sequence[list[object]] = (),
-              is_untold: bool = False) -> bytes:
-    """Return a ``table``: the entries that changed in (since, version]; ``keys``, ``is_untold``: see ``Page``."""
+              is_untold: bool = False, seen: Sequence[list[int]] = ()) -> bytes:
+    """Return a ``table``: the entries that changed in (since, version]; for the others, see ``Page``."""
     info: Info = {"version": version, "set": entries}
     if keys:
         info["keys"] = keys
+    if seen:
+        info["seen"] = seen
     if is_untold:
         info["untold"] = True
     return encode("table", info if since == version - 1 else {"since": since, **info})
@@ -661,6 +663,7 @@ class Spellings:
 
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
 KeyRow = list[Any]          # its key: [position of the entry, key, whether the nick is bound to it]
+SeenRow = list[int]         # when it was last seen: [position of the entry, s since 1970]
 
 
 class State(str, Enum):
@@ -687,20 +690,22 @@ class Entry(NamedTuple):
     version: int
     key: bytes = b""        # by which others encrypt for this client, b"" if they cannot ...
     is_bound: bool = False  # ... and whether the nick is bound to it, not only the session
+    seen: int = 0           # when it was last online, in s since 1970, as the server says; 0: it is, or nobody knows
 
     def row(self) -> EntryRow:
         """Return the entry as it travels: the interface of a link-local host means nothing on other machines."""
         return [self.nick, self.host.partition("%")[0], self.port, self.state]
 
     def says(self, other: Entry) -> bool:
-        """Return whether this is the same, but for the version."""
-        return self[:4] == other[:4] and self[5:] == other[5:]
+        """Return whether this is the same, but for the version, and for the time."""
+        return self[:4] == other[:4] and self[5:7] == other[5:7]
 
 
 class Page(NamedTuple):
     """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key.
 
     ``is_untold``: the server says their keys when it is asked; ``keys`` has a row for each of those that have none.
+    ``seen``: a ``SeenRow`` for each of those that are offline, if the server knows when that began.
     """
 
     since: int
@@ -708,12 +713,14 @@ class Page(NamedTuple):
     rows: list[EntryRow]
     keys: Sequence[KeyRow] = ()
     is_untold: bool = False
+    seen: Sequence[SeenRow] = ()
 
 
 UNTOLD = b"?"             # in an ``Entry``, in place of a key: there is one, and the server says which if it is asked
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
-KEY_OVERHEAD = 39         # ... and of its key
+KEY_OVERHEAD = 39         # ... and of its key ...
+SEEN_OVERHEAD = 9         # ... and of the time at which it was seen
 MAX_ENTRIES = 1_000_000   # of a mirror, whatever its server says; what is beyond is left out
 MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
@@ -726,8 +733,10 @@ class Table:
     before (a broadcast) or 0 (a snapshot).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seen_of: Callable[[str], int] = lambda nick: 0) -> None:
+        """``seen_of``: returns when a nick that is offline was last seen, see ``Entry``; asked for each page."""
         self.version = 0
+        self._seen_of = seen_of
         self.entries: dict[str, Entry] = {}
         self._gone: dict[str, Entry] = {}
         self._log: list[Entry] = []     # by version; entries that changed again are stale
@@ -820,22 +829,30 @@ class Table:
         start, used, last = since, 0, since
         rows: list[EntryRow] = []
         keys: list[KeyRow] = []
+        seen: list[SeenRow] = []
         for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
             entry = self._log[index]
             if not self._is_current(entry):
                 continue
             has_key_row = bool(entry.key) is not is_untold
-            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD + (KEY_OVERHEAD if has_key_row else 0)
+            seen_at = self._seen_of(entry.nick) if entry.state == OFFLINE else 0
+            cost = len(entry.nick.encode()) + len(entry.host) + ROW_OVERHEAD
+            if has_key_row:
+                cost += KEY_OVERHEAD
+            if seen_at:
+                cost += SEEN_OVERHEAD
             if rows and used + cost > size:
-                yield Page(start, last, rows, tuple(keys), is_untold)
-                start, rows, keys, used = last, [], [], 0
+                yield Page(start, last, rows, tuple(keys), is_untold, tuple(seen))
+                start, rows, keys, seen, used = last, [], [], [], 0
             if has_key_row:
                 keys.append([len(rows), entry.key, entry.is_bound])
+            if seen_at:
+                seen.append([len(rows), seen_at])
             rows.append(entry.row())
             used += cost
             last = entry.version
         if self.version > since:
-            yield Page(start, self.version, rows, tuple(keys), is_untold)
+            yield Page(start, self.version, rows, tuple(keys), is_untold, tuple(seen))
 
     def apply(self, page: Page) -> list[str] | None:
         """Apply a page to a mirror; return the nicks that it changed, None where pages before it are missing."""
@@ -845,11 +862,15 @@ class Table:
             return []
         changed = []
         self.version = page.version
-        keys = {position: key for position, *key in page.keys}
+        keys = {position: (key, is_bound) for position, key, is_bound in page.keys}
         others = (UNTOLD, False) if page.is_untold else (b"", False)
+        times = {position: at for position, at in page.seen}
         for position, (nick, host, port, name) in enumerate(page.rows):
-            entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, others))
+            entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, others),
+                          times.get(position, 0))
             if self._says(entry):
+                if entry.seen:
+                    self.entries[nick] = entry
                 continue
             if entry.state == GONE:
                 self._remove(nick)

@@ -247,7 +247,8 @@ class TableSync(Mirror):
         if not self._link.has_joined:
             return
         since, version = since_of(info), info["version"]
-        changed = self.apply(Page(since, version, info["set"], info.get("keys", ()), info.get("untold", False)))
+        changed = self.apply(Page(since, version, info["set"], info.get("keys", ()), info.get("untold", False),
+                                  info.get("seen", ())))
         if changed is None:
             self.ask_soon()
             return
@@ -838,7 +839,7 @@ class Registry:
     def __init__(self, mailbox: Mailbox, max_clients: int = MAX_CLIENTS, mailbox_limit: int = MAILBOX_LIMIT,
                  max_known: int = MAX_KNOWN) -> None:
         self.mailbox, self.server_id = mailbox, mailbox.server_id
-        self.table = Table()
+        self.table = Table(self._seen_at)
         self.sessions = Sessions()
         self.max_clients, self.mailbox_limit, self.max_known = max_clients, mailbox_limit, max_known
         self.public_key = b""       # of the server, b"" if it does not encrypt
@@ -860,6 +861,10 @@ class Registry:
     def known_addresses(self) -> list[Address]:
         """Return where each nick was last."""
         return [(known.host, known.port) for known in self.mailbox.known.values() if known.port]
+
+    def _seen_at(self, nick: str) -> int:
+        known = self.mailbox.known.get(nick)
+        return self.mailbox.wall_at(known.seen) if known is not None else 0
 
     # who gets a nick
 
@@ -1088,8 +1093,9 @@ class Registry:
         self.table.set(nick, known.host, known.port, GONE)
         return True
 
-    def note_time(self, now: float) -> None:
-        """Note that those who are live are there now: repeated, so that the store knows it after a crash."""
+    def note_time(self, now: float, wall: float) -> None:
+        """Note that those who are live are there now, at that wall-clock time: repeated, so that the store knows it."""
+        self.mailbox.note_clock(now, wall)
         for session in self.sessions.live_sessions():
             session.known.seen = self.mailbox.uptime(now)
             self.mailbox.changed(session.known)

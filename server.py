@@ -1228,6 +1228,6 @@ class Server:
         now = self.loop.now()
         for known in self.registry.lapse(now, self.nick_lapse):
             log.warning("%s has lapsed: %d messages deleted", known.nick, known.messages)
-        self.registry.note_time(now)
+        self.registry.note_time(now, self.loop.wall())
         self.prober.forget_old_answers()
         self.loop.call_at(now + HOUSEKEEPING, self._keep_house)

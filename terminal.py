@@ -63,7 +63,7 @@ class CommandSpec(NamedTuple):
     """What there is to know of a command, beside the method of ``Shell`` that carries it out.
 
     ``help``: its line in the list of commands, "" for none. ``json``: the types of its value in a JSON object (bool: it
-    must be true), none if it cannot be given in that way.
+    must be true), none if it cannot be given in that way. ``option``: what may follow at a terminal.
     """
 
     usage: str
@@ -72,6 +72,11 @@ class CommandSpec(NamedTuple):
     only_in_talk: bool = False
     completes: Completion | None = None
     json: tuple[type, ...] = ()
+    option: str = ""
+
+    def usage_for(self, display: Display) -> str:
+        """Return how the command is given there."""
+        return self.usage + self.option if display.asks else self.usage
 
 
 COMMANDS: dict[str, CommandSpec] = {
@@ -80,7 +85,7 @@ COMMANDS: dict[str, CommandSpec] = {
                         completes=Completion.PEERS),
     "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=(str,)),
     "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=(str,)),
-    "who": CommandSpec("who", "show everybody who is known", json=(bool,)),
+    "who": CommandSpec("who", "show everybody who is known", json=(bool,), option=" [all]"),
     "fingerprint": CommandSpec("fingerprint [NICK]", "show the digits of your key, or those to compare with NICK",
                                completes=Completion.PEERS, json=(bool, str)),
     "verify": CommandSpec("verify NICK", "note that you have compared the digits with NICK", completes=Completion.PEERS,
@@ -444,15 +449,15 @@ class TextFormatter:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 
-    def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
-        """Return the known clients, (nick, address, state) each, as aligned lines; ``verified``: whose keys are."""
+    def clients(self, entries: Sequence[ClientRow], verified: Sequence[str] = ()) -> str:
+        """Return the known clients as aligned lines; ``verified``: whose keys are."""
         from editor import text_width
-        widths = [text_width(nick) for nick, _, _ in entries]
-        wide, far = max(widths, default=0), max((len(address) for _, address, _ in entries), default=0)
+        widths = [text_width(nick) for nick, *_ in entries]
+        wide, far = max(widths, default=0), max((len(address) for _, address, *_ in entries), default=0)
         compared = frozenset(verified)
         return "".join([f"{self._name(nick)}{' ' * (wide - width)}  {address:{far}}  {state}"
                         f"{', verified' if nick in compared else ''}\n"
-                        for width, (nick, address, state) in zip(widths, entries)])
+                        for width, (nick, address, state, _) in zip(widths, entries)])
 
     def help(self, text: str) -> str:
         """Return the list of commands."""
@@ -461,6 +466,21 @@ class TextFormatter:
     def undelivered(self, nick: str, text: str, ref: object) -> str:
         """Return the command that would send a message again."""
         return f"send {nick} {text}\n" if "\n" not in text else as_json({"send": nick, "text": text}) + "\n"
+
+
+ClientRow = tuple[str, str, str, int]      # nick, address, state; when it was last seen, see ``Entry``
+LONG_AWAY = 30 * 86400.0  # s; whoever was away for longer is only shown if the user asks for all
+
+
+def rows_for_people(rows: Iterable[ClientRow], me: str, since: float) -> list[ClientRow]:
+    """Return rows as people look for them: who is online, then the others, with when they were last seen.
+
+    Those of whom it is known that they were not there ``since`` that wall-clock time are left out.
+    """
+    shown = [(nick, address, f"{state}, you" if nick == me else
+              f"{state} since {show_time(seen, DATE_AND_TIME)}" if seen else state, seen)
+             for nick, address, state, seen in rows if not 0 < seen < since]
+    return sorted(shown, key=lambda row: not row[2].startswith("online"))
 
 
 MOST_ROWS = 100           # lines as which one text is shown at a terminal; further line ends are escaped
@@ -548,11 +568,11 @@ class JsonFormatter(TextFormatter):
                          secure=is_secure)
             for number, (text, at) in enumerate(zip(received.texts, sent), received.first)])
 
-    def clients(self, entries: Sequence[tuple[str, str, str]], verified: Sequence[str] = ()) -> str:
+    def clients(self, entries: Sequence[ClientRow], verified: Sequence[str] = ()) -> str:
         """Return the known clients, an object each."""
         return "".join([self._object("client", nick=nick, address=address, state=state,
-                                     verified=True if nick in verified else None)
-                        for nick, address, state in entries])
+                                     seen=rfc3339(seen) if seen else None, verified=True if nick in verified else None)
+                        for nick, address, state, seen in entries])
 
     def help(self, text: str) -> str:
         """Return the list of commands."""
@@ -662,7 +682,6 @@ class Display:
 
 VISIT_TIME = 2.0          # s; whoever is there, or away, for a shorter time is not announced to people
 NAMES_TOLD = 3            # in one line, at most
-GONE_KEPT = 10_000        # nicks of whom it is remembered when they went
 
 
 class Presence:
@@ -673,7 +692,6 @@ class Presence:
 
     def __init__(self, loop: Loop, display: Display, is_online: Callable[[str], bool]) -> None:
         """``is_online``: returns what the table says now."""
-        self.seen: dict[str, float] = {}        # wall-clock times at which nicks went offline, as far as we were there
         self._loop, self._display, self._is_online = loop, display, is_online
         self._told: set[str] | None = None      # who is online, as the user knows; None: nothing was told yet
         self._news: dict[str, float] = {}       # of whom something else is true, and from when on it is told
@@ -693,8 +711,6 @@ class Presence:
         """Note that the table says something new of these."""
         for nick in nicks:
             is_online = self._is_online(nick)
-            if is_online:
-                self.seen.pop(nick, None)
             if self._told is None or (nick in self._told) is is_online:
                 self._news.pop(nick, None)
             elif self._display.asks:
@@ -702,10 +718,6 @@ class Presence:
             elif self._display.formatter.is_for_programs:
                 self._turn(nick)
                 self._display.tell("client-online" if is_online else "client-offline", nick=nick)
-            if not is_online and self._told is not None and nick not in self.seen:
-                self.seen[nick] = self._loop.wall()
-                if len(self.seen) > GONE_KEPT:
-                    del self.seen[next(iter(self.seen))]
         if self._news:
             self._timer.set(next(iter(self._news.values())))
 
@@ -973,7 +985,6 @@ class ChatClient(Protocol):
     """What the shell asks of the client."""
 
     nick: str
-    presence: Presence
 
     @property
     def peer_keys(self) -> PeerKeys | None: ...             # None: nothing can be encrypted
@@ -984,7 +995,8 @@ class ChatClient(Protocol):
     def dereg(self) -> None: ...                            # go offline, once all sends before are settled
     def reg(self) -> None: ...                              # come online
     def quit(self) -> None: ...                             # go offline, and end
-    def clients(self) -> list[tuple[str, str, str]]: ...    # nick, address, state, in the order of the nicks
+    def clients(self) -> list[ClientRow]: ...               # in the order of the nicks
+    def wall(self) -> float: ...                            # s since 1970
     def nicks_like(self, word: str, most: int) -> list[str]: ...    # that begin so, best first
     def spelling_of(self, nick: str) -> str | None: ...     # as it is registered; None: there is no such client
     @property
@@ -1165,7 +1177,7 @@ class Shell:
         """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
         if self._is_typed and not words and COMMANDS[name].completes is Completion.SELF:
             words = (self._client.nick,)
-        usage = COMMANDS[name].usage
+        usage = COMMANDS[name].usage_for(self._display)
         most = len(usage.split()) - 1
         is_complete = most - usage.count("[") <= len(words) <= most
         if name == "send" or not is_complete:       # a ``send`` that is complete is no word here
@@ -1223,21 +1235,20 @@ class Shell:
         else:
             self._display.tell("registered-already")
 
-    def _do_who(self) -> None:
+    def _do_who(self, which: str = "") -> None:
+        if which not in ("", "all"):
+            self._note_failure()
+            self._display.tell("usage", usage=self._reader.slash + COMMANDS["who"].usage_for(self._display))
+            return
         rows = self._client.clients()
+        known = len(rows)
         if self._display.asks:
-            rows = self._rows_for_people(rows)
+            rows = rows_for_people(rows, self._client.nick, since=0 if which else self._client.wall() - LONG_AWAY)
         keys = self._client.peer_keys if self._display.names_messages else None
-        verified = [nick for nick, _, _ in rows if keys.is_verified(nick)] if keys is not None else []
+        verified = [nick for nick, *_ in rows if keys.is_verified(nick)] if keys is not None else []
         self._display.write(self._display.formatter.clients(rows, verified).encode())
-
-    def _rows_for_people(self, rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-        """Return rows as people look for them: who is online, then the others, with the time at which they went."""
-        rows.sort(key=lambda row: row[2] != "online")
-        seen, me = self._client.presence.seen, self._client.nick
-        return [(nick, address, f"{state}, you" if nick == me else
-                 f"{state} since {show_time(seen[nick], DATE_AND_TIME)}" if nick in seen else state)
-                for nick, address, state in rows]
+        if len(rows) < known:
+            self._display.note(f"[Away for a month: {known - len(rows)} more, try {self._reader.slash}who all.]")
 
     def _do_fingerprint(self, word: str = "") -> None:
         keys, me = self._client.peer_keys, self._client.nick
@@ -1271,7 +1282,8 @@ class Shell:
         import textwrap     # here: few ask for help, and a start is measured
         prompt = self._display.prompt
         columns = max(prompt.tty.size()[0], 2 * HELP_INDENT) if prompt is not None else LINE_LIMIT
-        lines = [textwrap.fill(f"{spec.usage:{HELP_INDENT}}{spec.help}", columns, subsequent_indent=" " * HELP_INDENT)
+        lines = [textwrap.fill(f"{spec.usage_for(self._display):{HELP_INDENT}}{spec.help}", columns,
+                               subsequent_indent=" " * HELP_INDENT)
                  for spec in COMMANDS.values() if spec.help]
         self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
 

@@ -994,7 +994,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         console.close()
         loop.close()
     if is_terminal:
-        remember_nicks([nick for nick, _, _ in client.clients()])
+        remember_nicks([nick for nick, *_ in client.clients()])
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
 
 

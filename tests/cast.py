@@ -87,7 +87,8 @@ def stable(rows: list[str]) -> list[str]:
         return ":" + ports.setdefault(match[1], PORTS[len(ports)])
     rows = [re.sub(r"^\d\d:\d\d:\d\d(?= )", TIME, row) for row in rows]
     rows = [re.sub(r"(?<=Connecting to 127\.0\.0\.1):\d+", ":4119", row) for row in rows]
-    rows = [re.sub(r"(?<=: <)\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?=> )", f"{DAY} {TIME}", row) for row in rows]
+    stamp = r"(?:(?<=<)|(?<=since ))\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?=>|$)"
+    rows = [re.sub(stamp, f"{DAY} {TIME}", row) for row in rows]
     return [re.sub(r"(?<=127\.0\.0\.1):(\d{5})\b", port, row) for row in rows]
 
 
@@ -130,7 +131,7 @@ class Cast:
         alice.type("/send carol where are the notes?\r")
         self.shows(alice, is_offline("carol"), f"{SAVED} (carol)")
         alice.type("/who\r")
-        alice.shows_row("carol .* offline")
+        alice.shows_row("carol .* offline since .*")
         half = "she is away: I have asked her wh"
         alice.type(half)
         alice.shows_row(f"to bob> {half}")

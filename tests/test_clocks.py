@@ -70,6 +70,54 @@ def desk_at(path: Path, wall: float, nick_lapse: float = 90.0) -> Desk:
     return desk
 
 
+def last_seen(reg: Registry) -> dict[str, int]:
+    """Return what the table says of when those who are offline were last seen."""
+    return {page.rows[position][0]: at for page in reg.table.pages(0, 40) for position, at in page.seen}
+
+
+def test_when_somebody_was_last_seen_is_known_over_all_runs_of_a_server(path: Path) -> None:
+    reg = Registry(Mailbox(str(path), SERVER, 5.0))
+    reg.note_time(5.0, NOW)
+    visit(reg, "bob", 65.0)
+    visit(reg, "eve", 65.0)
+    reg.mailbox.close()
+    reg = Registry(Mailbox(str(path), SERVER, 900.0))
+    reg.note_time(900.0, NOW + 7 * DAY)
+    reg.admit(960.0, b"carol", "carol", B, None, 1)
+    visit(reg, "eve", 990.0)
+    assert last_seen(reg) == {"bob": NOW + 60, "eve": NOW + 7 * DAY + 90}, "carol is there"
+    reg.note_time(1000.0, NOW)      # the clock was wrong, and is set
+    visit(reg, "dave", 1001.0)
+    assert last_seen(reg) == {"bob": NOW + 60, "eve": NOW + 7 * DAY + 90, "dave": NOW + 1}
+    reg.mailbox.close()
+
+
+def test_in_a_store_that_has_noted_no_clock_nobody_knows_when_somebody_was_seen(path: Path) -> None:
+    reg = Registry(Mailbox(str(path), SERVER))
+    visit(reg, "bob", 1.0)
+    assert not last_seen(reg)
+    reg.mailbox.close()
+
+
+@pytest.mark.parametrize("damage", [
+    "meta SET value = '[[1, 2], 3]' WHERE key = 'clock'", "meta SET value = x'ff00' WHERE key = 'clock'",
+    "meta SET value = '[[1, NaN]]' WHERE key = 'clock'", "meta SET value = '[[5, 1], [4, 1]]' WHERE key = 'clock'",
+    "nicks SET seen = 1e300", "nicks SET seen = -1e300"])
+def test_times_that_are_damaged_on_the_disk_are_shown_to_nobody(path: Path, damage: str) -> None:
+    reg = Registry(Mailbox(str(path), SERVER))
+    reg.note_time(0.0, NOW)
+    visit(reg, "bob", 1.0)
+    assert last_seen(reg) == {"bob": NOW + 1}
+    reg.mailbox.close()
+    db = sqlite3.connect(path)
+    db.execute(f"UPDATE {damage}")
+    db.commit()
+    db.close()
+    reg = Registry(Mailbox(str(path), SERVER))
+    assert not last_seen(reg)
+    reg.mailbox.close()
+
+
 def set_clock(desk: Desk, wall: float) -> None:
     desk.loop.wall_time = wall
     desk.wait(HOUSEKEEPING * 1.5)

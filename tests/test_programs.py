@@ -268,7 +268,11 @@ def keys_of_others(chat: Chat) -> list[Event]:
     alice.see("client", nick="bob", verified=True)
     alice.tell(trust="dave")
     alice.see("error", reason="no-key")
-    for one in (alice, bob, dave):
+    assert dave.finish() == 0
+    alice.see("client-offline", nick="dave")
+    alice.tell(who=True)
+    assert "seen" in alice.see("client", nick="dave", state="offline")
+    for one in (alice, bob):
         assert one.finish() == 0
     server.signal(signal.SIGTERM)
     assert server.wait() == 0

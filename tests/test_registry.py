@@ -1592,7 +1592,7 @@ def test_a_nick_whose_client_died_without_leaving_lapses_too(reg: Registry) -> N
 def test_the_time_offline_of_who_was_online_in_a_crash_begins_when_the_store_last_noted_them(reg: Registry) -> None:
     register(reg, "bob", A)
     reg.deregister(register(reg, "eve", B), WALL)
-    reg.note_time(WALL + 80 * DAY)
+    reg.note_time(WALL + 80 * DAY, WALL)
     reg = restarted(restarted(reg))
     assert [known.nick for known in reg.lapse(WALL + 100 * DAY, 90.0)] == ["eve"]
     assert [known.nick for known in reg.lapse(WALL + 171 * DAY, 90.0)] == ["bob"]

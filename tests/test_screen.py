@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from typing import Any
 import pyte
 import pytest
 
+from home import Mailbox
 from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
 from tests.processes import (FROZEN_CLOCK, NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
 from tests.test_editor import EMOJI, Xterm
-from terminal import MOST_ROWS
+from terminal import LONG_AWAY, MOST_ROWS
 from udpchat import wraps_again
 
 CURSOR = "▮"
@@ -270,7 +272,7 @@ def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
                 "                    with /; /end ends it",
                 "dereg NICK          go offline (NICK: your own)",
                 "reg NICK            come online again",
-                "who                 show everybody who is known",
+                "who [all]           show everybody who is known",
                 "fingerprint [NICK]  show the digits of your key,",
                 "                    or those to compare with",
                 "                    NICK",
@@ -1335,6 +1337,22 @@ def test_who_comes_and_goes_is_named_but_short_visits_are_not(chat: Chat, open_w
     names = [row.split()[0] for row in alice.picture if re.match(r"(alice|bob|carol|eve) +127", row)]
     assert names == ["alice", "bob", "carol", "eve"] and any(row.endswith("online, you") for row in alice.picture)
     assert alice.rows.count(UPDATED) == 1
+
+
+def test_who_has_been_away_for_a_month_is_shown_to_those_who_ask_for_all(chat: Chat, open_window: Open) -> None:
+    box = Mailbox(str(chat.store), b"s" * 16)
+    box.note_clock(0.0, time.time() - LONG_AWAY - 1)
+    box.add("gone", "127.0.0.1", 1, None, box.uptime(1.0))
+    box.tidy()
+    assert box.commit(1.0)
+    box.close()
+    chat.server()
+    alice = open_window(*PLAIN)
+    alice.type("who\r")
+    alice.shows_row(r"\[Away for a month: 1 more, try who all\.\]")
+    assert not any(row.startswith("gone") for row in alice.picture)
+    alice.type("who all\r")
+    alice.shows_row(r"gone +127.0.0.1:1 +offline since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 def test_while_it_connects_a_client_says_where_to_and_has_no_prompt(chat: Chat, open_window: Open) -> None:

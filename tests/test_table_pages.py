@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 import protocol
-from protocol import ONLINE, Decoder, Info, Page, Table, padded
+from protocol import OFFLINE, ONLINE, Decoder, Info, Page, Table, padded
 from server import RUSH, RUSH_INTERVAL, RUSH_TIME, Pages, Rush
 from tests.test_strangers import Desk
 
@@ -45,6 +45,25 @@ def test_packed_pages_hold_the_same_and_are_fewer(hosts: Callable[[int], str], k
     assert [entry[:4] + entry[5:] for entry in plain.entries.values()] == [
         entry[:4] + entry[5:] for entry in packed.entries.values()] and len(packed) == len(table)
     assert few < 0.75 * many if keys else few < 0.55 * many
+
+
+def test_a_mirror_learns_when_somebody_was_last_seen_also_if_nothing_else_has_changed() -> None:
+    seen = {"bob": 100, "eve": 0}
+    table, mirror = Table(lambda nick: seen[nick]), Table()
+    for nick in seen:
+        table.set(nick, "192.0.2.1", 1, OFFLINE)
+
+    def update() -> dict[str, int]:
+        for page in table.pages(mirror.version, 40):
+            mirror.apply(page)
+        return {nick: entry.seen for nick, entry in mirror.entries.items()}
+    assert update() == {"bob": 100, "eve": 0}
+    table.set("bob", "192.0.2.1", 1, ONLINE)
+    table.set("bob", "192.0.2.1", 1, OFFLINE)       # before the mirror has heard of that
+    seen["bob"] = 200
+    assert update() == {"bob": 200, "eve": 0}
+    table.set("bob", "192.0.2.1", 1, ONLINE)
+    assert update() == {"bob": 0, "eve": 0}
 
 
 def test_a_page_is_made_once_for_all_who_ask_and_the_last_one_anew_when_the_table_has_changed(
