@@ -85,6 +85,7 @@ class ServerLink:
         self.was_heard = False                  # it has spoken in this turn
         self.is_early = False                   # be online before the mail that waits is acked
         self.session: bytes | None = None
+        self.is_visit = handshake.is_visit
         self.nick = nick                        # under which we register, or are registered
         self.endpoint = endpoint                # where it is
         self.handshake, handshake.on_welcome, handshake.on_refused = handshake, self.on_welcome, self.on_refused

@@ -305,10 +305,11 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "bye": {"session": SESSION},
 }
 OPTIONAL: dict[str, dict[str, Check]] = {
-    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS, "secure": boolean, "packed": boolean},
+    "reg": {"token": TOKEN, "cookie": SESSION, "knocks": boolean, "own": ADDRESS, "secure": boolean, "packed": boolean,
+            "visit": boolean},
     "cookie": {"key": KEY},
     "hello": {"cookie": SESSION},
-    "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS, "packed": boolean},
+    "join": {"proof": TOKEN, "knocks": boolean, "own": ADDRESS, "packed": boolean, "visit": boolean},
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY_OR_NONE, boolean)),

@@ -60,6 +60,7 @@ class TableSource(Protocol):
     nick: str
     endpoint: Endpoint
     is_silent: bool
+    is_visit: bool
 
     @property
     def has_joined(self) -> bool: ...
@@ -290,7 +291,8 @@ class TableSync(Mirror):
             self._refresh_own_state()
 
     def _refresh_own_state(self) -> None:
-        was_online, self._shows_us = self._shows_us, self.table.is_online(self._link.nick) and self.is_of_this_boot
+        was_online = self._shows_us
+        self._shows_us = self.is_of_this_boot and (self._link.is_visit or self.table.is_online(self._link.nick))
         self._on_own_state(self._shows_us, was_online)
 
 
@@ -550,10 +552,12 @@ class Session:
     """One registration of one client."""
 
     __slots__ = ("id", "nick", "address", "request", "heard", "known", "offset", "greeting", "version", "holds_table",
-                 "knocks", "reads_packed", "is_early", "own", "channel", "key")
+                 "knocks", "reads_packed", "is_early", "is_visit", "own", "channel", "key")
 
-    def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float) -> None:
+    def __init__(self, id_: bytes, known: Known, address: Address, request: int, now: float,
+                 is_visit: bool = False) -> None:
         self.id = id_
+        self.is_visit = is_visit            # its client only reads the table, which does not name it
         self.known, self.nick = known, known.nick
         self.address = address
         self.request = request              # the id of the ``reg`` that made it
@@ -704,6 +708,7 @@ class Sessions:
 MAX_KNOWN = 100_000             # nicks; beyond it one that is offline without mail is forgotten, see ``IdleNicks``
 MAILBOX_LIMIT = 100_000         # messages that wait for one recipient
 MAILBOX_SIZE = 64 * 2 ** 20     # bytes of text that wait for one recipient
+NO_ID = 0                       # of a nick that is not in the store
 NICK_LAPSE = 90.0               # days offline after which a nick is forgotten; only time in which the server ran counts
 DAY = 86400.0                   # s
 
@@ -918,10 +923,10 @@ class Registry:
             self._idle.add(self.mailbox.known[nick])
 
     def admit(self, now: float, id_: bytes, nick: str, address: Address, token: bytes | None, request: int,
-              key: ShownKey | None = None, hello: Hello | None = None) -> Session:
+              key: ShownKey | None = None, hello: Hello | None = None, is_visit: bool = False) -> Session:
         """Register ``nick`` after ``claim`` granted it; return its session. An older one of that nick is replaced.
 
-        ``hello``: the handshake in whose channel all of it goes.
+        ``hello``: the handshake in whose channel all of it goes. ``is_visit``: nobody is told, and nothing is kept.
         """
         old = self.sessions.of(nick)
         if old is not None:
@@ -931,8 +936,11 @@ class Registry:
             if unresponsive is not None:
                 self._end(unresponsive, now, EVICTED)
         self.maybe_running.pop(nick, None)
-        known = self._know(now, nick, address, token, key)
-        session = Session(id_, known, address, request, now)
+        if is_visit:
+            known = Known(NO_ID, nick, *address, False, None, self.mailbox.uptime(now))
+        else:
+            known = self._know(now, nick, address, token, key)
+        session = Session(id_, known, address, request, now, is_visit)
         self.sessions.add(session, hello)
         self.place(session, address, now)
         session.version = hello.version if hello is not None else self.table.version
@@ -966,6 +974,8 @@ class Registry:
         self._set_state(session, ONLINE if is_ready else OFFLINE)
 
     def _set_state(self, session: Session, state: State) -> None:
+        if session.is_visit:
+            return
         nick, address, known = session.nick, session.address, session.known
         entry = self.table.get(nick)
         if entry is not None and self._at.get((entry.host, entry.port)) is session:
@@ -1004,7 +1014,8 @@ class Registry:
 
     def _lose(self, session: Session) -> None:
         self.sessions.mark_unresponsive(session)
-        self._idle.add(session.known)
+        if not session.is_visit:
+            self._idle.add(session.known)
         self._set_state(session, OFFLINE)
 
     def deregister(self, session: Session, now: float) -> None:
@@ -1097,8 +1108,9 @@ class Registry:
         """Note that those who are live are there now, at that wall-clock time: repeated, so that the store knows it."""
         self.mailbox.note_clock(now, wall)
         for session in self.sessions.live_sessions():
-            session.known.seen = self.mailbox.uptime(now)
-            self.mailbox.changed(session.known)
+            if not session.is_visit:
+                session.known.seen = self.mailbox.uptime(now)
+                self.mailbox.changed(session.known)
         self.mailbox.tidy()
 
     def lapse(self, now: float, days: float) -> list[Known]:

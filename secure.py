@@ -65,14 +65,17 @@ class Handshake:
     def __init__(self, send: Send, proof: Callable[[bytes, str], bytes] | None = None,
                  own_address: Callable[[Address], Address | None] = lambda server: None,
                  keys: Keys | None = None, must_encrypt: bool = False, pin: Pin | None = None,
-                 known: KnownKeys | None = None) -> None:
+                 known: KnownKeys | None = None, is_visit: bool = False) -> None:
         """``proof``: returns the token for (server id, nick); None: the nick will be nobody's.
+
+        ``is_visit``: the program only reads the table of clients, and shall not stand in it.
 
         ``own_address``: returns from which address this machine sends to a server; None: it is not known.
         ``must_encrypt``: with a server that cannot, nothing but the question is spoken. ``pin``: of this server.
         ``known``: the keys that other clients have had; it is for ``Peers``.
         """
         self.pin, self.known = pin or Pin(), known
+        self.is_visit = is_visit
         self.tells_of_plain = keys is not None  # the user is still to hear that nothing is encrypted
         self.doubt: str | None = None           # what the cookies say that must not be: "insecure", "key-changed"
         self.keys, self.must_encrypt, self.has_proof = keys, must_encrypt, proof is not None
@@ -122,7 +125,7 @@ class Handshake:
         """Return what a server hears of this program beside its nick."""
         own = self._own_address(server)
         self.own = own if own is not None and is_private(own[0]) else None
-        about: Info = {"knocks": True, "packed": True}
+        about: Info = {"visit": True, "packed": True} if self.is_visit else {"knocks": True, "packed": True}
         return about if self.own is None else {**about, "own": self.own}
 
     def on_cookie(self, info: Info, address: Address) -> None:

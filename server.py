@@ -78,6 +78,7 @@ class Drop(Enum):
     UNKNOWN_STREAM = "drop_unknown_stream"
     SAVE_LIMIT = "drop_save_limit"
     CALL_LIMIT = "drop_call_limit"
+    VISIT = "drop_visit"
     STORE_UNREADABLE = "drop_store_unreadable"
 
 
@@ -242,7 +243,7 @@ class Gate:
 
     def _admit(self, claim: Claim, id_: bytes) -> Session:
         session = self._registry.admit(self._loop.now(), id_, claim.nick, claim.address, claim.token, claim.request,
-                                       claim.key, claim.hello)
+                                       claim.key, claim.hello, claim.about.get("visit", False))
         session.note(claim.about)
         log.info("%s registered at %s", claim.nick, show_address(claim.address))
         self._prober.watch_silence()
@@ -1002,6 +1003,7 @@ class Announcer:
 NOTICE_INTERVAL = 0.02    # s between slices of "I am back"
 NOTICE_SLICE = 100        # datagrams in each: 5,000 a second; those who register wait for their turn
 CALLS_PER_SECOND = 20     # to one client, at most
+TO_OTHERS = frozenset({"save", "meet"})     # what is meant for another client
 HOUSEKEEPING = 3600.0     # s between looks for nicks that have lapsed
 
 
@@ -1067,7 +1069,9 @@ class Server:
         for tag, info in self.decoder.decode(datagram):
             if tag in self._from_sessions:
                 session = self._session(info, address, channel)
-                if session is not None:
+                if session is not None and session.is_visit and tag in TO_OTHERS:
+                    self.drops[Drop.VISIT] += 1     # nobody could answer
+                elif session is not None:
                     self._from_sessions[tag](session, info)
             elif tag in self._from_anybody:
                 self._from_anybody[tag](info, address, channel)

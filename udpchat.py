@@ -279,6 +279,14 @@ def add_ask_options(ask: Parser) -> None:
     add_job_options(ask)
 
 
+def add_who_options(who: Parser) -> None:
+    """Add the arguments of ``udpchat who``."""
+    who.set_defaults(stay=False, quiet=True, nick=None, identity=None, anonymous=True, ack_timeout=0, timeout=None)
+    add_job_defaults(who)
+    add_server_choice(who)
+    add_form_options(who, "the answer as JSON objects, one a line")
+
+
 def add_timeout(parser: Parser, purpose: str, default: int | None = None) -> None:
     """Add ``--timeout``."""
     parser.add_argument("-t", "--timeout", type=whole_number(1, 10 ** 6, "a number of seconds"), metavar="SECONDS",
@@ -286,10 +294,15 @@ def add_timeout(parser: Parser, purpose: str, default: int | None = None) -> Non
 
 
 def add_job_options(parser: Parser) -> None:
-    """Add what all modes but ``client`` and ``server`` share."""
+    """Add what all modes that send or wait for messages share, but ``client``."""
+    add_job_defaults(parser)
+    add_chat_options(parser)
+
+
+def add_job_defaults(parser: Parser) -> None:
+    """Set what only ``client`` has options for."""
     parser.set_defaults(own_nick=None, server_host=None, server_port=None, client_port=0, time=False, date=False,
                         bell=False)
-    add_chat_options(parser)
 
 
 def add_quiet_option(parser: Parser) -> None:
@@ -297,18 +310,28 @@ def add_quiet_option(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="show messages only, no status lines")
 
 
-def add_chat_options(parser: Parser) -> None:
-    """Add the arguments that all modes but ``server`` share."""
-    from conversation import ACK_TIMEOUT
+def add_server_choice(parser: Parser) -> None:
+    """Add the arguments that say which server is meant."""
     parser.add_argument("--server", type=server_argument, metavar="HOST[:PORT]",
                         help="the server (default: UDPCHAT_SERVER, or 127.0.0.1)")
     parser.add_argument("--server-key", type=fingerprint_argument, metavar="DIGITS",
                         help="fingerprint of the server (default: UDPCHAT_SERVER_KEY, or that of the first contact)")
-    parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
-                        help="your nick (default: UDPCHAT_NICK, or the login name)")
-    parser.add_argument("--json", action="store_true", help="events, and commands, as JSON objects, one a line")
+
+
+def add_form_options(parser: Parser, json: str) -> None:
+    """Add the arguments that say how lines look; ``json``: what becomes an object."""
+    parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument("--color", default="auto", choices=("auto", "always", "never"),
                         help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)")
+
+
+def add_chat_options(parser: Parser) -> None:
+    """Add the arguments of all modes that send or receive messages."""
+    from conversation import ACK_TIMEOUT
+    add_server_choice(parser)
+    parser.add_argument("-n", "--nick", type=nick_argument, metavar="NICK",
+                        help="your nick (default: UDPCHAT_NICK, or the login name)")
+    add_form_options(parser, "events, and commands, as JSON objects, one a line")
     parser.add_argument("--ack-timeout", type=whole_number(1, 60000, "a number of milliseconds"), metavar="MS",
                         default=int(ACK_TIMEOUT * 1000),
                         help="time without an answer after which a message goes to the server"
@@ -324,6 +347,7 @@ MODES: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "send": ("send one message, and end", add_send_options),
     "recv": ("wait for messages, and end", add_recv_options),
     "ask": ("send a question, print the answer, and end", add_ask_options),
+    "who": ("show everybody who is known, and end", add_who_options),
 }
 SENDING_MODES = ("send", "ask")
 SHORT_FORMS = {"-s": "server", "-c": "client"}
@@ -789,7 +813,12 @@ def login_name() -> str:
 
 
 def own_nick(options: argparse.Namespace) -> str:
-    """Return our nick: as given, as UDPCHAT_NICK says, or the login name. Raise Usage if that is none."""
+    """Return our nick: as given, as UDPCHAT_NICK says, or the login name. Raise Usage if that is none.
+
+    Whoever only asks who is there has no nick of his own: one that nobody else has, because nobody sees it.
+    """
+    if options.mode == "who":
+        return f"visitor-{os.urandom(8).hex()}"
     given = options.own_nick if options.own_nick is not None else options.nick
     if given is not None:
         return str(given)
@@ -1007,6 +1036,8 @@ def feed_job(options: argparse.Namespace, shell: Shell, text: str, size: int) ->
     """Let a client that reads no commands do what its command line says."""
     if options.mode in SENDING_MODES:
         shell.put(options.nicks, text, size)
+    elif options.mode == "who":
+        shell.feed(b"who\n")
     if options.mode != "client":
         shell.feed(b"")
 
@@ -1109,7 +1140,8 @@ def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | 
     elif options.secure != "off" and given_key_of_server(options):
         raise Failure("a server whose key is given is not spoken to in plain, and what encrypts is not there"
                       " (pip install 'udpchat[secure]')")
-    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin, known)
+    handshake = Handshake(port.send, proof_of(secret), port.own_address, keys, options.secure == "require", pin, known,
+                          options.mode == "who")
     handshake.tells_of_plain &= tells_of_plain(options)
     return handshake
 

@@ -19,14 +19,14 @@ SESSION, TOKEN = b"s" * 16, b"t" * 32
 ENTRY = ["bob", "192.0.2.1", 5000, "online"]
 EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "reg": {"id": ID, "nick": "bob", "token": TOKEN, "cookie": SESSION, "knocks": True,
-            "own": ["10.0.0.5", 40001], "secure": True, "packed": True},
+            "own": ["10.0.0.5", 40001], "secure": True, "packed": True, "visit": True},
     "cookie": {"id": ID, "server": SESSION, "cookie": SESSION, "key": TOKEN},
     "hello": {"id": ID, "cookie": SESSION, "message": SESSION},
     "offer": {"id": ID, "message": SESSION},
     "accept": {"id": ID, "message": SESSION},
     "greet": {"from": "alice", "index": SESSION[:4]},
     "join": {"nick": "bob", "index": SESSION[:4], "proof": TOKEN, "knocks": True, "own": ["10.0.0.5", 40001],
-             "packed": True},
+             "packed": True, "visit": True},
     "welcome": {"id": ID, "nick": "bob", "boot": 3, "session": SESSION, "version": 9, "index": SESSION[:4],
                 "lasting": False},
     "refused": {"nick": "Bob", "reason": "owned", "id": ID, "session": SESSION, "spelling": "bob",
