@@ -20,7 +20,7 @@ combined with the next key, as in readline.
 
 ``Editor`` turns keys into a changed line, and into actions for its owner. The most important one is ``SUBMIT``. A
 paste never submits: its newlines stay in the text until somebody presses Enter, and then each of its lines is one line
-for the owner.
+for the owner. Alt-Enter writes a ``LINE_BREAK``, which parts no lines: it becomes a line end in the one that it is in.
 
 What is drawn
 -------------
@@ -59,6 +59,8 @@ HISTORY_LINE_LIMIT = 64 * 1024   # characters; a longer line is not kept
 HISTORY_READ = 4 * 1024 * 1024   # bytes; of a larger file only the end is read
 RESIZE_PAUSE = 0.6               # s without a further one: tmux wraps again up to 0.25 s before it tells us
 DEFAULT_SIZE = (80, 24)          # columns and rows of a terminal that does not tell its size
+
+LINE_BREAK = "\u2028"            # in the line being edited: a line end in its text (Unicode's LINE SEPARATOR)
 
 PASTE_ON = b"\x1b[?2004h"        # tells the terminal to put PASTE_BEGIN and PASTE_END around what is pasted
 PASTE_OFF = b"\x1b[?2004l"
@@ -162,6 +164,7 @@ SEQUENCES = {                    # what follows the Escape
     "[1~": "home", "[4~": "end", "[7~": "home", "[8~": "end", "[3~": "delete", "[Z": "back-tab",
     "b": "word-left", "f": "word-right", "d": "kill-next-word", "\x7f": "kill-last-word", "\x08": "kill-last-word",
     "[5D": "word-left", "[5C": "word-right", "Od": "word-left", "Oc": "word-right",     # rxvt and similar ones
+    "\r": "line-break", "\n": "line-break", "[13;3u": "line-break", "[27;3;13~": "line-break",     # Alt-Enter
     "[3;3~": "kill-next-word", "[3;5~": "kill-next-word", PASTE_BEGIN: "paste",
 }
 for _modifier in "3", "5", "7":  # Alt, Ctrl, both
@@ -171,7 +174,7 @@ for _modifier in "3", "5", "7":  # Alt, Ctrl, both
 _PRINTABLE = f"[^{_CONTROL}]+"
 # An escape sequence (ECMA-48) up to its last character; "[[" is how Linux begins those of F1 to F5.
 _PARAMETERS = rf"\x1b(?:\[\[?[ -?]{{0,{SEQUENCE_LIMIT}}}|O[0-9;]{{0,{SEQUENCE_LIMIT}}})"
-_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\x7f])"      # the second kind: Alt and a key
+_SEQUENCE = rf"{_PARAMETERS}[@-Z\\-~]|\x1b(?:[^{_CONTROL}\[O]|[\x08\n\r\x7f])"      # the second kind: Alt and a key
 _BEGINNING = rf"{_PARAMETERS}|\x1b"
 
 
@@ -442,8 +445,8 @@ class ActionKind(enum.Enum):
 class Action(NamedTuple):
     """Something that the owner of an editor has to do.
 
-    ``lines`` are the lines of a SUBMIT. ``pasted``: those after the first are exactly as they were pasted, with nothing
-    put before them.
+    ``lines`` are the lines of a SUBMIT; each may have line ends in it, which were typed. ``pasted``: those after the
+    first are exactly as they were pasted, with nothing put before them.
     """
 
     kind: ActionKind
@@ -522,6 +525,7 @@ class Editor:
             "abort": lambda: None,
             "tab": lambda: self._complete_word(1),
             "back-tab": lambda: self._complete_word(-1),
+            "line-break": lambda: self._insert(LINE_BREAK),
             "enter": self._submit,
             "interrupt": self._interrupt,
             "end-of-input": self._end_of_input,
@@ -651,7 +655,7 @@ class Editor:
             kept = lines[:1] + [line for line in lines[1:] if not line.startswith(self._command_mark)]
         self._history.add(*kept)
         self._clear()
-        return Action(ActionKind.SUBMIT, lines, pasted)
+        return Action(ActionKind.SUBMIT, [line.replace(LINE_BREAK, "\n") for line in lines], pasted)
 
     def _clear(self) -> None:
         self._show("")

@@ -298,7 +298,7 @@ class CommandReader:
         if isinstance(line, SendCommand):
             return Command(line)
         if isinstance(line, TypedLine):
-            return self._meaning(str(line))._replace(echo=self.prompt + line)
+            return self._meaning(str(line))._replace(echo=self.prompt + line.replace("\n", "↵"))
         return self._meaning(line)
 
     def _as_typed(self, line: str) -> str:

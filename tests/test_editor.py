@@ -145,7 +145,6 @@ def test_an_unknown_sequence_is_ignored_as_a_whole(data: bytes) -> None:
 
 def test_an_escape_by_itself_does_not_swallow_a_control_key() -> None:
     assert KeyDecoder().feed(b"\x1b\x03") == [Key("interrupt")]
-    assert KeyDecoder().feed(b"\x1b\r") == [Key("enter")]
     assert KeyDecoder().feed(b"\x1b\x1b[A") == [Key("up")]
     assert KeyDecoder().feed(b"\x1b[1;\x03") == [Key("interrupt")]
 
@@ -525,6 +524,19 @@ def test_enter_submits_each_line_of_a_paste(editor: Editor) -> None:
     assert press(editor, "up") == [] and editor.text == "help"
     press(editor, "up")
     assert editor.text == "who"
+
+
+@pytest.mark.parametrize("key", [b"\x1b\r", b"\x1b\n", b"\x1b[13;3u", b"\x1b[27;3;13~"])
+def test_alt_enter_writes_a_line_end_that_parts_no_lines(editor: Editor, key: bytes) -> None:
+    editor.feed(b"send bob one" + key + b"twoo\x7f")
+    assert editor.feed(b"\r") == [submitted("send bob one\ntwo")]
+    editor.feed(b"\x1b[A")
+    assert editor.feed(b"\r") == [submitted("send bob one\ntwo")], "it comes back out of the history as it was"
+
+
+def test_alt_enter_in_a_block_stays_in_its_line(editor: Editor) -> None:
+    editor.feed(b"send bob " + pasted("one\rtwo") + b"\x1b\rthree")
+    assert editor.feed(b"\r") == [submitted("send bob one", "send bob two\nthree")]
 
 
 def test_each_line_of_a_block_pasted_behind_a_send_goes_to_the_same_nick(editor: Editor) -> None:

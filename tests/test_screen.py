@@ -1323,6 +1323,17 @@ def test_lines_of_one_text_stand_below_each_other_and_none_can_be_forged(chat: C
     assert alice.rows.count("bob|") == MOST_ROWS - 2
 
 
+def test_alt_enter_writes_a_message_of_several_lines(chat: Chat, open_window: Open) -> None:
+    alice = open_window(*PLAIN)
+    bob = chat.start("bob", "--json")
+    alice.shows_row(re.escape("[bob is online.]"))
+    alice.type("send bob one\x1b\rtwo")
+    alice.shows(f">>> send bob one↵two{CURSOR}")
+    alice.type("\r")
+    alice.shows(">>> send bob one↵two", received("bob"), f">>> {CURSOR}")
+    assert json.loads(bob.see_match(r'.*"type": "message".*').group())["text"] == "one\ntwo"
+
+
 def test_who_comes_and_goes_is_named_but_short_visits_are_not(chat: Chat, open_window: Open) -> None:
     alice = open_window(*PLAIN)
     bob, carol = chat.clients("bob", "carol")
