@@ -28,7 +28,7 @@ import stat
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from protocol import ENVELOPE_BYTES, KEY_BYTES, LETTER_EXTRA, UNSAFE, Parcel, StoredLetter, clean, is_nick
@@ -876,11 +876,12 @@ class Mailbox:
             self.damaged += 1
             is_sealed = is_sender_whole and columns[-2:] != (None, None)
             content = (bytes(LETTER_EXTRA), False, NO_SEAL) if is_sealed else (DAMAGED, False, ())
-            return [[sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
-                     n if type(n) is int and n > 0 else 1, 0.0, *content]] * numbers
-        more, seal = parcel.more, parcel.seal
-        return [[sender, stream, number, at, text, number in more, seal]
-                for number, (text, at) in enumerate(zip(parcel.texts, parcel.times), n)]
+            return [(sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
+                     n if type(n) is int and n > 0 else 1, 0.0, *content)] * numbers
+        all_numbers = range(n, n + numbers)
+        more = map(parcel.more.__contains__, all_numbers) if parcel.more else repeat(False)
+        return list(zip(repeat(sender), repeat(stream), all_numbers, parcel.times, parcel.texts, more,
+                        repeat(parcel.seal)))
 
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""

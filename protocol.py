@@ -1049,6 +1049,8 @@ UNSEALED, SEALED, STRANGELY_PLAIN, OTHER_KEY, BROKEN = "unsealed", "sealed", "pl
 DOUBTS = frozenset((STRANGELY_PLAIN, OTHER_KEY, BROKEN))
 CONTINUES = -1.0          # the time of a sealed letter that continues another one
 
+# one number of somebody's mail in the store: (sender, stream, n, at, text, does the next continue it, its seal)
+StoredLetter = tuple[str, int, int, float, Any, bool, Any]
 WireLetter = tuple[str, int, int, float, str, str]  # one number of a mail: [from, stream, n, at, text, its proof]
 Opened = tuple[Iterable[float], Iterable[str], Iterable[str]]   # of the letters of a run: times, texts, proofs
 
@@ -1090,35 +1092,25 @@ def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
     return proof if is_of_one and is_whole else BROKEN
 
 
-def mail_runs(letters: Sequence[Any]) -> list[list[object]]:
-    """Return letters, [sender, stream, n, at, text, whether the next continues it, seal] each, as items of a ``mail``.
-
-    ``seal``: () for letters that are not sealed.
-    """
+def mail_runs(letters: Sequence[StoredLetter]) -> list[list[object]]:
+    """Return letters as items of a ``mail``."""
+    starts = _starts_of_runs(letters, are_timed=True)
     runs: list[list[object]] = []
-    for group in runs_of_one_stream(letters):
-        sender, stream, first = group[0][:3]
-        start = 0
-        for end in range(1, len(group) + 1):
-            if end == len(group) or group[end][3] != group[start][3]:
-                part = group[start:end]
-                runs.append([sender, stream, first + start, part[0][3], [letter[4] for letter in part],
-                             [letter[2] for letter in part if letter[5]], *part[0][6]])
-                start = end
+    for start, end in zip(starts, [*starts[1:], len(letters)]):
+        run = letters[start:end]
+        sender, stream, first, at, _, _, seal = run[0]
+        runs.append([sender, stream, first, at, [letter[4] for letter in run],
+                     [letter[2] for letter in run if letter[5]], *seal])
     return runs
 
 
-def mail_sizes(letters: Sequence[Any]) -> list[int]:
+def mail_sizes(letters: Sequence[StoredLetter]) -> list[int]:
     """Return the most bytes that each letter takes in a ``mail``, if the first one has those of a whole run more."""
-    sizes, before = [], None
-    for sender, stream, number, at, text, more, seal in letters:
-        size = (len(text) if seal else len(text.encode())) + STRING_HEADER
-        if more:
-            size += NUMBER_SIZE
-        if before != (sender, stream, number - 1, at, seal):
-            size += len(sender.encode()) + MAIL_RUN + (SEAL_RUN if seal else 0)
-        sizes.append(size)
-        before = sender, stream, number, at, seal
+    sizes = [STRING_HEADER + (NUMBER_SIZE if more else 0) + (
+        len(text) if seal or text.isascii() else len(text.encode())) for _, _, _, _, text, more, seal in letters]
+    for start in _starts_of_runs(letters, are_timed=True):
+        sender, seal = letters[start][0], letters[start][-1]
+        sizes[start] += len(sender.encode()) + MAIL_RUN + (SEAL_RUN if seal else 0)
     return sizes
 
 
@@ -1127,20 +1119,28 @@ def runs_of_one_stream(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
     The last element of a letter is its proof, or its seal.
     """
-    start = 0
-    for index in range(1, len(letters) + 1):
-        if index < len(letters):
-            letter, before = letters[index], letters[index - 1]
-            if letter[2] == before[2] + 1 and letter[1] == before[1] and letter[0] == before[0] and (
-                    letter[-1] == before[-1]):
-                continue
-        yield letters[start:index]
-        start = index
+    starts = _starts_of_runs(letters)
+    if len(starts) == 1:
+        yield letters
+    else:
+        for start, end in zip(starts, [*starts[1:], len(letters)]):
+            yield letters[start:end]
+
+
+def _starts_of_runs(letters: Sequence[Any], are_timed: bool = False) -> list[int]:
+    """Return where each group begins, see ``runs_of_one_stream``; ``are_timed``: those of one were sent together."""
+    starts: list[int] = []
+    sender, stream, number, at, end = "", -1, 0, 0.0, None
+    for index, letter in enumerate(letters):
+        if (letter[2] != number or letter[1] != stream or letter[0] != sender or letter[-1] != end
+                or (are_timed and letter[3] != at)):
+            starts.append(index)
+            sender, stream, number, at, end = letter[0], letter[1], letter[2], letter[3], letter[-1]
+        number += 1
+    return starts
 
 
 Seal = tuple[bytes, ...]    # of letters: the key of their sender and the envelope; (): they are not sealed
-
-StoredLetter = list[Any]    # one number of somebody's mail: [sender, stream, n, at, text, is it continued, its seal]
 
 
 def _pieces_of_row(texts: Any, seal: Sequence[Any]) -> Any:

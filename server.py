@@ -662,6 +662,7 @@ class Keeper:
 # --- mail -----------------------------------------------------------------------------------------------------
 
 MAIL_AHEAD = 4096         # numbers of one client's mail in memory
+MAIL_BATCH = 512          # numbers that are loaded at once: their recipient works while the next ones are
 MAIL_TOTAL = 16384        # numbers of everybody's mail in memory, beyond which each client's is loaded in small steps
 MAIL_STEP = 64            # numbers: these
 MAIL_RETRY = 1.0          # s until mail that could not be read from the store is tried again
@@ -762,15 +763,18 @@ class Postman:
                 return
             mail = self._begin(session)
         stream = mail.stream
-        step = MAIL_AHEAD if self.loaded < MAIL_TOTAL else MAIL_STEP
-        if stream.pending < step // 2 and stream.end <= last:
+        most, step = (MAIL_AHEAD, MAIL_BATCH) if self.loaded < MAIL_TOTAL else (MAIL_STEP, MAIL_STEP // 2)
+        loaded_to = stream.end
+        if stream.pending <= most - step and stream.end <= last:
             self._load(mail, step)
         self.loaded += stream.pending - mail.last_count
         mail.last_count = stream.pending
         for packet in stream.poll(self._loop.now()):
             self._send_queue.put_for(session, mail.frame(packet.first, stream.base, packet.items))
-        is_unreadable = not stream.pending and stream.end <= last
-        mail.timer.set(self._loop.now() + MAIL_RETRY if is_unreadable else stream.due())
+        due = stream.due()
+        if stream.end <= last and stream.pending <= most - step:    # more is loaded in the next turn, if it can be read
+            due = min(due, self._loop.now() + (0.0 if stream.end > loaded_to else MAIL_RETRY))
+        mail.timer.set(due)
 
     def _begin(self, session: Session) -> MailStream:
         timer = RestartableTimer(self._loop, functools.partial(self.send, session))
@@ -788,7 +792,8 @@ class Postman:
         # letter, too. So the longest letter may exceed capacity by less than one header; it still fits into a datagram
         # of its own.
         sizes = [min(size, stream.capacity) for size in mail_sizes(letters)]
-        stream.queue(letters, sizes, [number for number, letter in enumerate(letters, stream.end) if letter[5]])
+        more = [letter[5] for letter in letters]
+        stream.queue(letters, sizes, list(itertools.compress(itertools.count(stream.end), more)))
 
 
 # --- the table ------------------------------------------------------------------------------------------------

@@ -445,7 +445,9 @@ class TextFormatter:
             texts = [clean(text) for text in texts]
         sender = received.sender
         start = f"{sender}: " if self._is_plain else f"{self._bell}{self._clock()}{self._name(sender)}: "
-        if received.times:
+        if received.times and received.times.count(received.times[0]) == len(texts):
+            start += f"<{show_time(received.times[0])}> "
+        elif received.times:
             return "".join([f"{start}<{show_time(at)}> {text}\n" for text, at in zip(texts, received.times)])
         return f"{start}{texts[0]}\n" if len(texts) == 1 else start + ("\n" + start).join(texts) + "\n"
 

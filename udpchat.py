@@ -69,6 +69,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 NICK_PATIENCE = 10.0           # s for which all modes but ``client`` wait for a nick in use, without ``--timeout``
 GREETING_TIME = 2.0            # s for which a client of one's own may take to answer; it may be stopped
 ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
+GARBAGE_GAP = 20_000           # objects that are made between looks for garbage: hardly any of them lie in a circle
 LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -1230,6 +1231,7 @@ def import_mode(mode: str) -> None:
             # It is in an archive. Once that is replaced by another, Python finds no module in it: none is read later.
             import editor   # noqa: F401
     gc.freeze()
+    gc.set_threshold(GARBAGE_GAP)
     gc.enable()
 
 

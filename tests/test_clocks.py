@@ -326,7 +326,8 @@ def test_the_mail_of_an_old_store_is_there_in_plain_and_letters_lie_beside_it(
             known.key = b"K" * 32
             box.changed(known)
             assert box.commit(0.0)
-        assert box.fetch(known, 1, 9) == [["b", 1, 4, 1.0, "hello", False, ()], ["b", 1, 5, 0.0, letter, False, seal]]
+        assert box.fetch(known, 1, 9) == [
+            ("b", 1, 4, 1.0, "hello", False, ()), ("b", 1, 5, 0.0, letter, False, seal)]
         box.close()
     assert rows(path)[0] == home.STORE_FORMAT
 

@@ -159,7 +159,7 @@ def test_the_key_of_whose_letters_came_first_is_remembered() -> None:
 @given(st.lists(st.text(max_size=900).filter(lambda text: text.isprintable()), min_size=1, max_size=12), st.data())
 def test_the_server_may_part_and_join_datagrams_as_it_likes(texts: list[str], data: st.DataObject) -> None:
     alice, bob = writers("alice", "bob")
-    letters = [[run[0], run[1], n, 0.0, letter, n in run[5], tuple(run[6:])]
+    letters = [(run[0], run[1], n, 0.0, letter, n in run[5], tuple(run[6:]))
                for run in alice.runs("bob", *texts) for n, letter in enumerate(run[4], run[2])]
     parts, start = [], 0
     while start < len(letters):

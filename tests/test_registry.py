@@ -388,7 +388,7 @@ def parcel_of(first: int, *texts: str) -> Parcel:
 
 def letters_of(sender: str, stream: int, parcel: Parcel) -> list[StoredLetter]:
     """Return a parcel as its recipient gets it."""
-    return [[sender, stream, n, at, text, n in parcel.more, parcel.seal]
+    return [(sender, stream, n, at, text, n in parcel.more, parcel.seal)
             for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
 
 
@@ -452,7 +452,7 @@ def test_a_text_that_was_acked_is_deleted_though_others_were_kept_with_it(box: M
     box.acked(box.known["bob"], 2)
     box.commit(WALL)
     assert mail(box) == [(2, "goes on…"), (3, "and ends"), (4, "last")]
-    assert [letter[2:] for letter in box.fetch(box.known["bob"], 2, 1)] == [[2, WALL + 2, "goes on…", True, ()]]
+    assert [letter[2:] for letter in box.fetch(box.known["bob"], 2, 1)] == [(2, WALL + 2, "goes on…", True, ())]
     box.acked(box.known["bob"], 4)
     box.commit(WALL)
     assert counts(box.known["bob"]) == (4, 4, 1, 1, 4)
