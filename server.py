@@ -804,8 +804,9 @@ BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clie
 BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn
 SYNC_SLICE = 16           # clients whose sync is answered in one turn: 0.6 MB ...
 BUSY_SLICE = 2            # ... and in one that has left something unread: whoever registers must be heard in time
-RUSH = 1000               # changes of the table in a second: while there are more, whoever asks for it waits, ...
-RUSH_TIME = 5.0           # s; ... so long at most: most of what is sent in a rush is out of date when it is over
+RUSH = 300                # changes of a large table in a second: while there are more, whoever asks for it waits, ...
+RUSH_TIME = 10.0          # s; ... so long at most: most of what is sent in a rush is out of date when it is over
+RUSH_TABLE = 1000         # entries; a smaller table is sent at once: it has a few pages
 RUSH_INTERVAL = 0.25      # s in which changes are counted
 KEYS_TOLD = 200           # changes; a client that encrypts and misses more is told the keys in them when it asks
 CACHE_PAGES = 4096        # encoded pages of the table that are remembered: 5 MB
@@ -882,11 +883,11 @@ class Rush:
         self._since, self._version = now, version   # when the count began, and the version of the table then
         self._began: float | None = None
 
-    def lasts(self, now: float, version: int) -> bool:
-        """Return whether those who ask for the table, which has that version, shall wait."""
+    def lasts(self, now: float, version: int, entries: int) -> bool:
+        """Return whether those who ask for the table, which has that version and so many entries, shall wait."""
         seconds = now - self._since
         if seconds >= RUSH_INTERVAL:
-            is_rush = version - self._version > RUSH * seconds
+            is_rush = entries >= RUSH_TABLE and version - self._version > RUSH * seconds
             self._since, self._version = now, version
             if not is_rush:
                 self._began = None
@@ -929,7 +930,8 @@ class Announcer:
     def answer(self) -> None:
         """Answer those who have asked: each once a turn, and a limited number in each turn."""
         newcomers, self.newcomers = self.newcomers, set()
-        if self._rush.lasts(self._loop.now(), self._registry.table.version):
+        table = self._registry.table
+        if self._rush.lasts(self._loop.now(), table.version, len(table)):
             self._sync_timer.set(self._loop.now() + RUSH_INTERVAL)
             return
         most = SYNC_SLICE if self._loop.drained else BUSY_SLICE

@@ -748,6 +748,8 @@ class Swarm:
             if when != member.queued:
                 continue
             member.queued = NEVER
+            if member.due <= self._now:
+                self._read(member)      # a turn of thousands is long: what has come meanwhile comes first
             if member.due > self._now:
                 self._set(member, member.due)
             else:
@@ -855,7 +857,8 @@ class Swarm:
         else:
             member.attempts += 1
             self.unanswered += member.attempts == ATTEMPTS + 1
-            member.ping = self._random.getrandbits(63)
+            if member.attempts == 1:    # later ones have the same id: a late answer is one, too
+                member.ping = self._random.getrandbits(63)
             self._send(member, padded("ping", {"id": member.ping, "session": session, "version": member.version},
                                       protocol.SESSION_SIZE))
             self._set(member, self._in(REQUEST if member.attempts <= ATTEMPTS else LOST_PING))

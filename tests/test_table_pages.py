@@ -8,7 +8,7 @@ import pytest
 
 import protocol
 from protocol import OFFLINE, ONLINE, Decoder, Info, Page, Table, padded
-from server import RUSH, RUSH_INTERVAL, RUSH_TIME, Pages, Rush
+from server import RUSH, RUSH_INTERVAL, RUSH_TABLE, RUSH_TIME, Pages, Rush
 from tests.test_strangers import Desk
 
 
@@ -112,12 +112,12 @@ def test_only_those_who_have_said_that_they_read_packed_pages_get_some() -> None
         assert tags.count("packed") == (len(tags) if about else 0) and len(tags) == (2 if about else 7)
 
 
-def rush(changes: Callable[[float], int], until: float) -> list[float]:
+def rush(changes: Callable[[float], int], until: float, entries: int = RUSH_TABLE) -> list[float]:
     """Return when those who ask for a table wait; ``changes``: returns its version at a time."""
     found, waits, now = Rush(0.0, changes(0.0)), [], 0.0
     while now < until:
         now += 0.125
-        if found.lasts(now, changes(now)):
+        if found.lasts(now, changes(now), entries):
             waits.append(now)
     return waits
 
@@ -134,3 +134,7 @@ def test_a_rush_that_does_not_end_keeps_nobody_waiting_for_long() -> None:
 
 def test_nobody_waits_where_the_table_changes_slowly() -> None:
     assert rush(lambda now: int(now * 0.9 * RUSH), 30) == []
+
+
+def test_nobody_waits_for_a_small_table() -> None:
+    assert rush(lambda now: int(now * 9 * RUSH), 30, RUSH_TABLE - 1) == []
