@@ -1121,7 +1121,8 @@ class Server:
             self.drops[Drop.FORGED] += 1
             return None
         if hello is not None:
-            if not self.gate.confirm(hello):
+            if not self.gate.confirm(hello):        # its client believes that it has a session
+                self._answer_replaced(hello.session, address, channel)
                 return None
             self.announcer.newcomers.add(hello.session)
         return channel, text
@@ -1147,12 +1148,16 @@ class Server:
         """Answer a request whose session is not known: it was replaced, it was evicted, or the server has restarted."""
         how = self.registry.sessions.how_ended(info["session"])
         if how == REPLACED:
-            refused = {"session": info["session"], "nick": protocol.NO_NICK, "reason": how.value}
-            self.limit.reply(encode("refused", refused), address, channel)
+            self._answer_replaced(info["session"], address, channel)
         else:
             # Boot 0 makes the client register again: with our own it would believe that its session is good.
             # BYE: a late copy of a ping, its client has left.
             self.limit.reply(self._pong(info.get("id", 0), self.boot if how == BYE else 0), address, channel)
+
+    def _answer_replaced(self, session: bytes, address: Address, channel: Channel | None) -> None:
+        """Tell a client that the nick of its session has gone to another one: it asks for it again."""
+        refused = {"session": session, "nick": protocol.NO_NICK, "reason": REPLACED.value}
+        self.limit.reply(encode("refused", refused), address, channel)
 
     def _heard(self, session: Session) -> None:
         """Note a sign of life, and send a client that comes back with it what it has missed."""

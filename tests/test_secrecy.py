@@ -344,6 +344,15 @@ def test_who_comes_first_with_a_key_is_the_owner_and_is_known_by_the_token_too()
     assert reg.claim("alice", home(2), b"another", None) == OWNED
 
 
+def test_of_two_that_are_welcome_to_one_nick_the_second_to_speak_hears_that_it_has_gone() -> None:
+    server = desk()
+    first, second = Visitor(server, "alice", 1), Visitor(server, "alice", 2)
+    assert [first.join(), second.join()] == ["welcome", "welcome"]
+    assert [first.say(first.ping()), second.say(second.ping())] == [["pong"], ["refused"]]
+    session = server.registry.sessions.of("alice")
+    assert session is not None and session.address == first.address
+
+
 def test_a_proof_that_a_rogue_server_has_seen_binds_nothing_elsewhere() -> None:
     reg = registry()
     take(reg, b"token")
