@@ -879,6 +879,7 @@ def test_what_a_turn_sends_is_bounded_however_many_snapshots_are_asked_for() -> 
         desk.registry.table.set(f"somebody{number}", HOME, number, IS_OFFLINE)
     bob, eve = desk.register("bob", home(1)), [desk.register(f"eve{number}", EVE) for number in range(300)]
     desk.wait(10)
+    desk.wait(1)    # after which the rush is over
     asks = [padded("sync", {"session": session, "version": 0}, 100) for session in eve]
     desk.server.receive(padded("sync", {"session": bob, "version": 0}, 184), home(1))
     before = len(desk.sent)
