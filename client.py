@@ -565,6 +565,10 @@ class Receiving:
 
 # --- other clients --------------------------------------------------------------------------------------------
 
+MAX_HELD = 16             # datagrams of those whom the table does not show yet
+HOLD_TIME = 0.5           # s until these are forgotten
+
+
 class PeerLinks:
     """What comes straight from other clients, as far as it can be trusted.
 
@@ -575,6 +579,7 @@ class PeerLinks:
 
     def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
                  outbox: Outbox, receiving: Receiving, display: Display) -> None:
+        self._held: list[tuple[float, str, Info, Address]] = []     # until when, tag, fields, and from where
         self.allowance = 0                      # bytes of not-me that may still answer the datagram at hand
         self.meetings = Meetings(send, outbox, table, lambda: link.handshake.own, link.endpoint.last_two, loop.now)
         self._loop, self._send, self._link, self._peers, self._table = loop, send, link, peers, table
@@ -584,11 +589,33 @@ class PeerLinks:
             peers.on_plain, peers.is_known = self._on_plain, lambda nick: nick in table.table.entries
             peers.waits_for_key = table.waits_for_key
 
-    def on_news(self, nick: str) -> None:
-        """Forget where somebody was: the table has changed."""
-        self.meetings.forget(nick)
-        if self._peers is not None:
-            self._peers.on_news(nick)
+    def on_news(self, nicks: Sequence[str]) -> None:
+        """Forget where these were: the table has changed. What came from where nobody was may count now."""
+        for nick in nicks:
+            self.meetings.forget(nick)
+            if self._peers is not None:
+                self._peers.on_news(nick)
+        held = [one for one in self._held if self._loop.now() < one[0]] if self._held else []
+        self._held = []
+        for until, tag, info, address in held:
+            if tag == "chat" and self._is_at(info["from"], address):
+                self.on_chat(info, address)
+            elif tag == "offer" and self._table.holds(address):
+                self.on_offer(info, address)
+            else:
+                self._held.append((until, tag, info, address))
+
+    def _hold(self, tag: str, info: Info, address: Address) -> None:
+        """Look at it again soon: it is from a newcomer, a client that has moved, or somebody who poses as another.
+
+        Its sender would repeat it, but only after a while.
+        """
+        self._table.ask_soon()
+        now = self._loop.now()
+        if self._held and now >= self._held[0][0]:
+            del self._held[0]
+        if len(self._held) < MAX_HELD:
+            self._held.append((now + HOLD_TIME, tag, info, address))
 
     def _is_at(self, nick: str, address: Address) -> bool:
         return self._table.is_at(nick, address) or self.meetings.admits(nick, address)
@@ -608,8 +635,10 @@ class PeerLinks:
         """Agree to a channel with somebody of the table."""
         is_known = self._table.holds(address) or self.meetings.holds(address)
         if self._peers is not None and self._link.connection.channel is not None:
-            if not is_known or not self._peers.on_offer(info, address):
-                self._table.ask_soon()      # see ``on_chat``
+            if not is_known:
+                self._hold("offer", info, address)
+            elif not self._peers.on_offer(info, address):
+                self._table.ask_soon()
 
     def on_sealed(self, nick: str, maps: Sequence[Map], address: Address) -> None:
         """Accept what somebody says in a channel."""
@@ -643,8 +672,8 @@ class PeerLinks:
         if info["to"] != self._outbox.me:   # who was at this address before
             self._refuse(info, address)
         elif not self._is_at(sender, address):
-            self._table.ask_soon()  # a newcomer, a client that has moved, or somebody who poses as another: ...
-        elif self._takes_plain(sender):     # ... its sender will repeat it
+            self._hold("chat", info, address)
+        elif self._takes_plain(sender):
             self.meetings.note_chat(sender, address)
             self._receiving.on_chat(info, address)
 
@@ -1081,8 +1110,8 @@ class Client:
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
         self.presence.note(nick for nick in nicks if nick != self.nick)
+        self.peers.on_news(nicks)
         for nick in nicks:
-            self.peers.on_news(nick)
             if nick in self.outbox.conversations:
                 self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))
 

@@ -798,7 +798,7 @@ class Postman:
 
 # --- the table ------------------------------------------------------------------------------------------------
 
-BROADCAST_GAP = 0.05      # s in which changes of the table are gathered
+BROADCAST_GAP = 0.01      # s in which changes of the table are gathered
 BROADCAST_SHARE = 10      # a broadcast takes at most this part of the server's time (1 / n), but ...
 BROADCAST_WAIT = 2.0      # s; ... no change waits longer for the next one: clients would have a wrong table that long
 BROADCAST_DATAGRAMS = 500     # of a broadcast that are sent in one turn

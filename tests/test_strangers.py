@@ -32,11 +32,12 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import PING_INTERVAL, Client
+from client import HOLD_TIME, MAX_HELD, PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import DAMAGED, Mailbox, load_secret
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
-from protocol import OFFLINE as IS_OFFLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, clean, encode, padded
+from protocol import (OFFLINE as IS_OFFLINE, ONLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, clean,
+                      encode, padded)
 from registry import COOKIE_TIME, DAY, LINK_LEAVING, NICK_LAPSE, SYNC_INTERVAL, Registry
 from secure import Handshake, Keys, token_for
 from server import BROADCAST_WAIT, CLAIMS_PER_PROBE, PROBE_TIMEOUT, STRANGER_REPLIES, Server
@@ -229,6 +230,32 @@ def tables_agree(world: World) -> bool:
 def contents(table: Table) -> dict[str, tuple[str, int, str]]:
     """Return what a table says, without versions."""
     return {nick: entry[1:4] for nick, entry in table.entries.items()}
+
+
+# --- those who come just now ----------------------------------------------------------------------------------
+
+def test_what_a_newcomer_says_need_not_be_repeated_if_the_table_comes_soon() -> None:
+    world, (bob,) = start("bob")
+    tap, tables = Tap(world), iter(range(100))
+    tap.lost = lambda source, target, tag: (target, tag) == ("bob", "table") and not next(tables)
+    carol = world.client("carol")
+    carol.type("send bob first")
+    world.run(5)
+    assert bob.lines.count("carol: first") == 1 and carol.lines[-1] == received("bob")
+    assert tap.of("carol")["chat"] == 1
+
+
+def test_what_comes_from_where_nobody_is_takes_bounded_memory_and_is_never_shown() -> None:
+    world, (bob,) = start("bob")
+    for number in range(100):
+        forge(world, (EVE[0], 1000 + number), chat("carol", "bob", "forged", number), bob)
+    world.run(0.1)
+    assert len(bob.client.peers._held) == MAX_HELD
+    assert world.server is not None
+    world.run(2 * HOLD_TIME)
+    world.server.server.registry.table.set("carol", EVE[0], 1000, ONLINE)
+    world.run(20)       # by then a ping has shown that the table has changed
+    assert bob.client.table_sync.table.is_online("carol") and not [line for line in bob.lines if "forged" in line]
 
 
 # --- forgeries of the server ----------------------------------------------------------------------------------
