@@ -938,7 +938,7 @@ class Client:
 
     def start(self) -> None:
         """Come online."""
-        if self.display.asks:
+        if self.display.asks and not self.display.formatter.hides("registered"):
             self.display.note(f"[Connecting to {show_address(self._server.current)} as {self.nick}.]")
         self.link.start()
 
@@ -1032,6 +1032,7 @@ class Client:
         self.outbox.register(self._loop.now(), Account(session, is_sealed))
         self.receiving.start_over()
         self._knows_table = False
+        self.presence.on_session()
         self.display.tell("registered", nick=self.nick)
         if self.link.handshake.tells_of_plain and not is_sealed:
             self.link.handshake.tells_of_plain = False

@@ -310,13 +310,20 @@ class History:
         return self._lines[self._position] if self.browsing else self._draft
 
     def find(self, wanted: str, end: int) -> int | None:
-        """Return the place of the newest line before the place ``end`` that has a text in it, None if none has."""
-        places = reversed(range(min(end, len(self._lines))))
-        return next((place for place in places if wanted in self._lines[place]), None)
+        """Return the place of the newest line before the place ``end`` that has a text in it, in any case, or None."""
+        places, text = reversed(range(min(end, len(self._lines)))), wanted.lower()
+        return next((place for place in places if text in self._lines[place].lower()), None)
 
     def line(self, place: int) -> str:
         """Return the line at a place that was found."""
         return self._lines[place]
+
+    def browse(self, place: int, current: str) -> None:
+        """Go on browsing from a place that was found; ``current``: the text that was edited before."""
+        if place < len(self._lines):
+            if not self.browsing:
+                self._draft = current
+            self._position = place
 
     def stop_browsing(self) -> None:
         """Begin again at the end: what is typed next is a new line."""
@@ -469,25 +476,27 @@ class _Completion(NamedTuple):
 
 
 NEWEST = 2 ** 31          # a place in the history behind all lines
+GIVE_UP = frozenset({"abort", "interrupt", "end-of-input"})     # keys that end a search, and restore what was before it
 
 
 class Search:
     """Looking for a line that was entered before: Ctrl-R begins it, or goes to an older one that fits, too.
 
-    What is typed is looked for, Backspace takes back a character of it, Ctrl-G gives up. Every other key ends it, and
-    does what it does to the line that was found.
+    What is typed is looked for, in any case; Backspace takes back a character of it; Ctrl-G, Ctrl-C and Ctrl-D give up.
+    Every other key ends it, and does what it does to the line that was found. Where none was, it only gives up.
     """
 
     def __init__(self, text: str, cursor: int) -> None:
         """``text``, ``cursor``: what is restored when it is given up."""
         self.wanted = ""
-        self.place = NEWEST        # in the history, of the line that is shown
+        self.place = NEWEST         # in the history, of the line that is shown
+        self.has_failed = False     # no line has what is wanted: the one that is shown was found before
         self.before = text, cursor
 
     @property
     def prompt(self) -> str:
         """What stands before the line that was found."""
-        return f"search '{self.wanted}': "
+        return f"no line has '{self.wanted}': " if self.has_failed else f"search '{self.wanted}': "
 
 
 class Editor:
@@ -548,9 +557,11 @@ class Editor:
     def _press(self, key: Key) -> Action | None:
         name = key.name
         if self.search is not None:
-            if name in ("text", "search", "backspace", "abort"):
-                bells = [self._go_on(self.search, name, c) for c in key.text or ("",)]
-                return next(filter(None, bells), None)
+            if name in ("text", "search", "backspace") or (name == "paste" and "\n" not in _clean_paste(key.text)):
+                return self._go_on(self.search, name, _clean_paste(key.text))
+            if name in GIVE_UP or self.search.has_failed:
+                return self._give_up(self.search)
+            self._history.browse(self.search.place, self.search.before[0])
             self.search = None
         if name == "text":
             return self._insert(key.text)
@@ -606,25 +617,29 @@ class Editor:
         self.search = Search(self.text, self.cursor)
 
     def _go_on(self, search: Search, name: str, text: str) -> Action | None:
-        """Do what a key says during a search."""
-        if name == "abort":
-            self.search = None
-            self.text, self.cursor = search.before
-            return None
+        """Look for something else, or for an older line."""
         wanted, end = search.wanted + text, search.place + 1
         if name == "backspace":
-            wanted, end = search.wanted[:-1], NEWEST
+            wanted, end = wanted[:previous_unit(wanted, len(wanted))], NEWEST
         elif name == "search":
             end = search.place
         place = self._history.find(wanted, end) if wanted else None
-        if wanted and place is None:
+        if name == "search" and place is None:
             return Action(ActionKind.BELL)
-        search.wanted, search.place = wanted, search.place if wanted else NEWEST
+        search.wanted, search.has_failed = wanted, place is None and wanted != ""
         if place is not None:
             search.place = place
             self._show(self._history.line(place))
-            self.cursor = self.text.find(wanted)
-        return None
+            self.cursor = min(max(0, self.text.lower().find(wanted.lower())), len(self.text))
+        elif not wanted:
+            search.place = NEWEST
+            self.text, self.cursor = search.before
+        return Action(ActionKind.BELL) if search.has_failed else None
+
+    def _give_up(self, search: Search) -> Action | None:
+        self.search = None
+        self.text, self.cursor = search.before
+        return Action(ActionKind.BELL) if search.has_failed else None
 
     def _complete_word(self, step: int) -> Action | None:
         if self._completion is None:

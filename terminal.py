@@ -49,7 +49,8 @@ SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot e
 SPACED_SEND = r"[ \t]*send[ \t]+([^ \t]+)[ \t](.*)"      # one blank or tab behind NICK; the rest is MESSAGE, as it is
 REF_LIMIT = 256                         # characters of a ``ref``
 COMMAND_MARK = "/"                      # what a command begins with during a talk
-BLOCK_PREFIX = r"/?send {1,8}\S{1,64} "  # behind it, each line that is pasted at a terminal is a text for the same nick
+# behind it, each line that is pasted at a terminal is a text for the same nicks
+BLOCK_PREFIX = r"[ \t]{0,8}/?(?:send|msg)[ \t]{1,8}\S{1,512}[ \t]"
 
 
 class Completion(Enum):
@@ -63,7 +64,8 @@ class CommandSpec(NamedTuple):
     """What there is to know of a command, beside the method of ``Shell`` that carries it out.
 
     ``help``: its line in the list of commands, "" for none. ``json``: the types of its value in a JSON object (bool: it
-    must be true), none if it cannot be given in that way. ``option``: what may follow at a terminal.
+    must be true), none if it cannot be given in that way. ``typed``: its usage, and its line, where they are others at
+    a terminal.
     """
 
     usage: str
@@ -72,27 +74,36 @@ class CommandSpec(NamedTuple):
     only_in_talk: bool = False
     completes: Completion | None = None
     json: tuple[type, ...] = ()
-    option: str = ""
+    typed: tuple[str, str] = ("", "")
 
-    def usage_for(self, display: Display) -> str:
-        """Return how the command is given there."""
-        return self.usage + self.option if display.asks else self.usage
+    def told_to(self, display: Display) -> tuple[str, str]:
+        """Return its usage, and its line, as they are there."""
+        usage, line = self.typed if display.asks else ("", "")
+        return usage or self.usage, line or self.help
 
 
 COMMANDS: dict[str, CommandSpec] = {
-    "send": CommandSpec("send NICK MESSAGE", "send MESSAGE (the rest of the line) to NICK", completes=Completion.PEERS),
+    "send": CommandSpec("send NICK MESSAGE", "send MESSAGE (the rest of the line) to NICK",
+                        completes=Completion.PEERS,
+                        typed=("", "send MESSAGE (the rest of the line) to NICK or NICK,NICK; msg does the same")),
     "talk": CommandSpec("talk NICK", "send every line to NICK from now on; commands then begin with /; /end ends it",
-                        completes=Completion.PEERS),
-    "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=(str,)),
-    "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=(str,)),
-    "who": CommandSpec("who", "show everybody who is known", json=(bool,), option=" [all]"),
+                        completes=Completion.PEERS,
+                        typed=("", "send every line to NICK or NICK,NICK; commands then begin with /; /end ends it")),
+    "dereg": CommandSpec("dereg NICK", "go offline (NICK: your own)", completes=Completion.SELF, json=(str,),
+                         typed=("dereg [NICK]", "go offline")),
+    "reg": CommandSpec("reg NICK", "come online again", works_offline=True, completes=Completion.SELF, json=(str,),
+                       typed=("reg [NICK]", "")),
+    "who": CommandSpec("who", "show everybody who is known", json=(bool,),
+                       typed=("who [all]", "show who is known (all: also those long away)")),
     "fingerprint": CommandSpec("fingerprint [NICK]", "show the digits of your key, or those to compare with NICK",
                                completes=Completion.PEERS, json=(bool, str)),
     "verify": CommandSpec("verify NICK", "note that you have compared the digits with NICK", completes=Completion.PEERS,
                           json=(str,)),
     "trust": CommandSpec("trust NICK", "accept that NICK has another key now", completes=Completion.PEERS, json=(str,)),
-    "help": CommandSpec("help", "show this", works_offline=True, json=(bool,)),
-    "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=(bool,)),
+    "help": CommandSpec("help", "show this", works_offline=True, json=(bool,),
+                        typed=("", "show this; ? does the same")),
+    "quit": CommandSpec("quit", "go offline and end", works_offline=True, json=(bool,),
+                        typed=("", "go offline and end; exit does the same")),
     "end": CommandSpec("end", works_offline=True, only_in_talk=True),
 }
 ABOUT_PEERS = frozenset(name for name, spec in COMMANDS.items() if spec.completes is Completion.PEERS)
@@ -125,6 +136,11 @@ class Handed:
         if not self._open:
             self._write(b'{"event": "end"}\n')
             self._end()
+
+
+def names_several(word: str) -> bool:
+    """Return whether a word is nicks with commas between them; with an empty one among them, it is none."""
+    return "," in word and all(word.split(","))
 
 
 class SendCommand:
@@ -303,11 +319,13 @@ class CommandReader:
 
     def _as_typed(self, line: str) -> str:
         """Return a line as one that would mean the same in a pipe."""
-        has_mark = line.startswith(COMMAND_MARK) and not line.startswith(2 * COMMAND_MARK)
+        text = line if self.talk else line.lstrip(" \t")
+        has_mark = text.startswith(COMMAND_MARK) and not text.startswith(2 * COMMAND_MARK)
         if isinstance(line, (LongLine, Block)) or (self.talk and not has_mark):
             return line
-        name, blank, rest = line.removeprefix(COMMAND_MARK if has_mark else "").partition(" ")
-        return f"{self.slash}{ALIASES.get(name, name)}{blank}{rest}"
+        command = text.removeprefix(COMMAND_MARK) if has_mark else text
+        name = command[:re.search(r"[ \t]|$", command).start()]     # type: ignore[union-attr]
+        return self.slash + ALIASES.get(name, name) + command[len(name):]
 
     def _meaning(self, line: str) -> Command:
         if self._is_typed:
@@ -431,6 +449,10 @@ class TextFormatter:
         form = EVENT_FORMATS[name]
         return clean(form.line.format(**fields)) + "\n" if form.is_failure and form.line else ""
 
+    def hides(self, name: str) -> bool:
+        """Return whether an event is not told."""
+        return name in self._hidden
+
     def _clock(self) -> str:
         return "" if self._wall is None else self._dim(show_time(int(self._wall()), self._stamp)) + " "
 
@@ -491,7 +513,8 @@ MOST_ROWS = 100           # lines as which one text is shown at a terminal; furt
 class ScreenFormatter(TextFormatter):
     """Events and messages for somebody at a terminal: a text has as many lines as its sender has typed.
 
-    Each of them begins with the sender's nick, so nobody can forge one. A new day is announced before its first line.
+    Each of them begins with the sender's nick, so none passes for a line of somebody else. (A line that is wider than
+    the terminal goes on in its next row: the terminal does that.) A new day is announced before its first line.
     """
 
     _lines = SCREEN_LINES
@@ -646,7 +669,7 @@ class Display:
 
         ``is_secure``: whether nobody but their sender and we could read them; None: nothing can be encrypted here.
         """
-        self.last_sender = received.sender
+        self.last_sender = self.last_sender if received.proof in DOUBTS else received.sender
         self.write(self.formatter.messages(received, via, is_secure).encode(), written)
 
     def show_log(self, data: bytes) -> int:
@@ -683,13 +706,14 @@ class Display:
 # --- who comes and goes ---------------------------------------------------------------------------------------
 
 VISIT_TIME = 2.0          # s; whoever is there, or away, for a shorter time is not announced to people
+RETURN_TIME = 20.0        # s after our own return in which others may be on their way: who is away then is told later
 NAMES_TOLD = 3            # in one line, at most
 
 
 class Presence:
     """Who comes and goes: told to people, a little later, and to programs, at once.
 
-    The others of the first whole table after a registration are no news.
+    The others of the first whole table are no news. If the server has restarted, all come back, but not all at once.
     """
 
     def __init__(self, loop: Loop, display: Display, is_online: Callable[[str], bool]) -> None:
@@ -697,12 +721,18 @@ class Presence:
         self._loop, self._display, self._is_online = loop, display, is_online
         self._told: set[str] | None = None      # who is online, as the user knows; None: nothing was told yet
         self._news: dict[str, float] = {}       # of whom something else is true, and from when on it is told
+        self._returned = -NEVER                 # when we had another session last, after one in which it was told
         self._timer = RestartableTimer(loop, self._tell_people)
 
     def begin(self, nicks: Iterable[str]) -> None:
         """Take those who are online as known: a session has begun, and its table is whole."""
         if self._told is None:
             self._told = set(nicks)
+
+    def on_session(self) -> None:
+        """Note that we have a session, perhaps after another one."""
+        if self._told is not None:
+            self._returned = self._loop.now()
 
     def end(self) -> None:
         """Tell nothing until another session has begun."""
@@ -716,12 +746,12 @@ class Presence:
             if self._told is None or (nick in self._told) is is_online:
                 self._news.pop(nick, None)
             elif self._display.asks:
-                self._news.setdefault(nick, self._loop.now() + VISIT_TIME)
+                due = self._loop.now() + VISIT_TIME
+                self._news.setdefault(nick, due if is_online else max(due, self._returned + RETURN_TIME))
             elif self._display.formatter.is_for_programs:
                 self._turn(nick)
                 self._display.tell("client-online" if is_online else "client-offline", nick=nick)
-        if self._news:
-            self._timer.set(next(iter(self._news.values())))
+        self._timer.set(min(self._news.values(), default=NEVER))
 
     def _turn(self, nick: str) -> bool:
         """Note that the user knows; return whether the nick is online now."""
@@ -741,7 +771,7 @@ class Presence:
         for event, nicks in (("client-offline", went), ("client-online", came)):
             if nicks:
                 self._display.tell(event if len(nicks) == 1 else event + "s", nick=_names(sorted(nicks)))
-        self._timer.set(next(iter(self._news.values()), NEVER))
+        self._timer.set(min(self._news.values(), default=NEVER))
 
 
 def _names(nicks: Sequence[str]) -> str:
@@ -1109,7 +1139,7 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
-            if command.send is not None and "," in command.send.nick:
+            if command.send is not None and names_several(command.send.nick):
                 self.waiting.extendleft(reversed(self._one_by_one(command.send)))
                 continue
             if self._asks_first(command):
@@ -1127,8 +1157,8 @@ class Shell:
 
     def _one_by_one(self, send: SendCommand) -> list[SendCommand]:
         """Return the same texts for each of several nicks; two spellings of one nick get them once."""
-        nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in send.nick.split(",") if nick)
-        return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks or (send.nick.strip(","),)]
+        nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in send.nick.split(","))
+        return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks]
 
     def _asks_first(self, command: Command) -> bool:
         """Ask the server about somebody whom a command names, if that is needed; return whether something was asked.
@@ -1136,12 +1166,17 @@ class Shell:
         Whoever is not in our table may be a newcomer. And of somebody who is, the key may not have been told.
         """
         about = command.words[1:] if command.words and command.words[0] in ABOUT_PEERS else ()
-        nick = command.send.nick if command.send is not None else " ".join(about)
-        known = self._client.spelling_of(nick) if nick and not self._client.is_offline else nick
-        self._checked = nick if known is None and nick != self._checked else ""
+        word = command.send.nick if command.send is not None else " ".join(about)
+        if not word or self._client.is_offline:
+            self._checked = ""
+            return False
+        nicks = word.split(",") if names_several(word) else [word]
+        known = [self._client.spelling_of(nick) for nick in nicks]
+        self._checked = word if None in known and word != self._checked else ""
         if self._checked:
             self._client.check_table()
-        return bool(self._checked) or bool(about and known and self._client.await_key(known))
+        return bool(self._checked) or bool(about) and any(
+            [nick is not None and self._client.await_key(nick) for nick in known])
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""
@@ -1179,7 +1214,7 @@ class Shell:
         """Do what a command says if it has the words that its usage asks for; tell the usage if not."""
         if self._is_typed and not words and COMMANDS[name].completes is Completion.SELF:
             words = (self._client.nick,)
-        usage = COMMANDS[name].usage_for(self._display)
+        usage, _ = COMMANDS[name].told_to(self._display)
         most = len(usage.split()) - 1
         is_complete = most - usage.count("[") <= len(words) <= most
         if name == "send" or not is_complete:       # a ``send`` that is complete is no word here
@@ -1211,7 +1246,8 @@ class Shell:
         return self._client.nick in (word, self._client.spelling_of(word))
 
     def _do_talk(self, word: str) -> None:
-        nicks = {name: self._client.spelling_of(name) for name in word.split(",")}
+        names = word.split(",") if names_several(word) else [word]
+        nicks = {name: self._client.spelling_of(name) for name in names}
         unknown = [name for name, nick in nicks.items() if nick is None]
         if unknown:
             self._note_failure()        # the lines that follow would go to nobody
@@ -1240,7 +1276,7 @@ class Shell:
     def _do_who(self, which: str = "") -> None:
         if which not in ("", "all"):
             self._note_failure()
-            self._display.tell("usage", usage=self._reader.slash + COMMANDS["who"].usage_for(self._display))
+            self._display.tell("usage", usage=self._reader.slash + COMMANDS["who"].told_to(self._display)[0])
             return
         rows = self._client.clients()
         known = len(rows)
@@ -1284,9 +1320,9 @@ class Shell:
         import textwrap     # here: few ask for help, and a start is measured
         prompt = self._display.prompt
         columns = max(prompt.tty.size()[0], 2 * HELP_INDENT) if prompt is not None else LINE_LIMIT
-        lines = [textwrap.fill(f"{spec.usage_for(self._display):{HELP_INDENT}}{spec.help}", columns,
-                               subsequent_indent=" " * HELP_INDENT)
-                 for spec in COMMANDS.values() if spec.help]
+        told = [spec.told_to(self._display) for spec in COMMANDS.values() if spec.help]
+        lines = [textwrap.fill(f"{self._reader.slash + usage:{HELP_INDENT}}{line}", columns,
+                               subsequent_indent=" " * HELP_INDENT) for usage, line in told]
         self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
 
     def hand_back_rest(self) -> None:
@@ -1294,7 +1330,9 @@ class Shell:
         while self.waiting:
             command = self._reader.next_command()
             if command.send is not None:
-                self._receipts.hand_back(command.send)
+                several = names_several(command.send.nick)
+                for send in self._one_by_one(command.send) if several else (command.send,):
+                    self._receipts.hand_back(send)
             elif command.words:
                 name, *words = command.words
                 if name == "talk" or (name == "end" and self._reader.talk):
@@ -1308,20 +1346,29 @@ class Shell:
         """Return where the word at the end of ``before`` begins, and what it may become, best first."""
         start = before.rfind(" ") + 1
         words, word = before[:start].split(), before[start:]
-        slash = self._reader.slash
-        if not before and not slash and self._display.last_sender:
-            return 0, [f"send {self._display.last_sender}"]
+        slash, me = self._reader.slash, self._client.nick
+        if not before and self._display.last_sender:
+            return 0, [f"{slash}send {self._display.last_sender}"]
         if not words:
-            names = sorted(COMMANDS, key=lambda name: (name != "send", name))
-            found = [slash + name for name in names if slash or not COMMANDS[name].only_in_talk]
-            return start, [name for name in found if slash + word and name.startswith(word)]
-        spec = COMMANDS.get(words[0][len(slash):]) if words[0].startswith(slash) else None
+            return start, command_names(word, slash)
+        name = words[0].removeprefix(COMMAND_MARK)
+        spec = COMMANDS.get(ALIASES.get(name, name)) if words[0].startswith(slash) else None
         if len(words) > 1 or spec is None or spec.completes is None:
             return start, []
-        nicks = [self._client.nick]
-        if spec.completes is Completion.PEERS:
-            return start, [nick for nick in self._client.nicks_like(word, COMPLETIONS) if nick != self._client.nick]
-        return start, [nick for nick in nicks if nick.startswith(word) or folded(nick).startswith(folded(word))]
+        if spec.completes is Completion.SELF:
+            return start, [me] if me.startswith(word) or folded(me).startswith(folded(word)) else []
+        before_it = word[:word.rfind(",") + 1]
+        taken = {me, *before_it.split(",")}
+        found = self._client.nicks_like(word[len(before_it):], COMPLETIONS)
+        return start + len(before_it), [nick for nick in found if nick not in taken]
+
+
+def command_names(word: str, slash: str) -> list[str]:
+    """Return the commands that begin like a word; ``slash``: what they must begin with."""
+    mark = COMMAND_MARK if word.startswith(COMMAND_MARK) else slash
+    names = [name for name in COMMANDS if slash or not COMMANDS[name].only_in_talk]
+    found = [mark + name for name in sorted(names, key=lambda name: (name != "send", name))]
+    return [name for name in found if mark + word and name.startswith(word)]
 
 
 # --- the console ----------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def manual() -> str:
         text += "".join(described(action) for action in parser.arguments if not action.option_strings)
         text += "".join(map(described, options_of(parser)))
     text += COMMAND_HEAD
-    text += "".join(f".TP\n.B {roff(spec.usage + spec.option)}\n{roff(spec.help)}\n"
+    text += "".join(f".TP\n.B {roff(spec.typed[0] or spec.usage)}\n{roff(spec.typed[1] or spec.help)}\n"
                     for spec in COMMANDS.values() if spec.help)
     return text + AFTER
 

@@ -526,6 +526,60 @@ def test_enter_submits_each_line_of_a_paste(editor: Editor) -> None:
     assert editor.text == "who"
 
 
+# --- looking for a line ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def searching(editor: Editor) -> Editor:
+    """An editor that has three lines in its history, a text, and a search."""
+    for line in ("send bob Grüße", "who", "send carol hello"):
+        editor.feed(line.encode() + b"\r")
+    editor.feed(b"draft\x12")
+    return editor
+
+
+def state(editor: Editor) -> tuple[bool, str]:
+    """Return whether somebody is looking for a line, and the text."""
+    return editor.search is not None, editor.text
+
+
+def test_a_search_finds_in_any_case_and_a_paste_is_looked_for_too(searching: Editor) -> None:
+    searching.feed("GRÜ".encode())
+    assert searching.text == "send bob Grüße" and searching.cursor == len("send bob ")
+    searching.feed(b"\x07\x12" + pasted("CAROL"))
+    assert searching.text == "send carol hello" and searching.cursor == len("send ")
+
+
+@pytest.mark.parametrize("key", [b"\r", b"\x1b[F", b"\x1b[A"])
+def test_what_is_in_no_line_is_shown_as_such_and_nothing_is_done_with_another(searching: Editor, key: bytes) -> None:
+    assert [action.kind for action in searching.feed(b"helloo")] == [ActionKind.BELL]
+    assert searching.search is not None and searching.search.prompt == "no line has 'helloo': "
+    assert [action.kind for action in searching.feed(key)] == [ActionKind.BELL]
+    assert state(searching) == (False, "draft")
+
+
+def test_backspace_takes_back_whole_characters_until_the_text_of_before_is_there(searching: Editor) -> None:
+    searching.feed("hello".encode() + "e\u0301".encode())
+    searching.feed(b"\x7f")
+    assert searching.search is not None and searching.search.wanted == "hello" and not searching.search.has_failed
+    searching.feed(b"\x7f" * 5)
+    assert (searching.search.wanted, searching.text) == ("", "draft")
+
+
+@pytest.mark.parametrize("key", [b"\x07", b"\x03", b"\x04"])
+def test_a_search_that_is_given_up_leaves_what_was_there(searching: Editor, key: bytes) -> None:
+    searching.feed(b"hello")
+    assert searching.feed(key) == [] and state(searching) == (False, "draft")
+
+
+def test_from_a_line_that_was_found_one_browses_on(searching: Editor) -> None:
+    searching.feed(b"who\x1b[A")
+    assert searching.text == "send bob Grüße"
+    searching.feed(b"\x1b[B" * 3)
+    assert searching.text == "draft"
+
+
+# --- line ends ------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("key", [b"\x1b\r", b"\x1b\n", b"\x1b[13;3u", b"\x1b[27;3;13~"])
 def test_alt_enter_writes_a_line_end_that_parts_no_lines(editor: Editor, key: bytes) -> None:
     editor.feed(b"send bob one" + key + b"twoo\x7f")

@@ -266,13 +266,15 @@ def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
     alice.shows(UPDATED, f">>> {CURSOR}")   # a terminal that echoes by itself would mix what is typed with the prompt
     alice.type("help\r")
     alice.shows("send NICK MESSAGE   send MESSAGE (the rest of",
-                "                    the line) to NICK",
-                "talk NICK           send every line to NICK from",
-                "                    now on; commands then begin",
-                "                    with /; /end ends it",
-                "dereg NICK          go offline (NICK: your own)",
-                "reg NICK            come online again",
-                "who [all]           show everybody who is known",
+                "                    the line) to NICK or",
+                "                    NICK,NICK; msg does the same",
+                "talk NICK           send every line to NICK or",
+                "                    NICK,NICK; commands then",
+                "                    begin with /; /end ends it",
+                "dereg [NICK]        go offline",
+                "reg [NICK]          come online again",
+                "who [all]           show who is known (all: also",
+                "                    those long away)",
                 "fingerprint [NICK]  show the digits of your key,",
                 "                    or those to compare with",
                 "                    NICK",
@@ -280,8 +282,9 @@ def test_the_help_is_wrapped_at_words_for_the_width_that_there_is(
                 "                    the digits with NICK",
                 "trust NICK          accept that NICK has another",
                 "                    key now",
-                "help                show this",
-                "quit                go offline and end",
+                "help                show this; ? does the same",
+                "quit                go offline and end; exit",
+                "                    does the same",
                 f">>> {CURSOR}")
 
 
@@ -625,8 +628,10 @@ def test_tab_completes_commands_and_nicks_and_those_online_first(chat: Chat, ope
     alice.shows(f">>> send bob {CURSOR}")
     alice.type("hello\r")
     bob.see("alice: hello")
-    alice.type("dereg \t")
-    alice.shows(f">>> dereg alice {CURSOR}")
+    for typed, completed in (("/msg bo", "/msg bob"), ("send bob,be", "send bob,bea"), ("/wh", "/who"),
+                             ("talk bea,", "talk bea,bob"), ("dereg ", "dereg alice")):
+        alice.type(KILL_START + typed + "\t")
+        alice.shows(f">>> {completed} {CURSOR}")
     alice.type(KILL_START + "x\t")
     alice.chat.until(lambda: alice.picture[-1] == f">>> x{CURSOR}" and alice.glass.bells == 1, "a bell")
 
@@ -1239,7 +1244,7 @@ def test_other_names_of_commands_and_a_slash_before_them_mean_what_people_expect
     alice.shows(">>> /msg bob  two blanks", received("bob"), f">>> {CURSOR}")
     bob.see("alice:  two blanks")
     alice.type("?\r")
-    alice.shows_row("quit +go offline and end")
+    alice.shows_row("quit +go offline and end; exit does the same")
     alice.type("/dereg\r")
     alice.shows(OFFLINE, f">>> {CURSOR}")
     alice.type("reg\r")
@@ -1252,6 +1257,27 @@ def test_other_names_of_commands_and_a_slash_before_them_mean_what_people_expect
     alice.ends()
 
 
+def test_what_is_pasted_behind_msg_goes_to_that_nick_and_is_no_command(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN)
+    alice.type("  msg bob \x1b[200~one\rwho\rquit\x1b[201~\r")
+    for text in ("one", "who", "quit"):
+        bob.see(f"alice: {text}")
+    alice.shows(received("bob"), received("bob"), f">>> {CURSOR}")
+
+
+def test_a_command_may_have_blanks_and_a_slash_before_it_whatever_it_is_called(chat: Chat, open_window: Open) -> None:
+    bob = chat.client("bob")
+    alice = open_window(*PLAIN)
+    alice.type(" /msg bob hello\r")
+    bob.see("alice: hello")
+    alice.type("send bob, carol hello\r")       # nobody is called so: nothing goes to bob
+    alice.shows_row(re.escape("[Unknown client bob,.]"))
+    alice.type("  /exit\r")
+    assert alice.process.wait() == 1, "one message was for nobody"
+    assert [line for line in bob.lines if "alice" in line] == ["alice: hello"]
+
+
 def test_control_r_finds_what_was_typed_before(chat: Chat, open_window: Open) -> None:
     alice = open_window(*PLAIN)
     for line in ("first one", "second one", "third"):
@@ -1262,9 +1288,11 @@ def test_control_r_finds_what_was_typed_before(chat: Chat, open_window: Open) ->
     alice.type("\x12")
     alice.shows(f"search 'on': /first {CURSOR}one")
     alice.type("\x12x")
-    alice.shows(f"search 'on': /first {CURSOR}one")
-    alice.type(BACKSPACE * 2 + "third")
-    alice.shows(f"search 'third': /{CURSOR}third")
+    alice.shows(f"no line has 'onx': /first {CURSOR}one")
+    alice.type(BACKSPACE * 3)
+    alice.shows(f"search '': draft{CURSOR}")
+    alice.type("THIRD")
+    alice.shows(f"search 'THIRD': /{CURSOR}third")
     alice.type("\x07")
     alice.shows(f">>> draft{CURSOR}")
     alice.type("\x12second" + END + "!\r")
