@@ -668,7 +668,7 @@ class Guest:
         except OSError:
             data = b""
         if not data:
-            self.close()        # what is not a whole line was never said
+            self.close()        # what is not a whole line was never said; and nobody waits for an answer any more
         elif not self._has_line:
             line, end, _ = (self._line + data).partition(b"\n")
             self._line = line
@@ -714,7 +714,7 @@ class Guest:
 class LocalSocket:
     """A UNIX socket at which other programs of the same user, and nobody else, can say a line.
 
-    One that is left by a process that has died is replaced. Where there can be none (the path is too long, the file
+    Whatever has its name is replaced: mostly it was left by a process that has died. Where there can be none (the path is too long, the file
     system has no sockets), there is none.
     """
 
@@ -728,7 +728,7 @@ class LocalSocket:
         self._guests: dict[Guest, None] = {}
 
     def open(self, path: str) -> None:
-        """Listen at ``path`` ("": nowhere), unless this listens already."""
+        """Listen at ``path`` ("": nowhere), unless this listens already, wherever that is."""
         if self._sock is not None or not path:
             return
         draft = f"{path}.{os.urandom(2).hex()}"     # as short as that: all of it must fit into a sockaddr_un
@@ -786,7 +786,7 @@ GREETING = b"ready\n"          # a program that reads it may say a line; without
 def visit(paths: Sequence[str], seconds: float) -> socket.socket | None:
     """Return a connection to the first ``LocalSocket`` at one of ``paths`` that is willing; None: there is none.
 
-    ``seconds``: for which a process that may be stopped is waited for.
+    ``seconds``: for which each step is waited for: a process may be stopped.
     """
     for path in paths:
         if not os.path.exists(path):

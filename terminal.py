@@ -118,7 +118,7 @@ class Handed:
         self._write, self._end, self._open = write, end, recipients
         self._served: dict[str, SendCommand] = {}
 
-    def is_for(self, nick: str, send: SendCommand) -> bool:
+    def is_first_for(self, nick: str, send: SendCommand) -> bool:
         """Return whether ``nick`` gets it by ``send``, and not by another one under another spelling."""
         is_first = self._served.setdefault(nick, send) is send
         if not is_first:
@@ -1192,7 +1192,7 @@ class Shell:
             self._receipts.tell_unknown(send)
             return True
         send.nick = nick
-        if isinstance(send.ref, Handed) and not send.ref.is_for(nick, send):
+        if isinstance(send.ref, Handed) and not send.ref.is_first_for(nick, send):
             return True
         is_done = self._queue(send)
         if send.texts:
