@@ -714,8 +714,8 @@ class Guest:
 class LocalSocket:
     """A UNIX socket at which other programs of the same user, and nobody else, can say a line.
 
-    Whatever has its name is replaced: mostly it was left by a process that has died. Where there can be none (the path is too long, the file
-    system has no sockets), there is none.
+    Whatever has its name is replaced: mostly it was left by a process that has died. Where there can be none (the path
+    is too long, the file system has no sockets), there is none.
     """
 
     def __init__(self, loop: SelectorLoop, limit: int, is_willing: Callable[[], bool],
