@@ -313,7 +313,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY_OR_NONE, boolean)),
-              "untold": boolean, "seen": rows(row(integer(0, MAX_ITEMS - 1), COUNT))},
+              "untold": boolean, "at": rows(COUNT, 2 * MAX_ITEMS)},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
     "sync": {"early": boolean},
@@ -404,13 +404,13 @@ def addressed(session: bytes, *maps: bytes) -> bytes:
 
 
 def table_map(since: int, version: int, entries: list[list[object]], keys: Sequence[list[object]] = (),
-              is_untold: bool = False, seen: Sequence[list[int]] = ()) -> bytes:
+              is_untold: bool = False, seen: Sequence[int] = ()) -> bytes:
     """Return a ``table``: the entries that changed in (since, version]; for the others, see ``Page``."""
     info: Info = {"version": version, "set": entries}
     if keys:
         info["keys"] = keys
     if seen:
-        info["seen"] = seen
+        info["at"] = seen
     if is_untold:
         info["untold"] = True
     return encode("table", info if since == version - 1 else {"since": since, **info})
@@ -664,7 +664,6 @@ class Spellings:
 
 EntryRow = list[Any]        # one entry of the table as it travels: [nick, host, port, state]
 KeyRow = list[Any]          # its key: [position of the entry, key, whether the nick is bound to it]
-SeenRow = list[int]         # when it was last seen: [position of the entry, s since 1970]
 
 
 class State(str, Enum):
@@ -706,7 +705,7 @@ class Page(NamedTuple):
     """Every entry that changed in (since, version]; ``keys``: a ``KeyRow`` for each of those that have a key.
 
     ``is_untold``: the server says their keys when it is asked; ``keys`` has a row for each of those that have none.
-    ``seen``: a ``SeenRow`` for each of those that are offline, if the server knows when that began.
+    ``seen``: when those that are offline were last seen, if the server knows it: position, s since 1970, position, ...
     """
 
     since: int
@@ -714,14 +713,14 @@ class Page(NamedTuple):
     rows: list[EntryRow]
     keys: Sequence[KeyRow] = ()
     is_untold: bool = False
-    seen: Sequence[SeenRow] = ()
+    seen: Sequence[int] = ()
 
 
 UNTOLD = b"?"             # in an ``Entry``, in place of a key: there is one, and the server says which if it is asked
 
 ROW_OVERHEAD = 20         # bytes of one entry on the wire beside its nick and its host ...
 KEY_OVERHEAD = 39         # ... and of its key ...
-SEEN_OVERHEAD = 9         # ... and of the time at which it was seen
+SEEN_OVERHEAD = 8         # ... and of the time at which it was seen
 MAX_ENTRIES = 1_000_000   # of a mirror, whatever its server says; what is beyond is left out
 MAX_TOMBSTONES = 100_000  # forgotten nicks that a table still names; the oldest go first
 
@@ -830,7 +829,7 @@ class Table:
         start, used, last = since, 0, since
         rows: list[EntryRow] = []
         keys: list[KeyRow] = []
-        seen: list[SeenRow] = []
+        seen: list[int] = []
         for index in range(bisect_right(self._log, since, key=lambda entry: entry.version), len(self._log)):
             entry = self._log[index]
             if not self._is_current(entry):
@@ -848,7 +847,7 @@ class Table:
             if has_key_row:
                 keys.append([len(rows), entry.key, entry.is_bound])
             if seen_at:
-                seen.append([len(rows), seen_at])
+                seen += len(rows), seen_at
             rows.append(entry.row())
             used += cost
             last = entry.version
@@ -865,7 +864,7 @@ class Table:
         self.version = page.version
         keys = {position: (key, is_bound) for position, key, is_bound in page.keys}
         others = (UNTOLD, False) if page.is_untold else (b"", False)
-        times = {position: at for position, at in page.seen}
+        times = dict(zip(page.seen[::2], page.seen[1::2]))
         for position, (nick, host, port, name) in enumerate(page.rows):
             entry = Entry(nick, host, port, STATES[name], page.version, *keys.get(position, others),
                           times.get(position, 0))

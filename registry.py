@@ -249,7 +249,7 @@ class TableSync(Mirror):
             return
         since, version = since_of(info), info["version"]
         changed = self.apply(Page(since, version, info["set"], info.get("keys", ()), info.get("untold", False),
-                                  info.get("seen", ())))
+                                  info.get("at", ())))
         if changed is None:
             self.ask_soon()
             return

@@ -72,7 +72,8 @@ def desk_at(path: Path, wall: float, nick_lapse: float = 90.0) -> Desk:
 
 def last_seen(reg: Registry) -> dict[str, int]:
     """Return what the table says of when those who are offline were last seen."""
-    return {page.rows[position][0]: at for page in reg.table.pages(0, 40) for position, at in page.seen}
+    return {page.rows[position][0]: at for page in reg.table.pages(0, 40)
+            for position, at in zip(page.seen[::2], page.seen[1::2])}
 
 
 def test_when_somebody_was_last_seen_is_known_over_all_runs_of_a_server(path: Path) -> None:

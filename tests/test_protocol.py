@@ -33,7 +33,7 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
                 "lasting": False},
     "for": {"session": SESSION[:PROOF_BYTES]},
     "table": {"since": 3, "version": 9, "set": [ENTRY, ["eve", "2001:db8::1", 0, "gone"]], "keys": [[0, TOKEN, True]],
-              "untold": False, "seen": [[0, 1790000000]]},
+              "untold": False, "at": [0, 1790000000]},
     "packed": {"data": zlib.compress(b"")},
     "sync": {"session": SESSION, "version": 9, "early": True},
     "want": {"session": SESSION, "nick": "bob"},

@@ -106,12 +106,12 @@ def test_the_page_knows_every_field_and_whether_it_is_required() -> None:
 SAMPLES: dict[str, Any] = {     # a valid value of each type that has no bounds
     "bool": True, "float": 1795333447.25, "host": "192.0.2.1", "state": "online", "range": [3, 4],
     "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002], "keyed": [0, bytes(32), True],
-    "visit": [0, 1790000000], "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
+    "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
 WRONG: dict[str, list[Any]] = {     # msgpack type -> values that are invalid wherever another type belongs
     "int": [1, 2 ** 62], "float": [1.5], "bool": [True, False], "str": ["bob"], "bin": [b"bob", bytes(16)],
     "nil": [None], "list": [[], [1], ["bob"]], "map": [{}]}
 KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "address": "list", "keyed": "list",
-           "visit": "list", "run": "list"}
+           "run": "list"}
 FORMS = {"host": "fe80::1%"}    # how a string must begin
 BOUND_TO_OTHERS = {("range", "first"), ("range", "last"), ("run", "n"), ("run", "more")}    # not only by their types
 FEW = 3     # elements of a list, where any number will do
