@@ -536,6 +536,14 @@ class ScreenFormatter(TextFormatter):
         """Return what has happened; an empty string where that is not told."""
         return self._with_day(super().event(name, **fields))
 
+    def note(self, line: str) -> str:
+        """Return a line that is no event."""
+        return self._with_day(super().note(line))
+
+    def clients(self, entries: Sequence[ClientRow], verified: Sequence[str] = ()) -> str:
+        """Return the known clients as aligned lines; ``verified``: whose keys are."""
+        return self._with_day(super().clients(entries, verified))
+
     def messages(self, received: Delivery, via: str, is_secure: bool | None = None) -> str:
         """Return what somebody has sent."""
         if received.proof in DOUBTS or "\n" not in "".join(received.texts):

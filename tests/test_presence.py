@@ -1,11 +1,14 @@
-"""Who comes and goes, as people and programs are told: on arguments."""
+"""Who comes and goes, and which day it is, as people and programs are told: on arguments."""
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from terminal import RETURN_TIME, VISIT_TIME, Presence
+from conversation import Delivery
+from terminal import RETURN_TIME, VISIT_TIME, Presence, ScreenFormatter
 from tests.test_strangers import DeskLoop
 
 
@@ -88,3 +91,22 @@ def test_nothing_is_told_between_two_stays() -> None:
     room.presence.end()
     room.turn("bob", "carol")
     assert room.wait(60) == []
+
+
+# --- days -----------------------------------------------------------------------------------------------------
+
+HELLO = Delivery("bob", ["hello"], [], lambda texts: None, 1, 1)
+MIDNIGHT = time.mktime((2026, 11, 28, 0, 0, 0, 0, 0, -1))
+
+
+@pytest.mark.parametrize("line", [lambda lines: lines.event("registered", nick="bob"),
+                                  lambda lines: lines.note("[To say something: ...]"),
+                                  lambda lines: lines.clients([("bob", "192.0.2.1:1", "online", 0)]),
+                                  lambda lines: lines.messages(HELLO, "direct")])
+def test_the_first_line_of_a_new_day_comes_behind_its_date_whatever_it_is(line: Callable[[ScreenFormatter], str]
+                                                                          ) -> None:
+    clock = [MIDNIGHT - 1]
+    lines = ScreenFormatter(wall=lambda: clock[0])
+    assert "---" not in line(lines)
+    clock[0] = MIDNIGHT
+    assert line(lines).startswith("--- 2026-11-28 ---\n") and "---" not in line(lines)
