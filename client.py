@@ -595,7 +595,7 @@ class PeerLinks:
             self.meetings.forget(nick)
             if self._peers is not None:
                 self._peers.on_news(nick)
-        held = [one for one in self._held if self._loop.now() < one[0]] if self._held else []
+        held = [one for one in self._held if self._loop.now() < one[0]]
         self._held = []
         for until, tag, info, address in held:
             if tag == "chat" and self._is_at(info["from"], address):

@@ -1093,10 +1093,8 @@ def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
 
 def mail_runs(letters: Sequence[StoredLetter]) -> list[list[object]]:
     """Return letters as items of a ``mail``."""
-    starts = _starts_of_runs(letters, are_timed=True)
     runs: list[list[object]] = []
-    for start, end in zip(starts, [*starts[1:], len(letters)]):
-        run = letters[start:end]
+    for run in runs_of_one_stream(letters, are_timed=True):
         sender, stream, first, at, _, _, seal = run[0]
         runs.append([sender, stream, first, at, [letter[4] for letter in run],
                      [letter[2] for letter in run if letter[5]], *seal])
@@ -1113,12 +1111,12 @@ def mail_sizes(letters: Sequence[StoredLetter]) -> list[int]:
     return sizes
 
 
-def runs_of_one_stream(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def runs_of_one_stream(letters: Sequence[Any], are_timed: bool = False) -> Iterator[Sequence[Any]]:
     """Yield the letters in groups that belong to one stream, have consecutive numbers in it, and end alike.
 
-    The last element of a letter is its proof, or its seal.
+    The last element of a letter is its proof, or its seal. ``are_timed``: those of a group were sent together, too.
     """
-    starts = _starts_of_runs(letters)
+    starts = _starts_of_runs(letters, are_timed)
     if len(starts) == 1:
         yield letters
     else:
@@ -1126,8 +1124,8 @@ def runs_of_one_stream(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
             yield letters[start:end]
 
 
-def _starts_of_runs(letters: Sequence[Any], are_timed: bool = False) -> list[int]:
-    """Return where each group begins, see ``runs_of_one_stream``; ``are_timed``: those of one were sent together."""
+def _starts_of_runs(letters: Sequence[Any], are_timed: bool) -> list[int]:
+    """Return where each group begins, see ``runs_of_one_stream``."""
     starts: list[int] = []
     sender, stream, number, at, end = "", -1, 0, 0.0, None
     for index, letter in enumerate(letters):

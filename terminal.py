@@ -138,9 +138,10 @@ class Handed:
             self._end()
 
 
-def names_several(word: str) -> bool:
-    """Return whether a word is nicks with commas between them; with an empty one among them, it is none."""
-    return "," in word and all(word.split(","))
+def nicks_in(word: str) -> list[str]:
+    """Return the nicks in a word, which have commas between them; with an empty one among them, all of it is one."""
+    nicks = word.split(",")
+    return nicks if all(nicks) else [word]
 
 
 class SendCommand:
@@ -1147,7 +1148,7 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
-            if command.send is not None and names_several(command.send.nick):
+            if command.send is not None and len(nicks_in(command.send.nick)) > 1:
                 self.waiting.extendleft(reversed(self._one_by_one(command.send)))
                 continue
             if self._asks_first(command):
@@ -1165,7 +1166,7 @@ class Shell:
 
     def _one_by_one(self, send: SendCommand) -> list[SendCommand]:
         """Return the same texts for each of several nicks; two spellings of one nick get them once."""
-        nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in send.nick.split(","))
+        nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in nicks_in(send.nick))
         return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks]
 
     def _asks_first(self, command: Command) -> bool:
@@ -1178,8 +1179,7 @@ class Shell:
         if not word or self._client.is_offline:
             self._checked = ""
             return False
-        nicks = word.split(",") if names_several(word) else [word]
-        known = [self._client.spelling_of(nick) for nick in nicks]
+        known = [self._client.spelling_of(nick) for nick in nicks_in(word)]
         self._checked = word if None in known and word != self._checked else ""
         if self._checked:
             self._client.check_table()
@@ -1226,10 +1226,14 @@ class Shell:
         most = len(usage.split()) - 1
         is_complete = most - usage.count("[") <= len(words) <= most
         if name == "send" or not is_complete:       # a ``send`` that is complete is no word here
-            self._note_failure()
-            self._display.tell("usage", usage=self._reader.slash + usage)
+            self._tell_usage(name)
         else:
             self._methods[name](*words)
+
+    def _tell_usage(self, name: str) -> None:
+        """Tell how a command is given."""
+        self._note_failure()
+        self._display.tell("usage", usage=self._reader.slash + COMMANDS[name].told_to(self._display)[0])
 
     def _hint(self, word: str) -> None:
         """Tell somebody at a terminal what may have been meant."""
@@ -1254,8 +1258,7 @@ class Shell:
         return self._client.nick in (word, self._client.spelling_of(word))
 
     def _do_talk(self, word: str) -> None:
-        names = word.split(",") if names_several(word) else [word]
-        nicks = {name: self._client.spelling_of(name) for name in names}
+        nicks = {name: self._client.spelling_of(name) for name in nicks_in(word)}
         unknown = [name for name, nick in nicks.items() if nick is None]
         if unknown:
             self._note_failure()        # the lines that follow would go to nobody
@@ -1283,8 +1286,7 @@ class Shell:
 
     def _do_who(self, which: str = "") -> None:
         if which not in ("", "all"):
-            self._note_failure()
-            self._display.tell("usage", usage=self._reader.slash + COMMANDS["who"].told_to(self._display)[0])
+            self._tell_usage("who")
             return
         rows = self._client.clients()
         known = len(rows)
@@ -1338,7 +1340,7 @@ class Shell:
         while self.waiting:
             command = self._reader.next_command()
             if command.send is not None:
-                several = names_several(command.send.nick)
+                several = len(nicks_in(command.send.nick)) > 1
                 for send in self._one_by_one(command.send) if several else (command.send,):
                     self._receipts.hand_back(send)
             elif command.words:

@@ -52,6 +52,14 @@ def keep(box: Mailbox, nick: str, now: float, stream: int = STREAM, sender: str 
     assert box.commit(now)
 
 
+def update(path: Path, change: str) -> None:
+    """Change what lies in a store that nobody has open."""
+    db = sqlite3.connect(path)
+    db.execute(f"UPDATE {change}")
+    db.commit()
+    db.close()
+
+
 def visit(reg: Registry, nick: str, now: float, token: bytes | None = None) -> None:
     """Come with a nick, and leave."""
     number = int(now * 1000) + len(nick)
@@ -110,10 +118,7 @@ def test_times_that_are_damaged_on_the_disk_are_shown_to_nobody(path: Path, dama
     visit(reg, "bob", 1.0)
     assert last_seen(reg) == {"bob": NOW + 1}
     reg.mailbox.close()
-    db = sqlite3.connect(path)
-    db.execute(f"UPDATE {damage}")
-    db.commit()
-    db.close()
+    update(path, damage)
     reg = Registry(Mailbox(str(path), SERVER))
     assert not last_seen(reg)
     reg.mailbox.close()
@@ -229,10 +234,7 @@ def test_one_time_that_is_damaged_on_the_disk_does_not_make_everybody_long_offli
         visit(reg, nick, 1.0)
     keep(reg.mailbox, "bob", 2.0)
     reg.mailbox.close()
-    db = sqlite3.connect(path)
-    db.execute(f"UPDATE {row}")
-    db.commit()
-    db.close()
+    update(path, row)
     reg = Registry(Mailbox(str(path), SERVER))
     assert reg.lapse(0.0, 90.0) == [] and reg.mailbox.uptime(0.0) <= 2.0
     reg.mailbox.close()
