@@ -50,11 +50,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
 
-from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Info, Opened, Outgoing,
-                      Place, are_neighbours, are_short, encode, folded, is_private, join_pieces, letters_of,
-                      opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
+from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Any, Info, NamedTuple,
+                      Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded, is_private,
+                      join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
 from stream import (INITIAL_TIMEOUT, MAX_CLAIMED_RANGES, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames,
                     Incoming, Ranges, Reach, ReceiveStream, Run, SendStream, Snapshot)
 

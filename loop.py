@@ -42,9 +42,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Protocol
 
 from home import DEBUG, ERROR, INFO, WARNING, LineFile, text_line
+from protocol import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import subprocess

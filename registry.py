@@ -34,15 +34,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Sequence
 from enum import Enum
 from itertools import takewhile
-from typing import Protocol
 
 from home import Known, Mailbox
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info,
-                      Mirror, Page, Parcel, Place, State, StoredLetter, Table, addressed, encode, folded,
+                      Mirror, Page, Parcel, Place, Protocol, State, StoredLetter, Table, addressed, encode, folded,
                       hello_prologue, mixes_scripts, network_of, since_of, size_of)
-from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, is_bind_proof, is_hash_of,
-                    read_map)
+from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
+                    is_bind_proof, is_hash_of, read_map)
 
 
 # --- copies of the table --------------------------------------------------------------------------------------
@@ -377,13 +376,12 @@ class Cookies:
 
     def make(self, now: float, address: Address, age: int = 0) -> bytes:
         """Return the cookie for ``address`` of this time slot, or of that ``age`` slots ago."""
-        import hmac     # here: only registrations need it, and a start is measured
         text = f"{address} {int(now / COOKIE_TIME) - age}"
-        return hmac.digest(self.secret, text.encode(), "sha256")[:SESSION_BYTES]
+        return hmac_sha256(self.secret, text.encode())[:SESSION_BYTES]
 
     def accepts(self, cookie: bytes | None, now: float, address: Address) -> bool:
         """Return whether ``cookie`` was made for ``address``, and not too long ago."""
-        import hmac
+        import hmac     # here: only registrations need it, and a start is measured
         return cookie is not None and any(hmac.compare_digest(cookie, self.make(now, address, age)) for age in (0, 1))
 
 

@@ -32,14 +32,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from itertools import repeat
-from typing import Any
 
-from home import KnownKeys, Pin, fingerprint
+from home import KnownKeys, Pin, fingerprint, sha256
 from loop import NEVER, Endpoint, log
 from stream import NOT_YET, Frames
 from protocol import (BROKEN, CONTINUES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES,
                       NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address,
-                      Decoder, Info, Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private,
+                      Any, Decoder, Info, Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private,
                       letter_prologue, offer_prologue, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
@@ -746,16 +745,13 @@ def public_sodium() -> Sodium:
                   lambda key, nonce, data, sealed: attempt(decrypt, sealed, data, nonce, key))
 
 
+INNER_PAD, OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5c))     # of HMAC (RFC 2104 §2)
+
+
 def hmac_sha256(key: bytes, data: bytes) -> bytes:
     """Return the HMAC-SHA256 (RFC 2104) of ``data``."""
-    import hmac     # here: only registrations need it, and a start is measured
-    return hmac.digest(key, data, "sha256")
-
-
-def sha256(data: bytes) -> bytes:
-    """Return the SHA-256 of ``data``."""
-    import hashlib
-    return hashlib.sha256(data).digest()
+    block = (key if len(key) <= 64 else sha256(key)).ljust(64, b"\0")
+    return sha256(block.translate(OUTER_PAD) + sha256(block.translate(INNER_PAD) + data))
 
 
 def name_of_key(key: bytes) -> bytes:

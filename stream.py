@@ -51,11 +51,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
 
 from protocol import (ARRAY_GROWTH, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, LETTER_EXTRA, MAX_DATAGRAM,
                       MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
-                      SESSION_SIZE, TIME_SIZE, Address, Info, encode, padded, text_sizes)
+                      SESSION_SIZE, TIME_SIZE, Address, Any, Info, NamedTuple, Protocol, encode, padded, text_sizes)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ import stat
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
@@ -50,8 +49,9 @@ from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages,
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
                   LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket,
                   in_turns, is_link_local, log, read_some, show_address, unmapped, visit)
-from protocol import MAX_ENTRIES, clean, folded
+from protocol import MAX_ENTRIES, TYPE_CHECKING, Any, clean, folded
 if TYPE_CHECKING:
+    from typing import NoReturn
     from conversation import Selection
     from editor import Prompt, Style
     from home import Mailbox
@@ -183,14 +183,18 @@ def nicks_argument(text: str) -> list[str]:
 
 
 def build_parser(mode: str = "") -> tuple[Parser, Parser]:
-    """Return the parser of the command line, and that of ``mode``: only its arguments are there, to start sooner."""
+    """Return the parser of the command line, and that of ``mode``. Of other modes it knows nothing, to start sooner.
+
+    Without a mode, or with what is none, it knows all of them by name.
+    """
     parser = Parser(prog="udpchat", description="A chat over bare UDP that a shell script can trust.",
                     epilog="Short forms: -s PORT for server, -c NICK SERVER-HOST SERVER-PORT CLIENT-PORT for client."
                     " udpchat MODE --help says more of each mode.")
     parser.add_argument("-V", "--version", action="version", version=f"udpchat {VERSION}")
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser, required=True, prog="udpchat")
     of_mode = parser
-    for name, (purpose, add_options) in MODES.items():
+    for name in [mode] if mode in MODES else MODES:
+        purpose, add_options = MODES[name]
         options = modes.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
         if name == mode:
             of_mode = options

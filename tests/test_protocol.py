@@ -4,7 +4,7 @@ from __future__ import annotations
 import ipaddress
 import tracemalloc
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import pytest
@@ -476,3 +476,32 @@ def test_an_address_is_private_if_it_means_something_in_its_own_network_only(hos
     ("fd00::1", "fd00:0:0:1::1", False), ("fd00::1", "10.0.0.1", False), ("10.0.0.1", "fd00::1", False)])
 def test_two_addresses_are_neighbours_in_the_same_24_or_64(host: str, other: str, near: bool) -> None:
     assert protocol.are_neighbours(host, other) == near
+
+
+class Point(protocol.NamedTuple):
+    """Where something is."""
+
+    x: int
+    y: int = 7
+
+    def far(self) -> int:
+        """Return how far it is."""
+        return self.x + self.y
+
+
+class SamePoint(NamedTuple):
+    """Where something is."""
+
+    x: int
+    y: int = 7
+
+
+def test_our_named_tuple_is_as_that_of_typing() -> None:
+    """It is our own because typing is slow to load."""
+    ours, theirs = Point(1), SamePoint(1)
+    assert [ours, ours._fields, ours._asdict(), ours._replace(y=2), "Same" + repr(ours)] == [
+        theirs, theirs._fields, theirs._asdict(), theirs._replace(y=2), repr(theirs)]
+    assert (ours.far(), Point.__doc__, Point.__module__) == (8, "Where something is.", __name__)
+    for wrong in (lambda: Point(), lambda: setattr(ours, "x", 3), lambda: setattr(ours, "z", 3)):   # type: ignore
+        with pytest.raises((TypeError, AttributeError)):
+            wrong()

@@ -6,6 +6,7 @@ Noise are in a file that the environment variable NOISE_VECTORS names, those of 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import subprocess
@@ -18,14 +19,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import home
 import secure
-from home import fingerprint
+from home import fingerprint, sha256
 from protocol import (HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW, TAG_SIZE, Decoder, ReplayWindow,
                       index_of, is_nick, letter_prologue)
 from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
                     HandshakeState, KeyPair, Letters, Sodium, SymmetricState, ZEROS, bind_proof, compiled_sodium,
-                    hash_of, is_bind_proof, load_sodium, public_sodium, sha256, static_secret,
-                    token_for)
+                    hash_of, hmac_sha256, is_bind_proof, load_sodium, public_sodium, static_secret, token_for)
 from tests.processes import ROOT
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -252,9 +253,43 @@ def test_the_compiled_module_is_used_where_it_is_as_expected(sodium: Sodium, mon
 
 def test_who_does_not_ask_for_encryption_does_not_load_it() -> None:
     """Start-up is measured, and a PyNaCl that is broken must not end a program that does not need it."""
-    code = "import client, server, secure, udpchat, sys; print(sorted({'nacl', 'cffi', 'hmac'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert result.stdout == "[]\n"
+    assert loaded_by("import client, server, secure, udpchat", "nacl", "cffi", "hmac") == []
+
+
+def test_what_is_slow_to_load_is_not_loaded_by_a_client() -> None:
+    """Each of the two would be a twelfth of the time that ``udpchat send`` takes."""
+    assert loaded_by("import client, udpchat", "typing") == []
+    assert loaded_by("import secure; secure.token_for(bytes(32), bytes(16), 'bob')", "hashlib", "_hashlib") == []
+
+
+def loaded_by(code: str, *modules: str) -> list[str]:
+    """Return which of ``modules`` are loaded in a new interpreter that runs ``code``."""
+    code += f"; import sys; print(*sorted({set(modules)} & set(sys.modules)))"
+    alone = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]     # what an environment
+    # loads for itself (an editable installation, say) is none of our business
+    return subprocess.run(alone, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+
+
+# RFC 4231 §4.2, 4.3 and 4.7: a key, what is signed, the beginning of the signature
+@pytest.mark.parametrize("signed_with, data, expected", [
+    (b"\x0b" * 20, b"Hi There", "b0344c61d8db38535ca8afceaf0bf12b"),
+    (b"Jefe", b"what do ya want for nothing?", "5bdcc146bf60754e6a042426089575c7"),
+    (b"\xaa" * 131, b"Test Using Larger Than Block-Size Key - Hash Key First", "60e431591ee0b67f0d8a26aacbf5b77f"),
+])
+def test_hmac_is_that_of_the_rfc(signed_with: bytes, data: bytes, expected: str) -> None:
+    assert hmac_sha256(signed_with, data).hex().startswith(expected)
+
+
+@pytest.mark.parametrize("missing", [(), ("_sha2",), ("_sha2", "_sha256")])
+def test_a_hash_is_the_same_whatever_module_has_it(missing: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    home._sha256_type.cache_clear()
+    try:
+        assert sha256(b"abc") == hashlib.sha256(b"abc").digest()        # FIPS 180-4 has this example
+        assert len(missing) < 2 or home._sha256_type() is hashlib.sha256
+    finally:
+        home._sha256_type.cache_clear()
 
 
 def test_pynacl_is_imported_in_one_function_of_one_module() -> None:
