@@ -19,7 +19,7 @@ import os
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.modules.pop("udpchat", None)    # Python has imported the folder by this name; from here on it is the module in it
 
-from udpchat import main    # noqa: E402
+from udpchat import run    # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

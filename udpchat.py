@@ -1265,5 +1265,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def run() -> NoReturn:
+    """Run the program, and end it without the clean-up of Python; ``main`` leaves that to its caller.
+
+    All is written and closed then. To free object by object what the kernel frees at once would take 4 ms, a tenth of
+    the time of ``udpchat send``. What reports behind the end of a program, such as a profiler, calls ``main``.
+    """
+    os._exit(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -511,8 +511,8 @@ def measure_latency(names: set[str]) -> Iterator[Row]:
 # --- start ----------------------------------------------------------------------------------------------------
 
 STARTS = 15
-INSTALLED = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from udpchat import main;"
-             " sys.exit(main())"]     # what pip makes of an entry point
+INSTALLED = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from udpchat import run;"
+             " sys.exit(run())"]      # what pip makes of an entry point
 
 
 def round_trip(chat: Chat) -> float:
