@@ -4,7 +4,7 @@ Rules of this file
 ------------------
 - Nothing impure but what it is handed (loop, sending, display) and the log: the tests run it in a simulated world.
 - A part is handed what it needs, and reports to its owner, the ``Client``, what others must hear of.
-- Nothing from the network is believed without a reason: see ``Client.receive``.
+- Nothing from the network is believed without a reason: see ``Dispatcher``.
 
 The parts
 ---------
@@ -14,6 +14,7 @@ The parts
     Sending       messages out: the outbox, and when to poll it
     Receiving     messages in: the inbox, what is shown, acks
     PeerLinks     what comes straight from other clients, and may be believed
+    Dispatcher    which datagrams count, and who takes what is in them
     Leaving       the order in which things end: sends, then what is to be written, then the registration
 
 Others are elsewhere: ``TableSync`` in ``registry`` (the copy of the server's table); in ``terminal`` ``Shell`` (the
@@ -408,7 +409,7 @@ class Sending:
         if link.was_heard:
             link.was_heard = False
             outbox.server_heard(self._loop.now())
-        if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:    # no property: see ``Client.receive``
+        if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:    # no property: see ``Dispatcher.receive``
             return
         now = self._loop.now()
         if outbox.due() <= now:
@@ -867,10 +868,101 @@ class Leaving:
         self._receipts.tell_undelivered()
 
 
-# --- the client -----------------------------------------------------------------------------------------------
+# --- datagrams ------------------------------------------------------------------------------------------------
 
 HINTS = frozenset({"cookie", "hello", "pong"})  # may come in plain beside a channel: what they say is proved otherwise
 
+
+class Dispatcher:
+    """Hands each map that can be trusted to the part that it is for. ``receive`` says what can be trusted."""
+
+    def __init__(self, link: ServerLink, server: Endpoint, peers: PeerLinks, peer_keys: Peers | None, leaving: Leaving,
+                 from_server: dict[str, Callable[[Info], None]]) -> None:
+        """``from_server``: who takes what the server says, by tag; the link takes what is about the session."""
+        self.decoder = Decoder()
+        self._link, self._server, self._peers = link, server, peers
+        self._peer_keys, self._leaving = peer_keys, leaving
+        self._from_server = {**from_server, "packed": self._on_packed}
+        self._from_peers: dict[str, Callable[[Info, Address], None]] = {
+            "chat": peers.on_chat, "ack": peers.on_ack, "nack": peers.on_nack, "knock": peers.meetings.on_knock}
+        if peer_keys is not None:
+            self._from_peers.update(offer=peers.on_offer, accept=peer_keys.on_accept)
+        self._proving: dict[str, Callable[[Info, Address], None]] = {
+            "cookie": link.handshake.on_cookie, "hello": link.handshake.on_hello, "welcome": link.on_welcome,
+            "refused": link.on_refused, "pong": link.on_pong, "bye": link.on_bye}
+
+    def receive(self, datagram: bytes, address: Address) -> None:
+        """Accept a datagram, as far as it can be trusted.
+
+        From the server's address, a map counts if a ``for`` with our session stands before it: nobody else can guess
+        it. From elsewhere, chat counts if the table says that its sender is there, and an ack if the stream in it, a
+        random number, went there (see ``Outbox``). What proves itself counts from anywhere. Where there is a channel,
+        it is the record that counts, wherever it comes from, and nothing else of the server's but hints.
+        """
+        if self._leaving.is_over:
+            return
+        link, server, connection = self._link, self._server, self._link.connection
+        if connection.channel is not None and datagram[:1] == RECORD_MARK:
+            self._receive_record(connection.channel, datagram, address)
+            return
+        maps = self.decoder.decode(datagram)
+        if address != server.current and address != server.other:
+            self._peers.allowance = len(datagram)
+            # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
+            may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
+            for tag, info in maps:
+                handler = self._from_peers.get(tag)
+                if handler is None:
+                    self._prove(tag, info, address)
+                elif may_send:
+                    handler(info, address)
+        else:
+            self._receive_from_server(maps, address)
+
+    def _receive_record(self, channel: Channel, record: bytes, address: Address) -> None:
+        if index_of(record) == channel.index:
+            text = self._link.connection.opened(record)
+            if text is not None:
+                self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
+            return
+        found = self._peer_keys.opened(record, address) if self._peer_keys is not None else None
+        if found is not None:
+            self._peers.on_sealed(found[0], self.decoder.decode(found[1]), address)
+
+    def _prove(self, tag: str, info: Info, address: Address, is_sealed: bool = False) -> None:
+        """Accept what only the server can say: we and it alone know the session, or the id, in it."""
+        if tag in self._proving and (is_sealed or tag in HINTS or self._link.connection.is_plain):
+            self._proving[tag](info, address)
+
+    def _receive_from_server(self, maps: Sequence[Map], address: Address, is_sealed: bool = False) -> None:
+        """``is_sealed``: this came in our channel. In plain, a ``for`` has to show that it is the server who speaks."""
+        link, is_trusted = self._link, is_sealed
+        if is_sealed and address in self._server.last_two():    # from elsewhere it is no sign that we are heard
+            if link.is_silent:
+                self._server.found(address)     # of the two that were asked, this is it
+            link.heard()
+        for tag, info in maps:
+            if tag in self._from_server:
+                if is_trusted:
+                    self._from_server[tag](info)
+            elif tag == "for":
+                if not is_sealed:
+                    is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES] and (
+                        link.connection.is_plain)
+                    if is_trusted:
+                        link.heard()
+            elif tag == "probe":
+                link.on_probe(info, is_trusted)
+            else:
+                self._prove(tag, info, address, is_sealed)
+
+    def _on_packed(self, info: Info) -> None:
+        for tag, page in self.decoder.unpacked(info["data"]):
+            if tag == "table":
+                self._from_server["table"](page)
+
+
+# --- the client -----------------------------------------------------------------------------------------------
 
 class Client:
     """One user. Commands come in by ``shell``, datagrams by ``receive``, lines go to the display.
@@ -889,7 +981,6 @@ class Client:
         """
         patience = patience or Patience()
         self.nick = nick
-        self.decoder = Decoder()
         self.display = display
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox(selection)
@@ -920,21 +1011,12 @@ class Client:
         self._knows_table = False               # the user has heard that the table has come, since the last welcome
         self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
         self._next_turn = RestartableTimer(loop, wake_up)
-        self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": self.peers.on_chat, "ack": self.peers.on_ack, "nack": self.peers.on_nack,
-            "knock": self.peers.meetings.on_knock}
-        self._from_server: dict[str, Callable[[Info], None]] = {
+        self.dispatcher = Dispatcher(self.link, server, self.peers, peers, self.leaving, {
             "table": self.table_sync.on_table, "key": self.table_sync.on_key,
             "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
             "nack": lambda info: self.outbox.on_nack(loop.now(), info, None),
-            "exists": self.sending.on_exists, "mail": self._on_mail, "packed": self._on_packed,
-            "call": self.peers.meetings.on_call}
-        self._proving: dict[str, Callable[[Info, Address], None]] = {
-            "cookie": self.link.handshake.on_cookie, "hello": self.link.handshake.on_hello,
-            "welcome": self.link.on_welcome, "refused": self.link.on_refused, "pong": self.link.on_pong,
-            "bye": self.link.on_bye}
-        if peers is not None:
-            self._from_peers.update(offer=self.peers.on_offer, accept=peers.on_accept)
+            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peers.meetings.on_call})
+        self.receive = self.dispatcher.receive
 
     def start(self) -> None:
         """Come online."""
@@ -942,81 +1024,9 @@ class Client:
             self.display.note(f"[Connecting to {show_address(self._server.current)} as {self.nick}.]")
         self.link.start()
 
-    # datagrams
-
-    def receive(self, datagram: bytes, address: Address) -> None:
-        """Accept a datagram, as far as it can be trusted.
-
-        From the server's address, a map counts if a ``for`` with our session stands before it: nobody else can guess
-        it. From elsewhere, chat counts if the table says that its sender is there, and an ack if the stream in it, a
-        random number, went there (see ``Outbox``). What proves itself counts from anywhere. Where there is a channel,
-        it is the record that counts, wherever it comes from, and nothing else of the server's but hints.
-        """
-        if self.leaving.is_over:
-            return
-        link, server, connection = self.link, self._server, self.link.connection
-        if connection.channel is not None and datagram[:1] == RECORD_MARK:
-            self._receive_record(connection.channel, datagram, address)
-            return
-        maps = self.decoder.decode(datagram)
-        if address != server.current and address != server.other:
-            self.peers.allowance = len(datagram)
-            # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
-            may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
-            for tag, info in maps:
-                handler = self._from_peers.get(tag)
-                if handler is None:
-                    self._prove(tag, info, address)
-                elif may_send:
-                    handler(info, address)
-        else:
-            self._receive_from_server(maps, address)
-
-    def _receive_record(self, channel: Channel, record: bytes, address: Address) -> None:
-        if index_of(record) == channel.index:
-            text = self.link.connection.opened(record)
-            if text is not None:
-                self._receive_from_server(self.decoder.decode(text), address, is_sealed=True)
-            return
-        found = self.peer_keys.opened(record, address) if self.peer_keys is not None else None
-        if found is not None:
-            self.peers.on_sealed(found[0], self.decoder.decode(found[1]), address)
-
-    def _prove(self, tag: str, info: Info, address: Address, is_sealed: bool = False) -> None:
-        """Accept what only the server can say: we and it alone know the session, or the id, in it."""
-        if tag in self._proving and (is_sealed or tag in HINTS or self.link.connection.is_plain):
-            self._proving[tag](info, address)
-
-    def _receive_from_server(self, maps: Sequence[Map], address: Address, is_sealed: bool = False) -> None:
-        """``is_sealed``: this came in our channel. In plain, a ``for`` has to show that it is the server who speaks."""
-        link, is_trusted = self.link, is_sealed
-        if is_sealed and address in self._server.last_two():    # from elsewhere it is no sign that we are heard
-            if link.is_silent:
-                self._server.found(address)     # of the two that were asked, this is it
-            link.heard()
-        for tag, info in maps:
-            if tag in self._from_server:
-                if is_trusted:
-                    self._from_server[tag](info)
-            elif tag == "for":
-                if not is_sealed:
-                    is_trusted = link.session is not None and info["session"] == link.session[:PROOF_BYTES] and (
-                        link.connection.is_plain)
-                    if is_trusted:
-                        link.heard()
-            elif tag == "probe":
-                link.on_probe(info, is_trusted)
-            else:
-                self._prove(tag, info, address, is_sealed)
-
     def _on_mail(self, info: Info) -> None:
         if info.get("to", self.nick) == self.nick and self.table_sync.is_of_this_boot:
             self.receiving.on_mail(info)
-
-    def _on_packed(self, info: Info) -> None:
-        for tag, page in self.decoder.unpacked(info["data"]):
-            if tag == "table":
-                self.table_sync.on_table(page)
 
     # what the link and the table report
 
