@@ -488,9 +488,9 @@ class Receiving:
 
     def on_chat(self, info: Info, address: Address) -> None:
         """Accept texts of a peer who is known to be at ``address``."""
-        self.inbox.on_chat(self._loop.now(), info, address, self.accepts)
+        waits = self.inbox.on_chat(self._loop.now(), info, address, self.accepts)
         if self.inbox.holding:
-            self._ask_about_mail()
+            self._ask_about_mail(waits)
 
     def on_mail(self, info: Info) -> None:
         """Accept mail from the server."""
@@ -500,12 +500,13 @@ class Receiving:
                 return      # it is not acked, so it comes again
             self.inbox.on_mail(self._loop.now(), info, mail.opened if mail is not None else opened_plain)
 
-    def _ask_about_mail(self) -> None:
+    def _ask_about_mail(self, at_once: bool = False) -> None:
         """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it."""
-        if not self._hold_timer.is_set and self._link.has_joined:
+        is_time = not self._hold_timer.is_set and self._link.has_joined
+        if is_time:
             self._hold_timer.set(self._loop.now() + jittered(self._loop, SERVER_INTERVAL))
-            if self.inbox.is_asking:
-                self._link.send_ping()
+        if (is_time or at_once) and self.inbox.is_asking:
+            self._link.send_ping()
 
     def _look_after_holds(self) -> None:
         if self._loop.drained:
@@ -805,7 +806,8 @@ class Leaving:
 
     def _note_missing(self, code: int) -> None:
         selection = self._receiving.inbox.selection
-        self._missing = code if selection is not None and selection.left else 0
+        is_unanswered = self._link.is_visit and bool(self._shell.waiting)       # ``udpchat who``
+        self._missing = code if is_unanswered or (selection is not None and selection.left) else 0
 
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
@@ -1077,8 +1079,8 @@ class Client:
     def on_pong(self, asked: float, version: int, mail: int) -> None:
         """Note how far the table and the mail were when the server answered the ping that was sent at ``asked``."""
         self.inbox.answer(asked, mail)
-        if self.inbox.selection is not None and self.inbox.selection.mail_from is None:
-            self.inbox.selection.mail_from = mail + 1
+        if self.inbox.selection is not None:
+            self.inbox.selection.note_mail(mail)
         self.table_sync.on_version(version)
 
     def on_refused(self, reason: str, spelling: str) -> None:

@@ -891,11 +891,21 @@ class Selection:
         """Whether somebody must not wait for mail of others."""
         return bool(self._sender)
 
-    def begin_mail(self) -> None:
-        """Expect another stream of mail."""
+    def begin_mail(self, acked: int) -> None:
+        """Expect another stream of mail, numbered from 1 again. Of the last one, ``acked`` letters are gone.
+
+        What else was old when the question went out is still at the head of the mail.
+        """
         self.has_passed_mail = False
-        if self.asks:
+        if self.asks and not self.has_asked():
             self.mail_from = None
+        elif self.mail_from is not None:
+            self.mail_from = max(1, self.mail_from - acked)
+
+    def note_mail(self, last: int) -> None:
+        """Note that the server has letters up to number ``last``."""
+        if self.mail_from is None or last + 1 < self.mail_from:     # it may have lost what it had before
+            self.mail_from = last + 1
 
     def admits(self, info: Info) -> bool:
         """Return whether a ``chat`` may be accepted."""
@@ -992,24 +1002,32 @@ class Inbox:
 
     # what arrives
 
-    def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> None:
-        """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known."""
+    def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> bool:
+        """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known.
+
+        Return whether a new stream waits for mail from now on: the server is to be asked at once.
+        """
         if self.selection is not None and not self.selection.admits(info):
-            return
+            return False
         incoming = self._incoming(info["from"], info["stream"])
         incoming.address = address
         self.unacked[incoming] = None
         if accept:
             stream = incoming.stream
             stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
+            begins_to_wait = incoming.is_new and self.selection is not None and self.selection.is_early
+            incoming.is_new, incoming.waits = False, incoming.waits or begins_to_wait
             self._arrived(incoming)
-            if stream.base > stream.ready and stream.missing:
+            if begins_to_wait or (stream.base > stream.ready and stream.missing):
                 self._hold(now, incoming)
+            return begins_to_wait
+        return False
 
     def on_mail(self, now: float, info: Info, opened: Callable[[Any], Opened] = opened_plain) -> None:
         """Process a ``mail`` of the server; ``opened``: see ``letters_of``."""
         if self._mail is None or self._mail.stream.id != info["stream"]:
-            self.forget_mail(now)
+            if self._mail is not None:
+                self.forget_mail(now)
             self._mail = Incoming(ReceiveStream(info["stream"]), self.unacked)
         items, more = letters_of(info, opened)
         stream = self._mail.stream
@@ -1023,7 +1041,7 @@ class Inbox:
         for incoming in self.holding:
             incoming.held_since, incoming.awaited_mail = now, None
         if self.selection is not None:
-            self.selection.begin_mail()
+            self.selection.begin_mail(self._mail.stream.next - 1 if self._mail is not None else 0)
         if self._mail is not None:
             self._forget(self._mail)
             self._mail = None
@@ -1075,7 +1093,7 @@ class Inbox:
             del self._buffering[incoming]
         self._count(incoming)
         stream = incoming.stream
-        if stream.taken < stream.ready and incoming is not self._mail:
+        if stream.taken < stream.ready and incoming is not self._mail and not incoming.waits:
             self._readable[incoming] = None
         while self.buffered * PIECE_MEMORY > INBOX_LIMIT:
             self._give_back(next(iter(self._buffering)))
@@ -1126,11 +1144,12 @@ class Inbox:
     def expire(self, now: float) -> None:
         """Release the streams whose question was not answered for ``HOLD_TIME``.
 
-        An answer holds as long, too: if the mail has not come by then, the server is asked again.
+        An answer holds as long, too: if the mail has not come by then, the server is asked again. But where nothing is
+        missing, the stream goes on: there may be more mail of others than fits into a window.
         """
         for incoming in list(self.holding):
             if now >= incoming.held_since + HOLD_TIME:
-                if incoming.awaited_mail is None:
+                if incoming.awaited_mail is None or incoming.waits:
                     self.on_release(incoming.sender)
                     self._release(now, incoming)
                 else:
@@ -1139,6 +1158,7 @@ class Inbox:
     def _release(self, now: float, incoming: Incoming) -> None:
         """Go on behind the missing numbers; hold again if more have become missing since."""
         del self.holding[incoming]
+        incoming.waits = False
         incoming.stream.advance(incoming.held_base, elsewhere=True)
         self.unacked[incoming] = None
         self._arrived(incoming)

@@ -654,7 +654,7 @@ class StoreFile:
 
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAX_CLOCK = 1000                # runs of the server of which it is known when they were
-CLOCK_STEP = 60.0               # s that the wall clock may be ahead, or behind, before that is noted
+CLOCK_STEP = 1.0                # s that the wall clock may be ahead, or behind, before that is noted
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"

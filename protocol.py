@@ -920,7 +920,7 @@ class Mirror:
         self.table = Table()        # in force
         self.boot = 0
         self._fresh: Table | None = None     # of a new boot, until it is whole
-        self._target = 0            # the version to reach
+        self.target = 0            # the version to reach
 
     @property
     def is_of_this_boot(self) -> bool:
@@ -935,18 +935,18 @@ class Mirror:
     @property
     def is_whole(self) -> bool:
         """Whether that is as far as the server is known to be."""
-        return self.version >= self._target
+        return self.version >= self.target
 
     def begin_session(self, boot: int, version: int) -> None:
         """Begin a session with a server whose table has that version."""
         if boot != self.boot:
             self.boot = boot
             self._fresh = Table()
-        self._target = version
+        self.target = version
 
     def expect(self, version: int) -> bool:
         """Note how far the server is; return whether something is missing here."""
-        self._target = max(self._target, version)
+        self.target = max(self.target, version)
         return version > self.version
 
     def apply(self, page: Page) -> list[str] | None:

@@ -1049,9 +1049,12 @@ class Incoming:
 
     A held stream waits for two things, one after the other::
 
-        not held --numbers are missing--> held, ``awaited_mail`` None: for the server's answer
-                 --answer-------------->  held, ``awaited_mail`` set: until the mail up to that number is shown
+        not held --numbers are missing, or it is a new one and ``waits``-->
+                             held, ``awaited_mail`` None: for the server's answer
+                 --answer--> held, ``awaited_mail`` set: until the mail up to that number is shown
                  --shown, or HOLD_TIME without an answer--> not held: what is missing is given up
+
+    A new stream ``waits`` where its client is online before its mail was looked at: what waited there comes first.
     """
 
     def __init__(self, stream: ReceiveStream, unacked: dict[Incoming, None]) -> None:
@@ -1062,6 +1065,7 @@ class Incoming:
         self.held_since = NEVER                 # when numbers were found missing, or the server was asked again
         self.held_base = 0                      # the missing numbers are below this one
         self.awaited_mail: int | None = None
+        self.is_new, self.waits = True, False   # nothing has come yet; nothing of it is shown now
         self._unacked = unacked                 # the inbox's: this stream is in it while an ack is owed
 
     def written(self, texts: int) -> None:

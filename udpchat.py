@@ -355,6 +355,7 @@ MODES: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "who": ("show everybody who is known, and end", add_who_options),
 }
 SENDING_MODES = ("send", "ask")
+JOB_MODES = (*SENDING_MODES, "recv", "who")     # their exit code says whether the job is done
 SHORT_FORMS = {"-s": "server", "-c": "client"}
 
 
@@ -916,7 +917,15 @@ def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
     except OSError as error:
         raise Failure(f"nothing was sent: cannot read stdin: {error.strerror}") from None
     text = data.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace")
-    return re.sub(r"(\r?\n)+\Z", "", text), size - line_feeds if size > STDIN_LIMIT else 0
+    return without_line_ends(text), size - line_feeds if size > STDIN_LIMIT else 0
+
+
+def without_line_ends(text: str) -> str:
+    """Return ``text`` without the line ends, LF or CR LF, at its end."""
+    end = len(text)
+    while text.endswith("\n", 0, end):
+        end -= 2 if text.endswith("\r\n", 0, end) else 1
+    return text[:end]
 
 
 def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
@@ -1209,16 +1218,16 @@ def keep_standard_descriptors() -> None:
             return
 
 
-def end_at_once_on_signals(sends: bool) -> None:
+def end_at_once_on_signals(mode: str) -> None:
     """End at once on SIGINT and SIGTERM, until the loop handles signals.
 
     Meanwhile a name is looked up, a file or a text is read. An exception would not do: where Python calls back by
     itself (in an import, say) it is printed and gets lost.
     """
     def end(*_: object) -> None:
-        if sends:
+        if mode in SENDING_MODES:
             complain("nothing was sent: interrupted")
-        os._exit(EXIT_FAILED if sends else 0)
+        os._exit(EXIT_FAILED if mode in JOB_MODES else 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
@@ -1246,7 +1255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         write_error(build_parser()[0].format_help())
         return EXIT_USAGE
-    end_at_once_on_signals(sends=words[0] in SENDING_MODES)
+    end_at_once_on_signals(words[0])
     try:
         options = parse(words)
         import_mode(options.mode)

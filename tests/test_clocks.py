@@ -101,6 +101,15 @@ def test_when_somebody_was_last_seen_is_known_over_all_runs_of_a_server(path: Pa
     reg.mailbox.close()
 
 
+def test_short_outages_do_not_add_up_in_when_somebody_was_last_seen(path: Path) -> None:
+    for outage in range(5):
+        reg = Registry(Mailbox(str(path), SERVER, 0.0))
+        reg.note_time(0.0, NOW + outage * 60)       # 10 s of work, and 50 s without a server
+        visit(reg, f"nick{outage}", 10.0)
+        reg.mailbox.close()
+    assert last_seen(reg) == {f"nick{outage}": NOW + outage * 60 + 10 for outage in range(5)}
+
+
 def test_in_a_store_that_has_noted_no_clock_nobody_knows_when_somebody_was_seen(path: Path) -> None:
     reg = Registry(Mailbox(str(path), SERVER))
     visit(reg, "bob", 1.0)

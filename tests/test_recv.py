@@ -5,11 +5,12 @@ import json
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 
 import pytest
 
-from conversation import Inbox, Selection
+from conversation import HOLD_TIME, Delivery, Inbox, Selection
 from home import ShownMessages
 from tests.processes import SAVED, Chat, Process, received, sends
 
@@ -124,6 +125,16 @@ def test_recv_that_cannot_register_fails_and_says_why(chat: Chat) -> None:
     assert run(chat, "recv")[0] == 1
 
 
+@pytest.mark.parametrize("mode", ["recv", "who", "ask", "send"])
+def test_a_job_that_is_interrupted_while_it_starts_fails(chat: Chat, mode: str) -> None:
+    chat.absent("bob")
+    for milliseconds in range(20, 150, 15):
+        job = start(chat, mode, *(["bob", "hello"] if mode in ("ask", "send") else []))
+        time.sleep(milliseconds / 1000)
+        job.signal(signal.SIGTERM)
+        assert job.wait() in (1, -signal.SIGTERM) or job.lines, milliseconds
+
+
 def test_recv_that_is_interrupted_fails(chat: Chat) -> None:
     bob = chat.client("bob")
     waiting = start(chat, "recv")
@@ -179,6 +190,46 @@ def test_ask_does_not_take_what_was_sent_before_for_the_answer(chat: Chat) -> No
     assert all_mail(chat) == ["dora: for later", "bob: yesterday", "bob: today", "dora: not asked"]
 
 
+def test_ask_gets_its_answer_whatever_mail_waits_and_whichever_way_it_comes(chat: Chat) -> None:
+    """The first mail of a session must not make it forget where the mail ended when it asked."""
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["for later"])
+    bob, dora = chat.clients("bob", "dora")
+    for number in range(3):
+        asking = start(chat, "ask", "bob", f"well {number}?", "--timeout", "30")
+        bob.see(f"carl: well {number}?")
+        asking.signal(signal.SIGSTOP)
+        dora.feed(f"send carl {number}\n")
+        dora.see(SAVED)             # so he is offline: an answer goes straight to the server
+        bob.wait_for("carl", "offline")
+        bob.feed(f"send carl answer {number}\n")
+        bob.see(SAVED)
+        asking.signal(signal.SIGCONT)
+        assert asking.wait() == 0 and asking.lines == [f"answer {number}"]
+    assert bob.finish() == dora.finish() == 0
+    assert all_mail(chat) == ["dora: for later", "dora: 0", "dora: 1", "dora: 2"]
+
+
+def test_ask_gets_an_answer_that_a_server_kept_which_was_started_anew(chat: Chat) -> None:
+    server = chat.server()
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["for later"])
+    leave_mail(chat, "bob", ["yesterday"])
+    bob = chat.client("bob")
+    asking = start(chat, "ask", "bob", "well?", "--timeout", "30")
+    bob.see("carl: well?")
+    asking.signal(signal.SIGSTOP)
+    server.kill()
+    chat.restart()
+    bob.wait_for("carl", "offline")
+    bob.feed("send carl now\n")
+    bob.see(SAVED)
+    asking.signal(signal.SIGCONT)
+    assert asking.wait() == 0 and asking.lines == ["now"]
+    assert bob.finish() == 0
+    assert all_mail(chat) == ["dora: for later", "bob: yesterday"]
+
+
 def test_ask_without_an_answer_ends_with_3_and_a_later_answer_is_for_the_next_one(chat: Chat) -> None:
     bob = chat.client("bob")
     assert run(chat, "ask", "bob", "well?", "--timeout", "1") == (TIME_IS_OVER, [], [])
@@ -216,6 +267,19 @@ def test_what_was_shown_is_read_again_whatever_else_is_in_the_file(tmp_path: obj
     assert ShownMessages(path).load() == [("bob", 7, 1, 3), ("?bob", 8, 2, 3)]
 
 
+def taken(inbox: Inbox, now: float, answered: int) -> list[Delivery]:
+    """Return what is handed out once the server has said how many letters it has."""
+    inbox.answer(now, answered)
+    list(inbox.take(now, lambda: True))     # here it is seen that nothing is to be waited for
+    return list(inbox.take(now, lambda: True))
+
+
+def mail_of(first: int, *letters: tuple[str, int, str]) -> dict[str, object]:
+    """Return a ``mail`` with one-letter runs: sender, stream, text."""
+    return {"stream": 99, "n": first, "base": 1,
+            "items": [[sender, stream, 1, 1.5, [text], []] for sender, stream, text in letters]}
+
+
 def chat_of(sender: str, stream: int, first: int, *said: str) -> dict[str, object]:
     return {"from": sender, "to": "carl", "stream": stream, "n": first, "base": 1, "text": list(said)}
 
@@ -247,8 +311,57 @@ def test_a_sender_who_is_not_wanted_gets_no_ack_and_what_came_before_the_questio
     assert not inbox.acks() and not inbox.is_ready
     has_asked.append(True)
     inbox.on_chat(0.0, chat_of("bob", 7, 1, "before", "answer"), ("h", 1))
-    delivery, = inbox.take(0.0, lambda: True)
+    delivery, = taken(inbox, 0.0, answered=0)
     delivery.written(1)
     assert delivery.texts == ["answer"] and delivery.first == 2
     (ack, _, _), = inbox.acks()
     assert ack["next"] == 1
+
+
+def test_what_waited_at_the_server_is_shown_before_what_a_new_program_of_the_same_sender_says() -> None:
+    inbox = Inbox(Selection(9, "bob", note=lambda *what: None))
+    assert inbox.on_chat(0.0, chat_of("bob", 7, 1, "newer"), ("h", 1)) and inbox.is_asking
+    assert not inbox.on_chat(0.1, chat_of("bob", 7, 1, "newer"), ("h", 1))      # once is enough
+    inbox.answer(0.0, 2)
+    assert not list(inbox.take(0.2, lambda: True)) and not inbox.is_ready
+    inbox.on_mail(0.3, mail_of(1, ("dora", 5, "not wanted"), ("bob", 6, "older")))
+    shown = list(inbox.take(0.3, lambda: True)) + list(inbox.take(0.3, lambda: True))
+    assert [delivery.texts for delivery in shown if delivery.texts] == [["older"], ["newer"]]
+
+
+@pytest.mark.parametrize("answered", [None, 5000])
+def test_what_comes_straight_does_not_wait_for_ever_for_mail_that_does_not_come(answered: int | None) -> None:
+    inbox = Inbox(Selection(9, "bob", note=lambda *what: None))
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "straight"), ("h", 1))
+    if answered is not None:
+        inbox.answer(0.0, answered)
+    inbox.expire(HOLD_TIME - 0.1)
+    assert not list(inbox.take(HOLD_TIME - 0.1, lambda: True))
+    inbox.expire(HOLD_TIME)
+    assert [delivery.texts for delivery in inbox.take(HOLD_TIME, lambda: True)] == [["straight"]]
+
+
+def test_the_question_decides_which_letters_may_be_its_answer_in_later_sessions_too() -> None:
+    has_asked: list[bool] = []
+    selection = Selection(1, "bob", asks=True, note=lambda *what: None)
+    selection.has_asked = lambda: bool(has_asked)
+    inbox = Inbox(selection)
+    inbox.forget_mail(0.0)              # a session begins
+    assert not selection.is_open
+    selection.note_mail(1)
+    old, answer = ("bob", 6, "yesterday"), ("bob", 7, "now")
+    inbox.on_mail(0.0, mail_of(1, old))
+    assert selection.is_open and not [delivery for delivery in inbox.take(0.0, lambda: True) if delivery.texts]
+    has_asked.append(True)
+    inbox.forget_mail(1.0)              # another one begins, when the answer is there already
+    selection.note_mail(2)
+    inbox.on_mail(1.0, {**mail_of(1, old, answer), "stream": 100})
+    assert [delivery.texts for delivery in inbox.take(1.0, lambda: True) if delivery.texts] == [["now"]]
+
+
+def test_a_server_that_has_lost_its_mail_is_believed() -> None:
+    selection = Selection(1, "bob", asks=True)
+    selection.note_mail(7)
+    selection.begin_mail(0)
+    selection.note_mail(0)
+    assert selection.mail_from == 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import protocol
+import registry
 from client import PINGS_REMEMBERED, PING_INTERVAL
 from protocol import Address, encode
 from registry import OLD_TABLE_TIME, SYNC_INTERVAL
@@ -938,6 +939,20 @@ def test_without_a_time_limit_a_job_gives_up_a_silent_server_as_soon_as_a_client
     job, client = world.job("alice", "send bob hello"), world.client("carol")
     world.run(2.5 * 1.25)
     assert job.lines == [SILENT, *LOST] and client.lines == [SILENT, "[Exiting]"]
+
+
+@pytest.mark.parametrize("is_large, limit", [(False, 4.0), (True, 7.0)])
+def test_a_server_that_falls_silent_before_the_table_is_given_up_soon(is_large: bool, limit: float,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with a large table may let its clients wait for it, when many come at once."""
+    monkeypatch.setattr(registry, "LARGE_TABLE", 0 if is_large else 1000)
+    world = World(1)
+    world.start_server()
+    world.network.filter = losing("table", "packed", "pong")
+    job, client = world.job("alice", "send bob hello"), world.client("carol")
+    world.run(limit)
+    assert said(job) == [SILENT, *LOST]
+    assert client.lines == ["[Welcome, You are registered.]", SILENT, "[Exiting]"]
 
 
 @pytest.mark.parametrize("lost", ["cookie", "welcome", "table", "ack"])
