@@ -877,6 +877,7 @@ class Selection:
         self.mail_from: int | None = None if asks else 1    # the number of the first letter that counts; None: unknown
         self.has_asked: Callable[[], bool] = lambda: True
         self.has_passed_mail = False
+        self._is_told = False       # how long the present stream of mail was when the server was asked first
         self.asks, self._sender, self._note = asks, folded(sender), note
         self._old: dict[tuple[str, int], int] = {}          # by sender and stream: below which number all is old
         self._passed: set[tuple[str, int]] = set()          # the streams of which something was passed over
@@ -896,16 +897,18 @@ class Selection:
 
         What else was old when the question went out is still at the head of the mail.
         """
-        self.has_passed_mail = False
+        self.has_passed_mail = self._is_told = False
         if self.asks and not self.has_asked():
             self.mail_from = None
         elif self.mail_from is not None:
             self.mail_from = max(1, self.mail_from - acked)
 
     def note_mail(self, last: int) -> None:
-        """Note that the server has letters up to number ``last``."""
-        if self.mail_from is None or last + 1 < self.mail_from:     # it may have lost what it had before
+        """Note that the server has letters up to number ``last``; what it says first of a stream of mail counts."""
+        has_lost_some = not self._is_told and self.mail_from is not None and last + 1 < self.mail_from
+        if self.mail_from is None or has_lost_some:
             self.mail_from = last + 1
+        self._is_told = True
 
     def admits(self, info: Info) -> bool:
         """Return whether a ``chat`` may be accepted."""

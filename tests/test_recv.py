@@ -365,3 +365,10 @@ def test_a_server_that_has_lost_its_mail_is_believed() -> None:
     selection.begin_mail(0)
     selection.note_mail(0)
     assert selection.mail_from == 1
+
+
+def test_a_late_answer_does_not_make_old_mail_new() -> None:
+    selection = Selection(1, "bob", asks=True)
+    selection.note_mail(1)
+    selection.note_mail(0)
+    assert selection.mail_from == 2
