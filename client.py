@@ -1008,7 +1008,7 @@ class Client:
             self.link.is_early = selection.is_early
             if selection.asks:
                 selection.has_asked = lambda: bool(self.outbox.conversations)
-        self._loop, self._send, self._server = loop, send, server
+        self._loop, self._server = loop, server
         self._may_read = False                  # stdin, as of the end of the last turn
         self._knows_table = False               # the user has heard that the table has come, since the last welcome
         self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
