@@ -1280,7 +1280,11 @@ def run() -> NoReturn:
     All is written and closed then. To free object by object what the kernel frees at once would take 4 ms, a tenth of
     the time of ``udpchat send``. What reports behind the end of a program, such as a profiler, calls ``main``.
     """
-    os._exit(main())
+    try:
+        code = main()
+    except SystemExit:      # argparse has shown the help, or the version
+        code = 0
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -537,7 +537,7 @@ def ended(chat: Chat, *arguments: str, command: Sequence[str]) -> float:
     began = time.monotonic()
     popen = subprocess.Popen([*command, *arguments], env=chat.environment, stdin=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL)
-    popen.wait()        # with a limit, it would look only after 1, 3, 7, 15, 31 ms and so on
+    assert popen.wait() == 0        # with a limit, it would look only after 1, 3, 7, 15, 31 ms and so on
     return time.monotonic() - began
 
 
@@ -568,15 +568,21 @@ def measure_start(names: set[str]) -> Iterator[Row]:
         chat.absent("alice")        # what is imported is compiled from now on
         trip = round_trip(chat)
         shown_help(chat)
+        chat.client("bob", "--stay", stdin=subprocess.DEVNULL)
+        to_bob = "send", "--server", f"{HOST}:{chat.port}", "bob", "hello"
         times = [(ended(chat, command=modules), shown_help(chat), welcomed(chat),
-                  ended(chat, "--help", command=PROGRAM)) for _ in range(STARTS)]
-    bare, shown, welcome, script = (statistics.median(column) for column in zip(*times))
+                  ended(chat, "--help", command=PROGRAM), ended(chat, *to_bob, command=chat.program))
+                 for _ in range(STARTS)]
+    bare, shown, welcome, script, sent = (statistics.median(column) for column in zip(*times))
     yard = f"{bare * 1e3:.0f} ms: the imports"
     yield Row("start", f"--help {shown * 1e3:.0f} ms", yard, f"{shown / bare:.2f}", "<= 1.5 times",
               shown <= 1.5 * bare)
     limit = 1.5 * bare + 3 * trip
     yield Row("start", f"welcome {welcome * 1e3:.0f} ms", f"{yard}; {trip * 1e6:.0f} us: a round trip",
               f"{welcome / bare:.2f}", f"<= {limit * 1e3:.0f} ms: 1.5 times + 3 round trips", welcome <= limit)
+    limit = 1.6 * bare + 5 * trip
+    yield Row("start", f"send {sent * 1e3:.0f} ms", f"{yard}; {trip * 1e6:.0f} us: a round trip",
+              f"{sent / bare:.2f}", f"<= {limit * 1e3:.0f} ms: 1.6 times + 5 round trips", sent <= limit)
     yield Row("start", f"--help of the script {script * 1e3:.0f} ms", yard, f"{script / bare:.2f}", "<= 1.5 times",
               script <= 1.5 * bare)
 
