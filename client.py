@@ -501,7 +501,10 @@ class Receiving:
             self.inbox.on_mail(self._loop.now(), info, mail.opened if mail is not None else opened_plain)
 
     def _ask_about_mail(self, at_once: bool = False) -> None:
-        """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it."""
+        """Ask every 500 ms, while a stream is held, how much mail there is: what is missing may be in it.
+
+        ``at_once``: also now, because another one is held.
+        """
         is_time = not self._hold_timer.is_set and self._link.has_joined
         if is_time:
             self._hold_timer.set(self._loop.now() + jittered(self._loop, SERVER_INTERVAL))
@@ -567,8 +570,8 @@ class Receiving:
 
 # --- other clients --------------------------------------------------------------------------------------------
 
-MAX_HELD = 16             # datagrams of those whom the table does not show yet
-HOLD_TIME = 0.5           # s until these are forgotten
+MAX_NEWCOMERS = 16        # datagrams of those whom the table does not show yet
+NEWCOMER_TIME = 0.5       # s until these are forgotten
 
 
 class PeerLinks:
@@ -581,7 +584,7 @@ class PeerLinks:
 
     def __init__(self, loop: Loop, send: Send, link: ServerLink, peers: Peers | None, table: TableSync,
                  outbox: Outbox, receiving: Receiving, display: Display) -> None:
-        self._held: list[tuple[float, str, Info, Address]] = []     # until when, tag, fields, and from where
+        self._newcomers: list[tuple[float, str, Info, Address]] = []     # until when, tag, fields, and from where
         self.allowance = 0                      # bytes of not-me that may still answer the datagram at hand
         self.meetings = Meetings(send, outbox, table, lambda: link.handshake.own, link.endpoint.last_two, loop.now)
         self._loop, self._send, self._link, self._peers, self._table = loop, send, link, peers, table
@@ -597,27 +600,27 @@ class PeerLinks:
             self.meetings.forget(nick)
             if self._peers is not None:
                 self._peers.on_news(nick)
-        held = [one for one in self._held if self._loop.now() < one[0]]
-        self._held = []
+        held = [one for one in self._newcomers if self._loop.now() < one[0]]
+        self._newcomers = []
         for until, tag, info, address in held:
             if tag == "chat" and self._is_at(info["from"], address):
                 self.on_chat(info, address)
             elif tag == "offer" and self._table.holds(address):
                 self.on_offer(info, address)
             else:
-                self._held.append((until, tag, info, address))
+                self._newcomers.append((until, tag, info, address))
 
-    def _hold(self, tag: str, info: Info, address: Address) -> None:
+    def _keep_for_table(self, tag: str, info: Info, address: Address) -> None:
         """Look at it again soon: it is from a newcomer, a client that has moved, or somebody who poses as another.
 
         Its sender would repeat it, but only after a while.
         """
         self._table.ask_soon()
         now = self._loop.now()
-        if self._held and now >= self._held[0][0]:
-            del self._held[0]
-        if len(self._held) < MAX_HELD:
-            self._held.append((now + HOLD_TIME, tag, info, address))
+        if self._newcomers and now >= self._newcomers[0][0]:
+            del self._newcomers[0]
+        if len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers.append((now + NEWCOMER_TIME, tag, info, address))
 
     def _is_at(self, nick: str, address: Address) -> bool:
         return self._table.is_at(nick, address) or self.meetings.admits(nick, address)
@@ -638,7 +641,7 @@ class PeerLinks:
         is_known = self._table.holds(address) or self.meetings.holds(address)
         if self._peers is not None and self._link.connection.channel is not None:
             if not is_known:
-                self._hold("offer", info, address)
+                self._keep_for_table("offer", info, address)
             elif not self._peers.on_offer(info, address):
                 self._table.ask_soon()
 
@@ -674,7 +677,7 @@ class PeerLinks:
         if info["to"] != self._outbox.me:   # who was at this address before
             self._refuse(info, address)
         elif not self._is_at(sender, address):
-            self._hold("chat", info, address)
+            self._keep_for_table("chat", info, address)
         elif self._takes_plain(sender):
             self.meetings.note_chat(sender, address)
             self._receiving.on_chat(info, address)
@@ -728,7 +731,7 @@ class Leaving:
         self.is_over = False                    # nothing is left but the writing
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
-        self._missing = 0                       # the same, where not all has come that was waited for
+        self._incomplete = 0                    # the same, if not all has come that was waited for
         self._deadline = NEVER
         self._is_interrupted = self._is_reader_gone = False
         self._loop, self._link, self._table, self._sending = loop, link, table, sending
@@ -801,27 +804,27 @@ class Leaving:
             self._end_now()
             return
         self._is_interrupted = True
-        self._note_missing(1)
+        self._note_incomplete(1)
         self._end(Reason.SIGNAL, END_TIME)      # also if only the writing is left
 
-    def _note_missing(self, code: int) -> None:
+    def _note_incomplete(self, code: int) -> None:
         selection = self._receiving.inbox.selection
         is_unanswered = self._link.is_visit and bool(self._shell.waiting)       # ``udpchat who``
-        self._missing = code if is_unanswered or (selection is not None and selection.left) else 0
+        self._incomplete = code if is_unanswered or (selection is not None and selection.left) else 0
 
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
         if not self.ending or self._deadline == NEVER:
             self._link.lose_patience()
             if not self.is_over:
-                self._note_missing(TIME_IS_OVER if self._link.has_joined else 1)
+                self._note_incomplete(TIME_IS_OVER if self._link.has_joined else 1)
                 self._display.remark(self._why_late())
             self._end(Reason.SIGNAL, 0.0)
 
     def _why_late(self) -> str:
         """Return a line for stderr that says who has not answered in time, "" if nothing waits for anybody."""
         silent = self._sending.outbox.awaited()
-        if self._shell.waiting or (self._missing and not self._link.has_joined):
+        if self._shell.waiting or (self._incomplete and not self._link.has_joined):
             silent = ["the server"]
         return f"udpchat: the time is over, and no answer from {', '.join(silent)}\n" if silent else ""
 
@@ -859,7 +862,7 @@ class Leaving:
         self._receiving.stop_asking()
         self._link.close()
         has_failed = self._receipts.has_failed or self._shell.has_failed or self._receipts.undelivered > 0
-        self._result = code or int(has_failed) or self._missing
+        self._result = code or int(has_failed) or self._incomplete
         self.is_over = True
 
     def _report(self) -> None:
@@ -878,17 +881,18 @@ HINTS = frozenset({"cookie", "hello", "pong"})  # may come in plain beside a cha
 class Dispatcher:
     """Hands each map that can be trusted to the part that it is for. ``receive`` says what can be trusted."""
 
-    def __init__(self, link: ServerLink, server: Endpoint, peers: PeerLinks, peer_keys: Peers | None, leaving: Leaving,
-                 from_server: dict[str, Callable[[Info], None]]) -> None:
+    def __init__(self, link: ServerLink, server: Endpoint, peer_links: PeerLinks, peer_keys: Peers | None,
+                 leaving: Leaving, from_server: dict[str, Callable[[Info], None]]) -> None:
         """``from_server``: who takes what the server says, by tag; the link takes what is about the session."""
         self.decoder = Decoder()
-        self._link, self._server, self._peers = link, server, peers
-        self._peer_keys, self._leaving = peer_keys, leaving
+        self._link, self._server, self._leaving = link, server, leaving
+        self._peer_links, self._peer_keys = peer_links, peer_keys
         self._from_server = {**from_server, "packed": self._on_packed}
         self._from_peers: dict[str, Callable[[Info, Address], None]] = {
-            "chat": peers.on_chat, "ack": peers.on_ack, "nack": peers.on_nack, "knock": peers.meetings.on_knock}
+            "chat": peer_links.on_chat, "ack": peer_links.on_ack, "nack": peer_links.on_nack,
+            "knock": peer_links.meetings.on_knock}
         if peer_keys is not None:
-            self._from_peers.update(offer=peers.on_offer, accept=peer_keys.on_accept)
+            self._from_peers.update(offer=peer_links.on_offer, accept=peer_keys.on_accept)
         self._proving: dict[str, Callable[[Info, Address], None]] = {
             "cookie": link.handshake.on_cookie, "hello": link.handshake.on_hello, "welcome": link.on_welcome,
             "refused": link.on_refused, "pong": link.on_pong, "bye": link.on_bye}
@@ -909,7 +913,7 @@ class Dispatcher:
             return
         maps = self.decoder.decode(datagram)
         if address != server.current and address != server.other:
-            self._peers.allowance = len(datagram)
+            self._peer_links.allowance = len(datagram)
             # False: chat is neither sent nor accepted. (No property of the link: it would cost a call per message.)
             may_send = link.state is not LINK_OFFLINE and link.state is not LINK_REGISTERING
             for tag, info in maps:
@@ -929,7 +933,7 @@ class Dispatcher:
             return
         found = self._peer_keys.opened(record, address) if self._peer_keys is not None else None
         if found is not None:
-            self._peers.on_sealed(found[0], self.decoder.decode(found[1]), address)
+            self._peer_links.on_sealed(found[0], self.decoder.decode(found[1]), address)
 
     def _prove(self, tag: str, info: Info, address: Address, is_sealed: bool = False) -> None:
         """Accept what only the server can say: we and it alone know the session, or the id, in it."""
@@ -996,8 +1000,8 @@ class Client:
         self.peer_keys = peers                  # and the channels with them
         self.sending = Sending(loop, send, self.link, peers, mail, self.table_sync, self.outbox, self.receipts)
         self.receiving = Receiving(loop, send, self.link, peers, mail, self.inbox, display)
-        self.peers = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
-                               display)
+        self.peer_links = PeerLinks(loop, send, self.link, peers, self.table_sync, self.outbox, self.receiving,
+                                    display)
         self.presence = Presence(loop, display, lambda nick: self.table_sync.table.is_online(nick))
         self.shell = Shell(self, display, self.receipts, self.sending.queue, is_typed)
         self.leaving = Leaving(loop, self.link, self.table_sync, self.sending, self.receipts, self.receiving, display,
@@ -1013,11 +1017,11 @@ class Client:
         self._knows_table = False               # the user has heard that the table has come, since the last welcome
         self.on_joined: Callable[[], None] = lambda: None       # an observer: there is a session
         self._next_turn = RestartableTimer(loop, wake_up)
-        self.dispatcher = Dispatcher(self.link, server, self.peers, peers, self.leaving, {
+        self.dispatcher = Dispatcher(self.link, server, self.peer_links, peers, self.leaving, {
             "table": self.table_sync.on_table, "key": self.table_sync.on_key,
             "ack": lambda info: self.outbox.on_ack(loop.now(), info, None),
             "nack": lambda info: self.outbox.on_nack(loop.now(), info, None),
-            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peers.meetings.on_call})
+            "exists": self.sending.on_exists, "mail": self._on_mail, "call": self.peer_links.meetings.on_call})
         self.receive = self.dispatcher.receive
 
     def start(self) -> None:
@@ -1123,7 +1127,7 @@ class Client:
     def _on_table_changed(self, nicks: Sequence[str]) -> None:
         """Follow those who came, went or moved."""
         self.presence.note(nick for nick in nicks if nick != self.nick)
-        self.peers.on_news(nicks)
+        self.peer_links.on_news(nicks)
         for nick in nicks:
             if nick in self.outbox.conversations:
                 self.outbox.locate(self._loop.now(), nick, self.table_sync.place_of(nick))

@@ -42,6 +42,10 @@ alice sends 1 to 5 to bob, the path between them breaks, and she saves the five 
 and 6 comes straight, with ``base`` 6: alice does not have 1 to 5 any more. bob must not show 6 before them, so he
 *holds* the stream: he asks the server (``ping``) how much mail there is for him, and shows 6 when all of it is shown,
 or after ``HOLD_TIME`` without an answer. Numbers that he has given up in this way are still shown if they come late.
+
+Who is online before the mail that waits was looked at (``Selection.is_early``) holds each new stream as a whole in the
+same way, although nothing is missing in it: what the same sender has said before may be in the mail. But that lasts no
+longer than ``HOLD_TIME``: there may be more mail of others than fits into a window.
 """
 from __future__ import annotations
 
@@ -889,26 +893,31 @@ class Selection:
 
     @property
     def is_early(self) -> bool:
-        """Whether somebody must not wait for mail of others."""
+        """Whether the client must be online before the mail of others is acked: that stays unacked."""
         return bool(self._sender)
 
-    def begin_mail(self, acked: int) -> None:
-        """Expect another stream of mail, numbered from 1 again. Of the last one, ``acked`` letters are gone.
+    def begin_mail(self) -> None:
+        """Expect another stream of mail, numbered from 1 again.
 
-        What else was old when the question went out is still at the head of the mail.
+        What was old when the question went out is still at its head: nothing of it was acked.
         """
         self.has_passed_mail = self._is_told = False
         if self.asks and not self.has_asked():
             self.mail_from = None
-        elif self.mail_from is not None:
-            self.mail_from = max(1, self.mail_from - acked)
 
     def note_mail(self, last: int) -> None:
-        """Note that the server has letters up to number ``last``; what it says first of a stream of mail counts."""
-        has_lost_some = not self._is_told and self.mail_from is not None and last + 1 < self.mail_from
-        if self.mail_from is None or has_lost_some:
-            self.mail_from = last + 1
+        """Note that the server has letters up to number ``last``: what is there before the question is no answer."""
+        if not self.asks:
+            return
+        if not self.has_asked():
+            self.mail_from = max(self.mail_from or 1, last + 1)
+        elif not self._is_told:     # it may have lost what it had before
+            self.mail_from = min(self.mail_from or last + 1, last + 1)
         self._is_told = True
+
+    def is_old(self, number: int) -> bool:
+        """Return whether no letter up to ``number`` in the mail may be shown."""
+        return self.mail_from is not None and number < self.mail_from
 
     def admits(self, info: Info) -> bool:
         """Return whether a ``chat`` may be accepted."""
@@ -972,7 +981,7 @@ class Inbox:
     a stream is held and ``is_asking``, it asks the server how much mail there is, and passes on the ``answer``.
 
     ``on_release`` is an observer: it hears the sender of a held stream that goes on although the server has not
-    answered, so that what comes next from that sender may be out of order.
+    answered, or its mail has not come, so that what comes next from that sender may be out of order.
     """
 
     def __init__(self, selection: Selection | None = None) -> None:
@@ -1008,7 +1017,7 @@ class Inbox:
     def on_chat(self, now: float, info: Info, address: Address, accept: bool = True) -> bool:
         """Process a ``chat`` whose sender is proved. Without ``accept`` it is only acked, as far as it is known.
 
-        Return whether a new stream waits for mail from now on: the server is to be asked at once.
+        Return whether a new stream is held as a whole from now on: the server is to be asked at once.
         """
         if self.selection is not None and not self.selection.admits(info):
             return False
@@ -1018,12 +1027,14 @@ class Inbox:
         if accept:
             stream = incoming.stream
             stream.on_data(info["n"], info["text"], info.get("more", ()), info["base"])
-            begins_to_wait = incoming.is_new and self.selection is not None and self.selection.is_early
-            incoming.is_new, incoming.waits = False, incoming.waits or begins_to_wait
+            is_first = not incoming.has_chatted and self.selection is not None and self.selection.is_early
+            incoming.has_chatted = True
+            if is_first:
+                incoming.is_held_whole = True
             self._arrived(incoming)
-            if begins_to_wait or (stream.base > stream.ready and stream.missing):
+            if is_first or (stream.base > stream.ready and stream.missing):
                 self._hold(now, incoming)
-            return begins_to_wait
+            return is_first
         return False
 
     def on_mail(self, now: float, info: Info, opened: Callable[[Any], Opened] = opened_plain) -> None:
@@ -1044,7 +1055,7 @@ class Inbox:
         for incoming in self.holding:
             incoming.held_since, incoming.awaited_mail = now, None
         if self.selection is not None:
-            self.selection.begin_mail(self._mail.stream.next - 1 if self._mail is not None else 0)
+            self.selection.begin_mail()
         if self._mail is not None:
             self._forget(self._mail)
             self._mail = None
@@ -1096,7 +1107,7 @@ class Inbox:
             del self._buffering[incoming]
         self._count(incoming)
         stream = incoming.stream
-        if stream.taken < stream.ready and incoming is not self._mail and not incoming.waits:
+        if stream.taken < stream.ready and incoming is not self._mail and not incoming.is_held_whole:
             self._readable[incoming] = None
         while self.buffered * PIECE_MEMORY > INBOX_LIMIT:
             self._give_back(next(iter(self._buffering)))
@@ -1131,7 +1142,7 @@ class Inbox:
     @property
     def is_asking(self) -> bool:
         """Whether a stream waits for the server to say how much mail there is."""
-        return bool(self.holding) and any(incoming.awaited_mail is None for incoming in self.holding)
+        return any(incoming.awaited_mail is None for incoming in self.holding)
 
     def _hold(self, now: float, incoming: Incoming) -> None:
         if incoming not in self.holding:
@@ -1140,6 +1151,8 @@ class Inbox:
 
     def answer(self, asked: float, mail: int) -> None:
         """Process the server's answer to a question of the time ``asked``: the number of the last mail there is."""
+        if self.selection is not None and self.selection.is_old(mail):
+            mail = 0        # nothing there is wanted
         for incoming in self.holding:
             if incoming.awaited_mail is None and asked >= incoming.held_since:
                 incoming.awaited_mail = mail
@@ -1147,12 +1160,12 @@ class Inbox:
     def expire(self, now: float) -> None:
         """Release the streams whose question was not answered for ``HOLD_TIME``.
 
-        An answer holds as long, too: if the mail has not come by then, the server is asked again. But where nothing is
-        missing, the stream goes on: there may be more mail of others than fits into a window.
+        An answer holds as long, too: if the mail has not come by then, the server is asked again. But a stream in which
+        nothing is missing goes on.
         """
         for incoming in list(self.holding):
             if now >= incoming.held_since + HOLD_TIME:
-                if incoming.awaited_mail is None or incoming.waits:
+                if incoming.awaited_mail is None or not incoming.stream.missing:
                     self.on_release(incoming.sender)
                     self._release(now, incoming)
                 else:
@@ -1161,7 +1174,7 @@ class Inbox:
     def _release(self, now: float, incoming: Incoming) -> None:
         """Go on behind the missing numbers; hold again if more have become missing since."""
         del self.holding[incoming]
-        incoming.waits = False
+        incoming.is_held_whole = False
         incoming.stream.advance(incoming.held_base, elsewhere=True)
         self.unacked[incoming] = None
         self._arrived(incoming)
@@ -1170,6 +1183,8 @@ class Inbox:
 
     def stop_asking(self) -> None:
         """Wait for no answer any more: the client leaves."""
+        for incoming in self.holding:
+            incoming.is_held_whole = False
         self.holding.clear()
 
     # what is shown

@@ -73,18 +73,18 @@ def _directory(variable: str, *default: str) -> str | None:
 
 def sha256(data: bytes) -> bytes:
     """Return the SHA-256 (FIPS 180-4) of ``data``: 32 bytes."""
-    digest: bytes = _sha256_type()(data).digest()
+    digest: bytes = _sha256_function()(data).digest()
     return digest
 
 
 @functools.cache
-def _sha256_type() -> Any:
+def _sha256_function() -> Any:
     # hashlib loads OpenSSL: a twelfth of the time that ``udpchat send`` takes. So the lean module that it falls back to
     # comes first, as in the module random. From Python 3.12 on it is called _sha2
     for name in ("_sha2", "_sha256"):
         try:
             return __import__(name).sha256
-        except ImportError:
+        except (ImportError, AttributeError):
             pass
     import hashlib
     return hashlib.sha256
@@ -653,7 +653,7 @@ class StoreFile:
 # --- what is in a store -----------------------------------------------------------------------------------------
 
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
-MAX_CLOCK = 1000                # runs of the server of which it is known when they were
+MAX_CLOCK = 1000                # changes of the wall clock that are known; most are starts of the server
 CLOCK_STEP = 1.0                # s that the wall clock may be ahead, or behind, before that is noted
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
@@ -699,7 +699,8 @@ def _clock_of(text: Any) -> list[tuple[float, float]]:
         noted = [(float(uptime), float(wall)) for uptime, wall in json.loads(text)]
     except (ValueError, TypeError, OverflowError):
         return []
-    return noted if noted == sorted(noted) and all(map(math.isfinite, chain.from_iterable(noted))) else []
+    uptimes = [uptime for uptime, _ in noted]
+    return noted if uptimes == sorted(uptimes) and all(map(math.isfinite, chain.from_iterable(noted))) else []
 
 
 NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of letters that are damaged: their recipient cannot open them
@@ -798,6 +799,8 @@ class Mailbox:
         """
         uptime = self.uptime(now)
         if not self._clock or abs(self._clock[-1][1] + uptime - self._clock[-1][0] - wall) > CLOCK_STEP:
+            if self._clock and self._clock[-1][0] == uptime:    # nobody was seen since then
+                self._clock.pop()
             self._clock = [*self._clock[-MAX_CLOCK + 1:], (uptime, wall)]
 
     def wall_at(self, uptime: float) -> int:

@@ -54,8 +54,10 @@ else:
         def __new__(cls, name: str, bases: tuple[type, ...], space: dict[str, object]) -> type:
             if not bases:
                 return super().__new__(cls, name, bases, space)
-            fields = space["__annotations__"]
-            base = namedtuple(name, fields, defaults=[space.pop(field) for field in fields if field in space])
+            fields = list(space.get("__annotations__", ()))
+            preset = [field for field in fields if field in space]
+            assert preset == fields[len(fields) - len(preset):], f"{name}: a field without a default behind others"
+            base = namedtuple(name, fields, defaults=[space.pop(field) for field in preset])
             return type(name, (base,), {"__slots__": (), **space})
 
     class NamedTuple(metaclass=_NamedTupleType):
@@ -331,7 +333,7 @@ OPTIONAL: dict[str, dict[str, Check]] = {
     "welcome": {"index": INDEX, "lasting": boolean},
     "refused": {"id": COUNT, "session": SESSION, "spelling": NICK, "lasting": boolean},
     "table": {"since": COUNT, "keys": rows(row(integer(0, MAX_ITEMS - 1), KEY_OR_NONE, boolean)),
-              "untold": boolean, "at": rows(COUNT, 2 * MAX_ITEMS)},
+              "untold": boolean, "at": rows(COUNT)},
     "chat": {"more": NUMBERS},
     "save": {"more": NUMBERS, "envelope": ENVELOPE, "key": binary(KEY_NAME_BYTES)},
     "sync": {"early": boolean},
@@ -920,7 +922,7 @@ class Mirror:
         self.table = Table()        # in force
         self.boot = 0
         self._fresh: Table | None = None     # of a new boot, until it is whole
-        self.target = 0            # the version to reach
+        self.target = 0             # the version to reach
 
     @property
     def is_of_this_boot(self) -> bool:

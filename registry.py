@@ -50,8 +50,8 @@ SYNC_INTERVAL = 0.2       # s until what is missing of the table is asked for ag
 MAX_SYNC_INTERVAL = 2.0   # ... up to this: a server to which thousands come at once remembers who has asked
 KEY_INTERVAL = 0.5        # s until the keys of others are asked for again
 KEYS_ASKED = 64           # at once
-LARGE_TABLE = 1000        # changes, from which on a server that many come to at once may let us wait for it, ...
-RUSH_WAIT = 8 * SYNC_INTERVAL   # ... so it is only then asked whether it is there at all
+LARGE_TABLE = 1000        # versions; a server with a table so large may let us wait for it, if many come at once, ...
+RUSH_WAIT = 8 * SYNC_INTERVAL   # s; ... so only after a wait so long it is asked whether it is there at all
 OLD_TABLE_TIME = 30.0     # s that the table of a server that restarted stays in force while the new one comes
 
 
@@ -223,7 +223,7 @@ class TableSync(Mirror):
         return True
 
     def _repeat(self) -> None:
-        """Ask again. If nothing has come at all, find out whether the server is still there."""
+        """Ask again. If nothing has come at all, find out whether the server is there; later the keepalive does it."""
         patience = RUSH_WAIT if self.target >= LARGE_TABLE else 2 * SYNC_INTERVAL
         if not self._pages and patience <= self._wait < MAX_SYNC_INTERVAL:
             self._link.ping_until_answered()

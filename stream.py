@@ -1049,12 +1049,13 @@ class Incoming:
 
     A held stream waits for two things, one after the other::
 
-        not held --numbers are missing, or it is a new one and ``waits``-->
+        not held --numbers are missing, or it is new and held as a whole-->
                              held, ``awaited_mail`` None: for the server's answer
                  --answer--> held, ``awaited_mail`` set: until the mail up to that number is shown
-                 --shown, or HOLD_TIME without an answer--> not held: what is missing is given up
+                 --shown, or HOLD_TIME without an answer or with nothing missing-->
+                             not held: what is missing is given up
 
-    A new stream ``waits`` where its client is online before its mail was looked at: what waited there comes first.
+    Which streams are held as a whole is said in ``conversation``.
     """
 
     def __init__(self, stream: ReceiveStream, unacked: dict[Incoming, None]) -> None:
@@ -1065,7 +1066,8 @@ class Incoming:
         self.held_since = NEVER                 # when numbers were found missing, or the server was asked again
         self.held_base = 0                      # the missing numbers are below this one
         self.awaited_mail: int | None = None
-        self.is_new, self.waits = True, False   # nothing has come yet; nothing of it is shown now
+        self.has_chatted = False                # something has come straight from its sender
+        self.is_held_whole = False              # nothing is shown now, not even what is in front of a gap
         self._unacked = unacked                 # the inbox's: this stream is in it while an ack is owed
 
     def written(self, texts: int) -> None:

@@ -362,13 +362,40 @@ def test_the_question_decides_which_letters_may_be_its_answer_in_later_sessions_
 def test_a_server_that_has_lost_its_mail_is_believed() -> None:
     selection = Selection(1, "bob", asks=True)
     selection.note_mail(7)
-    selection.begin_mail(0)
+    selection.begin_mail()      # the question is out
     selection.note_mail(0)
     assert selection.mail_from == 1
 
 
-def test_a_late_answer_does_not_make_old_mail_new() -> None:
+def test_what_the_server_keeps_before_the_question_is_no_answer_and_a_late_pong_changes_nothing() -> None:
+    has_asked: list[bool] = []
     selection = Selection(1, "bob", asks=True)
+    selection.has_asked = lambda: bool(has_asked)
+    for last in (1, 3, 2):
+        selection.note_mail(last)
+    assert selection.mail_from == 4
+    has_asked.append(True)
     selection.note_mail(1)
-    selection.note_mail(0)
-    assert selection.mail_from == 2
+    selection.note_mail(5)
+    assert selection.mail_from == 4
+
+
+def test_an_answer_does_not_wait_for_mail_that_is_older_than_the_question() -> None:
+    inbox = Inbox(Selection(1, "bob", asks=True, note=lambda *what: None))
+    assert inbox.selection is not None
+    inbox.selection.note_mail(6000)
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "answer"), ("h", 1))
+    delivery, = taken(inbox, 0.0, answered=6000)
+    assert delivery.texts == ["answer"]
+
+
+def test_a_stream_in_which_something_is_missing_waits_longer_for_the_mail() -> None:
+    inbox = Inbox(Selection(9, "bob", note=lambda *what: None))
+    inbox.on_chat(0.0, {**chat_of("bob", 7, 3, "three"), "base": 3}, ("h", 1))
+    inbox.answer(0.0, 2)
+    inbox.expire(HOLD_TIME)
+    assert not list(inbox.take(HOLD_TIME, lambda: True))
+    inbox.answer(HOLD_TIME, 2)
+    inbox.on_mail(6.0, {**mail_of(1), "items": [["bob", 7, 1, 1.5, ["one", "two"], []]]})
+    shown = list(inbox.take(6.0, lambda: True)) + list(inbox.take(6.0, lambda: True))
+    assert [text for delivery in shown for text in delivery.texts] == ["one", "two", "three"]

@@ -284,12 +284,12 @@ def test_hmac_is_that_of_the_rfc(signed_with: bytes, data: bytes, expected: str)
 def test_a_hash_is_the_same_whatever_module_has_it(missing: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    home._sha256_type.cache_clear()
+    home._sha256_function.cache_clear()
     try:
         assert sha256(b"abc") == hashlib.sha256(b"abc").digest()        # FIPS 180-4 has this example
-        assert len(missing) < 2 or home._sha256_type() is hashlib.sha256
+        assert len(missing) < 2 or home._sha256_function() is hashlib.sha256
     finally:
-        home._sha256_type.cache_clear()
+        home._sha256_function.cache_clear()
 
 
 def test_pynacl_is_imported_in_one_function_of_one_module() -> None:

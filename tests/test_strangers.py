@@ -32,7 +32,7 @@ from hypothesis import given, strategies as st
 import protocol
 import registry
 import udpchat
-from client import HOLD_TIME, MAX_HELD, PING_INTERVAL, Client
+from client import MAX_NEWCOMERS, NEWCOMER_TIME, PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import DAMAGED, Mailbox, load_secret
 from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
@@ -250,9 +250,9 @@ def test_what_comes_from_where_nobody_is_takes_bounded_memory_and_is_never_shown
     for number in range(100):
         forge(world, (EVE[0], 1000 + number), chat("carol", "bob", "forged", number), bob)
     world.run(0.1)
-    assert len(bob.client.peers._held) == MAX_HELD
+    assert len(bob.client.peer_links._newcomers) == MAX_NEWCOMERS
     assert world.server is not None
-    world.run(2 * HOLD_TIME)
+    world.run(2 * NEWCOMER_TIME)
     world.server.server.registry.table.set("carol", EVE[0], 1000, ONLINE)
     world.run(20)       # by then a ping has shown that the table has changed
     assert bob.client.table_sync.table.is_online("carol") and not [line for line in bob.lines if "forged" in line]
