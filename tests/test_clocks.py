@@ -102,14 +102,14 @@ def test_when_somebody_was_last_seen_is_known_over_all_runs_of_a_server(path: Pa
 
 
 def test_a_clock_that_is_wrong_for_one_run_spoils_no_other(path: Path) -> None:
-    for number, wall in enumerate((NOW, NOW - 9 * DAY, NOW + DAY)):
+    for nick, wall in (("bob", NOW), ("", NOW + 9 * DAY), ("eve", NOW + DAY), ("dave", NOW + 2 * DAY)):
         reg = Registry(Mailbox(str(path), SERVER, 0.0))
         reg.note_time(0.0, wall)
-        if number != 1:
-            visit(reg, f"nick{number}", 10.0)
-        assert reg.mailbox.commit(0.0)      # what is noted has the uptime at which this run, and the next, begins
+        if nick:
+            visit(reg, nick, 10.0)
+        assert reg.mailbox.commit(0.0)      # without a visit, the next run begins at the same uptime
         reg.mailbox.close()
-    assert last_seen(reg) == {"nick0": NOW + 10, "nick2": NOW + DAY + 10}
+    assert last_seen(reg) == {"bob": NOW + 10, "eve": NOW + DAY + 10, "dave": NOW + 2 * DAY + 10}
 
 
 def test_short_outages_do_not_add_up_in_when_somebody_was_last_seen(path: Path) -> None:
