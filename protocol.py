@@ -8,7 +8,7 @@ Rules of this module
   side and the socket on the other.
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
   types and bounds of ``SCHEMA``.
-- Everything imports it. So ``Any``, ``NamedTuple`` and ``Protocol`` are handed out here, for all: typing is slow to load.
+- Everything imports it. So it hands out ``Any``, ``NamedTuple`` and ``Protocol``, too: typing is slow to load.
 - Bytes from the network never raise. What is not valid is dropped and counted.
 - Sizes and numbers that both ends must agree on are defined here, and which nicks count as the same. Times are defined
   beside the timer that they govern; docs/protocol.md lists all of them, and a test compares it.
