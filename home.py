@@ -655,6 +655,7 @@ class StoreFile:
 MAX_STREAMS = 100_000           # streams whose progress the store remembers; the oldest go first
 MAX_CLOCK = 1000                # changes of the wall clock that are known; most are starts of the server
 CLOCK_STEP = 1.0                # s that the wall clock may be ahead, or behind, before that is noted
+CLOCK_GAP = 1.0                 # s between two such notes, at least
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -798,10 +799,13 @@ class Mailbox:
         So it can be said to people when somebody was last seen, although that is kept as an uptime.
         """
         uptime = self.uptime(now)
-        if not self._clock or abs(self._clock[-1][1] + uptime - self._clock[-1][0] - wall) > CLOCK_STEP:
-            if self._clock and self._clock[-1][0] == uptime:    # nobody was seen since then
-                self._clock.pop()
-            self._clock = [*self._clock[-MAX_CLOCK + 1:], (uptime, wall)]
+        noted_at, noted = self._clock[-1] if self._clock else (-math.inf, 0.0)
+        if abs(noted + uptime - noted_at - wall) <= CLOCK_STEP or 0.0 < uptime - noted_at < CLOCK_GAP:
+            return
+        if noted_at == uptime:      # nobody was seen since then
+            self._clock.pop()
+        self._clock = [*self._clock[-MAX_CLOCK + 1:], (uptime, wall)]
+        self.tidy()
 
     def wall_at(self, uptime: float) -> int:
         """Return which wall-clock time it was at an uptime, in whole seconds since 1970; 0: nobody knows."""

@@ -493,6 +493,19 @@ class Reader:
             self.error = error.strerror or str(error)
             return b""
 
+    def rest_of_line(self) -> tuple[bytes, bool]:
+        """Return what is there now up to the end of a line, and whether it is the last; no byte behind it is read."""
+        rest = b""
+        try:
+            while len(rest) < 2 * READ_SIZE and not rest.endswith(b"\n") and select.select([self._own], [], [], 0)[0]:
+                byte = os.read(self._own, 1)
+                if not byte:
+                    return rest, True
+                rest += byte
+        except OSError:
+            pass        # what cannot be read any more is not there
+        return rest, False
+
 
 class Writer:
     """A standard stream of any kind, written to without blocking; a regular file gets whole lines."""

@@ -1108,9 +1108,13 @@ class Registry:
         self.table.set(nick, known.host, known.port, GONE)
         return True
 
+    def note_clock(self, now: float, wall: float) -> None:
+        """Note the wall-clock time, before somebody is seen at it: it may have been set since the last time."""
+        self.mailbox.note_clock(now, wall)
+
     def note_time(self, now: float, wall: float) -> None:
         """Note that those who are live are there now, at that wall-clock time: repeated, so that the store knows it."""
-        self.mailbox.note_clock(now, wall)
+        self.note_clock(now, wall)
         for session in self.sessions.live_sessions():
             if not session.is_visit:
                 session.known.seen = self.mailbox.uptime(now)

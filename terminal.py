@@ -305,6 +305,16 @@ class CommandReader:
         """Accept texts to send."""
         self.waiting.append(send)
 
+    @property
+    def unfinished(self) -> str:
+        """The beginning of a line whose end was not read yet; "": there is none."""
+        return self._buffer.decode("utf-8", "replace")
+
+    def forget(self) -> None:
+        """Forget what was read and is not carried out yet."""
+        self.waiting.clear()
+        self._buffer, self._skipped = b"", 0
+
     # out
 
     def next_command(self) -> Command:
@@ -1060,6 +1070,7 @@ class Shell:
         returns False if none could be queued now. ``is_typed``: somebody types at a terminal, and sees what is wrong.
         """
         self.has_failed = False
+        self.rest_of_line: Callable[[], tuple[bytes, bool]] = lambda: (b"", False)     # see ``Reader``
         self._is_typed = is_typed
         self.has_ended = False      # nothing more will come from stdin
         self._client, self._display, self._receipts, self._queue = client, display, receipts, queue
@@ -1130,7 +1141,7 @@ class Shell:
         """Accept no typed lines any more, and ``forget`` the commands that wait: the client is about to end."""
         self._is_closed = True
         if forget:
-            self._reader.waiting.clear()
+            self._reader.forget()
 
     # carrying out
 
@@ -1336,7 +1347,17 @@ class Shell:
         self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
 
     def hand_back_rest(self) -> None:
-        """Report the texts of the lines that were read, but are not carried out any more, as not delivered."""
+        """Report the texts of the lines that were read, but are not carried out any more, as not delivered.
+
+        A line of which only the beginning was read is read to its end, so that whoever reads stdin behind us finds
+        whole lines.
+        """
+        if self._reader.unfinished and not self._is_typed:
+            rest, is_last = self.rest_of_line()
+            if rest:
+                self._reader.feed(rest)
+            if is_last:
+                self._reader.feed(b"")
         while self.waiting:
             command = self._reader.next_command()
             if command.send is not None:
@@ -1348,7 +1369,10 @@ class Shell:
                 if name == "talk" or (name == "end" and self._reader.talk):
                     self._carry_out(name, words)            # it says to whom the lines behind it were to go
                 elif name == "quit":
-                    self._reader.waiting.clear()                    # what stands behind it was not meant to be done
+                    self._reader.forget()                           # what stands behind it was not meant to be done
+        if self._reader.unfinished and not self._is_typed:          # the rest of it is not there yet
+            self.has_failed = True
+            self._display.remark(f"udpchat: read only in part: {clean(self._reader.unfinished)}\n")
 
     # completion
 
@@ -1404,6 +1428,7 @@ class Console:
                  display: Display, reader: Reader, writer: Writer, errors: Writer) -> None:
         self._loop, self._client, self._leaving, self._shell = loop, client, leaving, shell
         self._display, self._reader, self._writer, self._errors = display, reader, writer, errors
+        shell.rest_of_line = reader.rest_of_line
         self._status: StatusRow | None = None
         self._editor: EditorScreen | None = None
         if display.prompt is not None:

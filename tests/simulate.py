@@ -628,6 +628,7 @@ class Life(Node):
         self.client = Client(self.loop, self.send, self.display, nick, endpoint, Handshake(self.send, proof, keys=keys),
                              stay=stay, observer=Watch(self), patience=Patience(timeout < NEVER, nick_patience))
         self.client.inbox.on_release = self.note_release
+        self.client.shell.rest_of_line = self._rest_of_line
         if timeout < NEVER:
             self.loop.call_at(self.loop.now() + timeout, self.client.leaving.time_is_over)
         self.client.start()
@@ -724,6 +725,15 @@ class Life(Node):
         self.client.shell.feed(b"")
         self._stdin.clear()
         self._eof = self._eof_read = True
+
+    def _rest_of_line(self) -> tuple[bytes, bool]:
+        """See ``Reader``."""
+        end = self._stdin.find(b"\n") + 1 or len(self._stdin)
+        rest = bytes(self._stdin[:end])
+        del self._stdin[:end]
+        self.fed += len(rest)
+        self._eof_read = self._eof and not rest.endswith(b"\n")
+        return rest, self._eof_read
 
     def receive(self, datagram: bytes, source: Address) -> None:
         """Hand a datagram to the client."""

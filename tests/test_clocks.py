@@ -101,6 +101,21 @@ def test_when_somebody_was_last_seen_is_known_over_all_runs_of_a_server(path: Pa
     reg.mailbox.close()
 
 
+def test_whoever_comes_soon_after_the_clock_was_set_is_seen_at_the_right_time(path: Path) -> None:
+    desk = Desk(str(path))
+    for wall in (NOW - 50 * YEAR, NOW):     # a board without a battery starts, and is told the time
+        desk.loop.wall_time = wall
+        desk.wait(2.0)
+    session = desk.register("bob", home_of(1))
+    desk.wait(2.0)
+    desk.say(home_of(1), encode("dereg", {"session": session}))
+    assert abs(last_seen(desk.registry)["bob"] - desk.loop.wall()) <= 2
+    assert desk.server.stop()
+    reg = Registry(Mailbox(str(path), SERVER, 0.0))
+    assert abs(last_seen(reg)["bob"] - desk.loop.wall()) <= 2
+    reg.mailbox.close()
+
+
 def test_a_clock_that_is_wrong_for_one_run_spoils_no_other(path: Path) -> None:
     for nick, wall in (("bob", NOW), ("", NOW + 9 * DAY), ("eve", NOW + DAY), ("dave", NOW + 2 * DAY)):
         reg = Registry(Mailbox(str(path), SERVER, 0.0))

@@ -951,6 +951,32 @@ def test_signal_ends_a_client_without_a_server_and_names_all_of_many_messages(ch
     assert f"[{len(accounted)} messages not delivered.]" in alice.lines
 
 
+def test_signal_leaves_whole_lines_on_stdin_and_names_all_that_was_read(chat: Chat, tmp_path: Path) -> None:
+    server = chat.server()
+    chat.absent("bob")
+    lines = [f"send bob m{number} " + "x" * 700 for number in range(3000)]      # it is read in blocks
+    (tmp_path / "lines").write_text("".join(line + "\n" for line in lines))
+    with open(tmp_path / "lines", encoding="utf-8") as source:
+        alice = chat.start("alice", stdin=source.fileno())
+        alice.see(is_offline("bob"))
+        server.kill()
+        alice.signal(signal.SIGTERM)
+        assert alice.wait() == 1 and alice.errors
+        rest = source.read().splitlines()
+    closed = len(lines) - len(alice.errors) - len(rest)
+    assert alice.errors + rest == lines[closed:] and alice.lines.count(SAVED) <= closed
+
+
+def test_signal_names_the_beginning_of_a_line_whose_end_is_not_there_yet(chat: Chat) -> None:
+    bob = chat.client("bob")
+    alice = chat.client("alice")
+    alice.feed("send bob one\nsend bob second mess")
+    alice.see(received("bob"))
+    alice.signal(signal.SIGTERM)
+    assert alice.wait() == 1 and alice.errors == ["udpchat: read only in part: send bob second mess"]
+    bob.see("alice: one")
+
+
 @pytest.mark.parametrize("command", ["send ghost hello", "talk ghost", "verify ghost"])
 def test_commands_with_unknown_nicks_do_not_wait_for_a_server_that_is_gone(chat: Chat, command: str) -> None:
     server = chat.server()
