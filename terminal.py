@@ -310,6 +310,13 @@ class CommandReader:
         """The beginning of a line whose end was not read yet; "": there is none."""
         return self._buffer.decode("utf-8", "replace")
 
+    def finish(self, rest: bytes, is_last: bool) -> None:
+        """Accept the rest of a line; ``is_last``: stdin ends with it."""
+        if rest:
+            self.feed(rest)
+        if is_last:
+            self.feed(b"")
+
     def forget(self) -> None:
         """Forget what was read and is not carried out yet."""
         self.waiting.clear()
@@ -1353,11 +1360,7 @@ class Shell:
         whole lines.
         """
         if self._reader.unfinished and not self._is_typed:
-            rest, is_last = self.rest_of_line()
-            if rest:
-                self._reader.feed(rest)
-            if is_last:
-                self._reader.feed(b"")
+            self._reader.finish(*self.rest_of_line())
         while self.waiting:
             command = self._reader.next_command()
             if command.send is not None:
