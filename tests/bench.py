@@ -71,6 +71,7 @@ from loop import SelectorLoop    # noqa: E402
 from conversation import DIRECT, QUEUE_LIMIT, Conversation    # noqa: E402
 from protocol import FOR_SIZE, ONLINE, RECORD_MARK, Decoder, Info, Page, Place, Table    # noqa: E402
 from protocol import addressed, encode, letters_of, opened_plain, padded, since_of    # noqa: E402
+from registry import LARGE_TABLE, RUSH_WAIT    # noqa: E402
 from secure import MAPS, Channel, Handshake, KeyPair, Keys, load_sodium    # noqa: E402
 from stream import ReceiveStream    # noqa: E402
 from home import show_time    # noqa: E402
@@ -856,6 +857,9 @@ class Swarm:
             self._send(member, padded("dereg", {"session": session}, protocol.SESSION_SIZE))
             self._set(member, self._in(REQUEST))
         elif member.version < member.target:
+            patience = RUSH_WAIT if member.target >= LARGE_TABLE else 2 * SYNC
+            if not member.pages and patience <= member.wait < MAX_SYNC:
+                self._ping(member)      # nothing has come at all
             member.pages, member.synced = 0, self._now
             self._send(member, padded("sync", {"session": session, "version": member.version}, protocol.SESSION_SIZE))
             member.wait = max(SYNC, min(2 * member.wait, MAX_SYNC))
@@ -863,11 +867,14 @@ class Swarm:
         else:
             member.attempts += 1
             self.unanswered += member.attempts == ATTEMPTS + 1
-            if member.attempts == 1:    # later ones have the same id: a late answer is one, too
-                member.ping = self._random.getrandbits(63)
-            self._send(member, padded("ping", {"id": member.ping, "session": session, "version": member.version},
-                                      protocol.SESSION_SIZE))
+            self._ping(member, is_new=member.attempts == 1)     # a late answer to an earlier one is one, too
             self._set(member, self._in(REQUEST if member.attempts <= ATTEMPTS else LOST_PING))
+
+    def _ping(self, member: Member, is_new: bool = True) -> None:
+        if is_new:
+            member.ping = self._random.getrandbits(63)
+        self._send(member, padded("ping", {"id": member.ping, "session": member.session, "version": member.version},
+                                  protocol.SESSION_SIZE))
 
     def _send_reg(self, member: Member) -> None:
         info: Info = {"id": member.request, "nick": member.nick, "packed": True}
@@ -928,6 +935,9 @@ class Swarm:
             self._register(member)
             return
         member.attempts = 0
+        if member.version < member.target:      # the table is asked for already
+            member.target = max(member.target, info["version"])
+            return
         self._set(member, self._in(PING))
         if info["version"] > member.version:
             member.target = info["version"]
