@@ -495,16 +495,16 @@ class Reader:
 
     def rest_of_line(self) -> tuple[bytes, bool]:
         """Return what is there now up to the end of a line, and whether it is the last; no byte behind it is read."""
-        rest = b""
+        rest = bytearray()
         try:
             while len(rest) < 2 * READ_SIZE and not rest.endswith(b"\n") and select.select([self._own], [], [], 0)[0]:
                 byte = os.read(self._own, 1)
                 if not byte:
-                    return rest, True
+                    return bytes(rest), True
                 rest += byte
         except OSError:
             pass        # what cannot be read any more is not there
-        return rest, False
+        return bytes(rest), False
 
 
 class Writer:
