@@ -20,6 +20,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+import udpchat
 from protocol import MAX_TEXT
 from home import EVENT_FORMATS, ROUTINE
 from terminal import JsonFormatter
@@ -1051,3 +1052,10 @@ def test_the_collector_of_the_manual_keeps_every_message_on_a_full_disk(chat: Ch
     assert chat.run("-c", take_out, command=["sh"]).wait() == 0
     shown = (chat.directory / "bob.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in shown] == texts
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""), ("\n", ""), ("a\n", "a"), ("a\r\n\n\r\n", "a"), ("a\r", "a\r"), ("a\r\r\n", "a\r"),
+    ("\n" * 70_000 + "a", "\n" * 70_000 + "a"), ("a" + "\r\n" * 70_000, "a")], ids=lambda text: repr(text[:8]))
+def test_the_line_ends_at_the_end_of_a_text_are_left_out_however_many_there_are(text: str, expected: str) -> None:
+    assert udpchat.without_line_ends(text) == expected

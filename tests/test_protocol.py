@@ -505,3 +505,9 @@ def test_our_named_tuple_is_as_that_of_typing() -> None:
     for wrong in (lambda: Point(), lambda: setattr(ours, "x", 3), lambda: setattr(ours, "z", 3)):   # type: ignore
         with pytest.raises((TypeError, AttributeError)):
             wrong()
+
+
+def test_what_a_table_may_have_the_decoder_reads() -> None:
+    for elements, is_read in ((protocol.MAX_ITEMS, True), (protocol.MAX_ITEMS + 2, False)):
+        info: Info = {"version": 9, "set": [], "at": [0] * elements}
+        assert is_valid("table", info) == bool(Decoder().decode(encode("table", info))) == is_read
