@@ -949,6 +949,7 @@ def test_a_store_with_keys_is_not_opened_without_the_extra(chat: Chat) -> None:
                           environment=without_extra(chat))
     assert again.wait() == 1 and not again.lines and len(again.errors) == 1
     assert "udpchat[secure]" in again.errors[0]
+    assert not chat.store.with_name(chat.store.name + "-wal").exists(), "it is closed: all is in one file"
 
 
 def test_a_nick_that_was_encrypted_is_not_given_to_its_owner_in_plain_who_is_told_why(chat: Chat) -> None:
