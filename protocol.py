@@ -8,7 +8,8 @@ Rules of this module
   side and the socket on the other.
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
   types and bounds of ``SCHEMA``.
-- Everything imports it. So it hands out ``Any``, ``NamedTuple`` and ``Protocol``, too: typing is slow to load.
+- Every module that a client loads at its start imports it. So it hands out ``Any``, ``NamedTuple`` and ``Protocol``,
+  too: typing is slow to load.
 - Bytes from the network never raise. What is not valid is dropped and counted.
 - Sizes and numbers that both ends must agree on are defined here, and which nicks count as the same. Times are defined
   beside the timer that they govern; docs/protocol.md lists all of them, and a test compares it.

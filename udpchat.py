@@ -1287,8 +1287,8 @@ def run() -> NoReturn:
     """
     try:
         code = main()
-    except SystemExit:      # argparse has shown the help, or the version
-        code = 0
+    except SystemExit as end:       # argparse has shown the help, or the version
+        code = int(end.code or 0)
     os._exit(code)
 
 
