@@ -411,24 +411,28 @@ class Sending:
             outbox.server_heard(self._loop.now())
         if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:    # no property: see ``Dispatcher.receive``
             return
-        now = self._loop.now()
-        if outbox.due() <= now:
-            is_sealed = link.connection.channel is not None
-            peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
-            guard = mail.refusal if mail is not None else None
-            for conversation, datagrams in outbox.poll(now, self._loop.drained, guard):
-                if peers is not None and datagrams and not self._is_secret(conversation):
-                    self._exposed[conversation.peer] = conversation.stream.top
-                for datagram, address in datagrams:
-                    if address is None:
-                        link.connection.send(datagram)
-                    elif peers is None:
-                        self._send(datagram, address)
-                    else:
-                        peers.send(conversation.peer, datagram, address, conversation.stream.path.backoff > 1.0)
-            self._timer.set(outbox.due())
+        if outbox.due() <= self._loop.now():
+            self._send_due()
         if outbox.with_events:
             self.tell_events()
+
+    def _send_due(self) -> None:
+        """Send what is due now; note what others than its recipient can read."""
+        outbox, link = self.outbox, self._link
+        is_sealed = link.connection.channel is not None
+        peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
+        guard = mail.refusal if mail is not None else None
+        for conversation, datagrams in outbox.poll(self._loop.now(), self._loop.drained, guard):
+            if peers is not None and datagrams and not self._is_secret(conversation):
+                self._exposed[conversation.peer] = conversation.stream.top
+            for datagram, address in datagrams:
+                if address is None:
+                    link.connection.send(datagram)
+                elif peers is None:
+                    self._send(datagram, address)
+                else:
+                    peers.send(conversation.peer, datagram, address, conversation.stream.path.backoff > 1.0)
+        self._timer.set(outbox.due())
 
     def _is_secret(self, conversation: Conversation) -> bool:
         """Return whether nobody but the recipient can read what goes out in a conversation."""
@@ -745,18 +749,21 @@ class Leaving:
 
     def settle(self) -> None:
         """Take the next step, if there is one to take."""
-        input_ended = self._shell.has_ended and not self._stay
-        if self._receiving.inbox.selection is not None and not self.ending:
-            if self._receiving.has_enough or self._receipts.has_failed:
-                self._end(Reason.ENOUGH)
-        if self.command is None and self.ending is None and not input_ended:
-            return
-        if self.command is Reason.QUIT and not self.ending:
-            self._end(Reason.QUIT)
-        if input_ended and not self._shell.waiting and self._may_end():
-            self._end(Reason.END_OF_INPUT)
+        why = self._why() if self.ending is None else None
+        if why is not None:
+            self._end(why)
         if (self.command or self.ending) and not self.is_over and self._link.state is not LINK_LEAVING:
             self._go_on()
+
+    def _why(self) -> Reason | None:
+        """Return why the client ends from now on; None: it goes on."""
+        if self._receiving.inbox.selection is not None and (self._receiving.has_enough or self._receipts.has_failed):
+            return Reason.ENOUGH
+        if self.command is Reason.QUIT:
+            return Reason.QUIT
+        if self._shell.has_ended and not self._stay and not self._shell.waiting and self._may_end():
+            return Reason.END_OF_INPUT
+        return None
 
     def _go_on(self) -> None:
         is_late = self._loop.now() >= self._deadline
@@ -1070,12 +1077,12 @@ class Client:
             self.display.tell("silent")
         self.table_sync.stop_waiting()
         if is_news:
-            self.outbox.server_is_silent = True
+            self.outbox.note_server(is_silent=True)
             self.table_sync.interval = OUTAGE_PING_INTERVAL
 
     def on_server_back(self, is_same: bool) -> None:
         """Tell that an outage has passed; ``is_same``: the server still knows the session."""
-        self.outbox.server_is_silent = False
+        self.outbox.note_server(is_silent=False)
         self.table_sync.interval = SYNC_INTERVAL
         if is_same or self.display.formatter.is_for_programs:      # people see the welcome that comes next
             self.display.tell("back")
@@ -1118,8 +1125,8 @@ class Client:
         self.table_sync.interval = SYNC_INTERVAL
         self.receiving.stop_asking()
         self.receiving.start_over()
-        self.outbox.server_is_silent = False
-        self.outbox.offline = True
+        self.outbox.note_server(is_silent=False)
+        self.outbox.note_offline(True)
         self.presence.end()
         self.leaving.command = None
         self.display.tell("left", nick=self.nick)
@@ -1169,7 +1176,7 @@ class Client:
 
     def reg(self) -> None:
         """Come online again."""
-        self.outbox.offline = False
+        self.outbox.note_offline(False)
         self.receiving.accepts = True
         self.link.start()
 

@@ -327,20 +327,16 @@ class Conversation:
             if reason != NOT_YET:
                 self._refuse_all(now, reason)
             return []
-        packets, route = stream.poll(now), self.route
+        packets = stream.poll(now)
         if packets and self.silent_since == NEVER:
             self.silent_since = now
             self._judge_at = min(self._judge_at, now + self._silence_limit)
-        address = self._address if route is DIRECT else None
-        datagrams: list[Outgoing] = []
-        if route is DIRECT and packets and packets[0].tries > 1 and self.reach.met_at < self.silent_since < NEVER:
+        if self.route is not DIRECT:
+            return [(self.frames.save(packet, stream, self.route is RELAY), None) for packet in packets]
+        datagrams: list[Outgoing] = [(self.frames.chat(packet, stream), self._address) for packet in packets]
+        if packets and packets[0].tries > 1 and self.reach.met_at < self.silent_since < NEVER:
             self.reach.meet(now)
-            datagrams.append((self.frames.meet(), None))
-        for packet in packets:
-            if route is DIRECT:
-                datagrams.append((self.frames.chat(packet, stream), address))
-            else:
-                datagrams.append((self.frames.save(packet, stream, route is RELAY), None))
+            datagrams.insert(0, (self.frames.meet(), None))
         return datagrams
 
     def _refuse_all(self, now: float, reason: str) -> None:
@@ -484,8 +480,9 @@ CONVERSATIONS_KEPT = 10_000     # of one client; beyond it, those go first in wh
 class Outbox:
     """All that one client sends: a conversation with each recipient, when each is due, and how much is pending.
 
-    What waits while the server does not answer (``server_is_silent``), or while the client is deregistered
-    (``offline``), is stuck: it has a backlog of its own, so that it does not keep messages to others from being queued.
+    What waits while the server does not answer (``note_server``), or while the client is deregistered
+    (``note_offline``), is stuck: it has a backlog of its own, so that it does not keep messages to others from being
+    queued.
     """
 
     def __init__(self, me: str, ack_timeout: float = ACK_TIMEOUT, is_patient: bool = False) -> None:
@@ -497,33 +494,13 @@ class Outbox:
         self._ack_timeout, self._is_patient = ack_timeout, is_patient
         self._account = Account()
         self._server_is_silent = False
-        self._offline = False
+        self._is_offline = False
         self.by_stream: dict[int, Conversation] = {}
         self._sending: dict[str, Conversation] = {}     # with messages that are not closed
         self._touched: dict[str, Conversation] = {}     # to be polled next
         self._due: dict[str, float] = {}                # when to look at a conversation, or earlier
         self._dues: list[tuple[float, str]] = []        # the same as a heap, with entries that do not count any more
         self._moving, self._stuck = Backlog(), Backlog()
-
-    @property
-    def server_is_silent(self) -> bool:
-        """Whether the server does not answer."""
-        return self._server_is_silent
-
-    @server_is_silent.setter
-    def server_is_silent(self, is_silent: bool) -> None:
-        self._server_is_silent = is_silent
-        self._count_all()
-
-    @property
-    def offline(self) -> bool:
-        """Whether the client is deregistered."""
-        return self._offline
-
-    @offline.setter
-    def offline(self, offline: bool) -> None:
-        self._offline = offline
-        self._count_all()
 
     @property
     def is_settled(self) -> bool:
@@ -546,7 +523,7 @@ class Outbox:
     # how much is pending
 
     def _is_stuck(self, conversation: Conversation, route: Route) -> bool:
-        return (conversation.stuck or self._offline
+        return (conversation.stuck or self._is_offline
                 or (self._server_is_silent and route is not DIRECT)) and not self._is_patient
 
     def is_stuck(self, now: float, nick: str) -> bool:
@@ -581,6 +558,16 @@ class Outbox:
             self._count(conversation)
 
     # what the owner says
+
+    def note_server(self, is_silent: bool) -> None:
+        """Note whether the server does not answer."""
+        self._server_is_silent = is_silent
+        self._count_all()
+
+    def note_offline(self, is_offline: bool) -> None:
+        """Note whether the client is deregistered."""
+        self._is_offline = is_offline
+        self._count_all()
 
     def register(self, now: float, account: Account) -> None:
         """Learn the session that the server has given: it goes into every ``save``."""

@@ -1196,6 +1196,20 @@ class Parcel(NamedTuple):
         return Parcel(self.n + start, self.texts[start:end], self.times[start:end],
                       [number for number in self.more if self.n + start <= number < self.n + end], self.seal)
 
+    def fitting(self, messages: int, size: int) -> int:
+        """Return how many of the numbers fit where there is room for so many messages and bytes; no text is cut."""
+        if len(self.texts) <= messages and len(self.texts) * (MAX_PIECE + LETTER_EXTRA) <= size:
+            return len(self.texts)
+        fitting = 0
+        for index, text in enumerate(self.texts):
+            size -= size_of(text)
+            if messages <= 0 or size < 0:
+                break
+            if self.n + index not in self.more:
+                messages -= 1
+                fitting = index + 1
+        return fitting
+
     @property
     def messages(self) -> int:
         """How many texts end in it."""

@@ -37,9 +37,9 @@ from itertools import takewhile
 
 from home import Known, Mailbox
 from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, LETTER_EXTRA, MAX_PIECE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info,
-                      Mirror, Page, Parcel, Place, Protocol, State, StoredLetter, Table, addressed, encode, folded,
-                      hello_prologue, mixes_scripts, network_of, since_of, size_of)
+from protocol import (GONE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info, Mirror, Page, Parcel,
+                      Place, Protocol, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
+                      mixes_scripts, network_of, since_of)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
                     is_bind_proof, is_hash_of, read_map)
 
@@ -1040,28 +1040,13 @@ class Registry:
             return KEEP
         return PROBE_RECIPIENT
 
-    def fitting(self, to: str, parcel: Parcel) -> int:
-        """Return how many numbers of ``parcel`` still fit into the mailbox of ``to``; no text is cut."""
-        known = self.mailbox.known[to]
-        messages, size = self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size
-        if len(parcel.texts) <= messages and len(parcel.texts) * (MAX_PIECE + LETTER_EXTRA) <= size:
-            return len(parcel.texts)
-        fitting = 0
-        for index, text in enumerate(parcel.texts):
-            size -= size_of(text)
-            if messages <= 0 or size < 0:
-                break
-            if parcel.n + index not in parcel.more:
-                messages -= 1
-                fitting = index + 1
-        return fitting
-
     def keep(self, to: str, sender: str, stream: int, parcel: Parcel) -> int:
         """Put as much of ``parcel`` into the mailbox of ``to`` as fits; return how many numbers that is."""
-        fitting = self.fitting(to, parcel)
+        known = self.mailbox.known[to]
+        fitting = parcel.fitting(self.mailbox_limit - known.messages, MAILBOX_SIZE - known.size)
         if fitting:
             part = parcel if fitting == len(parcel.texts) else parcel.part(0, fitting)
-            self.mailbox.keep(self.mailbox.known[to], sender, stream, part)
+            self.mailbox.keep(known, sender, stream, part)
         return fitting
 
     def key_of(self, nick: str) -> bytes:
@@ -1108,13 +1093,9 @@ class Registry:
         self.table.set(nick, known.host, known.port, GONE)
         return True
 
-    def note_clock(self, now: float, wall: float) -> None:
-        """Note the wall-clock time, before somebody is seen at it: it may have been set since the last time."""
-        self.mailbox.note_clock(now, wall)
-
     def note_time(self, now: float, wall: float) -> None:
         """Note that those who are live are there now, at that wall-clock time: repeated, so that the store knows it."""
-        self.note_clock(now, wall)
+        self.mailbox.note_clock(now, wall)
         for session in self.sessions.live_sessions():
             if not session.is_visit:
                 session.known.seen = self.mailbox.uptime(now)

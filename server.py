@@ -1096,7 +1096,7 @@ class Server:
         self.send_queue.flush()
         self.announcer.answer()
         self.announcer.broadcast()
-        self.registry.note_clock(self.loop.now(), self.loop.wall())
+        self.registry.mailbox.note_clock(self.loop.now(), self.loop.wall())
 
     def counters(self) -> dict[str, int]:
         """Return what there is now, and what was counted since the start."""

@@ -1065,8 +1065,88 @@ class ChatClient(Protocol):
     def settle_sends(self) -> Callable[[], None]: ...       # send, or refuse, what was queued
 
 
+class Commands:
+    """What the commands say and do that need no more than the client: all but ``send``, ``talk`` and ``end``."""
+
+    def __init__(self, client: ChatClient, display: Display, reader: CommandReader,
+                 tell_usage: Callable[[str], None]) -> None:
+        """``tell_usage``: tells how the command with a name is given."""
+        self._client, self._display, self._reader, self._tell_usage = client, display, reader, tell_usage
+        self.methods: dict[str, Callable[..., None]] = {
+            "dereg": self._dereg, "reg": self._reg, "who": self._who, "help": self._help, "quit": client.quit,
+            "fingerprint": self._fingerprint, "verify": self._verify, "trust": self._trust}
+
+    def _is_own_nick(self, word: str) -> bool:
+        return self._client.nick in (word, self._client.spelling_of(word))
+
+    def _dereg(self, word: str) -> None:
+        if self._is_own_nick(word):
+            self._client.dereg()
+        else:
+            self._display.tell("dereg-other")
+
+    def _reg(self, word: str) -> None:
+        if not self._is_own_nick(word):
+            self._display.tell("reg-other", nick=self._client.nick)
+        elif self._client.is_offline:
+            self._client.reg()
+        else:
+            self._display.tell("registered-already")
+
+    def _who(self, which: str = "") -> None:
+        if which not in ("", "all"):
+            self._tell_usage("who")
+            return
+        rows = self._client.clients()
+        known = len(rows)
+        if self._display.asks:
+            rows = rows_for_people(rows, self._client.nick, since=0 if which else self._client.wall() - LONG_AWAY)
+        keys = self._client.peer_keys if self._display.names_messages else None
+        verified = [nick for nick, *_ in rows if keys.is_verified(nick)] if keys is not None else []
+        self._display.write(self._display.formatter.clients(rows, verified).encode())
+        if len(rows) < known:
+            self._display.note(f"[Away for a month: {known - len(rows)} more, try {self._reader.slash}who all.]")
+
+    def _fingerprint(self, word: str = "") -> None:
+        keys, me = self._client.peer_keys, self._client.nick
+        nick = self._client.spelling_of(word) if word else me
+        digits = keys.digits(nick if word else "") if keys is not None and nick is not None else ""
+        if nick is None or not digits:
+            self._tell_of_keys("no-key" if nick is not None else "talk-unknown", nick or word)
+        elif word:
+            self._display.tell("fingerprint-with", nick=me, to=nick, fingerprint=digits)
+        else:
+            self._display.tell("fingerprint", nick=me, fingerprint=digits)
+
+    def _verify(self, word: str) -> None:
+        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
+        problem = keys.verify(nick) if keys is not None and nick is not None else "no-key"
+        self._tell_of_keys(("talk-unknown" if nick is None else problem) or "verified", nick or word)
+
+    def _trust(self, word: str) -> None:
+        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
+        self._client.settle_sends()     # what was sent before is refused, as it was said
+        digits = keys.trust(nick) if keys is not None and nick is not None else ""
+        self._tell_of_keys("talk-unknown" if nick is None else "trusted" if digits else "no-key", nick or word, digits)
+
+    def _tell_of_keys(self, event: str, nick: str, digits: str = "") -> None:
+        if event in ("verified", "trusted"):
+            self._display.tell(event, to=nick, fingerprint=digits or None)
+        else:
+            self._display.tell(event, nick=clean(nick), help=f"{self._reader.slash}trust {nick}")
+
+    def _help(self) -> None:
+        import textwrap     # here: few ask for help, and a start is measured
+        prompt = self._display.prompt
+        columns = max(prompt.tty.size()[0], 2 * HELP_INDENT) if prompt is not None else LINE_LIMIT
+        told = [spec.told_to(self._display) for spec in COMMANDS.values() if spec.help]
+        lines = [textwrap.fill(f"{self._reader.slash + usage:{HELP_INDENT}}{line}", columns,
+                               subsequent_indent=" " * HELP_INDENT) for usage, line in told]
+        self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
+
+
 class Shell:
-    """The command language: understands commands, and carries them out by calling the client.
+    """The command language: takes in lines, and carries them out in order, by calling the client and ``Commands``.
 
     ``has_failed``: a line was no command, and nobody has seen that: it may have been meant as a message.
     """
@@ -1085,10 +1165,9 @@ class Shell:
         self._checked = ""          # a nick that is not in the table, as the server has been asked
         self._reader = CommandReader(display.formatter.is_for_programs, is_typed)
         self.waiting = self._reader.waiting     # what was read and not carried out
+        commands = Commands(client, display, self._reader, self._tell_usage)
         self._methods: dict[str, Callable[..., None]] = {       # of the commands in ``COMMANDS``, but for ``send``
-            "talk": self._do_talk, "end": self._do_end, "dereg": self._do_dereg, "reg": self._do_reg,
-            "who": self._do_who, "help": self._do_help, "quit": client.quit, "fingerprint": self._do_fingerprint,
-            "verify": self._do_verify, "trust": self._do_trust}
+            **commands.methods, "talk": self._do_talk, "end": self._do_end}
 
     # in
 
@@ -1272,9 +1351,6 @@ class Shell:
         """Return what to say to come online."""
         return f"{self._reader.slash}reg {self._client.nick}"
 
-    def _is_own_nick(self, word: str) -> bool:
-        return self._client.nick in (word, self._client.spelling_of(word))
-
     def _do_talk(self, word: str) -> None:
         nicks = {name: self._client.spelling_of(name) for name in nicks_in(word)}
         unknown = [name for name, nick in nicks.items() if nick is None]
@@ -1287,71 +1363,6 @@ class Shell:
 
     def _do_end(self) -> None:
         self._reader.talk = ""
-
-    def _do_dereg(self, word: str) -> None:
-        if self._is_own_nick(word):
-            self._client.dereg()
-        else:
-            self._display.tell("dereg-other")
-
-    def _do_reg(self, word: str) -> None:
-        if not self._is_own_nick(word):
-            self._display.tell("reg-other", nick=self._client.nick)
-        elif self._client.is_offline:
-            self._client.reg()
-        else:
-            self._display.tell("registered-already")
-
-    def _do_who(self, which: str = "") -> None:
-        if which not in ("", "all"):
-            self._tell_usage("who")
-            return
-        rows = self._client.clients()
-        known = len(rows)
-        if self._display.asks:
-            rows = rows_for_people(rows, self._client.nick, since=0 if which else self._client.wall() - LONG_AWAY)
-        keys = self._client.peer_keys if self._display.names_messages else None
-        verified = [nick for nick, *_ in rows if keys.is_verified(nick)] if keys is not None else []
-        self._display.write(self._display.formatter.clients(rows, verified).encode())
-        if len(rows) < known:
-            self._display.note(f"[Away for a month: {known - len(rows)} more, try {self._reader.slash}who all.]")
-
-    def _do_fingerprint(self, word: str = "") -> None:
-        keys, me = self._client.peer_keys, self._client.nick
-        nick = self._client.spelling_of(word) if word else me
-        digits = keys.digits(nick if word else "") if keys is not None and nick is not None else ""
-        if nick is None or not digits:
-            self._tell_of_keys("no-key" if nick is not None else "talk-unknown", nick or word)
-        elif word:
-            self._display.tell("fingerprint-with", nick=me, to=nick, fingerprint=digits)
-        else:
-            self._display.tell("fingerprint", nick=me, fingerprint=digits)
-
-    def _do_verify(self, word: str) -> None:
-        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
-        problem = keys.verify(nick) if keys is not None and nick is not None else "no-key"
-        self._tell_of_keys(("talk-unknown" if nick is None else problem) or "verified", nick or word)
-
-    def _do_trust(self, word: str) -> None:
-        keys, nick = self._client.peer_keys, self._client.spelling_of(word)
-        self._client.settle_sends()     # what was sent before is refused, as it was said
-        digits = keys.trust(nick) if keys is not None and nick is not None else ""
-        self._tell_of_keys("talk-unknown" if nick is None else "trusted" if digits else "no-key", nick or word, digits)
-
-    def _tell_of_keys(self, event: str, nick: str, digits: str = "") -> None:
-        if event in ("verified", "trusted"):
-            self._display.tell(event, to=nick, fingerprint=digits or None)
-        else:
-            self._display.tell(event, nick=clean(nick), help=f"{self._reader.slash}trust {nick}")
-
-    def _do_help(self) -> None:
-        import textwrap     # here: few ask for help, and a start is measured
-        prompt = self._display.prompt
-        columns = max(prompt.tty.size()[0], 2 * HELP_INDENT) if prompt is not None else LINE_LIMIT
-        told = [spec.told_to(self._display) for spec in COMMANDS.values() if spec.help]
-        lines = [textwrap.fill(f"{self._reader.slash + usage:{HELP_INDENT}}{line}", columns,
-                               subsequent_indent=" " * HELP_INDENT) for usage, line in told]
-        self._display.write(self._display.formatter.help("\n".join([*lines, ""])).encode())
 
     def hand_back_rest(self) -> None:
         """Report the texts of the lines that were read, but are not carried out any more, as not delivered.

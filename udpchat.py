@@ -898,9 +898,11 @@ def formatter_for(options: argparse.Namespace, nick: str, wall: Callable[[], flo
 def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
     """Return what ``udpchat send`` or ``ask`` sends: its arguments, or all of stdin but the line ends at its end.
 
-    Behind it the bytes of a text that is too long to be kept, else 0. ``end``: when the text must be there, by the
-    monotonic clock. Raise Failure.
+    Behind it the bytes of a text that is too long to be kept, else 0. Other modes: "" and 0. ``end``: when the text
+    must be there, by the monotonic clock. Raise Failure.
     """
+    if options.mode not in SENDING_MODES:
+        return "", 0
     if options.text:        # an argument that is no UTF-8 comes as surrogates (PEP 383)
         return " ".join(options.text).encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 0
     data, size, line_feeds = b"", 0, 0
@@ -994,7 +996,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     nick, (host, server_port) = own_nick(options), server_of(options)
     found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
     addresses, is_named = in_turns(found), not is_number(host)
-    text, size = text_to_send(options, end) if options.mode in SENDING_MODES else ("", 0)
+    text, size = text_to_send(options, end)
     if is_nothing(options, text, size):
         return 0
     sodium = sodium_for(options)
@@ -1024,8 +1026,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
     if options.mode == "client":
         client.on_joined = lambda: local.open(own(server.current))
-    if prompt is not None:
-        show_log_above_prompt(display)
+    show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
     end_in_order_on_signals(loop, client.leaving.interrupt)
@@ -1177,7 +1178,8 @@ def nick_patience(mode: str, has_proof: bool) -> float:
 
 def show_log_above_prompt(display: Display) -> None:
     """Keep the log from being written over the prompt, if both are on one terminal."""
-    if log.output is display.errors and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
+    is_on_stderr = log.output is display.errors
+    if display.prompt is not None and is_on_stderr and os.fstat(STDOUT).st_rdev == os.fstat(STDERR).st_rdev:
         log.output = Output(display.show_log)
 
 

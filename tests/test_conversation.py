@@ -711,7 +711,7 @@ def test_what_waits_for_a_silent_server_leaves_room_for_those_who_are_there() ->
     outbox.open(0.0, "dave", Place(False, None), 9)
     assert outbox.is_full and [outbox.room(0.0, nick) for nick in ("bob", "carol", "dave")] == [0, 0, 0]
     assert not outbox.is_stuck(0.0, "bob")
-    outbox.server_is_silent = True
+    outbox.note_server(is_silent=True)
     for nick in ("bob", "dave"):
         assert outbox.is_stuck(0.0, nick) and outbox.room(0.0, nick) == 0, "a send to them fails at once"
     assert not outbox.is_full and outbox.room(0.0, "carol") == QUEUE_LIMIT
@@ -769,7 +769,7 @@ def test_messages_that_change_their_route_while_the_server_is_silent_count_as_st
     outbox.on_exists(now, {"stream": 7, "n": 1, "version": 1, "entry": ["bob", "192.0.2.1", 9, "online"]},
                      ("192.0.2.1", 9))
     poll()
-    outbox.server_is_silent = True
+    outbox.note_server(is_silent=True)
     assert outbox.is_full and not outbox.is_stuck(now, "bob"), "they go straight to bob"
     now = 1.3
     poll()
