@@ -322,6 +322,8 @@ class Conversation:
             self._judge(now)
             self._judge_at = self._next_judgement()
         reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
+        if self.route is not DIRECT and self.frames.is_sealing is not (self.frames.letters is not None):
+            self._repack()      # sealed, the texts need another room
         self._is_held = reason == NOT_YET
         if reason:
             if reason != NOT_YET:
@@ -444,6 +446,7 @@ class Conversation:
     def _repack(self) -> None:
         """Pack what is pending for the route in use, and send it there as if nothing had been sent."""
         frames, stream, is_direct = self.frames, self.stream, self.route is DIRECT
+        frames.is_sealing = frames.letters is not None
         stream.reroute(frames.capacity(is_direct),
                        lambda items: frames.sizes(items, stream.base, stream.continued, is_direct))
 

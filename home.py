@@ -30,7 +30,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 
-from protocol import (ENVELOPE_BYTES, KEY_BYTES, LETTER_EXTRA, TYPE_CHECKING, UNSAFE, Any, Parcel, StoredLetter, clean,
+from protocol import (ENVELOPE_BYTES, KEY_BYTES, MIN_BUNDLE, TYPE_CHECKING, UNSAFE, Any, Parcel, StoredLetter, clean,
                       is_nick)
 
 if TYPE_CHECKING:
@@ -704,7 +704,8 @@ def _clock_of(text: Any) -> list[tuple[float, float]]:
     return noted if uptimes == sorted(uptimes) and all(map(math.isfinite, chain.from_iterable(noted))) else []
 
 
-NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of letters that are damaged: their recipient cannot open them
+NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of bundles that are damaged: their recipient cannot open them
+NO_BUNDLE = b"\1\0".ljust(MIN_BUNDLE, b"\0")
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
@@ -900,7 +901,7 @@ class Mailbox:
         except (ValueError, TypeError):
             self.damaged += 1
             is_sealed = is_sender_whole and columns[-2:] != (None, None)
-            content = (bytes(LETTER_EXTRA), False, NO_SEAL) if is_sealed else (DAMAGED, False, ())
+            content = ((NO_BUNDLE, 0), False, NO_SEAL) if is_sealed else (DAMAGED, False, ())
             return [(sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
                      n if type(n) is int and n > 0 else 1, 0.0, *content)] * numbers
         all_numbers = range(n, n + numbers)

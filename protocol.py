@@ -95,7 +95,8 @@ KEY_BYTES = 32            # a public key of X25519
 INDEX_BYTES = 4           # of a channel: chosen by the receiver of its records, which finds the channel by them
 ENVELOPE_BYTES = 48       # of the letters of one stream: without it nobody opens them
 KEY_NAME_BYTES = 8        # of the SHA-256 of a public key, which name it
-LETTER_EXTRA = 24         # bytes by which a text grows when it is sealed as a letter: its time, and a tag
+COUNT_BYTES = 2           # at the beginning of a bundle: how many numbers of a stream are sealed in it
+MIN_BUNDLE = 18           # bytes: the count, and a tag
 MAX_HELLO = 512           # bytes of one message of a handshake of Noise
 JOIN_SIZE = 320           # bytes a ``join`` is padded to: its size says nothing of the nick
 GREET_SIZE = 160          # bytes a ``greet`` is padded to: the same of another client
@@ -224,7 +225,7 @@ def fits_piece(text: str) -> bool:
     return len(text) <= MAX_PIECE and (len(text) * 4 <= MAX_PIECE or len(text.encode()) <= MAX_PIECE)
 
 
-ONLY_TEXTS, ONLY_LETTERS = {str}, {bytes}
+ONLY_TEXTS = {str}
 
 
 def valid_texts(value: Any) -> bool:
@@ -238,30 +239,51 @@ def valid_texts(value: Any) -> bool:
     return are_short(value, MAX_PIECE) or all(map(fits_piece, value))
 
 
-def valid_letters(value: Any) -> bool:
-    """Return whether ``value`` is texts that are sealed: at least one, each of the size of one number."""
-    return (type(value) is list and 0 < len(value) <= MAX_ITEMS and set(map(type, value)) == ONLY_LETTERS
-            and LETTER_EXTRA <= min(map(len, value)) and max(map(len, value)) <= MAX_PIECE + LETTER_EXTRA)
+def numbers_of(bundle: bytes) -> int:
+    """Return how many numbers of a stream are sealed in a bundle."""
+    return int.from_bytes(bundle[:COUNT_BYTES], "little")
+
+
+def valid_bundle(value: Any) -> bool:
+    """Return whether ``value`` is of the size of texts that are sealed together."""
+    return type(value) is bytes and MIN_BUNDLE <= len(value) <= MAX_DATAGRAM and 0 < numbers_of(value) <= MAX_ITEMS
+
+
+def valid_parts(value: Any) -> bool:
+    """Return whether ``value`` is parts of bundles, at least one: [bundle, numbers before the part, numbers in it]."""
+    return type(value) is list and 0 < len(value) <= MAX_ITEMS and all(map(_is_part, value))
+
+
+def _is_part(part: Any) -> bool:
+    if type(part) is not list or len(part) != 3:
+        return False
+    bundle, start, count = part
+    return valid_bundle(bundle) and COUNT(start) and NUMBER(count) and start + count <= numbers_of(bundle)
+
+
+def numbers_in(run: Any) -> int:
+    """Return how many numbers a run of a ``mail`` has."""
+    return sum([part[2] for part in run[4]]) if len(run) > RUN_FIELDS else len(run[4])
 
 
 def valid_mail_items(value: Any) -> bool:
     """Return whether ``value`` is the items of a ``mail``: runs of letters, [from, stream, n, at, texts, more] each.
 
-    Behind that, where the texts are sealed, are the sender's key and the envelope.
+    Where the texts are sealed, they are parts of bundles, and the sender's key and the envelope are behind that.
     """
     return (type(value) is list and 0 < len(value) <= MAX_ITEMS and all(map(_is_run, value))
-            and sum([len(run[4]) for run in value]) <= MAX_ITEMS)
+            and sum(map(numbers_in, value)) <= MAX_ITEMS)
 
 
 def _is_run(run: Any) -> bool:
     """Return whether ``run`` is texts with consecutive numbers in one stream that were sent at the same time."""
-    if type(run) is not list or len(run) not in (6, 8):
+    if type(run) is not list or len(run) not in (RUN_FIELDS, RUN_FIELDS + 2):
         return False
     sender, stream, first, at, texts, more, *seal = run
-    valid = valid_texts if not seal else valid_letters if KEY(seal[0]) and ENVELOPE(seal[1]) else REFUSED
+    valid = valid_texts if not seal else valid_parts if KEY(seal[0]) and ENVELOPE(seal[1]) else REFUSED
     return (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid(texts)
-            and first <= MAX_NUMBER - len(texts) and NUMBERS(more)
-            and (not more or _lie_within(more, first, len(texts))))
+            and first <= MAX_NUMBER - numbers_in(run) and NUMBERS(more)
+            and (not more or _lie_within(more, first, numbers_in(run))))
 
 
 def _lie_within(numbers: Sequence[int], first: int, count: int) -> bool:
@@ -288,7 +310,8 @@ INDEX = binary(INDEX_BYTES)
 ENVELOPE = binary(ENVELOPE_BYTES)
 NUMBERS = rows(NUMBER)
 REFUSED: Check = lambda value: False
-TEXTS_OR_LETTERS: Check = lambda value: valid_texts(value) or valid_letters(value)
+TEXTS_OR_BUNDLE: Check = lambda value: valid_texts(value) or valid_bundle(value)
+SPELLS = rows(row(TIME, NUMBER))
 ENTRY = row(NICK, HOST, PORT, STATE)
 ADDRESS = row(HOST, PORT)
 RANGE: Check = lambda value: row(NUMBER, NUMBER)(value) and value[0] <= value[1]
@@ -309,7 +332,7 @@ REQUIRED: dict[str, dict[str, Check]] = {
     "chat": {"from": NICK, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": valid_texts},
     "ack": {"stream": COUNT, "next": NUMBER, "have": rows(RANGE, MAX_RANGES), "room": COUNT},
     "nack": {"stream": COUNT, "first": NUMBER, "last": NUMBER, "reason": REASON},
-    "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": TEXTS_OR_LETTERS,
+    "save": {"session": SESSION, "to": NICK, "stream": COUNT, "n": NUMBER, "base": NUMBER, "text": TEXTS_OR_BUNDLE,
              "at": rows(TIME), "relay": boolean},
     "exists": {"stream": COUNT, "n": NUMBER, "version": COUNT, "entry": ENTRY},
     "mail": {"stream": COUNT, "n": NUMBER, "base": NUMBER, "items": valid_mail_items},
@@ -364,14 +387,19 @@ def _has_times_or_seal(info: Info) -> bool:
     """Return whether the texts of a ``save`` have a time each, or are sealed, and are said to be."""
     is_sealed = "envelope" in info
     times = 0 if is_sealed else len(info["text"])
-    return ("key" in info) is (type(info["text"][0]) is bytes) is is_sealed and len(info["at"]) == times
+    return ("key" in info) is (type(info["text"]) is bytes) is is_sealed and len(info["at"]) == times
+
+
+def _numbers_saved(text: Any) -> int:
+    """Return how many numbers the ``text`` of a ``save`` has."""
+    return numbers_of(text) if type(text) is bytes else len(text)
 
 
 CROSS_FIELD_CHECKS: dict[str, Check] = {
     "table": lambda info: 0 <= since_of(info) <= info["version"],
     "chat": lambda info: _numbered(info, len(info["text"])),
-    "save": lambda info: _numbered(info, len(info["text"])) and _has_times_or_seal(info),
-    "mail": lambda info: _numbered(info, sum([len(run[4]) for run in info["items"]])),
+    "save": lambda info: _numbered(info, _numbers_saved(info["text"])) and _has_times_or_seal(info),
+    "mail": lambda info: _numbered(info, sum(map(numbers_in, info["items"]))),
     "nack": lambda info: bool(info["first"] <= info["last"]),
 }
 SCHEMA = {tag: (list(fields.items()), list(OPTIONAL.get(tag, {}).items()), CROSS_FIELD_CHECKS.get(tag))
@@ -989,16 +1017,13 @@ class Place(NamedTuple):
 
 # --- texts ----------------------------------------------------------------------------------------------------
 
-Text = str | bytes        # one number of a stream; bytes: sealed as a letter, only its recipient can read it
+SealedText = tuple[bytes, int]      # a bundle, which only its recipient can read, and the place of a text in it
+Text = str | SealedText             # one number of a stream
 
 STRING_HEADER = 3         # bytes that msgpack puts before a string, at most
 NUMBER_SIZE = 9           # bytes that it uses for a number, at most
 TIME_SIZE = 9             # bytes that it uses for a float
-
-
-def size_of(text: Text) -> int:
-    """Return how many bytes a text has."""
-    return len(text) if isinstance(text, bytes) else len(text.encode())
+TIME_RUN_SIZE = 13        # bytes that it uses for a float, and for how many texts it counts
 
 
 def split_text(text: str) -> list[str]:
@@ -1068,16 +1093,71 @@ def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], mor
 # sealed although its sender encrypts, it is sealed with another key than the sender's, it cannot be opened.
 UNSEALED, SEALED, STRANGELY_PLAIN, OTHER_KEY, BROKEN = "unsealed", "sealed", "plain", "key-changed", "damaged"
 DOUBTS = frozenset((STRANGELY_PLAIN, OTHER_KEY, BROKEN))
-CONTINUES = -1.0          # the time of a sealed letter that continues another one
+CONTINUES = -1.0          # the time of a letter in a bundle that continues the one before
 
 # one number of somebody's mail in the store: (sender, stream, n, at, text, does the next continue it, its seal)
 StoredLetter = tuple[str, int, int, float, Any, bool, Any]
 WireLetter = tuple[str, int, int, float, str, str]  # one number of a mail: [from, stream, n, at, text, its proof]
 Opened = tuple[Iterable[float], Iterable[str], Iterable[str]]   # of the letters of a run: times, texts, proofs
 
+RUN_FIELDS = 6            # of a run in a ``mail``; two more if it is sealed
 MAIL_RUN = 40             # bytes of a run of letters beside its texts and its sender ...
 SEAL_RUN = KEY_BYTES + ENVELOPE_BYTES + 4   # ... and beside the key and the envelope of one that is sealed
 MAIL_RUN_SIZE = MAIL_RUN + MAX_NICK_BYTES   # bytes of a run that goes on in the next datagram: it is named there again
+PART_SIZE = 10            # bytes of a part of a bundle beside the bundle
+
+
+def bundle_room(sender: str) -> int:
+    """Return how many bytes a bundle may have, so that it fits into a ``mail`` of its own; one text in it may go on."""
+    info = {"stream": MAX_NUMBER, "n": MAX_NUMBER, "base": MAX_NUMBER, "items": []}
+    header = RECORD_EXTRA + len(encode("mail", info)) + MAIL_RUN + len(sender.encode()) + SEAL_RUN
+    return MAX_DATAGRAM - header - PART_SIZE - NUMBER_SIZE
+
+
+def contents(texts: Sequence[str], times: Sequence[Sequence[Any]], more: Sequence[int]) -> bytes:
+    """Return what is sealed in a bundle.
+
+    ``times``: when the texts were sent, and how many at that time. ``more``: which numbers the next one continues, also
+    the number before the first.
+    """
+    return _pack([texts, times, more])
+
+
+# bytes of a bundle beside its texts, if all were sent at the same time, one of them goes on, and so does the one before
+BUNDLE_EXTRA = MIN_BUNDLE + len(contents([], [[0.0, MAX_ITEMS]], [MAX_NUMBER, MAX_NUMBER])) + ARRAY_GROWTH // 2
+
+
+def contents_of(data: bytes, count: int) -> list[Any] | None:
+    """Return texts, times and ``more`` of ``contents``; None if it is not that, of as many texts."""
+    try:
+        found = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
+    except (ValueError, RecursionError, msgpack.UnpackException):
+        return None
+    if type(found) is not list or len(found) != 3:
+        return None
+    texts, times, more = found
+    if not (valid_texts(texts) and SPELLS(times) and NUMBERS(more)) or len(texts) != count:
+        return None
+    return found if sum([length for _, length in times]) == count else None
+
+
+def parts_of(texts: Sequence[SealedText]) -> list[list[Any]]:
+    """Return sealed texts of consecutive numbers as parts of bundles, see ``valid_parts``."""
+    parts: list[list[Any]] = []
+    index = 0
+    while index < len(texts):
+        bundle, start = texts[index]
+        found = texts[index:index + numbers_of(bundle) - start]
+        same = zip(repeat(bundle), range(start, start + len(found)))
+        length = next((n for n, (text, expected) in enumerate(zip(found, same)) if text != expected), len(found))
+        parts.append([bundle, start, length])
+        index += length
+    return parts
+
+
+def texts_of_parts(parts: Sequence[Sequence[Any]]) -> list[SealedText]:
+    """Return the sealed texts in parts of bundles."""
+    return [(bundle, place) for bundle, start, length in parts for place in range(start, start + length)]
 
 
 def letters_of(info: Info, opened: Callable[[Any], Opened]) -> tuple[list[WireLetter], list[int]]:
@@ -1088,9 +1168,9 @@ def letters_of(info: Info, opened: Callable[[Any], Opened]) -> tuple[list[WireLe
     found: list[WireLetter] = []
     more: list[int] = []
     for run in info["items"]:
-        sender, stream, first, _, texts, continued = run[:6]
+        sender, stream, first, _, _, continued = run[:RUN_FIELDS]
         more += [info["n"] + len(found) + number - first for number in continued]
-        found += zip(repeat(sender), repeat(stream), range(first, first + len(texts)), *opened(run))
+        found += zip(repeat(sender), repeat(stream), range(first, first + numbers_in(run)), *opened(run))
     return found, more
 
 
@@ -1118,18 +1198,29 @@ def mail_runs(letters: Sequence[StoredLetter]) -> list[list[object]]:
     runs: list[list[object]] = []
     for run in runs_of_one_stream(letters, are_timed=True):
         sender, stream, first, at, _, _, seal = run[0]
-        runs.append([sender, stream, first, at, [letter[4] for letter in run],
+        texts = [letter[4] for letter in run]
+        runs.append([sender, stream, first, at, parts_of(texts) if seal else texts,
                      [letter[2] for letter in run if letter[5]], *seal])
     return runs
 
 
 def mail_sizes(letters: Sequence[StoredLetter]) -> list[int]:
-    """Return the most bytes that each letter takes in a ``mail``, if the first one has those of a whole run more."""
-    sizes = [STRING_HEADER + (NUMBER_SIZE if more else 0) + (
-        len(text) if seal or text.isascii() else len(text.encode())) for _, _, _, _, text, more, seal in letters]
-    for start in _starts_of_runs(letters, are_timed=True):
-        sender, seal = letters[start][0], letters[start][-1]
-        sizes[start] += len(sender.encode()) + MAIL_RUN + (SEAL_RUN if seal else 0)
+    """Return the most bytes that each letter takes in a ``mail``, if the first one has those of a whole run more.
+
+    0: it goes with the letter before it, whose bundle it is in.
+    """
+    sizes: list[int] = []
+    for run in runs_of_one_stream(letters, are_timed=True):
+        start, sender, seal = len(sizes), run[0][0], run[0][-1]
+        if seal:
+            for bundle, _, length in parts_of([letter[4] for letter in run]):
+                continued = sum([letter[5] for letter in run[len(sizes) - start:][:length]])
+                sizes += [PART_SIZE + len(bundle) + NUMBER_SIZE * continued, *[0] * (length - 1)]
+            sizes[start] += SEAL_RUN
+        else:
+            sizes += [STRING_HEADER + (NUMBER_SIZE if more else 0) + (
+                len(text) if text.isascii() else len(text.encode())) for _, _, _, _, text, more, _ in run]
+        sizes[start] += len(sender.encode()) + MAIL_RUN
     return sizes
 
 
@@ -1163,13 +1254,13 @@ Seal = tuple[bytes, ...]    # of letters: the key of their sender and the envelo
 
 
 def _pieces_of_row(texts: Any, seal: Sequence[Any]) -> Any:
-    """Return the texts, or the letters, of a column; raise ValueError or TypeError if they are damaged."""
+    """Return the texts of a column; raise ValueError or TypeError if they are damaged."""
     import json
     if seal:
-        letters = msgpack.unpackb(texts)
-        if not (KEY(seal[0]) and ENVELOPE(seal[1]) and valid_letters(letters)):
-            raise ValueError("the letters are damaged, or nobody can open them")
-        return letters
+        parts = msgpack.unpackb(texts)
+        if not (KEY(seal[0]) and ENVELOPE(seal[1]) and valid_parts(parts)):
+            raise ValueError("the bundles are damaged, or nobody can open them")
+        return texts_of_parts(parts)
     pieces = json.loads(texts)
     if not pieces or set(map(type, pieces)) != {str}:
         raise ValueError("the texts are damaged")
@@ -1198,17 +1289,24 @@ class Parcel(NamedTuple):
 
     def fitting(self, messages: int, size: int) -> int:
         """Return how many of the numbers fit where there is room for so many messages and bytes; no text is cut."""
-        if len(self.texts) <= messages and len(self.texts) * (MAX_PIECE + LETTER_EXTRA) <= size:
+        if len(self.texts) <= messages and len(self.texts) * MAX_DATAGRAM <= size:
             return len(self.texts)
         fitting = 0
-        for index, text in enumerate(self.texts):
-            size -= size_of(text)
+        for index, taken in enumerate(self._sizes()):
+            size -= taken
             if messages <= 0 or size < 0:
                 break
             if self.n + index not in self.more:
                 messages -= 1
                 fitting = index + 1
         return fitting
+
+    def _sizes(self) -> list[int]:
+        """Return how many bytes each text takes; those of a bundle count for the first text that is in it."""
+        if not self.seal:
+            return [len(text.encode()) for text in self.texts]      # type: ignore[union-attr]
+        parts = parts_of(self.texts)                                # type: ignore[arg-type]
+        return [size for bundle, _, length in parts for size in (len(bundle), *repeat(0, length - 1))]
 
     @property
     def messages(self) -> int:
@@ -1219,7 +1317,7 @@ class Parcel(NamedTuple):
     def size(self) -> int:
         """How many bytes the texts have."""
         if self.seal:
-            return sum(map(len, self.texts))
+            return sum(self._sizes())
         joined = "".join(self.texts)    # type: ignore[arg-type]
         return len(joined) if joined.isascii() else len(joined.encode())
 
@@ -1227,7 +1325,8 @@ class Parcel(NamedTuple):
         """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
         import json     # here: only a server has parcels, and the start of a client is measured
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
-        texts = _pack(self.texts) if self.seal else json.dumps(self.texts, ensure_ascii=False)
+        texts = (_pack(parts_of(self.texts)) if self.seal           # type: ignore[arg-type]
+                 else json.dumps(self.texts, ensure_ascii=False))
         return (recipient, seq, len(self.texts), sender, stream, self.n, texts, json.dumps(times),
                 json.dumps(sorted(self.more)) if self.more else "", self.messages, size, *(self.seal or (None, None)))
 

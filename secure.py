@@ -30,16 +30,17 @@ between two clients. Then the encryption: ``Sodium``, ``HandshakeState`` (Noise)
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from itertools import repeat
 
 from home import KnownKeys, Pin, fingerprint, sha256
 from loop import NEVER, Endpoint, log
 from stream import NOT_YET, Frames
-from protocol import (BROKEN, CONTINUES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE, KEY_NAME_BYTES,
-                      NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address,
-                      Any, Decoder, Info, Opened, ReplayWindow, encode, folded, hello_prologue, index_of, is_private,
-                      letter_prologue, offer_prologue, padded)
+from protocol import (BROKEN, CONTINUES, COUNT_BYTES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE,
+                      KEY_NAME_BYTES, MAX_NUMBER, NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN,
+                      TAG_SIZE, UNSEALED, Address, Any, Decoder, Info, Opened, ReplayWindow, contents, contents_of,
+                      encode, folded, hello_prologue, index_of, is_private, letter_prologue, numbers_of,
+                      offer_prologue, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
 
@@ -608,7 +609,6 @@ class Peers:
 
 KEY_SIZE = 32             # bytes of a secret, of a public key and of a shared one
 NONCE_SIZE = 12           # bytes
-NUMBER_AS_NONCE = struct.Struct("<4xQ")
 MAX_SEALED = 65535        # bytes of a sealed text, and of a message of a handshake (Noise §3)
 ZEROS = bytes(KEY_SIZE)
 ZEROS_TAG = bytes.fromhex("4eb972c9a8fb3a1b382bb4d36f5ffad1")  # what comes of sealing nothing with zeros
@@ -665,27 +665,6 @@ class Sodium:
         if text is None:
             raise Forged("the tag does not verify")
         return text
-
-    def seal_each(self, key: bytes, first: int, data: Sequence[bytes], texts: Sequence[bytes]) -> list[bytes]:
-        """Return texts encrypted, each with its own ``data``; the nonces are numbers, ``first`` for the first text."""
-        if len(key) != KEY_SIZE or max(max(map(len, texts)) + TAG_SIZE, max(map(len, data))) > MAX_SEALED:
-            raise ValueError("a key has 32 bytes, a sealed text at most 65,535")
-        return list(map(self._encrypt, repeat(key), _nonces(first, len(texts)), data, texts))   # type: ignore[arg-type]
-
-    def open_each(self, key: bytes, first: int, data: Sequence[bytes], sealed: Sequence[bytes]) -> list[bytes]:
-        """Return the texts that were sealed so. Raise Forged if one of them does not verify, or ValueError."""
-        if len(key) != KEY_SIZE or max(map(len, data)) > MAX_SEALED:
-            raise ValueError("a key has 32 bytes")
-        if min(map(len, sealed)) < TAG_SIZE or max(map(len, sealed)) > MAX_SEALED:
-            raise Forged("that is too short, or too long")
-        texts = list(map(self._decrypt, repeat(key), _nonces(first, len(sealed)), data, sealed))
-        if None in texts:
-            raise Forged("the tag does not verify")
-        return texts        # type: ignore[return-value]
-
-
-def _nonces(first: int, count: int) -> Iterable[bytes]:
-    return map(NUMBER_AS_NONCE.pack, range(first, first + count))
 
 
 def load_sodium() -> Sodium | None:
@@ -1043,16 +1022,16 @@ class Channel:
         return text
 
 
-LETTER_TIME = struct.Struct("<d")       # 8 bytes, the least significant one first
+COUNT_AND_NUMBER = struct.Struct("<IQ")     # the nonce of a bundle
 
 
 class Letters:
     """Seals and opens the texts of one stream that wait at the server, with a key made by Noise_K for this stream.
 
-    A letter is the time at which it was sent (``CONTINUES`` if it goes on with the text of the one before) and a text,
-    sealed under its number, and with it a byte that says whether the next number continues it. So whoever cannot read
-    letters can part them, and repeat them in other company, but not cut texts or make one of several. For one number
-    nothing of that may ever change, because it is the nonce.
+    A bundle is texts of consecutive numbers. What is sealed in it are the texts, when they were sent, and which numbers
+    the next one continues, also the number before the first. So whoever cannot read bundles can take them
+    apart, and repeat parts of them in other company, but not cut texts or make one of several unseen. The nonce is how
+    many texts there are, and the number of the first one: what is sealed for the same numbers must always be the same.
     """
 
     def __init__(self, cipher: CipherState, other: bytes, envelope: bytes) -> None:
@@ -1079,30 +1058,34 @@ class Letters:
             raise Forged("an envelope is empty")
         return cls(handshake.split()[1], sender, envelope)
 
-    def seal(self, first: int, times: Sequence[float], texts: Sequence[str], continued: Collection[int]) -> list[bytes]:
-        """Return letters, numbered from ``first`` on. ``times``: when they were sent, in s since 1970."""
-        if continued:
-            times = [CONTINUES if n - 1 in continued else at for n, at in enumerate(times, first)]
-        contents = [stamp + text.encode() for stamp, text in zip(map(LETTER_TIME.pack, times), texts)]
-        return self._sodium.seal_each(self._key, first, _marks(first, len(texts), continued), contents)
+    def seal(self, first: int, times: Sequence[Sequence[Any]], texts: Sequence[str],
+             continued: Collection[int]) -> bytes:
+        """Return a bundle of texts, numbered from ``first`` on.
 
-    def open(self, first: int, letters: Sequence[bytes], more: Collection[int]) -> tuple[Sequence[float], list[str]]:
-        """Return when letters, numbered from ``first`` on, were sent, and their texts; ``more``: which are continued.
-
-        Raise Forged, and nothing else, if one of them cannot be opened.
+        ``times``: when they were sent, in s since 1970, and how many at that time. ``continued``: of the whole stream.
         """
-        count, size = len(letters), LETTER_TIME.size
-        contents = self._sodium.open_each(self._key, first, _marks(first, count, more), letters)
-        try:
-            times = struct.unpack(f"<{count}d", b"".join([content[:size] for content in contents]))
-            return times, [content[size:].decode() for content in contents]
-        except (struct.error, ValueError):      # its sender has sealed something else
-            raise Forged("this is no letter") from None
+        more = [n for n in range(first - 1, first + len(texts)) if n in continued] if continued else ()
+        nonce = COUNT_AND_NUMBER.pack(len(texts), first)
+        return nonce[:COUNT_BYTES] + self._sodium.seal(self._key, nonce, b"", contents(texts, times, more))
 
+    def open(self, first: int, bundle: bytes) -> tuple[list[float], list[str], Sequence[int]]:
+        """Return the texts of a bundle, numbered from ``first`` on: when each was sent, each text, what goes on.
 
-def _marks(first: int, count: int, continued: Collection[int]) -> Sequence[bytes]:
-    """Return what is authenticated with each letter: whether the next number continues it."""
-    return [b"\1" if n in continued else b"\0" for n in range(first, first + count)] if continued else [b"\0"] * count
+        That is the numbers that the next one continues; the time of what continues another one is ``CONTINUES``.
+        Raise Forged, and nothing else, if it cannot be opened.
+        """
+        count = numbers_of(bundle)
+        if not 0 < first <= MAX_NUMBER:
+            raise Forged("there is no such number")
+        opened = self._sodium.open(self._key, COUNT_AND_NUMBER.pack(count, first), b"", bundle[COUNT_BYTES:])
+        found = contents_of(opened, count)
+        if found is None:
+            raise Forged("this is no bundle")       # its sender has sealed something else
+        texts, spells, more = found
+        times = [at for at, length in spells for _ in range(length)]
+        if more:
+            times = [CONTINUES if n - 1 in more else at for n, at in enumerate(times, first)]
+        return times, texts, more
 
 
 LETTERS_OPEN = 256        # streams whose keys are remembered: each costs as much as fifty datagrams
@@ -1149,17 +1132,35 @@ class SealedMail:
         if not seal:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
-        try:
-            times, opened = self._letters(sender, stream, *seal).open(first, texts, more)
-            return times, opened, repeat(SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY)
-        except Forged:
-            if len(texts) == 1:
-                return (0.0,), ("",), (BROKEN,)
-        parts = [self.opened((sender, stream, n, at, [text], more, *seal)) for n, text in enumerate(texts, first)]
-        return tuple(zip(*(letter for part in parts for letter in zip(*part))))     # type: ignore[return-value]
+        proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
+        times, opened, proofs = list[float](), list[str](), list[str]()
+        for bundle, start, count in texts:
+            at, found, shown_as = [0.0] * count, [""] * count, BROKEN
+            try:
+                at, found = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, more)
+                shown_as = proof
+            except Forged:
+                pass
+            times += at
+            opened += found
+            proofs += [shown_as] * count
+            first += count
+        return times, opened, proofs
+
+    @staticmethod
+    def _part(letters: Letters, first: int, bundle: bytes, start: int, count: int,
+              more: Collection[int]) -> tuple[list[float], list[str]]:
+        """Return the times and texts of a part of a bundle, numbered from ``first`` on. Raise Forged.
+
+        ``more``: the numbers of which the server says that the next one continues them.
+        """
+        times, texts, continued = letters.open(first - start, bundle)
+        if (more or continued) and any([(n in more) is not (n in continued) for n in range(first, first + count)]):
+            raise Forged("the server has put texts together, or parted one")
+        return times[start:start + count], texts[start:start + count]
 
     def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters:
-        """Return what opens the letters of a stream. Raise Forged if nothing does."""
+        """Return what opens the bundles of a stream. Raise Forged if nothing does."""
         name, peers = (sender, stream, key, envelope), self._peers
         if name not in self._opening:
             prologue = letter_prologue(peers.server_key, sender, peers.me, stream)

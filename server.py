@@ -54,8 +54,9 @@ from enum import Enum
 from operator import itemgetter
 
 import protocol
-from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Decoder, Info, Parcel, StoredLetter, addressed,
-                      Table, encode, index_of, mail_runs, mail_sizes, packed, table_map, widened)
+from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Any, Decoder, Info, Parcel, StoredLetter, addressed,
+                      Table, encode, index_of, mail_runs, mail_sizes, numbers_of, packed, table_map, texts_of_parts,
+                      widened)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
@@ -520,9 +521,12 @@ class Keeper:
             return
         self.streams.move_to_end(key)
         save.session, save.relay = session, info["relay"]
-        seal = (session.key, info["envelope"], info["key"]) if "envelope" in info else ()
-        times = itertools.repeat(0.0) if seal else info["at"]       # that of a letter is in it
-        items = list(zip(info["text"], times, itertools.repeat(seal)))
+        seal: tuple[Any, ...] = ()
+        texts, times = info["text"], info["at"]
+        if "envelope" in info:
+            seal, times = (session.key, info["envelope"], info["key"]), itertools.repeat(0.0)    # they are sealed, too
+            texts = texts_of_parts([[texts, 0, numbers_of(texts)]])
+        items = list(zip(texts, times, itertools.repeat(seal)))
         save.stream.on_data(info["n"], items, info.get("more", ()), info["base"])
         save.stream.advance(info["base"])
         self.to_answer[key] = save

@@ -46,15 +46,16 @@ itself was evicted.
 """
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from itertools import accumulate
 
-from protocol import (ARRAY_GROWTH, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, LETTER_EXTRA, MAX_DATAGRAM,
+from protocol import (ARRAY_GROWTH, BUNDLE_EXTRA, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, MAX_DATAGRAM,
                       MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
-                      SESSION_SIZE, TIME_SIZE, Address, Any, Info, NamedTuple, Protocol, encode, padded, text_sizes)
+                      SESSION_SIZE, TIME_RUN_SIZE, TIME_SIZE, Address, Any, Info, NamedTuple, Protocol, bundle_room,
+                      encode, padded, text_sizes)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ class SendStream:
     def queue(self, items: Sequence[Any], sizes: Sequence[int], continued: Collection[int] = ()) -> None:
         """Append items; ``sizes`` are their encoded bytes, ``continued`` the numbers that the next one continues.
 
-        Every size must be at most ``capacity``.
+        Every size must be at most ``capacity``. An item of size 0 is in one packet with the item before it.
         """
         if continued:
             self.continued.update(continued)
@@ -357,7 +358,7 @@ class SendStream:
         done = start = 0
         if self._unsent and self._unsent[-1].end == number:     # fill the last packet first
             tail = self._unsent[-1]
-            start = min(bisect_right(totals, self.capacity - tail.size), MAX_ITEMS - len(tail.items))
+            start = self._whole(bisect_right(totals, self.capacity - tail.size), MAX_ITEMS - len(tail.items), sizes)
             if start > 0:
                 tail.items.extend(items[:start])
                 tail.end += start
@@ -365,11 +366,20 @@ class SendStream:
                 done = totals[start - 1]
         start = max(start, 0)
         while start < len(items):
-            end = min(bisect_right(totals, done + self.capacity, start), start + MAX_ITEMS)
+            end = self._whole(bisect_right(totals, done + self.capacity, start), start + MAX_ITEMS, sizes)
             assert end > start, "an item larger than a datagram"
             self._unsent.append(Packet(number + start, list(items[start:end]), totals[end - 1] - done))
             done, start = totals[end - 1], end
         return totals[-1] if totals else 0
+
+    @staticmethod
+    def _whole(end: int, most: int, sizes: Sequence[int]) -> int:
+        """Return where a packet ends that would end at ``end``, but at ``most`` at the latest: behind a whole group."""
+        if end <= most:
+            return end      # the next item did not fit, so it has a size
+        while most > 0 and not sizes[most]:
+            most -= 1
+        return most
 
     def pending_items(self) -> Iterator[Any]:
         """Yield the items that are not acked yet, lowest first."""
@@ -629,10 +639,19 @@ class SendTimes:
             closed = max(0, bisect_right(self._starts, base) - 1)
             del self._starts[:closed], self._times[:closed]
 
-    def of(self, packet: Packet) -> list[float]:
-        """Return when each item of a packet was sent."""
-        starts, times = self._starts, self._times
-        return [times[bisect_right(starts, number) - 1] for number in range(packet.first, packet.end)]
+    def of(self, packet: Packet) -> list[list[Any]]:
+        """Return when the items of a packet were sent: [time, how many] for each time."""
+        starts, number, runs = self._starts, packet.first, list[list[Any]]()
+        index = bisect_right(starts, number)
+        while number < packet.end:
+            end = min(starts[index], packet.end) if index < len(starts) else packet.end
+            runs.append([self._times[index - 1], end - number])
+            number, index = end, index + 1
+        return runs
+
+    def changes(self, first: int, end: int) -> list[int]:
+        """Return the numbers in [first, end) that were sent at another time than the one before."""
+        return self._starts[bisect_left(self._starts, first):bisect_left(self._starts, end)]
 
 
 NOT_YET = "not-yet"       # what a guard says of messages that may be sent only later
@@ -646,14 +665,14 @@ class Account:
 
 
 class Sealing(Protocol):
-    """What seals the texts of one stream as letters, which the server cannot read."""
+    """What seals the texts of one stream in bundles, which the server cannot read."""
 
     key: bytes          # that opens them, ...
     name: bytes         # ... and what it is called
     envelope: bytes
 
-    def seal(self, first: int, times: Sequence[float], texts: Sequence[str],
-             continued: Collection[int]) -> list[bytes]: ...
+    def seal(self, first: int, times: Sequence[Sequence[Any]], texts: Sequence[str],
+             continued: Collection[int]) -> bytes: ...
 
 
 class Frames:
@@ -661,13 +680,15 @@ class Frames:
 
     Packets are packed again after a loss or a change of route, so nothing here may belong to the datagram. What belongs
     to a text is a list by number, like ``more`` and ``at``, and counts in ``sizes``. Each field must be in the samples
-    of ``capacity``, with its largest value.
+    of ``capacity``, with its largest value. Sealed texts take less, because one time counts for many: ``is_sealing``
+    says which of the two the packets are made for.
     """
 
     def __init__(self, me: str, peer: str, stream: int) -> None:
         self.me, self.peer, self.id = me, peer, stream
         self.account = Account()            # the owner's, at the server
         self.letters: Sealing | None = None     # seals what goes to the server; None: it goes as it is
+        self.is_sealing = False             # packets for the server have room for what ``letters`` makes of them
         self.times = SendTimes()
 
     def capacity(self, is_direct: bool) -> int:
@@ -676,15 +697,20 @@ class Frames:
         The number in ``more`` stands for any: ``sizes`` counts those behind the first.
         """
         sample = self._info(MAX_NUMBER, [], MAX_NUMBER, [MAX_NUMBER])
-        if self.account.is_sealed and not is_direct:
+        if self.is_sealing and not is_direct:
             sample.update(envelope=bytes(ENVELOPE_BYTES), key=bytes(KEY_NAME_BYTES))
         header = self._chat(sample) if is_direct else self._save(sample, [], False)
-        return MAX_DATAGRAM - (RECORD_EXTRA if self.account.is_sealed else 0) - len(header) - ARRAY_GROWTH
+        room = MAX_DATAGRAM - (RECORD_EXTRA if self.account.is_sealed else 0) - len(header) - ARRAY_GROWTH
+        return min(room, bundle_room(self.me)) - BUNDLE_EXTRA if self.is_sealing and not is_direct else room
 
     def sizes(self, items: Sequence[str], first: int, continued: Collection[int], is_direct: bool) -> list[int]:
         """Return the most bytes that each of the items takes, which are numbered from ``first`` on."""
-        more = LETTER_EXTRA if self.account.is_sealed else TIME_SIZE
-        return text_sizes(items, first, continued, 0 if is_direct else more)
+        if is_direct or not self.is_sealing:
+            return text_sizes(items, first, continued, 0 if is_direct else TIME_SIZE)
+        sizes = text_sizes(items, first, continued)
+        for number in self.times.changes(first, first + len(items)):
+            sizes[number - first] += TIME_RUN_SIZE
+        return sizes
 
     def chat(self, packet: Packet, stream: SendStream) -> bytes:
         """Return a packet as it goes to the recipient."""
@@ -695,7 +721,7 @@ class Frames:
         info = self._info(packet.first, packet.items, stream.base, self._more(packet, stream))
         times = self.times.of(packet)
         if self.letters is None:
-            return self._save(info, times, is_relay)
+            return self._save(info, [at for at, count in times for _ in range(count)], is_relay)
         info.update(envelope=self.letters.envelope, key=self.letters.name,
                     text=self.letters.seal(packet.first, times, packet.items, stream.continued))
         return self._save(info, [], is_relay)

@@ -999,11 +999,6 @@ class Watched(Sodium):
             raise Violation("two texts are sealed with one key and nonce")
         return super().seal(key, nonce, data, text)
 
-    def seal_each(self, key: bytes, first: int, data: Sequence[bytes], texts: Sequence[bytes]) -> list[bytes]:
-        """Seal, one after the other."""
-        return [self.seal(key, bytes(4) + n.to_bytes(8, "little"), one, text)
-                for n, (one, text) in enumerate(zip(data, texts), first)]
-
 
 class World:
     """Virtual time, and everything that happens in it."""

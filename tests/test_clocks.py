@@ -355,7 +355,7 @@ def rows(path: Path) -> tuple[int, list[tuple[str, float]]]:
 def test_the_mail_of_an_old_store_is_there_in_plain_and_letters_lie_beside_it(
         path: Path, form: int, tables: str) -> None:
     old_store(path, 0.0, form=form, tables=tables)
-    seal, letter = (b"k" * 32, b"e" * 48), b"sealed" * 10
+    seal, letter = (b"k" * 32, b"e" * 48), (b"\1\0" + bytes(40), 0)
     for number in range(2):
         box = Mailbox(str(path), SERVER)
         known = box.known["a"]

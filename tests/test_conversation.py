@@ -4,10 +4,11 @@ What needs chance takes it from a seed (``Random``) or from hypothesis. No test 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given, strategies as st
 
@@ -15,8 +16,9 @@ import protocol
 from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
                           RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Outbox,
                           Route)
-from protocol import SERVER_ATTEMPTS, Address, Map, Place, encode, join_pieces
-from stream import INITIAL_TIMEOUT, NEVER, Account, ReceiveStream
+from protocol import (MAX_DATAGRAM, SERVER_ATTEMPTS, Address, Map, Place, bundle_room, contents, join_pieces,
+                      pieces_of)
+from stream import INITIAL_TIMEOUT, NEVER, Account, Frames, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take
 
@@ -115,9 +117,55 @@ def test_every_datagram_leaves_room_for_encryption() -> None:
             conversation.locate(1.0, place)
             conversation.send(1.0, ["hello"], 1.0)
             rooms[place, is_sealed] = conversation.stream.capacity
-    seal = {"envelope": bytes(48), "key": bytes(8)}
-    assert rooms[BOB_OFFLINE, True] == rooms[BOB_OFFLINE, False] - 30 - (len(encode("", seal)) - len(encode("", {})))
-    assert rooms[BOB_ONLINE, True] == rooms[BOB_ONLINE, False] - 30
+    for place in (BOB_ONLINE, BOB_OFFLINE):
+        assert rooms[place, True] == rooms[place, False] - 30
+
+
+class Seal:
+    """What seals nothing, but is as long as what does; it notes what would be sealed with each nonce."""
+
+    key, name, envelope = bytes(32), bytes(8), bytes(48)
+
+    def __init__(self) -> None:
+        self.sealed: dict[tuple[int, int], bytes] = {}
+
+    def seal(self, first: int, times: Sequence[Sequence[Any]], texts: Sequence[str],
+             continued: Collection[int]) -> bytes:
+        found = contents(texts, times, [n for n in range(first - 1, first + len(texts)) if n in continued])
+        assert self.sealed.setdefault((len(texts), first), found) == found, "one nonce, one content"
+        return len(texts).to_bytes(2, "little") + bytes(16) + found
+
+
+@given(st.lists(st.tuples(st.lists(st.text("xé", max_size=70), min_size=1, max_size=40), st.floats(0, 2e9),
+                          st.sampled_from([1, 9, 40]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=9),
+       st.sampled_from(["b", "a" * 32, "\U00010400" * 24]))
+def test_what_is_sealed_for_the_server_fits_into_a_datagram_and_into_a_mail(
+        calls: list[tuple[list[str], float, int, bool, int]], nick: str) -> None:
+    conversation, seal, texts = Conversation(nick, nick, STREAM), Seal(), dict[int, str]()
+    is_sealing = [False]
+
+    def guard(frames: Frames, is_direct: bool) -> str:
+        frames.letters = seal if is_sealing[0] else None
+        return ""
+
+    conversation.use(Account(SESSION, True))
+    conversation.locate(1.0, BOB_OFFLINE)
+    said, now = list[str](), 1.0
+    for words, at, times, is_sealing[0], acked in calls:
+        said += [text * times for text in words]
+        conversation.send(now, said[-len(words):], at)
+        now += 10.0     # what was not acked goes out again
+        for datagram, _ in conversation.poll(now, True, guard):
+            assert len(datagram) <= MAX_DATAGRAM - 30
+            info, = [info for _, info in decode(datagram)]
+            found = info["text"]
+            if "envelope" in info:
+                assert len(found) <= bundle_room(nick)
+                found = msgpack.unpackb(found[18:])[0]
+            texts.update(enumerate(found, info["n"]))
+        conversation.on_ack(now, conversation.stream.base + acked, [], 4096, SAVE)
+    pieces, _ = pieces_of(said, 1)
+    assert all(pieces[number - 1] == text for number, text in texts.items())
 
 
 def test_a_server_that_answers_but_takes_nothing_is_asked_seldom_once_the_message_is_stuck() -> None:

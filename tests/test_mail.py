@@ -13,8 +13,9 @@ from hypothesis import given, strategies as st
 import protocol
 from conversation import Delivery, Inbox
 from home import show_time
-from protocol import (BROKEN, GONE, LETTER_EXTRA, MAX_DATAGRAM, MAX_PIECE, OFFLINE, ONLINE, OTHER_KEY, SEALED,
-                      STRANGELY_PLAIN, UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, pieces_of)
+from protocol import (BROKEN, GONE, MAX_DATAGRAM, MAX_PIECE, MIN_BUNDLE, OFFLINE, ONLINE, OTHER_KEY, SEALED,
+                      STRANGELY_PLAIN, UNSEALED, Info, Parcel, encode, letter_prologue, letters_of, numbers_in,
+                      numbers_of, pieces_of, texts_of_parts)
 from secure import LETTERS_OPEN, KeyPair, Letters, SealedMail, load_sodium, name_of_key
 from server import Keeper
 from stream import Account, Frames, Sealing, SendStream
@@ -50,6 +51,7 @@ class Writer(User):
     def saves(self, to: str, *texts: str, at: float = 5.0, stream: int = STREAM) -> list[Info]:
         """Return texts as they go to the server: the fields of each ``save``."""
         frames = self.frames(to, stream)
+        frames.is_sealing = frames.letters is not None
         sending = SendStream(stream, frames.capacity(False))
         frames.times.add(1, at, 1)
         items, continued = pieces_of(texts, 1)
@@ -60,17 +62,18 @@ class Writer(User):
 
     def runs(self, to: str, *texts: str, **options: Any) -> list[list[Any]]:
         """Return texts as the server hands them to their recipient."""
-        return [[self.nick, info["stream"], info["n"], 0.0, info["text"], info.get("more", []),
-                 self.keys.pair.public, info["envelope"]] for info in self.saves(to, *texts, **options)]
+        return [[self.nick, info["stream"], info["n"], 0.0, [[info["text"], 0, numbers_of(info["text"])]],
+                 info.get("more", []), self.keys.pair.public, info["envelope"]]
+                for info in self.saves(to, *texts, **options)]
 
     def read(self, *runs: Sequence[Any]) -> list[tuple[float, str, str]]:
         """Return the letters of runs: time, text, proof."""
         return [letter[3:] for run in runs for letter in letters_of({"n": 1, "items": [run]}, self.mail.opened)[0]]
 
 
-def seal_x(letters: Sealing, n: int) -> list[bytes]:
-    """Return the letter with the number ``n`` in a list, if its text is "x"."""
-    return letters.seal(n, [1.0], ["x"], ())
+def seal_x(letters: Sealing, n: int) -> bytes:
+    """Return the text "x" with the number ``n`` sealed."""
+    return letters.seal(n, [[1.0, 1]], ["x"], ())
 
 
 def writers(*nicks: str, **options: bool) -> list[Writer]:
@@ -85,7 +88,7 @@ def shown(*runs: Sequence[Any], reader: Writer) -> list[tuple[str, list[str], li
     inbox, number = Inbox(), 1
     for run in runs:
         inbox.on_mail(0.0, {"stream": 1, "n": number, "base": 1, "items": [run]}, reader.mail.opened)
-        number += len(run[4])
+        number += numbers_in(run)
     return [(found.sender, found.texts, found.times, found.proof) for found in inbox.take(0.0, lambda: True)
             if found.texts]
 
@@ -95,7 +98,7 @@ def shown(*runs: Sequence[Any], reader: Writer) -> list[tuple[str, list[str], li
 def test_the_recipient_alone_reads_what_goes_to_the_server() -> None:
     alice, bob, eve = writers("alice", "bob", "eve")
     run, = alice.runs("bob", "one secret", "another", at=1234.5)
-    assert b"secret" not in b"".join(run[4])
+    assert b"secret" not in run[4][0][0]
     assert bob.read(run) == [(1234.5, "one secret", SEALED), (1234.5, "another", SEALED)]
     assert {proof for _, _, proof in eve.read(run)} == {BROKEN}
     assert shown(run, reader=bob) == [("alice", ["one secret", "another"], [1234.5, 1234.5], SEALED)]
@@ -159,8 +162,8 @@ def test_the_key_of_whose_letters_came_first_is_remembered() -> None:
 @given(st.lists(st.text(max_size=900).filter(lambda text: text.isprintable()), min_size=1, max_size=12), st.data())
 def test_the_server_may_part_and_join_datagrams_as_it_likes(texts: list[str], data: st.DataObject) -> None:
     alice, bob = writers("alice", "bob")
-    letters = [(run[0], run[1], n, 0.0, letter, n in run[5], tuple(run[6:]))
-               for run in alice.runs("bob", *texts) for n, letter in enumerate(run[4], run[2])]
+    letters = [(run[0], run[1], n, 0.0, text, n in run[5], tuple(run[6:]))
+               for run in alice.runs("bob", *texts) for n, text in enumerate(texts_of_parts(run[4]), run[2])]
     parts, start = [], 0
     while start < len(letters):
         end = data.draw(st.integers(start + 1, len(letters)))
@@ -185,18 +188,24 @@ CHANGES: dict[str, Callable[[list[Any]], list[Any]]] = {
     "another key": lambda run: changed(run, key=b"k" * 32),
     "a key of nobody": lambda run: changed(run, key=bytes(32)),
     "continued": lambda run: changed(run, more=[run[2]]),
-    "a changed letter": lambda run: changed(run, texts=[run[4][0][:-1] + bytes((run[4][0][-1] ^ 1,))]),
-    "a short letter": lambda run: changed(run, texts=[run[4][0][:-1]]),
-    "an empty letter": lambda run: changed(run, texts=[bytes(24)]),
+    "not continued": lambda run: changed(run, more=[]),
+    "another place": lambda run: changed(run, texts=[[run[4][0][0], 1, 1]]),
+    "a number before the first": lambda run: changed(run, n=1, texts=[[run[4][0][0], 1, 1]]),
+    "a changed bundle": lambda run: changed(run, texts=[[run[4][0][0][:-1] + bytes((run[4][0][0][-1] ^ 1,)), 0, 1]]),
+    "another count": lambda run: changed(run, texts=[[b"\3" + run[4][0][0][1:], 0, 1]]),
+    "a short bundle": lambda run: changed(run, texts=[[run[4][0][0][:-1], 0, 1]]),
+    "an empty bundle": lambda run: changed(run, texts=[[b"\1\0" + bytes(16), 0, 1]]),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_server_cannot_change_a_letter_unseen(change: Callable[[list[Any]], list[Any]]) -> None:
     alice, bob, _ = writers("alice", "bob", "carol")
-    run, = alice.runs("bob", "hello")
-    assert [proof for _, _, proof in bob.read(change(run))] == [BROKEN]
-    assert bob.read(run) == [(5.0, "hello", SEALED)], "the right one still opens"
+    run, = alice.runs("bob", "hello", "again") if change is not CHANGES["not continued"] else alice.runs(
+        "bob", "x" * (MAX_PIECE + 1))
+    first = changed(run, texts=[[run[4][0][0], 0, 1]])
+    assert [proof for _, _, proof in bob.read(change(first))] == [BROKEN]
+    assert [proof for _, _, proof in bob.read(run)] == [SEALED, SEALED], "the right one still opens"
 
 
 def test_the_server_cannot_cut_a_text_nor_make_one_of_two() -> None:
@@ -213,12 +222,18 @@ def test_the_server_cannot_cut_a_text_nor_make_one_of_two() -> None:
     assert {found[3] for found in shown(first, plain, reader=bob)} == {BROKEN}, "with an end that is not sealed"
     one, = alice.runs("bob", "one", "two", stream=9)
     assert {found[3] for found in shown(changed(one, more=[1]), reader=bob)} == {BROKEN}, "with another text"
+    long, = alice.runs("bob", "a" * (MAX_PIECE + 9), stream=10)
+    assert [found[1:] for found in shown(long, reader=bob)] == [(["a" * (MAX_PIECE + 9)], [5.0], SEALED)]
+    bundle = long[4][0][0]
+    end, begin = changed(long, n=2, texts=[[bundle, 1, 1]], more=[]), changed(long, texts=[[bundle, 0, 1]])
+    assert {found[3] for found in shown(end, reader=bob)} == {BROKEN}, "the end of one in a bundle"
+    assert {found[3] for found in shown(begin, changed(other, more=[]), reader=bob)} == {BROKEN}, "the beginning"
 
 
 def test_a_letter_that_was_made_up_is_not_in_the_way_of_what_its_sender_has_said() -> None:
     alice, bob = writers("alice", "bob")
     run, = alice.runs("bob", "hello")
-    forged = changed(run, texts=[bytes(40)])
+    forged = changed(run, texts=[[b"\1\0" + bytes(40), 0, 1]])
     found = shown(forged, run, forged, reader=bob)
     assert [(texts, proof) for _, texts, _, proof in found] == [([""], BROKEN), (["hello"], SEALED)]
 
@@ -238,9 +253,11 @@ def test_the_letter_of_the_page_on_the_protocol_is_right() -> None:
     server, alice, bob = (KeyPair(sodium, bytes(range(start, start + 32))) for start in (0, 96, 128))
     prologue = letter_prologue(server.public, "alice", "bob", example["stream"])
     letters = Letters.of(sodium, bob, alice.public, prologue, example["envelope"])
-    assert letters.open(example["n"], example["text"], ()) == ((1700000000.5,), ["see you tomorrow"])
+    texts = ["see you", "tomorrow"]
+    assert letters.open(example["n"], example["text"]) == ([1700000000.5] * 2, texts, [])
     sealing = Letters.to(sodium, alice, bob.public, prologue, bytes(range(224, 256)))
     assert (sealing.envelope, sealing.name) == (example["envelope"], example["key"])
+    assert sealing.seal(example["n"], [[1700000000.5, 2]], texts, ()) == example["text"]
 
 
 # --- what is doubtful -----------------------------------------------------------------------------------------
@@ -313,10 +330,15 @@ def told(visitor: Visitor, *maps: bytes) -> list[tuple[str, Info]]:
             for found in maps_of(visitor.channel.open(datagram))]
 
 
+def bundle_of(count: int) -> bytes:
+    """Return a bundle that nobody opens."""
+    return count.to_bytes(2, "little") + bytes(MIN_BUNDLE + count)
+
+
 def sealed_save(sender: Visitor, recipient: Visitor, first: int = 1, count: int = 1, **changes: Any) -> bytes:
-    """Return letters (which nobody opens) as they go to the server."""
+    """Return a bundle (which nobody opens) as it goes to the server."""
     return encode("save", {"session": sender.info["session"], "to": recipient.nick, "stream": STREAM, "n": first,
-                           "base": 1, "text": [bytes(LETTER_EXTRA + n) for n in range(count)], "at": [], "relay": False,
+                           "base": 1, "text": bundle_of(count), "at": [], "relay": False,
                            "envelope": bytes(48), "key": name_of_key(recipient.keys.pair.public), **changes})
 
 
@@ -344,7 +366,37 @@ def test_the_server_keeps_letters_with_the_key_of_their_sender() -> None:
     assert again.join() == "welcome"
     mail, = [info for tag, info in told(again, again.ping()) if tag == "mail"]
     assert "to" not in mail and mail["items"] == [
-        ["alice", STREAM, 1, 0.0, [bytes(LETTER_EXTRA + n) for n in range(3)], [], alice.keys.pair.public, bytes(48)]]
+        ["alice", STREAM, 1, 0.0, [[bundle_of(3), 0, 3]], [], alice.keys.pair.public, bytes(48)]]
+
+
+def test_a_bundle_of_which_some_is_shown_is_sent_again_with_the_rest_alone() -> None:
+    server, alice, bob = away()
+    told(alice, sealed_save(alice, bob, count=3), sealed_save(alice, bob, first=4, count=5))
+    again = Visitor(server, "bob", 2, secret=b"b" * 32)
+    assert again.join() == "welcome"
+    mail, = [info for tag, info in told(again, again.ping()) if tag == "mail"]
+    assert [run[4] for run in mail["items"]] == [[[bundle_of(3), 0, 3], [bundle_of(5), 0, 5]]]
+    told(again, encode("ack", {"stream": mail["stream"], "next": 6, "have": [], "room": 100}))
+    assert server.registry.mailbox.commit(1.0)      # what was acked is deleted
+    known = server.registry.mailbox.known["bob"]
+    assert (known.messages, known.size) == (3, len(bundle_of(5)))
+    again.say(protocol.padded("dereg", {"session": again.info["session"]}, protocol.SESSION_SIZE))
+    later = Visitor(server, "bob", 2, secret=b"b" * 32)
+    assert later.join() == "welcome"
+    mail, = [info for tag, info in told(later, later.ping()) if tag == "mail"]
+    assert [(run[2], run[4]) for run in mail["items"]] == [(6, [[bundle_of(5), 2, 3]])]
+
+
+def test_a_mailbox_keeps_of_a_bundle_what_it_has_room_for() -> None:
+    five = Parcel(1, [(bundle_of(5), place) for place in range(5)], [0.0] * 5, [1], (b"k" * 32, b"e" * 48))
+    size = len(bundle_of(5))
+    assert [five.fitting(most, 10 ** 6) for most in range(5)] == [0, 2, 3, 4, 5]
+    assert (five.fitting(9, size), five.fitting(9, size - 1)) == (5, 0)
+    rest = five.part(2, 5)
+    assert (rest.n, rest.size, rest.messages, rest.texts) == (3, size, 3, [(bundle_of(5), n) for n in (2, 3, 4)])
+    assert (rest.fitting(9, size), rest.fitting(9, size - 1)) == (3, 0)
+    two = Parcel(1, [*five.texts, *[(bundle_of(1), 0)]], [0.0] * 6, [1], five.seal)
+    assert (two.fitting(9, size), two.fitting(9, size + len(bundle_of(1)))) == (5, 6)
 
 
 def test_letters_for_another_key_than_that_of_their_recipient_are_refused() -> None:
@@ -392,18 +444,19 @@ def test_letters_from_a_session_in_plain_are_dropped() -> None:
     server, _, bob = away()
     session = server.register("carol", HOMES["carol"])
     answers = server.say(HOMES["carol"], encode("save", {
-        "session": session, "to": "bob", "stream": STREAM, "n": 1, "base": 1, "text": [bytes(26)], "at": [],
+        "session": session, "to": "bob", "stream": STREAM, "n": 1, "base": 1, "text": bundle_of(1), "at": [],
         "relay": False, "envelope": bytes(48), "key": name_of_key(bob.keys.pair.public)}))
     assert not answers and server.server.counters()["drop_other_channel"] == 1
 
 
 def test_letters_that_are_damaged_on_the_disk_are_noticed() -> None:
-    parcel = Parcel(1, [bytes(30), bytes(40)], [0.0, 0.0], [1], (b"k" * 32, b"e" * 48))
+    sealed = [(bundle_of(1), 0), *((bundle_of(4), place) for place in (1, 2))]
+    parcel = Parcel(1, sealed, [0.0] * 3, [1], (b"k" * 32, b"e" * 48))
     row = parcel.row(1, 1, "alice", STREAM, parcel.size)
     columns: list[Any] = [row[2], row[5], *row[6:9], *row[11:]]
-    assert Parcel.of_row(*columns) == Parcel(1, [bytes(30), bytes(40)], [0.0, 0.0], [1], (b"k" * 32, b"e" * 48))
+    assert Parcel.of_row(*columns) == parcel and parcel.size == len(bundle_of(1) + bundle_of(4))
     for place, value in ((2, b"\xc1"), (2, b""), (2, "text"), (2, columns[2][:-1]), (5, None), (5, b"k"), (6, None),
-                         (6, "e" * 48), (0, 3), (1, 0), (3, "[]"), (4, "[7]")):
+                         (6, "e" * 48), (0, 2), (1, 0), (3, "[]"), (4, "[7]")):
         with pytest.raises((ValueError, TypeError)):
             damaged: list[Any] = [value if at == place else column for at, column in enumerate(columns)]
             Parcel.of_row(*damaged)
@@ -456,7 +509,7 @@ def test_no_datagram_with_letters_is_too_large(is_relayed: bool) -> None:
     world.run(20)
     assert sum(line.endswith("xxx") for line in bob.lines) == 36 and sum("y" in line for line in bob.lines) >= 295
     sizes = [len(datagram) for datagram, source, to in wire.sent if SERVER in (source, to)]
-    assert MAX_DATAGRAM - 60 < max(sizes) <= MAX_DATAGRAM
+    assert MAX_DATAGRAM - 80 < max(sizes) <= MAX_DATAGRAM
 
 
 @pytest.mark.parametrize("years", [-1, 1, -50, 50])

@@ -55,8 +55,9 @@ EXAMPLES: dict[str, Info] = {   # one of each tag, with every optional field
     "dereg": {"session": SESSION},
     "bye": {"session": SESSION},
 }
-LETTER, ENVELOPE = b"x" * 26, b"e" * 48
-SEALED_SAVE = {**EXAMPLES["save"], "text": [LETTER, LETTER], "at": [], "envelope": ENVELOPE, "key": b"k" * 8}
+BUNDLE, ENVELOPE = b"\2\0" + b"x" * 26, b"e" * 48       # of two texts
+PART = [BUNDLE, 0, 2]
+SEALED_SAVE = {**EXAMPLES["save"], "text": BUNDLE, "at": [], "envelope": ENVELOPE, "key": b"k" * 8}
 FIELDS = [(tag, field) for tag, info in EXAMPLES.items() for field in info]
 REQUIRED_FIELDS = [(tag, field) for tag, fields in protocol.REQUIRED.items() for field in fields]
 OF_EVERY_TYPE: list[Any] = [None, True, 7, 1.5, "bob", SESSION, [], {}]
@@ -192,27 +193,41 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("save", SEALED_SAVE, True),
     ("save", {**SEALED_SAVE, "at": [1.0, 2.0]}, False),
     ("save", {**SEALED_SAVE, "text": ["hi", "ho"]}, False),
-    ("save", {**SEALED_SAVE, "text": [LETTER, "ho"]}, False),
-    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 23]}, False),
-    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 24]}, True),
-    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 792]}, True),
-    ("save", {**SEALED_SAVE, "text": [LETTER, b"x" * 793]}, False),
-    ("save", {**SEALED_SAVE, "text": [LETTER] * 1024}, True),
-    ("save", {**SEALED_SAVE, "text": [LETTER] * 1025}, False),
+    ("save", {**SEALED_SAVE, "text": [BUNDLE]}, False),
+    ("save", {**SEALED_SAVE, "text": BUNDLE[:17]}, False),
+    ("save", {**SEALED_SAVE, "text": BUNDLE[:18]}, True),
+    ("save", {**SEALED_SAVE, "text": BUNDLE.ljust(1200, b"x")}, True),
+    ("save", {**SEALED_SAVE, "text": BUNDLE.ljust(1201, b"x")}, False),
+    ("save", {**SEALED_SAVE, "text": b"\0\4" + BUNDLE}, True),
+    ("save", {**SEALED_SAVE, "text": b"\1\4" + BUNDLE}, False),
+    ("save", {**SEALED_SAVE, "text": b"\0\0" + BUNDLE}, False),
+    ("save", {**SEALED_SAVE, "n": 2 ** 63 - 3, "more": []}, True),
+    ("save", {**SEALED_SAVE, "n": 2 ** 63 - 2, "more": []}, False),
     ("save", {**SEALED_SAVE, "more": [7]}, False),
     ("save", {**SEALED_SAVE, "envelope": ENVELOPE[1:]}, False),
     ("save", {**SEALED_SAVE, "key": b"k" * 7}, False),
     ("save", {"key": b"k" * 8}, False),
     ("save", {"envelope": ENVELOPE}, False),
-    ("save", {"text": [LETTER, LETTER]}, False),
-    ("save", {"envelope": ENVELOPE, "text": [LETTER, LETTER], "at": []}, False),
-    ("chat", {"text": [LETTER, LETTER]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN, ENVELOPE]]}, True),
+    ("save", {"text": BUNDLE}, False),
+    ("save", {"envelope": ENVELOPE, "text": BUNDLE, "at": []}, False),
+    ("chat", {"text": BUNDLE}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [PART], [], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 4, 0.0, [PART], [5], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 4, 0.0, [PART], [6], TOKEN, ENVELOPE]]}, False),
     ("mail", {"items": [["alice", STREAM, 1, 0.0, ["hi"], [], TOKEN, ENVELOPE]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], []]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], ENVELOPE, TOKEN]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [LETTER], [], TOKEN, ENVELOPE, 1]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [BUNDLE], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [PART], []]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [PART], [], TOKEN]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [PART], [], ENVELOPE, TOKEN]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [PART], [], TOKEN, ENVELOPE, 1]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, 1, 1]], [], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, 1, 2]], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, 0, 0]], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, -1, 1]], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, 0, 2, 0]], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 2 ** 63 - 2, 0.0, [PART], [], TOKEN, ENVELOPE]]}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + BUNDLE, 0, 1024]], [], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + BUNDLE, 0, 1024]], [], TOKEN, ENVELOPE]] * 2}, False),
     ("ack", {"have": [[1, 1]] * 32}, True),
     ("ack", {"have": [[1, 1]] * 33}, False),
     ("ack", {"have": [[2, 1]]}, False),
@@ -461,6 +476,39 @@ def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_cou
     assert more == [number for number, letter in enumerate(sent, 5) if letter[5]]
     empty = len(encode("mail", {**info, "items": []}))
     assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + sum(sizes)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8), st.integers(1, 9), st.integers(0, 60), st.booleans()),
+                min_size=1, max_size=12), st.integers(1, 5), st.data())
+def test_parts_of_bundles_come_back_and_take_no_more_bytes_than_was_counted(
+        bundles: list[tuple[int, int, int, int, bool]], number: int, data: st.DataObject) -> None:
+    kept: list[protocol.StoredLetter] = []
+    for count, start, length, size, is_continued in bundles:
+        bundle = count.to_bytes(2, "little") + bytes(protocol.MIN_BUNDLE + size)
+        for place in range(min(start, count - 1), min(start + length, count)):
+            number += 1
+            kept.append(("bob", 7, number, 0.0, (bundle, place), is_continued, (b"k" * 32, b"e" * 48)))
+    sizes = protocol.mail_sizes(kept)
+    begin = data.draw(st.sampled_from([index for index, size in enumerate(sizes) if size]))
+    end = data.draw(st.sampled_from([index for index, size in enumerate([*sizes, 1]) if size and index > begin]))
+    info = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": protocol.mail_runs(kept[begin:end])}
+    datagram = encode("mail", info)
+    (_, found), = decode(datagram)
+    run, = found["items"]
+    assert protocol.texts_of_parts(run[4]) == [letter[4] for letter in kept[begin:end]]
+    assert (run[2], run[5]) == (kept[begin][2], [letter[2] for letter in kept[begin:end] if letter[5]])
+    empty = len(encode("mail", {**info, "items": []}))
+    assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + protocol.SEAL_RUN + sum(sizes[begin:end])
+
+
+@pytest.mark.parametrize("nick", ["b", "a" * 32, "\U00010400" * 24])
+def test_a_bundle_that_has_its_room_fits_into_a_mail_of_its_own(nick: str) -> None:
+    bundle = b"\0\4".ljust(protocol.bundle_room(nick), b"x")
+    most = protocol.MAX_NUMBER
+    kept = [(nick, most, most - 2000 + n, 0.0, (bundle, n), n == 1023, (b"k" * 32, b"e" * 48)) for n in range(1024)]
+    datagram = encode("mail", {"stream": most, "n": most - 1024, "base": most - 1024,
+                               "items": protocol.mail_runs(kept)})
+    assert protocol.MAX_DATAGRAM - 20 <= len(datagram) + protocol.RECORD_EXTRA <= protocol.MAX_DATAGRAM
 
 
 @pytest.mark.parametrize(("host", "private"), [

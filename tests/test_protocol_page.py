@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgpack
 import pytest
 
-from protocol import MAX_DATAGRAM, PROOF_BYTES, REG_SIZE, SCHEMA, SESSION_SIZE, Decoder, Map, encode
+from protocol import MAX_DATAGRAM, PROOF_BYTES, REG_SIZE, SCHEMA, SESSION_SIZE, Decoder, Map, contents_of, encode
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "protocol.md").read_text(encoding="utf-8")
 
@@ -106,14 +107,16 @@ def test_the_page_knows_every_field_and_whether_it_is_required() -> None:
 SAMPLES: dict[str, Any] = {     # a valid value of each type that has no bounds
     "bool": True, "float": 1795333447.25, "host": "192.0.2.1", "state": "online", "range": [3, 4],
     "entry": ["bob", "192.0.2.20", 40002, "online"], "address": ["192.0.2.20", 40002], "keyed": [0, bytes(32), True],
-    "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]]}
+    "run": ["bob", 7, 1, 1795333447.25, ["hello"], [1]], "spell": [1795333447.25, 1],
+    "contents": [["hello"], [[1795333447.25, 1]], [1]]}
 WRONG: dict[str, list[Any]] = {     # msgpack type -> values that are invalid wherever another type belongs
     "int": [1, 2 ** 62], "float": [1.5], "bool": [True, False], "str": ["bob"], "bin": [b"bob", bytes(16)],
     "nil": [None], "list": [[], [1], ["bob"]], "map": [{}]}
 KIND_OF = {"bool": "bool", "float": "float", "range": "list", "entry": "list", "address": "list", "keyed": "list",
-           "run": "list"}
+           "run": "list", "spell": "list", "contents": "list"}
 FORMS = {"host": "fe80::1%"}    # how a string must begin
-BOUND_TO_OTHERS = {("range", "first"), ("range", "last"), ("run", "n"), ("run", "more")}    # not only by their types
+BOUND_TO_OTHERS = {("range", "first"), ("range", "last"), ("run", "n"), ("run", "more"),
+                   ("contents", "texts"), ("contents", "at")}    # not only by their types
 FEW = 3     # elements of a list, where any number will do
 
 
@@ -197,7 +200,15 @@ def test_every_type_is_described_and_used() -> None:
     used = {row[2] for row in FIELDS}
     used |= {element for elements in ARRAYS.values() for _, element in elements}
     used |= {kind[len("list of "):] for kind, _, _ in TYPES.values() if kind.startswith("list of ")}
-    assert used == set(TYPES) | set(ARRAYS) | {"float", "bool"}
+    assert used | {"contents"} == set(TYPES) | set(ARRAYS) | {"float", "bool"}
+
+
+def test_what_is_sealed_in_a_bundle_is_what_the_page_says() -> None:
+    good, bad = bounds("contents")
+    for value in good:
+        assert contents_of(msgpack.packb(value), len(value[0])) == value, f"valid on the page: {value!r:.80}"
+    for value in bad:
+        assert contents_of(msgpack.packb(value), 1) is None, f"invalid on the page: {value!r:.80}"
 
 
 @pytest.mark.parametrize(("tag", "field", "type_"), [row[:3] for row in FIELDS], ids=lambda part: part)
@@ -216,7 +227,7 @@ MOST = 2 ** 63 - 1
 CHAT: dict[str, Any] = {"from": "alice", "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"]}
 SAVE: dict[str, Any] = {"session": bytes(16), "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"],
                         "at": [1.5, 1.5], "relay": False}
-SEALED = {**SAVE, "text": [bytes(24), bytes(792)], "at": [], "envelope": bytes(48), "key": bytes(8)}
+SEALED = {**SAVE, "text": b"\2\0" + bytes(16), "at": [], "envelope": bytes(48), "key": bytes(8)}
 MAIL: dict[str, Any] = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": []}
 ACK: dict[str, Any] = {"stream": 7, "next": 1, "have": [], "room": 0}
 
@@ -241,9 +252,12 @@ CASES: dict[tuple[str, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]] 
         [{**SAVE, "more": [5, 6]}, {**SAVE, "more": []}], [{**SAVE, "more": [4]}, {**SAVE, "more": [5, 7]}]),
     ("save", "length of at = length of text, without envelope"): (
         [SAVE], [{**SAVE, "at": [1.5]}, {**SAVE, "at": [1.5] * 3}, {**SAVE, "at": []}]),
-    ("save", "with envelope, and only then: key, letters, no at"): (
-        [SEALED], [{**SEALED, "at": [1.5, 1.5]}, {**SEALED, "text": ["a", "b"]}, {**SAVE, "key": bytes(8)},
-                   {**SAVE, "text": SEALED["text"]}, {**SAVE, "envelope": bytes(48)}]),
+    ("save", "with envelope, and only then: key, a bundle, no at"): (
+        [SEALED, {**SEALED, "text": b"\0\4" + bytes(1198)}],
+        [{**SEALED, "at": [1.5, 1.5]}, {**SEALED, "text": ["a", "b"]}, {**SAVE, "key": bytes(8)},
+         {**SAVE, "text": SEALED["text"]}, {**SAVE, "envelope": bytes(48)}, {**SEALED, "text": b"\2\0" + bytes(15)},
+         {**SEALED, "text": b"\0\4" + bytes(1199)}, {**SEALED, "text": bytes(20)},
+         {**SEALED, "text": b"\1\4" + bytes(20)}, {**SEALED, "n": MOST - 1}, {**SEALED, "more": [7]}]),
     ("mail", "base <= n"): (
         [{**MAIL, "items": [run(1, 1)]}], [{**MAIL, "items": [run(1, 1)], "base": 6}]),
     ("mail", "n <= 2^63-1 - count"): (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,10 +23,10 @@ from hypothesis import strategies as st
 import home
 import secure
 from home import fingerprint, sha256
-from protocol import (HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW, TAG_SIZE, Decoder, ReplayWindow,
-                      index_of, is_nick, letter_prologue)
+from protocol import (BUNDLE_EXTRA, CONTINUES, HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW,
+                      STRING_HEADER, TAG_SIZE, Decoder, ReplayWindow, contents, index_of, is_nick, letter_prologue)
 from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
-                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, ZEROS, bind_proof, compiled_sodium,
+                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, bind_proof, compiled_sodium,
                     hash_of, hmac_sha256, is_bind_proof, load_sodium, public_sodium, static_secret, token_for)
 from tests.processes import ROOT
 
@@ -73,15 +74,14 @@ def channels(sodium: Sodium) -> tuple[Channel, Channel]:
 
 
 def letter_of(letters: Letters, n: int, at: float, text: str, is_continued: bool) -> bytes:
-    """Return one letter."""
-    letter, = letters.seal(n, [at], [text], [n] if is_continued else ())
-    return letter
+    """Return one letter in a bundle of its own."""
+    return letters.seal(n, [[at, 1]], [text], [n] if is_continued else ())
 
 
-def opened(letters: Letters, n: int, letter: bytes, is_continued: bool) -> tuple[float, str]:
-    """Return the time and the text of one letter."""
-    (time,), (text,) = letters.open(n, [letter], [n] if is_continued else ())
-    return time, text
+def opened(letters: Letters, n: int, letter: bytes) -> tuple[float, str, bool]:
+    """Return the time and the text of one letter, and whether the next one continues it."""
+    (time,), (text,), more = letters.open(n, letter)
+    return time, text, n in more
 
 
 def letters(sodium: Sodium, stream: int = 7, once: int = ALICE_ONCE) -> tuple[Letters, Letters]:
@@ -635,18 +635,36 @@ def test_letters_are_opened_in_any_order_and_as_often_as_they_come(
     for number in order:
         at, text, is_continued = texts[number % len(texts)]
         n = number % len(texts) + 1
-        assert opened(opening, n, sealed[n - 1], is_continued) == (at, text)
+        assert opened(opening, n, sealed[n - 1]) == (at, text, is_continued)
         assert letter_of(sealing, n, at, text, is_continued) == sealed[n - 1]         # whatever was sealed before
-        assert len(sealed[n - 1]) == len(text.encode()) + 24
+        assert len(sealed[n - 1]) <= len(text.encode()) + STRING_HEADER + BUNDLE_EXTRA
+
+
+@given(texts=st.lists(st.text(max_size=50), min_size=1, max_size=60), first=st.integers(1, 2 ** 62),
+       times=st.lists(st.floats(0, 1e10), min_size=1, max_size=5), continued=st.sets(st.integers(-1, 60)))
+def test_a_bundle_has_its_texts_and_times_and_what_goes_on(
+        sodium: Sodium, texts: list[str], first: int, times: list[float], continued: set[int]) -> None:
+    sealing, opening = letters(sodium)
+    lengths = [len(texts) // len(times) + (n < len(texts) % len(times)) for n in range(len(times))]
+    more = {first + place for place in continued}
+    runs = [[at, length] for at, length in zip(times, lengths) if length]
+    bundle = sealing.seal(first, runs, texts, more)
+    found = opening.open(first, bundle)
+    goes_on = [n for n in range(first - 1, first + len(texts)) if n in more]
+    at = [time for time, length in zip(times, lengths) for _ in range(length)]
+    assert (list(found[1]), list(found[2])) == (texts, goes_on)
+    assert found[0] == [CONTINUES if n - 1 in more else at for n, at in enumerate(at, first)]
+    assert is_forged(opening.open, first + 1, bundle) and is_forged(opening.open, first - 1, bundle)
 
 
 @given(change=CHANGES)
 def test_a_letter_that_was_changed_or_has_another_number_is_forged(sodium: Sodium, change: tuple[str, int]) -> None:
     sealing, opening = letters(sodium)
     letter = letter_of(sealing, 5, 1e9, "hello", True)
-    for n, sealed, is_continued in ((5, changed(letter, change), True), (6, letter, True), (5, letter, False)):
-        assert is_forged(opened, opening, n, sealed, is_continued)
-    assert opened(opening, 5, letter, True) == (1e9, "hello")
+    for n, sealed in ((5, changed(letter, change)), (6, letter), (0, letter), (2 ** 63, letter),
+                      (5, b"\2" + letter[1:])):
+        assert is_forged(opening.open, n, sealed)
+    assert opened(opening, 5, letter) == (1e9, "hello", True)
 
 
 @given(change=CHANGES)
@@ -675,15 +693,22 @@ def test_a_user_can_seal_letters_to_oneself(sodium: Sodium) -> None:
     alice = pair(sodium, ALICE)
     sealing = Letters.to(sodium, alice, alice.public, b"", key(ALICE_ONCE))
     opening = Letters.of(sodium, alice, alice.public, b"", sealing.envelope)
-    assert opened(opening, 1, letter_of(sealing, 1, 0.0, "note", False), False) == (0.0, "note")
+    assert opened(opening, 1, letter_of(sealing, 1, 0.0, "note", False)) == (0.0, "note", False)
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567", b"12345678\xff", b"12345678\xed\xa0\x80"])
+GOOD = contents(["x"], [[1.5, 1]], [])
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\xc1", GOOD[:-1], GOOD * 2, msgpack.packb(5), msgpack.packb([["x"], [[1.5, 1]]]), contents(["x"], [], []),
+    contents(["x"], [[1.5, 2]], []), contents(["x"], [[1.5, 1]], [0]), contents(["x", "y"], [[1.5, 2]], []),
+    contents([b"x"], [[1.5, 1]], []), contents(["x"], [[1.5, 1.0]], []), GOOD.replace(b"x", b"\xff"),   # type: ignore
+    contents(["x" * 769], [[1.5, 1]], []), b"\x91" * 2000])
 def test_a_letter_of_a_sender_who_has_sealed_something_else_is_forged(sodium: Sodium, content: bytes) -> None:
-    alice, bob = handshake(sodium, "K")
-    bob.read(alice.write(b"", key(ALICE_ONCE)))
-    sealed = alice.split()[0].encrypt(b"\0", content)
-    assert is_forged(opened, Letters(bob.split()[1], ZEROS, b""), 0, sealed, False)
+    sealing, opening = letters(sodium)
+    for what, is_good in ((content, False), (GOOD, True)):
+        sealed = b"\1\0" + sodium.seal(sealing._key, b"\1\0\0\0\5" + bytes(7), b"", what)
+        assert is_forged(opening.open, 5, sealed) is not is_good
 
 
 def test_an_envelope_that_has_something_in_it_is_forged(sodium: Sodium) -> None:
@@ -694,23 +719,6 @@ def test_an_envelope_that_has_something_in_it_is_forged(sodium: Sodium) -> None:
 
 def test_no_letter_is_sealed_to_what_is_no_public_key(sodium: Sodium) -> None:
     assert is_forged(Letters.to, sodium, pair(sodium, ALICE), bytes(32), b"", key(ALICE_ONCE))
-
-
-@given(texts=st.lists(TEXTS, min_size=1, max_size=9), first=st.integers(0, 2 ** 63))
-def test_many_texts_are_sealed_and_opened_as_one_by_one(sodium: Sodium, texts: list[bytes], first: int) -> None:
-    data = [b"%d" % number for number in range(len(texts))]
-    sealed = sodium.seal_each(key(1), first, data, texts)
-    nonces = [bytes(4) + n.to_bytes(8, "little") for n in range(first, first + len(texts))]
-    assert sealed == [sodium.seal(key(1), *each) for each in zip(nonces, data, texts)]
-    assert sodium.open_each(key(1), first, data, sealed) == texts
-    for index in range(len(texts)):
-        for broken in (b"", sealed[index][:-1], bytes((sealed[index][0] ^ 1,)) + sealed[index][1:], bytes(70_000)):
-            assert is_forged(sodium.open_each, key(1), first, data, [*sealed[:index], broken, *sealed[index + 1:]])
-    for wrong in ((key(1)[1:], first, data, texts), (key(1), first, [bytes(70_000)] * len(texts), texts)):
-        with pytest.raises(ValueError):
-            sodium.seal_each(*wrong)
-        with pytest.raises(ValueError):
-            sodium.open_each(*wrong)
 
 
 # --- nonces -----------------------------------------------------------------------------------------------------
@@ -726,11 +734,6 @@ class Recorder(Sodium):
         """Seal, and remember what."""
         assert self.sealed.setdefault((key, nonce), (data, text)) == (data, text), "a nonce was used for two texts"
         return super().seal(key, nonce, data, text)
-
-    def seal_each(self, key: bytes, first: int, data: Sequence[bytes], texts: Sequence[bytes]) -> list[bytes]:
-        """Seal, one after the other, and remember what."""
-        return [self.seal(key, bytes(4) + n.to_bytes(8, "little"), one, text)
-                for n, (one, text) in enumerate(zip(data, texts), first)]
 
 
 SCRIPT = tuple((action, b"%d" % number) for number, action in enumerate((0, 1, 2, 3, 4, 0, 1, 2, 3, 4)))

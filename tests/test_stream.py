@@ -225,6 +225,28 @@ def test_no_sequence_of_acks_confuses_a_sender(steps: list[Any]) -> None:
         assert list(stream.pending_items()) == list(range(stream.base, stream.end))
 
 
+@given(st.lists(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 30)), max_size=60), min_size=1, max_size=4))
+def test_what_has_no_size_of_its_own_stays_with_what_stands_before_it(calls: list[list[tuple[int, int]]]) -> None:
+    """Groups of items, each of a size and so many items: no packet parts one."""
+    stream, sizes = SendStream(1, 100), list[int]()
+    for groups in calls:
+        more = [size for first, count in groups for size in (first, *[0] * (count - 1))]
+        stream.queue(range(len(sizes), len(sizes) + len(more)), more)
+        sizes += more
+    packets = list(stream._unsent)
+    assert [item for packet in packets for item in packet.items] == list(range(len(sizes)))
+    assert all(sizes[packet.items[0]] and len(packet.items) <= protocol.MAX_ITEMS for packet in packets)
+    assert all(sum(sizes[item] for item in packet.items) == packet.size <= 100 for packet in packets)
+
+
+def test_a_packet_with_as_many_items_as_it_may_have_ends_behind_a_whole_group() -> None:
+    stream = SendStream(1, 100)
+    stream.queue(range(1200), [size for _ in range(4) for size in (1, *[0] * 299)])
+    assert [len(packet.items) for packet in stream._unsent] == [900, 300]
+    stream.queue(range(1200, 2200), [1, *[0] * 999])
+    assert [len(packet.items) for packet in stream._unsent] == [900, 300, 1000]
+
+
 def test_the_ack_of_a_number_never_sent_is_not_believed() -> None:
     stream = singles(20)
     stream.poll(0.0)
