@@ -26,8 +26,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Event, Inbox, Meetings, Observer,
-                          Outbox, Selection)
+from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox,
+                          Selection)
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -37,7 +37,7 @@ from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, L
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send
 from stream import Account
-from terminal import CLOSINGS, ClientRow, Display, Presence, Receipts, SendCommand, Shell
+from terminal import ClientRow, Display, Presence, Receipts, SendCommand, Shell
 
 # --- the link to the server -----------------------------------------------------------------------------------
 
@@ -372,10 +372,9 @@ class Sending:
         self.outbox, self._loop, self._send, self._mail = outbox, loop, send, mail
         self._link, self._peers, self._table, self._receipts = link, peers, table, receipts
         self._timer = RestartableTimer(loop, wake_up)     # the end of the turn polls
-        self._exposed: dict[str, int] = {}      # below which number somebody may have read messages for a nick
         if peers is not None:
             receipts.is_secure = lambda nick, number: (
-                link.connection.channel is not None and number >= self._exposed.get(nick, 0))
+                link.connection.channel is not None and number >= outbox.conversations[nick].exposed)
 
     def queue(self, command: SendCommand) -> bool:
         """Queue as many of the texts as there is room for, and remove them; return False if none could be queued now.
@@ -424,7 +423,7 @@ class Sending:
         guard = mail.refusal if mail is not None else None
         for conversation, datagrams in outbox.poll(self._loop.now(), self._loop.drained, guard):
             if peers is not None and datagrams and not self._is_secret(conversation):
-                self._exposed[conversation.peer] = conversation.stream.top
+                conversation.exposed = conversation.stream.top
             for datagram, address in datagrams:
                 if address is None:
                     link.connection.send(datagram)
@@ -443,18 +442,12 @@ class Sending:
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""
         for nick, events in self.outbox.pop_events():
-            for place, event in enumerate(events, 1):
+            for event in events:
                 if event.kind is SILENT:
                     self._link.announce_silence()
                     self._receipts.tell_silence(nick)
                 else:
-                    end = self._end_of(nick, events[place:]) if self._receipts.has_others else 0
-                    self._receipts.tell(nick, event, end)
-
-    def _end_of(self, nick: str, later: Sequence[Event]) -> int:
-        """Return behind which number an event has closed nothing: those ``later`` that close go on there."""
-        return next((event.first for event in later if event.kind in CLOSINGS),
-                    self.outbox.conversations[nick].stream.base)
+                    self._receipts.tell(nick, event)
 
 
 # --- messages in ----------------------------------------------------------------------------------------------

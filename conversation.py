@@ -103,13 +103,15 @@ RECIPIENT_OFFLINE = EventKind.RECIPIENT_OFFLINE
 class Event(NamedTuple):
     """What happened to some ``messages`` of a conversation.
 
-    ``reason``: why they were refused. ``first``: the number of the first one. ``relayed``: on the route RELAY.
+    ``reason``: why they were refused. ``first``, ``end``: their numbers are in [first, end). ``relayed``: on the route
+    RELAY.
     """
 
     kind: EventKind
     messages: int
     reason: str = ""
     first: int = 0
+    end: int = 0
     relayed: bool = False
 
 
@@ -151,6 +153,7 @@ class Conversation:
         self.place: Place | None = None
         self.stuck = False
         self.addresses: deque[Address] = deque(maxlen=ADDRESSES_KEPT)   # where DIRECT went: acks count from there
+        self.exposed = 0                            # below which number somebody else may have read what went out
         self.counted = Backlog()                    # what the outbox has counted as pending here, ...
         self.is_counted_as_stuck = False            # ... and in which of its backlogs
         self._address: Address | None = None        # where DIRECT goes now
@@ -249,9 +252,9 @@ class Conversation:
             # An ack from the other route closes messages, too: it was late, but it is true.
             if route is DIRECT:
                 self._is_last_try = False
-                event = Event(RECEIVED, messages, "", base)
+                event = Event(RECEIVED, messages, "", base, base + closed)
             else:
-                event = Event(SAVED, messages, "", base, self.route is RELAY)
+                event = Event(SAVED, messages, "", base, base + closed, self.route is RELAY)
             self._close(now, event)
 
     def on_nack(self, now: float, first: int, last: int, reason: str, route: Route) -> None:
@@ -267,8 +270,9 @@ class Conversation:
         self.silent_since = NEVER
         base = self.stream.base
         messages = self._count(base, min(last + 1, self.stream.top))
-        if self.stream.close(last + 1):
-            self._close(now, Event(REFUSED, messages, reason, base, self.route is RELAY))
+        closed = self.stream.close(last + 1)
+        if closed:
+            self._close(now, Event(REFUSED, messages, reason, base, base + closed, self.route is RELAY))
 
     def on_exists(self, now: float, number: int, address: Address | None, knocks: bool = False) -> None:
         """Learn from the server that the recipient answers at ``address`` (None: it cannot be sent to from here).
@@ -345,8 +349,9 @@ class Conversation:
         """Close all that is pending, sent or not: it must not be sent. That it goes to the server is not true, then."""
         self.events = [event for event in self.events if event.kind not in (RECIPIENT_OFFLINE, NO_ACK)]
         base, messages = self.stream.base, self._count(self.stream.base, self.stream.end)
-        if self.stream.close_all():
-            self._close(now, Event(REFUSED, messages, reason, base))
+        closed = self.stream.close_all()
+        if closed:
+            self._close(now, Event(REFUSED, messages, reason, base, base + closed))
 
     def _judge(self, now: float) -> None:
         """Decide whether something has lasted too long; if so, change the route, or call the messages stuck.
@@ -462,7 +467,7 @@ class Conversation:
         first = max(self.stream.base, self._announced.get(kind, 1))
         messages = self._count(first, self.stream.end)
         if messages > 0:
-            self.events.append(Event(kind, messages, "", first))
+            self.events.append(Event(kind, messages, "", first, self.stream.end))
         self._announced[kind] = self.stream.end
 
     def _close(self, now: float, event: Event) -> None:
@@ -750,6 +755,9 @@ class Whereabouts(Protocol):
     def are_behind_one_router(self, nick: str) -> bool: ...             # we, and that one
 
 
+CALLERS_KEPT = 64         # clients in our own network that have called; whoever called first is forgotten first
+
+
 class Meetings:
     """How two clients reach each other whose routers let in only what they take for an answer::
 
@@ -784,7 +792,9 @@ class Meetings:
         addresses = [address] if address is not None and address not in self._servers() else []
         if beside is not None and self._is_beside_us((beside[0], beside[1])):
             self._beside[info["from"]] = beside[0], beside[1]
-            addresses.append(self._beside[info["from"]])
+            if len(self._beside) > CALLERS_KEPT:
+                del self._beside[next(iter(self._beside))]
+            addresses.append((beside[0], beside[1]))
         for one in addresses:
             self._send(encode("knock", {"stream": info["stream"]}), one)
 

@@ -688,6 +688,11 @@ class Known:
         self.size = 0               # bytes of text that wait
 
     @property
+    def is_owned(self) -> bool:
+        """Whether somebody has shown a token, or a key, for the nick."""
+        return self.owner is not None or self.key is not None
+
+    @property
     def waiting(self) -> int:
         """How many numbers of mail wait."""
         return self.last - self.first + 1

@@ -803,7 +803,7 @@ class IdleNicks:
     @staticmethod
     def _rank(known: Known) -> tuple[bool, float, str]:
         """Return how soon a nick is forgotten: the lowest goes first."""
-        return (False, known.seen, known.nick) if known.owner is None else (True, -known.id, known.nick)
+        return (True, -known.id, known.nick) if known.is_owned else (False, known.seen, known.nick)
 
     def add(self, known: Known) -> None:
         """Note that a nick is not in use any more."""
@@ -818,7 +818,7 @@ class IdleNicks:
             if known is not None and self._heap[0] == self._rank(known) and not self._is_in_use(known):
                 if not known.waiting:
                     return known.nick
-                if known.owner is not None:
+                if known.is_owned:
                     return None     # nor can a stranger reach the next owner by sending mail to this one
             heapq.heappop(self._heap)   # if it was in use, it is added again when it is not any more
         return None

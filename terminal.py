@@ -543,7 +543,7 @@ class ScreenFormatter(TextFormatter):
         self._day = self._today()
 
     def _today(self) -> str:
-        return "" if self._wall is None or self._stamp != TIME_OF_DAY else show_time(self._wall(), DAY_LINE)
+        return "" if self._wall is None or self._stamp != TIME_OF_DAY else show_time(int(self._wall()), DAY_LINE)
 
     def _with_day(self, lines: str) -> str:
         """Return lines, and before them the day, if it has changed since the last ones."""
@@ -889,26 +889,15 @@ class Receipts:
 
     # what becomes of it
 
-    @property
-    def has_others(self) -> bool:
-        """Whether messages of other programs wait, among some of ours that are only counted."""
-        return bool(self._handed)
-
-    def tell(self, nick: str, event: Event, end: int = 0) -> None:
-        """Tell what has happened to messages for ``nick``; ``end``: if it closes them, the number behind the last.
-
-        That matters only if it ``has_others``.
-        """
+    def tell(self, nick: str, event: Event) -> None:
+        """Tell what has happened to messages for ``nick``."""
         if self._observer is not None:
             self._observer.on_event(nick, event)
         name = event.kind.event_name
         if event.kind is REFUSED:
             name = event.reason if event.reason in REFUSALS else "disk"
-        meant, others = [], 0       # others: those that are only counted
-        if self._names_messages:
-            meant = self._meant(nick, event)
-        else:
-            meant = self._meant_of_others(nick, event, end) if self._handed else []
+        meant, others = self._meant(nick, event), 0     # others: those that are only counted
+        if not self._names_messages:
             others = event.messages - len(meant)
             self._display.tell(name, others, to=nick)
         for sent in meant:
@@ -930,26 +919,19 @@ class Receipts:
             if isinstance(sent.ref, Handed):
                 sent.ref.tell("silent", False)
 
-    def _meant_of_others(self, nick: str, event: Event, end: int) -> list[SentMessage]:
-        """Return the messages of other programs that an event is about; forget those that it closes."""
-        sent = self._handed.get(nick, ())
-        if event.kind not in CLOSINGS or not sent:
-            return [message for message in sent if message.number >= event.first]
-        found = []
-        while sent and sent[0].number < end:
-            found.append(self._handed[nick].popleft())
-        if not sent:
-            del self._handed[nick]
-        return found
-
     def _meant(self, nick: str, event: Event) -> list[SentMessage]:
-        """Return the messages that an event is about; forget those that it closes."""
-        sent = self._on_their_way[nick]
+        """Return the messages that we remember and an event is about; forget those that it closes."""
+        book = self._on_their_way if self._names_messages else self._handed
+        sent = book.get(nick)
+        if sent is None:
+            return []
         if event.kind not in CLOSINGS:
-            return [message for message in sent if message.number >= event.first][:event.messages]
-        found = [sent.popleft() for _ in range(event.messages)]
+            return [message for message in sent if event.first <= message.number < event.end]
+        found = []
+        while sent and sent[0].number < event.end:
+            found.append(sent.popleft())
         if not sent:
-            del self._on_their_way[nick]
+            del book[nick]
         return found
 
     def _outcome(self, nick: str, event: Event, sent: SentMessage) -> dict[str, Any]:
@@ -1542,6 +1524,7 @@ class HandOver:
         self._text = text
         self._open = {folded(nick): nick for nick in nicks}     # whose messages are not closed
         self._line, self._is_over = b"", False
+        self._flush_timer = RestartableTimer(loop, wake_up)
         if max(size, len(text.encode())) > MAX_TEXT:
             size, text = max(size, len(text.encode())), ""      # it is only refused
         request = {"send": list(nicks), "text": text, "size": size}
@@ -1639,8 +1622,8 @@ class HandOver:
             display.errors.flush()
         if self._is_over and not display.pending:
             self._loop.stop()
-        elif display.pending:
-            self._loop.call_at(self._loop.now() + FLUSH_INTERVAL, wake_up)
+        elif display.pending and not self._flush_timer.is_set:
+            self._flush_timer.set(self._loop.now() + FLUSH_INTERVAL)
 
 
 HANDED_EVENTS = frozenset(("received", "saved", "no-ack", "offline", "exists", "too-long", *REFUSALS))

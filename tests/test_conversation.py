@@ -82,7 +82,7 @@ class World:
             self.conversation.on_ack(self.now, ack["next"], ack["have"], ack["room"], route)
 
     def events(self) -> list[Event]:
-        events = [event._replace(first=0) for event in self.conversation.events]
+        events = [event._replace(first=0, end=0) for event in self.conversation.events]
         self.conversation.events.clear()
         return events
 
@@ -599,8 +599,8 @@ def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
     world.conversation.on_nack(0.1, 3, 9, "not-me", DIRECT)
     world.send("d")
     world.conversation.on_ack(0.2, 6, [], 4096, SAVE)
-    assert world.conversation.events == [Event(RECEIVED, 2, "", 1), Event(NO_ACK, 2, "", 3),
-                                         Event(SAVED, 1, "", 3)]
+    assert world.conversation.events == [Event(RECEIVED, 2, "", 1, 3), Event(NO_ACK, 2, "", 3, 7),
+                                         Event(SAVED, 1, "", 3, 6)]
 
 
 # --- outboxes -------------------------------------------------------------------------------------------------
@@ -747,7 +747,8 @@ def test_an_outbox_takes_an_ack_only_from_where_the_stream_goes_or_from_the_serv
     assert outbox.pop_events() == []
     outbox.on_ack(0.1, ack_of(1, 2), ("127.0.0.1", 1))
     outbox.on_ack(0.1, ack_of(2, 2), None)
-    assert outbox.pop_events() == [("bob", [Event(RECEIVED, 1, "", 1)]), ("carol", [Event(SAVED, 1, "", 1)])]
+    assert outbox.pop_events() == [
+        ("bob", [Event(RECEIVED, 1, "", 1, 2)]), ("carol", [Event(SAVED, 1, "", 1, 2)])]
     outbox.recount()
     assert not list(outbox.undelivered()) and outbox.is_settled
 

@@ -28,7 +28,7 @@ import registry
 from home import Known, Mailbox, StoreError
 from protocol import GONE, MAX_PIECE, OFFLINE, ONLINE, Address, Mirror, Page, Parcel, State, StoredLetter, Table
 from registry import (BYE, DAY, EVICTED, FULL, GRANTED, KEEP, MAILBOX_SIZE, OWNED, PROBE_HOLDER, PROBE_RECIPIENT,
-                      REPLACED, SILENCE, UNKNOWN, Registry, Session)
+                      REPLACED, SILENCE, UNKNOWN, Registry, Session, ShownKey)
 
 WALL = 1_700_000_000.0
 SERVER = b"s" * 16
@@ -1055,14 +1055,16 @@ def empty_registry() -> Registry:
     return new_registry()
 
 
-def admit(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0) -> Session:
+def admit(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0,
+          key: ShownKey | None = None) -> Session:
     number = next(IDS)
-    return reg.admit(now, number.to_bytes(16, "big"), nick, address, token, number)
+    return reg.admit(now, number.to_bytes(16, "big"), nick, address, token, number, key)
 
 
-def register(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0) -> Session:
-    assert reg.claim(nick, address, token) == GRANTED
-    return admit(reg, nick, address, token, now)
+def register(reg: Registry, nick: str, address: Address, token: bytes | None = None, now: float = 0.0,
+             key: ShownKey | None = None) -> Session:
+    assert reg.claim(nick, address, token, key) == GRANTED
+    return admit(reg, nick, address, token, now, key)
 
 
 def save(reg: Registry, nick: str, *texts: str, stream: int = STREAM) -> None:
@@ -1282,11 +1284,14 @@ def test_whatever_is_damaged_in_a_row_of_mail_the_others_are_there(damage: str) 
         assert box.commit(WALL)
 
 
+@pytest.mark.parametrize("encrypts", [True, False])
 @pytest.mark.parametrize("owned", [True, False])
-def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool) -> None:
+def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool, encrypts: bool) -> None:
     reg = new_registry(max_known=20)
     for number, nick in enumerate(["alice", "bob", "carol"]):
-        reg.deregister(register(reg, nick, A, nick.encode(), now=WALL + number), WALL + number)
+        key = ShownKey(nick.encode().ljust(32), bytes(32)) if encrypts else None
+        session = register(reg, nick, A, None if encrypts else nick.encode(), now=WALL + number, key=key)
+        reg.deregister(session, WALL + number)
     for number in range(200):
         eve = f"eve{number}"
         assert reg.claim(eve, B, b"eve") == GRANTED
