@@ -94,7 +94,8 @@ class ServerLink:
         self._has_hint = False                  # somebody says that the server does not know our channel
         self._loop, self._send, self._owner = loop, send, owner
         self._table_version, self.patience, self._boot = table_version, patience, 0
-        self._pings: OrderedDict[int, float] = OrderedDict()      # id -> when it was sent
+        self._pings: OrderedDict[int, tuple[float, int]] = OrderedDict()    # id -> when it was sent, and our version
+        self._due_version = 0                   # of the table: before we have told that we hold it, there is no mail
         self._last_pong = -NEVER                # when an unasked one caused a ping
         self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         handshake.on_found = self._registration.renew
@@ -147,7 +148,7 @@ class ServerLink:
         self.heard(is_same=False)
         self.session = info["session"]
         self._pings.clear()         # a late answer to one of an earlier session says nothing of this one
-        self._boot = info["boot"]
+        self._boot, self._due_version = info["boot"], info["version"]
         self._go(LINK_SYNCING if self.is_starting else LINK_RETURNING)
         self._plan_ping()
         self._owner.on_registered(info["session"], info["boot"], info["version"])
@@ -249,7 +250,7 @@ class ServerLink:
             return
         for address in self.endpoint.last_two() if self.is_silent else (self.endpoint.current,):
             info: Info = {"id": new_id(self._loop), "session": self.session, "version": self._table_version()}
-            self._pings[info["id"]] = self._loop.now()
+            self._pings[info["id"]] = self._loop.now(), info["version"]
             if len(self._pings) > PINGS_REMEMBERED:
                 self._pings.popitem(last=False)
             self.connection.send(padded("ping", info, SESSION_SIZE), address)
@@ -276,8 +277,8 @@ class ServerLink:
         """Accept the answer to a ping; one that was not asked for is only a reason to ask."""
         if not self.has_joined and self.state is not LINK_LEAVING:
             return
-        asked = self._pings.pop(info["id"], None)
-        if asked is None:
+        ping = self._pings.pop(info["id"], None)
+        if ping is None:
             if address in self.endpoint.last_two():
                 self._has_hint = self.connection.channel is not None
                 self._ping_soon()
@@ -291,6 +292,9 @@ class ServerLink:
             self._session_is_gone()
             return
         self._plan_ping()
+        asked, told = ping
+        if told < self._due_version <= self._table_version():
+            self.ping_until_answered()      # the table has come since then
         self._owner.on_pong(asked, info["version"], info["mail"])
 
     def _ping_soon(self) -> None:

@@ -58,8 +58,8 @@ from itertools import islice
 from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Any, Info, NamedTuple,
                       Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded, is_private,
                       join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
-from stream import (INITIAL_TIMEOUT, MAX_CLAIMED_RANGES, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames,
-                    Incoming, Ranges, Reach, ReceiveStream, Run, SendStream, Snapshot)
+from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
+                    ReceiveStream, Run, SendStream, Snapshot)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -1005,12 +1005,16 @@ class Inbox:
 
     def restore(self, shown: Sequence[tuple[str, int, int, int]]) -> None:
         """Learn what an earlier run has shown, see ``Selection``: sender, stream, and the numbers [first, end)."""
-        found: dict[tuple[str, int], Ranges] = {}
-        for sender, stream, first, end in shown:
-            if 0 < first < end:
-                found.setdefault((sender, stream), Ranges(MAX_CLAIMED_RANGES)).add(first, end)
-        for (sender, stream), ranges in found.items():
-            self.duplicates.add(sender, stream, Snapshot(1, tuple(ranges.spans), ()))
+        found: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for sender, stream, first, end in sorted(shown):
+            if 0 < first < end and stream not in self._streams.get(sender, ()):
+                spans = found.setdefault((sender, stream), [])
+                if spans and first <= spans[-1][1]:
+                    first, end = spans[-1][0], max(end, spans.pop()[1])
+                spans.append((first, end))
+        for (sender, stream), spans in found.items():
+            self.duplicates.pop(sender, stream)
+            self.duplicates.add(sender, stream, Snapshot(1, tuple(spans), ()))
 
     # what arrives
 

@@ -266,7 +266,7 @@ SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 21     # lines, lines, 
 
 
 class ShownMessages:
-    """The messages that ``udpchat recv`` and ``ask`` have shown, in the file ``shown``; a line for some of a stream::
+    """The messages for a nick that ``udpchat recv`` and ``ask`` have shown, in a file; a line for some of a stream::
 
         SENDER STREAM FIRST END       the numbers from FIRST on, below END
 

@@ -231,6 +231,11 @@ Watchers = dict[int, Callable[[], None]]        # selectors.EVENT_* -> who is ca
 NOBODY: Watchers = {}
 
 
+def new_selector() -> selectors.BaseSelector:
+    """Return the selector of this system; on macOS select(2): kqueue says nothing of the end of a file or a FIFO."""
+    return selectors.SelectSelector() if sys.platform == "darwin" else selectors.DefaultSelector()
+
+
 class SelectorLoop(Scheduler):
     """The real loop: one selector, one heap of timers. The owner sets ``settle``, called at the end of every turn."""
 
@@ -241,7 +246,7 @@ class SelectorLoop(Scheduler):
         self.clock = time.monotonic     # returns the monotonic time of this very moment
         self.reads_one = False          # see ``UdpSocket``
         self.settle: Callable[[], None] = lambda: None
-        self._selector = selectors.DefaultSelector() if selector is None else selector
+        self._selector = selector or new_selector()
         self._watched: dict[int, Watchers] = {}     # by descriptor
         self._always: dict[int, Watchers] = {}      # regular files: epoll refuses them, and they are always ready
         self._running = False
@@ -741,8 +746,11 @@ class LocalSocket:
         self._guests: dict[Guest, None] = {}
 
     def open(self, path: str) -> None:
-        """Listen at ``path`` ("": nowhere), unless this listens already, wherever that is."""
-        if self._sock is not None or not path:
+        """Listen at ``path`` alone from now on; "": nowhere."""
+        if path == self._path:
+            return
+        self._stop_listening()
+        if not path:
             return
         draft = f"{path}.{os.urandom(2).hex()}"     # as short as that: all of it must fit into a sockaddr_un
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -783,14 +791,19 @@ class LocalSocket:
         """Listen no more; remove the socket, unless another process has replaced it."""
         for guest in list(self._guests):
             guest.close()
-        if self._sock is not None:
-            self._loop.watch(self._sock.fileno(), selectors.EVENT_READ, None)
-            self._sock.close()
-            try:
-                if self._status is not None and os.path.samestat(os.stat(self._path), self._status):
-                    os.unlink(self._path)
-            except OSError:
-                pass
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._sock is None:
+            return
+        self._loop.watch(self._sock.fileno(), selectors.EVENT_READ, None)
+        self._sock.close()
+        try:
+            if self._status is not None and os.path.samestat(os.stat(self._path), self._status):
+                os.unlink(self._path)
+        except OSError:
+            pass
+        self._sock, self._path = None, ""
 
 
 GREETING = b"ready\n"          # a program that reads it may say a line; without it, nothing was said
@@ -1005,7 +1018,10 @@ class UdpSocket:
         self.receive: Callable[[bytes, Address], None] = lambda datagram, address: None
         sock.setblocking(False)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+            except OSError as error:    # macOS refuses what is too much, Linux gives less
+                log.debug("no socket buffer of %d bytes: %s", SOCKET_BUFFER, error)
         self._cuts = can_cut(sock)
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
 
@@ -1108,8 +1124,8 @@ def asked_at(info: bytes) -> Asked:
     ``info`` came with a datagram: struct in_pktinfo of ip(7), (interface, local address, destination), or in6_pktinfo
     of RFC 3542 §6, (destination, interface). The interface goes back only with a link-local one: else, routes decide.
     """
-    if len(info) == 12:         # the local address differs from the destination if that is a broadcast address
-        ipv4 = info[4:8]
+    if len(info) == 12:         # the local address differs from the destination if that is a broadcast address, ...
+        ipv4 = info[4:8] if any(info[4:8]) else info[8:]    # ... and is left out by macOS
     elif info.startswith(b"\0" * 10 + b"\xff" * 2):    # IPv4-mapped
         ipv4 = info[12:16]
     elif len(info) < 20 or info[0] == 0xFF:     # a multicast address is nobody's source: the kernel chooses
@@ -1265,8 +1281,12 @@ REAP_INTERVAL = 0.1           # s between looks whether a process has ended whos
 LOOK_UP_PROGRAM = """
 import signal, socket, sys
 signal.alarm(6)
-for found in socket.getaddrinfo(sys.argv[1], None, int(sys.argv[2]), socket.SOCK_DGRAM)[:64]:
-    print(*found[4][::3])
+try:
+    found = socket.getaddrinfo(sys.argv[1], None, int(sys.argv[2]), socket.SOCK_DGRAM)
+except (OSError, UnicodeError) as error:
+    sys.exit(print("error", getattr(error, "errno", 0), getattr(error, "strerror", "")))
+for entry in found[:64]:
+    print(*entry[4][::3])
 """
 
 
@@ -1282,6 +1302,7 @@ class NameLookUp:
         self._arguments = host, str(int(socket.AF_UNSPEC if family == socket.AF_INET6 else family))
         self._process: subprocess.Popen[bytes] | None = None    # until it has ended, and was waited for
         self._output = b""
+        self.failure = 0, "no answer"       # why there was no address: errno, and in words
         self._done: Callable[[Sequence[Address]], None] = lambda addresses: None
         self._timer = RestartableTimer(loop, self._on_timeout)
 
@@ -1298,6 +1319,7 @@ class NameLookUp:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/")
         except (OSError, ValueError) as error:      # ValueError: a NUL in the name
             log.info("cannot look up the name: %s", error)
+            self.failure = (error.errno or 0, str(error)) if isinstance(error, OSError) else (0, "")
             done(())
             return
         assert self._process.stdout is not None
@@ -1316,6 +1338,9 @@ class NameLookUp:
     def _addresses(self) -> list[Address]:
         """Return what was printed: a host in each line, and behind a link-local one its scope."""
         lines = [line.split() for line in self._output[:LOOK_UP_OUTPUT].decode("ascii", "replace").splitlines()]
+        if lines and lines[0][:1] == ["error"]:
+            self.failure = int(lines[0][1]), " ".join(lines[0][2:])
+            return []
         return [unmapped((line[0], self._port, 0, int(line[-1]) if len(line) > 1 else 0)) for line in lines]
 
     def _on_timeout(self) -> None:

@@ -1008,6 +1008,7 @@ class ReceiveStream:
         """Continue, in a new object, where the stream was at the ``snapshot``."""
         self.next = self.taken = self.ready = self.window_end = snapshot.next
         self.claimed.spans, self.given_up.spans = list(snapshot.claimed), list(snapshot.given_up)
+        self.claimed.most = max(MAX_CLAIMED_RANGES, len(snapshot.claimed))      # an earlier run may have noted more
 
     def give_back(self, first: int) -> None:
         """Undo ``take`` from the text that begins at ``first`` on, and drop everything that is buffered behind it.

@@ -366,7 +366,8 @@ class CommandReader:
             self.waiting.extendleft(reversed(others))
             return self._meaning_in_talk(first)
         if line.startswith("/") and not line.startswith("//"):
-            return spaced_command(line, line[1:])
+            command = spaced_command(line, line[1:])
+            return command if command.send is not None or command.words else Command(words=[""])     # a slash alone
         if not line:
             return Command()
         text = line[1:] if line.startswith("//") else line
@@ -377,7 +378,7 @@ def spaced_command(line: str, command: str) -> Command:
     """Return what ``command``, all or the end of ``line``, asks for, however its words are spaced."""
     found = re.fullmatch(SPACED_SEND, command, re.DOTALL)
     if found is None:
-        return Command(words=command.split())
+        return Command(words=[word for word in re.split("[ \t]+", command) if word])
     return Command(SendCommand(found[1], [found[2]], None, _size_before_cut(line, found[2])))
 
 

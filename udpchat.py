@@ -51,6 +51,7 @@ from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS,
                   in_turns, is_link_local, log, read_some, show_address, unmapped, visit)
 from protocol import MAX_ENTRIES, TYPE_CHECKING, Any, clean, folded
 if TYPE_CHECKING:
+    from client import Client
     from typing import NoReturn
     from conversation import Selection
     from editor import Prompt, Style
@@ -71,7 +72,8 @@ GREETING_TIME = 2.0            # s for which a client of one's own may take to a
 ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
 GARBAGE_GAP = 20_000           # objects that are made between looks for garbage: hardly any of them lie in a circle
 LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
-STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` reads: more than a message may have
+STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` keeps of its text: more than a message may have
+STDIN_COUNTED = 2 ** 24        # bytes that it reads, to say how many there are
 STDIN, STDOUT, STDERR = 0, 1, 2
 SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 CALLED_AS = {"udpchat.py": "python udpchat.py", "udpchat.pyz": "python3 udpchat.pyz",     # other names: "udpchat"
@@ -109,6 +111,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         self.arguments: list[argparse.Action] = []
         super().__init__(formatter_class=Formatter, **options)
+        self.color = False      # of Python 3.14, which looks at stdout only, whatever the help is written to
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an argument, see argparse."""
@@ -435,7 +438,10 @@ def setting(action: argparse.Action, text: str) -> Any:
     if action.nargs == 0:       # an option without a value: on or off
         if text.lower() not in SWITCH:
             raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-        return action.const if SWITCH[text.lower()] else action.default
+        is_on = SWITCH[text.lower()]
+        if action.const:
+            return is_on
+        return False if is_on else None     # ``no-time = no`` says nothing of the time
     if action.choices is not None and text not in action.choices:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(action.choices)}")
     if action.metavar == "PATH":
@@ -448,19 +454,54 @@ NO_SUCH_NAME = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODA
 
 def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
     """Return the addresses of ``host``. Raise Usage if it has none, LookUpFailure if that is not known now."""
-    shown = clean(host) or repr(host)
-    nowhere = f"cannot resolve {shown}" + (": no such address, or no such interface" if "%" in host else "")
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
         found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)
-    except (OSError, UnicodeError) as error:
-        if isinstance(error, UnicodeError) or (isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME):
-            raise Usage(nowhere) from None
-        raise LookUpFailure(f"cannot resolve {shown} now: {error.strerror}") from None
-    addresses = [address for address in [unmapped(entry[4]) for entry in found] if has_interface(address[0])]
-    if not addresses:
-        raise Usage(nowhere if "%" in host else f"{shown} is on every link: name the interface, as in {shown}%eth0")
-    return addresses
+    except UnicodeError:
+        raise no_address(host) from None
+    except OSError as error:
+        is_known = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
+        raise no_address(host, "" if is_known else error.strerror or str(error)) from None
+    return usable(host, [unmapped(entry[4]) for entry in found])
+
+
+def no_address(host: str, failure: str = "") -> Usage:
+    """Return the error for a host of which no address is known; ``failure``: why not now, "" if there is none."""
+    shown = clean(host) or repr(host)
+    if failure:
+        return LookUpFailure(f"cannot resolve {shown} now: {failure}")
+    return Usage(f"cannot resolve {shown}" + (": no such address, or no such interface" if "%" in host else ""))
+
+
+def usable(host: str, addresses: Sequence[Address]) -> list[Address]:
+    """Return those of the addresses of ``host`` that say all that it takes to send there. Raise Usage."""
+    found = [address for address in addresses if has_interface(address[0])]
+    if not found:
+        shown = clean(host) or repr(host)
+        raise no_address(host) if "%" in host else Usage(
+            f"{shown} is on every link: name the interface, as in {shown}%eth0")
+    return found
+
+
+def look_up_apart(host: str, port: int, end: float) -> list[Address]:
+    """Do what ``look_up`` does in another process: signals, and the ``end`` of the time, do not wait for the system."""
+    loop, found = SelectorLoop(), list[Address]()
+    look, has_ended = NameLookUp(loop, host, port), []
+
+    def done(addresses: Sequence[Address]) -> None:
+        found.extend(addresses)
+        has_ended.append(True)
+        loop.stop()
+    call_at_the_end(loop, end, loop.stop)
+    look(done)
+    if not has_ended:
+        loop.run()
+    look.close()
+    loop.close()
+    if found:
+        return usable(host, found)
+    number, words = look.failure
+    raise no_address(host, "" if number in NO_SUCH_NAME or not words else words)
 
 
 def has_interface(host: str) -> bool:
@@ -475,14 +516,18 @@ def has_interface(host: str) -> bool:
 
 def look_up_patiently(host: str, port: int, end: float) -> list[Address]:
     """Return the same as ``look_up``; try until ``end``, by the monotonic clock, while it fails only for now."""
-    while True:
+    if is_number(host):
+        return look_up(host, port)
+    failure = None
+    while failure is None or time.monotonic() < end:
         try:
-            return look_up(host, port)
+            return look_up_apart(host, port, end)
         except LookUpFailure as error:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise Failure(f"nothing was sent: {error}") from None
-            time.sleep(min(left, LOOK_UP_PAUSE))
+            if end == NEVER:
+                raise
+            failure = failure or error      # the first: a later attempt may have had no time for an answer
+            time.sleep(max(0.0, min(end - time.monotonic(), LOOK_UP_PAUSE)))
+    raise Failure(f"nothing was sent: {failure}")
 
 
 def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]:
@@ -907,7 +952,7 @@ def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
         return " ".join(options.text).encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 0
     data, size, line_feeds = b"", 0, 0
     try:
-        while True:
+        while size < STDIN_COUNTED:
             left = end - time.monotonic()
             if left <= 0:
                 raise Failure("nothing was sent: the text did not come in time")
@@ -994,8 +1039,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     from terminal import JSON_LIMIT, Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
-    found = look_up_patiently(host, server_port, end) if end < NEVER else look_up(host, server_port)
-    addresses, is_named = in_turns(found), not is_number(host)
+    addresses, is_named = in_turns(look_up_patiently(host, server_port, end)), not is_number(host)
     text, size = text_to_send(options, end)
     if is_nothing(options, text, size):
         return 0
@@ -1005,7 +1049,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     sock = client_of_same_user(options, [own(address) for address in addresses], nick, end)
     if sock is not None:
         return hand_over(options, nick, sock, text, size, end, errors)
-    shown, earlier = shown_messages()
+    shown = shown_messages(options, nick)
     loop = SelectorLoop()
     udp = client_socket(addresses, is_named, options.client_port)
     port, reader, writer = UdpSocket(udp, loop), Reader(STDIN), Writer(STDOUT)
@@ -1022,10 +1066,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
                     reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)),
                     selection=selection_for(options, shown))
-    client.inbox.restore(earlier)
     local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
-    if options.mode == "client":
-        client.on_joined = lambda: local.open(own(server.current))
+    client.on_joined = lambda: join(options, client, shown, local, own(server.current))
     show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
@@ -1116,20 +1158,29 @@ def names_saved(options: argparse.Namespace) -> bool:
     return options.mode == "send" and len(options.nicks) > 1 and not (options.json or options.quiet)
 
 
-def shown_messages() -> tuple[ShownMessages | None, list[tuple[str, int, int, int]]]:
-    """Return where is noted what ``recv`` has shown, None where nothing can be; and what was noted."""
+def shown_messages(options: argparse.Namespace, nick: str) -> ShownMessages | None:
+    """Return where is noted what ``recv`` and ``ask`` have shown of the messages for a nick, None where nothing is."""
     state = state_home()
-    if state is None:
-        return None, []
-    path = os.path.join(state, "shown")
+    if state is None or options.mode not in ("client", "recv", "ask"):
+        return None
+    return ShownMessages(os.path.join(state, f"shown-{folded(nick)}"))
+
+
+def join(options: argparse.Namespace, client: Client, shown: ShownMessages | None, local: LocalSocket,
+         path: str) -> None:
+    """Do what follows when a client has the nick: nobody else shows messages for it, or sends under it, from now on.
+
+    ``path``: where programs of the same user find it.
+    """
     try:
-        shown = ShownMessages(path)
-        return shown, shown.load()
+        if shown is not None:
+            client.inbox.restore(shown.load())
     except NotADirectoryError:
-        return None, []
+        pass            # there is no state directory, so nothing was noted
     except OSError as error:
-        log.warning("what was shown before may come again: %s: %s", path, error.strerror)
-        return None, []
+        log.warning("what was shown before may come again: %s", error.strerror)
+    if options.mode == "client":
+        local.open(path)
 
 
 def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> Selection | None:
@@ -1142,6 +1193,8 @@ def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> S
         try:
             if shown is not None:
                 shown.note(sender, stream, first, end)
+        except NotADirectoryError:
+            pass        # there is no state directory
         except OSError as error:
             log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
     sender = options.nicks[0] if options.mode == "ask" else options.sender or ""
@@ -1237,6 +1290,10 @@ def end_at_once_on_signals(mode: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
+    if mode == "server":        # asked for too soon, the counters are not there yet, and the log is new
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if not is_at_terminal():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def import_mode(mode: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from conversation import (DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE, REFUSED,
-                          RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Outbox,
-                          Route)
+from conversation import (CALLERS_KEPT, DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE,
+                          REFUSED, RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Meetings,
+                          Outbox, Route)
 from protocol import (MAX_DATAGRAM, SERVER_ATTEMPTS, Address, Map, Place, bundle_room, contents, join_pieces,
                       pieces_of)
 from stream import INITIAL_TIMEOUT, NEVER, Account, Frames, ReceiveStream
@@ -601,6 +601,29 @@ def test_an_event_tells_from_which_number_on_its_messages_are() -> None:
     world.conversation.on_ack(0.2, 6, [], 4096, SAVE)
     assert world.conversation.events == [Event(RECEIVED, 2, "", 1, 3), Event(NO_ACK, 2, "", 3, 7),
                                          Event(SAVED, 1, "", 3, 6)]
+
+
+class Neighbours:
+    """A table in which everybody can be reached, and is behind the same router."""
+
+    def reach(self, host: str, port: int) -> Address | None:
+        return host, port
+
+    def are_behind_one_router(self, nick: str) -> bool:
+        return True
+
+
+def test_those_who_call_in_our_own_network_are_remembered_up_to_a_limit() -> None:
+    knocked: list[Address] = []
+    meetings = Meetings(lambda datagram, address: knocked.append(address), Outbox("me"), Neighbours(),
+                        lambda: ("192.168.1.2", 5), lambda: (), lambda: 0.0)
+    for number in range(2 * CALLERS_KEPT):
+        meetings.on_call({"from": f"n{number}", "stream": 7, "host": "192.0.2.1", "port": 5,
+                          "own": ["192.168.1.3", number + 1]})
+    assert knocked[-2:] == [("192.0.2.1", 5), ("192.168.1.3", 2 * CALLERS_KEPT)]
+    assert len(meetings._beside) == CALLERS_KEPT
+    assert meetings.admits(f"n{CALLERS_KEPT}", ("192.168.1.3", CALLERS_KEPT + 1))
+    assert not meetings.admits("n0", ("192.168.1.3", 1))
 
 
 # --- outboxes -------------------------------------------------------------------------------------------------

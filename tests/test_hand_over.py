@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loop import GREETING, MAX_GUESTS
+from loop import GREETING, MAX_GUESTS, LocalSocket, SelectorLoop
 from protocol import MAX_TEXT
 from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, SAVED, UPDATED, WELCOME, Chat, Process, is_offline,
                              received)
@@ -158,6 +158,19 @@ def test_the_socket_is_its_users_alone_and_goes_with_the_client(chat: Chat) -> N
     status = path.stat()
     assert stat.S_ISSOCK(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600
     assert carl.finish() == 0 and not sockets(chat)
+
+
+def test_a_client_whose_server_is_elsewhere_now_is_found_by_that(tmp_path: Path) -> None:
+    loop, said = SelectorLoop(), list[bytes]()
+    local = LocalSocket(loop, 100, lambda: True, lambda guest, line: said.append(line))
+    paths = [str(tmp_path / "one"), str(tmp_path / "two")]
+    for path in (*paths, paths[1]):
+        local.open(path)
+        assert [os.path.exists(each) for each in paths] == [each == path for each in paths]
+    local.open("")
+    assert not any(map(os.path.exists, paths))
+    local.close()
+    loop.close()
 
 
 def test_the_socket_of_a_client_that_was_killed_is_in_nobodys_way(chat: Chat) -> None:

@@ -224,6 +224,9 @@ def test_no_broadcast_or_multicast_address_is_answered_from() -> None:
     broadcast = bytes([0, 0, 0, 2, 10, 0, 0, 1, 10, 0, 0, 255])     # ip(7): interface, local address, destination
     assert loop.asked_at(broadcast)[1] == [
         (socket.IPPROTO_IP, loop.IP_PKTINFO, bytes([0] * 4 + [10, 0, 0, 1] + [0] * 4))]
+    left_out = bytes([0, 0, 0, 2, 0, 0, 0, 0, 10, 0, 0, 1])      # as macOS does with the local address
+    assert loop.asked_at(left_out)[1] == [
+        (socket.IPPROTO_IP, loop.IP_PKTINFO, bytes([0] * 4 + [10, 0, 0, 1] + [0] * 4))]
     multicast = socket.inet_pton(socket.AF_INET6, "ff02::1") + bytes([2, 0, 0, 0])
     assert loop.asked_at(multicast)[1] == loop.asked_at(b"")[1] == []
 

@@ -450,8 +450,10 @@ def test_clients_follow_a_name_that_moves_and_nothing_is_lost(named: NamedChat) 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, 127.0.0.2 is nobody's address")
 def test_while_a_look_up_hangs_the_chat_goes_on_and_the_process_is_ended_with_the_client(named: NamedChat) -> None:
     chat = named.chat
+    hanging = chat.directory / "hanging"
     hangs = [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import loop, udpchat;"
-             f" loop.LOOK_UP_PROGRAM = 'import time; time.sleep(1000)'; sys.exit(udpchat.main())"]
+             f' loop.LOOK_UP_PROGRAM += "import os, time; time.sleep(1000 * os.path.exists({str(hanging)!r}))";'
+             f" sys.exit(udpchat.main())"]
     server = chat.server(host="127.0.0.2")
     named.lead_to("127.0.0.2")
     alice = named.client("alice", program=hangs)
@@ -460,11 +462,12 @@ def test_while_a_look_up_hangs_the_chat_goes_on_and_the_process_is_ended_with_th
         client.see(WELCOME)
     alice.wait_for("bob")
     bob.wait_for("alice")
+    hanging.touch()
     server.kill()
     children = Path(f"/proc/{alice.pid}/task/{alice.pid}/children")
 
     def looks_up() -> bool:
-        return any(b"time.sleep(1000)" in Path(f"/proc/{child}/cmdline").read_bytes()
+        return any(b"time.sleep(1000" in Path(f"/proc/{child}/cmdline").read_bytes()
                    for child in children.read_text().split() if Path(f"/proc/{child}").exists())
     if not children.exists():
         pytest.skip("this system does not tell the children of a process")

@@ -372,6 +372,25 @@ def test_ctrl_c_while_its_modules_are_imported_gives_no_traceback(chat: Chat) ->
     assert alice.wait() == -signal.SIGINT and not alice.err.data
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_server_that_is_asked_for_its_log_while_it_starts_goes_on(chat: Chat, number: signal.Signals) -> None:
+    slow = [sys.executable, "-c", f"""
+import os, sys
+sys.path[0] = {str(ROOT)!r}
+import udpchat
+def open_slowly(path, now=0.0, open_store=udpchat.open_store):
+    os.kill(os.getpid(), {int(number)})
+    return open_store(path, now)
+udpchat.open_store = open_slowly
+sys.exit(udpchat.main())
+"""]
+    store = str(chat.directory / "store.db")
+    server = chat.run("server", "0", "--store", store, command=slow, stdin=subprocess.DEVNULL)
+    server.see_match(r"\[Server listening on .*\]")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
 def test_ctrl_c_while_it_starts_gives_no_traceback(chat: Chat) -> None:
     """A signal at any moment from when the arguments are looked at; before, Python itself is what starts."""
     script = ("import signal, sys, udpchat\n"

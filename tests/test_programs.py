@@ -705,26 +705,39 @@ def test_send_waits_no_longer_than_its_timeout(chat: Chat, who: str) -> None:
     assert [json.loads(line) for line in sent.errors[1:]] == [{"send": "bob", "text": "two\nlines"}]
 
 
+def test_a_text_without_an_end_is_refused_before_it_ends(chat: Chat) -> None:
+    chat.absent("bob")
+    endless = subprocess.Popen(["yes", "never"], stdout=subprocess.PIPE)
+    assert endless.stdout is not None
+    sent = chat.run("send", "bob", stdin=endless.stdout.fileno(),
+                    environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"})
+    endless.stdout.close()
+    assert sent.wait() == 1 and re.fullmatch(r"\[Message too long: \d{8} bytes, at most 65536\.\]", sent.lines[0])
+    assert endless.wait() == -signal.SIGPIPE
+
+
 # --- what ``udpchat send`` waits for --------------------------------------------------------------------------
 
 CARL_TAKEN, ONE_LOST = "[Nickname carl is taken.]", "[1 message not delivered.]"
 # a resolver that has no answer at first, and finds the servers of "later" at 127.0.0.1 when the file ``found`` is there
 NOT_NOW = "cannot resolve later now: Temporary failure in name resolution"
-PATCHY_NAMES = [sys.executable, "-c", f"""
+PATCHY_NAMES = [sys.executable, "-c", f'''
 import os, socket, sys
-look_up = socket.getaddrinfo
-def answer(name, *arguments, **options):
-    if name == b"later" and not os.path.exists("found"):
-        open("asked", "w").close()
-        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    if name == b"never":
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return look_up(b"127.0.0.1" if name == b"later" else name, *arguments, **options)
-socket.getaddrinfo = answer
 sys.path[0] = {str(ROOT)!r}
-import udpchat
+import loop, udpchat
+loop.LOOK_UP_PROGRAM = f"""
+import os, sys
+os.chdir({{os.getcwd()!r}})
+if sys.argv[1] == "never":
+    print("error {{socket.EAI_NONAME}} Name or service not known")
+elif os.path.exists("found"):
+    print("127.0.0.1")
+else:
+    open("asked", "w").close()
+    print("error {{socket.EAI_AGAIN}} Temporary failure in name resolution")
+"""
 sys.exit(udpchat.main())
-"""]
+''']
 
 
 def job(chat: Chat, *arguments: str, server: str = "", command: Sequence[str] = PROGRAM) -> Process:
@@ -876,6 +889,26 @@ def test_a_job_waits_for_a_name_that_cannot_be_looked_up_just_now(chat: Chat) ->
     assert sent.popen.poll() is None
     (chat.directory / "found").touch()
     assert result_of(sent) == (0, [is_offline("bob"), SAVED], [])
+
+
+HANGING_NAMES = [sys.executable, "-c", f"""
+import sys
+sys.path[0] = {str(ROOT)!r}
+import loop, udpchat
+loop.LOOK_UP_PROGRAM = "import time; open({{!r}}, 'w').close(); time.sleep(1000)".format(sys.argv.pop())
+sys.exit(udpchat.main())
+"""]
+
+
+def test_a_name_that_is_looked_up_for_ever_keeps_nobody_from_ending(chat: Chat) -> None:
+    begun = chat.directory / "begun"
+    late = job(chat, "bob", "hello", "--timeout", "1", str(begun), server="slow", command=HANGING_NAMES)
+    assert result_of(late) == (1, [], ["udpchat: nothing was sent: cannot resolve slow now: no answer"])
+    begun.unlink()
+    interrupted = job(chat, "bob", "hello", "--timeout", "600", str(begun), server="slow", command=HANGING_NAMES)
+    chat.until(begun.exists, "a look-up")
+    interrupted.signal(signal.SIGTERM)
+    assert result_of(interrupted) == (1, [], ["udpchat: nothing was sent: interrupted"])
 
 
 def test_a_job_gives_up_a_name_that_does_not_exist_at_once_and_one_without_an_answer_in_time(chat: Chat) -> None:

@@ -109,6 +109,25 @@ def test_recv_of_one_sender_hears_it_though_mail_of_others_waits(chat: Chat) -> 
     assert all_mail(chat) == ["dora: before", "dora: meanwhile"]
 
 
+@pytest.mark.parametrize("several", [2, 3])
+def test_recvs_that_start_together_take_turns_and_none_shows_what_another_has_shown(chat: Chat, several: int) -> None:
+    chat.absent("carl")
+    leave_mail(chat, "dora", ["in front"])      # so nothing behind it can be acked
+    leave_mail(chat, "bob", [f"number {number}" for number in range(several)])
+    jobs = [start(chat, "recv", "--from", "bob", "--timeout", "60") for _ in range(several)]
+    assert [job.wait() for job in jobs] == [0] * several
+    assert sorted(line for job in jobs for line in texts(job)) == [f"bob: number {n}" for n in range(several)]
+    assert all_mail(chat) == ["dora: in front"]
+
+
+def test_what_was_shown_is_noted_for_each_nick_apart(chat: Chat) -> None:
+    for nick in ("carl", "carol"):
+        chat.absent(nick)
+        leave_mail(chat, "bob", [f"for {nick}"], to=nick)
+        assert run(chat, "recv", nick=nick) == (0, [f"bob: for {nick}"], [])
+    assert {path.name for path in (chat.state / "udpchat").glob("shown*")} == {"shown-carl", "shown-carol"}
+
+
 def test_recv_may_show_objects(chat: Chat) -> None:
     chat.absent("carl")
     leave_mail(chat, "bob", ["one", "two"])
@@ -298,6 +317,23 @@ def test_an_inbox_acks_what_was_selected_and_nothing_behind_it() -> None:
     later.restore(noted)
     later.on_chat(0.0, chat_of("bob", 7, 1, "one", "two", "three"), ("h", 1))
     assert [text for delivery in later.take(0.0, lambda: True) for text in delivery.texts] == ["three"]
+
+
+@pytest.mark.parametrize("several", [65, 1000])
+def test_however_much_was_passed_over_between_what_was_shown_nothing_is_shown_again(several: int) -> None:
+    inbox = Inbox()
+    inbox.restore([("bob", 7, number, number + 1) for number in range(2, 2 * several, 2)][::-1])
+    said = [str(number) for number in range(1, 2 * several)]
+    for first in range(0, len(said), 100):
+        inbox.on_chat(0.0, chat_of("bob", 7, first + 1, *said[first:first + 100]), ("h", 1))
+    assert [text for delivery in inbox.take(0.0, lambda: True) for text in delivery.texts] == said[::2]
+
+
+def test_what_was_noted_twice_or_overlaps_counts_once() -> None:
+    inbox = Inbox()
+    inbox.restore([("bob", 7, 3, 5), ("bob", 7, 2, 4), ("bob", 7, 3, 4), ("bob", 7, 5, 6), ("bob", 7, 9, 9)])
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, *"123456"), ("h", 1))
+    assert [text for delivery in inbox.take(0.0, lambda: True) for text in delivery.texts] == ["1", "6"]
 
 
 def test_a_sender_who_is_not_wanted_gets_no_ack_and_what_came_before_the_question_is_no_answer() -> None:

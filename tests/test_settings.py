@@ -89,8 +89,9 @@ def test_switches_are_yes_or_no(home: Path) -> None:
     for word, wanted in (("yes", True), ("On", True), ("1", True), ("no", False), ("off", False)):
         settings(home, f"[client]\nstay = {word}\n")
         assert udpchat.parse(["client"]).stay is wanted
-    settings(home, "[client]\nno-time = yes\n")
-    assert udpchat.parse(["client"]).time is False
+    for line, time in (("no-time = yes", False), ("time = no", False), ("time = yes", True), ("no-time = no", None)):
+        settings(home, f"[client]\n{line}\n")
+        assert udpchat.parse(["client"]).time is time
 
 
 def test_the_file_may_come_from_any_editor(home: Path) -> None:

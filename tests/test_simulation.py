@@ -662,6 +662,28 @@ def test_a_client_that_is_refused_while_its_server_is_silent_goes_on(reason: str
     assert is_back(alice) and count(alice, "[Server not responding]") == 1
 
 
+def test_mail_comes_at_once_although_an_older_answer_overtakes_the_table() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    alice.type("send bob hello")
+    world.run(1)
+    held: list[bytes] = []
+
+    def hold_first_pong(source: str, target: str, maps: list[Any]) -> bool:
+        pongs = [encode("pong", value["info"]) for value in maps if value["tag"] == "pong"]
+        if target != "bob" or not pongs or held:
+            return True
+        held.extend(pongs)
+        world.call_at(world.now + 0.2, lambda: world.network.arrive("server", SERVER, held[0], again.address))
+        return False
+    world.network.filter = hold_first_pong
+    again = world.client("bob")
+    again.client.on_joined = lambda: again.client.link.ping_until_answered()     # as ``ask`` does
+    world.run(3)
+    assert held and ends(again, "hello") == 1
+
+
 def test_a_silent_server_is_asked_rarely_at_all_of_its_addresses_for_as_long_as_it_takes() -> None:
     world = World(1)
     world.names = [SERVER, *DEAD, *((f"10.0.9.{number}", 4119) for number in range(10, 14))]

@@ -28,6 +28,20 @@ def test_a_line_that_is_too_long_means_the_same_however_it_is_cut(reads_json: bo
     assert long.send.size == size if long.send else long.invalid and not size
 
 
+@pytest.mark.parametrize("line, words", [
+    ("/", [""]), ("/ \t ", [""]), ("/\u00a0", ["\u00a0"]), ("/who\u00a0", ["who\u00a0"]), ("/\v", ["\v"]),
+    ("/ who\tall ", ["who", "all"]), ("", [])])
+def test_only_blanks_and_tabs_part_words_and_a_slash_alone_is_a_command(line: str, words: list[str]) -> None:
+    commands = CommandReader()
+    commands.talk = "bob"
+    commands.feed(f"{line}\n".encode())
+    command = commands.next_command()
+    assert list(command.words) == words and command.send is None
+    commands.talk = ""
+    commands.feed(f"{line[1:]}\n".encode())
+    assert list(commands.next_command().words) == [word for word in words if word]
+
+
 @pytest.mark.parametrize("line", [
     '{"send": "bob", "ref": "a", "text": "' + "x" * 400_000 + '"}',
     '{"send": "bob", "text": 5' + "0" * 400_000 + "}",
