@@ -972,6 +972,27 @@ class Screen:
 
 # --- the terminal's settings ----------------------------------------------------------------------------------
 
+def wraps_again(environment: Mapping[str, str]) -> bool:
+    """Return whether the terminal is known to wrap its rows again when its width changes.
+
+    No terminal can be asked, so what it leaves in the environment has to do. In doubt the answer is no: then a part of
+    a half-typed line may stay on the screen, but no message is erased. GNU screen (STY) does not wrap, nor does xterm.
+    """
+    def has(*names: str) -> bool:
+        return any(environment.get(name) for name in names)
+
+    term = environment.get("TERM", "")
+    if term.startswith(("screen", "tmux")):
+        return has("TMUX") and not has("STY")
+    if term.startswith(("alacritty", "contour", "foot", "ghostty", "rxvt-unicode", "wezterm", "xterm-ghostty",
+                        "xterm-kitty")):
+        return True
+    if not term.startswith("xterm") or has("INSIDE_EMACS", "STY", "TMUX", "XTERM_VERSION"):
+        return False
+    return has("ALACRITTY_WINDOW_ID", "KONSOLE_VERSION", "VTE_VERSION", "WEZTERM_PANE", "WT_SESSION") or (
+        environment.get("TERM_PROGRAM") in ("Apple_Terminal", "WezTerm", "ghostty", "iTerm.app", "vscode"))
+
+
 class Tty:
     """The terminal as a device: its settings while somebody edits a line on it, its size, and whose job it is.
 

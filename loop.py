@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from home import DEBUG, ERROR, INFO, WARNING, LineFile, text_line
-from protocol import TYPE_CHECKING, Any, Protocol
+from protocol import TYPE_CHECKING, Any, Protocol, clean
 
 if TYPE_CHECKING:
     import subprocess
@@ -1368,3 +1368,153 @@ class NameLookUp:
         """End a look-up that is going on; nobody is called back."""
         if self._timer.is_set:
             self._stop()
+
+
+# --- sockets for the first time ---------------------------------------------------------------------------------
+
+LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
+
+
+class Usage(Exception):
+    """The arguments are wrong; the text says how, in one line. Exit 2."""
+
+
+class LookUpFailure(Usage):
+    """A name cannot be looked up just now: whether there is such a name is not known."""
+
+
+class Failure(Exception):
+    """The program cannot do what it was asked; the text says why, in one line. Exit 1."""
+
+
+NO_SUCH_NAME = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY", "EAI_SERVICE")]
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
+    """Return the addresses of ``host``. Raise Usage if it has none, LookUpFailure if that is not known now."""
+    try:
+        name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)
+    except UnicodeError:
+        raise no_address(host) from None
+    except OSError as error:
+        is_known = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
+        raise no_address(host, "" if is_known else error.strerror or str(error)) from None
+    return usable(host, [unmapped(entry[4]) for entry in found])
+
+
+def no_address(host: str, failure: str = "") -> Usage:
+    """Return the error for a host of which no address is known; ``failure``: why not now, "" if there is none."""
+    shown = clean(host) or repr(host)
+    if failure:
+        return LookUpFailure(f"cannot resolve {shown} now: {failure}")
+    return Usage(f"cannot resolve {shown}" + (": no such address, or no such interface" if "%" in host else ""))
+
+
+def usable(host: str, addresses: Sequence[Address]) -> list[Address]:
+    """Return those of the addresses of ``host`` that say all that it takes to send there. Raise Usage."""
+    found = [address for address in addresses if has_interface(address[0])]
+    if not found:
+        shown = clean(host) or repr(host)
+        raise no_address(host) if "%" in host else Usage(
+            f"{shown} is on every link: name the interface, as in {shown}%eth0")
+    return found
+
+
+def call_at_the_end(loop: SelectorLoop, end: float, callback: Callable[[], None]) -> None:
+    """Call back at ``end``, by the monotonic clock."""
+    if end < NEVER:
+        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), callback)
+
+
+def look_up_apart(host: str, port: int, end: float) -> list[Address]:
+    """Do what ``look_up`` does in another process: signals, and the ``end`` of the time, do not wait for the system."""
+    loop, found = SelectorLoop(), list[Address]()
+    look, has_ended = NameLookUp(loop, host, port), []
+
+    def done(addresses: Sequence[Address]) -> None:
+        found.extend(addresses)
+        has_ended.append(True)
+        loop.stop()
+    call_at_the_end(loop, end, loop.stop)
+    look(done)
+    if not has_ended:
+        loop.run()
+    look.close()
+    loop.close()
+    if found:
+        return usable(host, found)
+    number, words = look.failure
+    raise no_address(host, "" if number in NO_SUCH_NAME or not words else words)
+
+
+def has_interface(host: str) -> bool:
+    """Return whether the interface of a link-local ``host`` is named and exists; True for all other hosts."""
+    if not is_link_local(host):
+        return True
+    try:
+        return bool(socket.if_indextoname(int(host.partition("%")[2])))
+    except (OSError, ValueError):
+        return False
+
+
+def look_up_patiently(host: str, port: int, end: float) -> list[Address]:
+    """Return the same as ``look_up``; try until ``end``, by the monotonic clock, while it fails only for now."""
+    if is_number(host):
+        return look_up(host, port)
+    failure = None
+    while failure is None or time.monotonic() < end:
+        try:
+            return look_up_apart(host, port, end)
+        except LookUpFailure as error:
+            if end == NEVER:
+                raise
+            failure = failure or error      # the first: a later attempt may have had no time for an answer
+            time.sleep(max(0.0, min(end - time.monotonic(), LOOK_UP_PAUSE)))
+    raise Failure(f"nothing was sent: {failure}")
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]:
+    """Return the first address at which a server may listen, and its family. Raise Usage if it has none."""
+    found = look_up(host, port, socket.AI_PASSIVE)
+    found.sort(key=lambda address: ":" in address[0])   # IPv4 first: a server listens there unless told otherwise
+    return socket.AF_INET6 if ":" in found[0][0] else socket.AF_INET, found[0]
+
+
+def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
+    """Return a UDP socket bound to ``address``. Raise OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(for_ipv6_socket(address) if family == socket.AF_INET6 else address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def is_number(host: str) -> bool:
+    """Return whether ``host`` is an address, not a name that may lead elsewhere later."""
+    try:
+        look_up(host, 0, socket.AI_NUMERICHOST)
+        return True
+    except Usage:
+        return False
+
+
+def client_socket(addresses: Sequence[Address], is_named: bool, port: int) -> socket.socket:
+    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise Failure.
+
+    One of IPv6 reaches both families (RFC 3493 §5.3); where there is none, one of IPv4 must do.
+    """
+    try:
+        if is_named or ":" in addresses[0][0]:
+            try:
+                return bind(socket.AF_INET6, ("::", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
+                    raise
+        return bind(socket.AF_INET, ("0.0.0.0", port))
+    except OSError as error:
+        raise Failure(f"cannot use port {port}: {error.strerror}") from None

@@ -35,7 +35,7 @@ import socket
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 try:
     from protocol import DEFAULT_PORT, MAX_NICK, MAX_TEXT, SESSION_BYTES, is_nick
@@ -47,8 +47,9 @@ from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages,
                   is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
                   state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
-                  LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Writer, for_ipv6_socket,
-                  in_turns, is_link_local, log, read_some, show_address, unmapped, visit)
+                  Failure, LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Usage, Writer,
+                  bind, call_at_the_end, client_socket, in_turns, is_number, log, look_up_patiently, read_some, resolve,
+                  show_address, unmapped, visit)
 from protocol import MAX_ENTRIES, TYPE_CHECKING, Any, clean, folded
 if TYPE_CHECKING:
     from client import Client
@@ -71,7 +72,6 @@ NICK_PATIENCE = 10.0           # s for which all modes but ``client`` wait for a
 GREETING_TIME = 2.0            # s for which a client of one's own may take to answer; it may be stopped
 ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
 GARBAGE_GAP = 20_000           # objects that are made between looks for garbage: hardly any of them lie in a circle
-LOOK_UP_PAUSE = 1.0            # s between look-ups of a name that cannot be looked up just now
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` keeps of its text: more than a message may have
 STDIN_COUNTED = 2 ** 24        # bytes that it reads, to say how many there are
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -80,18 +80,6 @@ CALLED_AS = {"udpchat.py": "python udpchat.py", "udpchat.pyz": "python3 udpchat.
              "__main__.py": "python -m udpchat"}
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,     # asked to; and those that would otherwise end a
                   signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)   # client without giving its terminal back
-
-
-class Usage(Exception):
-    """The arguments are wrong; the text says how, in one line. Exit 2."""
-
-
-class LookUpFailure(Usage):
-    """A name cannot be looked up just now: whether there is such a name is not known."""
-
-
-class Failure(Exception):
-    """The program cannot do what it was asked; the text says why, in one line. Exit 1."""
 
 
 class Formatter(argparse.HelpFormatter):
@@ -447,133 +435,6 @@ def setting(action: argparse.Action, text: str) -> Any:
     if action.metavar == "PATH":
         return os.path.expanduser(text)
     return action.type(text) if callable(action.type) else text
-
-
-NO_SUCH_NAME = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY", "EAI_SERVICE")]
-
-
-def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
-    """Return the addresses of ``host``. Raise Usage if it has none, LookUpFailure if that is not known now."""
-    try:
-        name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)
-    except UnicodeError:
-        raise no_address(host) from None
-    except OSError as error:
-        is_known = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
-        raise no_address(host, "" if is_known else error.strerror or str(error)) from None
-    return usable(host, [unmapped(entry[4]) for entry in found])
-
-
-def no_address(host: str, failure: str = "") -> Usage:
-    """Return the error for a host of which no address is known; ``failure``: why not now, "" if there is none."""
-    shown = clean(host) or repr(host)
-    if failure:
-        return LookUpFailure(f"cannot resolve {shown} now: {failure}")
-    return Usage(f"cannot resolve {shown}" + (": no such address, or no such interface" if "%" in host else ""))
-
-
-def usable(host: str, addresses: Sequence[Address]) -> list[Address]:
-    """Return those of the addresses of ``host`` that say all that it takes to send there. Raise Usage."""
-    found = [address for address in addresses if has_interface(address[0])]
-    if not found:
-        shown = clean(host) or repr(host)
-        raise no_address(host) if "%" in host else Usage(
-            f"{shown} is on every link: name the interface, as in {shown}%eth0")
-    return found
-
-
-def look_up_apart(host: str, port: int, end: float) -> list[Address]:
-    """Do what ``look_up`` does in another process: signals, and the ``end`` of the time, do not wait for the system."""
-    loop, found = SelectorLoop(), list[Address]()
-    look, has_ended = NameLookUp(loop, host, port), []
-
-    def done(addresses: Sequence[Address]) -> None:
-        found.extend(addresses)
-        has_ended.append(True)
-        loop.stop()
-    call_at_the_end(loop, end, loop.stop)
-    look(done)
-    if not has_ended:
-        loop.run()
-    look.close()
-    loop.close()
-    if found:
-        return usable(host, found)
-    number, words = look.failure
-    raise no_address(host, "" if number in NO_SUCH_NAME or not words else words)
-
-
-def has_interface(host: str) -> bool:
-    """Return whether the interface of a link-local ``host`` is named and exists; True for all other hosts."""
-    if not is_link_local(host):
-        return True
-    try:
-        return bool(socket.if_indextoname(int(host.partition("%")[2])))
-    except (OSError, ValueError):
-        return False
-
-
-def look_up_patiently(host: str, port: int, end: float) -> list[Address]:
-    """Return the same as ``look_up``; try until ``end``, by the monotonic clock, while it fails only for now."""
-    if is_number(host):
-        return look_up(host, port)
-    failure = None
-    while failure is None or time.monotonic() < end:
-        try:
-            return look_up_apart(host, port, end)
-        except LookUpFailure as error:
-            if end == NEVER:
-                raise
-            failure = failure or error      # the first: a later attempt may have had no time for an answer
-            time.sleep(max(0.0, min(end - time.monotonic(), LOOK_UP_PAUSE)))
-    raise Failure(f"nothing was sent: {failure}")
-
-
-def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]:
-    """Return the first address at which a server may listen, and its family. Raise Usage if it has none."""
-    found = look_up(host, port, socket.AI_PASSIVE)
-    found.sort(key=lambda address: ":" in address[0])   # IPv4 first: a server listens there unless told otherwise
-    return socket.AF_INET6 if ":" in found[0][0] else socket.AF_INET, found[0]
-
-
-def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
-    """Return a UDP socket bound to ``address``. Raise OSError."""
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(for_ipv6_socket(address) if family == socket.AF_INET6 else address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def is_number(host: str) -> bool:
-    """Return whether ``host`` is an address, not a name that may lead elsewhere later."""
-    try:
-        look_up(host, 0, socket.AI_NUMERICHOST)
-        return True
-    except Usage:
-        return False
-
-
-def client_socket(addresses: Sequence[Address], is_named: bool, port: int) -> socket.socket:
-    """Return a socket that reaches these addresses, and, by a name, whatever it may lead to later. Raise Failure.
-
-    One of IPv6 reaches both families (RFC 3493 §5.3); where there is none, one of IPv4 must do.
-    """
-    try:
-        if is_named or ":" in addresses[0][0]:
-            try:
-                return bind(socket.AF_INET6, ("::", port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE or all(":" in host for host, _ in addresses):
-                    raise
-        return bind(socket.AF_INET, ("0.0.0.0", port))
-    except OSError as error:
-        raise Failure(f"cannot use port {port}: {error.strerror}") from None
 
 
 def write_error(text: str) -> None:
@@ -987,27 +848,6 @@ def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
     return Style(wants_color(options.color, is_terminal, os.environ))
 
 
-def wraps_again(environment: Mapping[str, str]) -> bool:
-    """Return whether the terminal is known to wrap its rows again when its width changes.
-
-    No terminal can be asked, so what it leaves in the environment has to do. In doubt the answer is no: then a part of
-    a half-typed line may stay on the screen, but no message is erased. GNU screen (STY) does not wrap, nor does xterm.
-    """
-    def has(*names: str) -> bool:
-        return any(environment.get(name) for name in names)
-
-    term = environment.get("TERM", "")
-    if term.startswith(("screen", "tmux")):
-        return has("TMUX") and not has("STY")
-    if term.startswith(("alacritty", "contour", "foot", "ghostty", "rxvt-unicode", "wezterm", "xterm-ghostty",
-                        "xterm-kitty")):
-        return True
-    if not term.startswith("xterm") or has("INSIDE_EMACS", "STY", "TMUX", "XTERM_VERSION"):
-        return False
-    return has("ALACRITTY_WINDOW_ID", "KONSOLE_VERSION", "VTE_VERSION", "WEZTERM_PANE", "WT_SESSION") or (
-        environment.get("TERM_PROGRAM") in ("Apple_Terminal", "WezTerm", "ghostty", "iTerm.app", "vscode"))
-
-
 def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, style: Style | None,
                complete: Callable[[str], tuple[int, list[str]]]) -> Prompt | None:
     """Return what stands at the bottom of the terminal, if anything does. ``is_terminal``: stdin is one, too."""
@@ -1018,7 +858,7 @@ def prompt_for(options: argparse.Namespace, is_terminal: bool, output: Output, s
         is_shown = is_terminal and options.mode == "client"
     if not is_shown:
         return None
-    from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty
+    from editor import Editor, EditorScreen, History, Prompt, StatusRow, Style, Tty, wraps_again
     from terminal import BLOCK_PREFIX, COMMAND_MARK
     style = Style(False) if style is None else style
     tty = Tty(STDIN, STDOUT, wraps_again(os.environ), bool(os.environ.get("TMUX")))
@@ -1101,12 +941,6 @@ def feed_job(options: argparse.Namespace, shell: Shell, text: str, size: int) ->
         shell.feed(b"who\n")
     if options.mode != "client":
         shell.feed(b"")
-
-
-def call_at_the_end(loop: SelectorLoop, end: float, callback: Callable[[], None]) -> None:
-    """Call back at ``end``, by the monotonic clock."""
-    if end < NEVER:
-        loop.call_at(loop.now() + max(0.0, end - time.monotonic()), callback)
 
 
 def client_of_same_user(options: argparse.Namespace, paths: Sequence[str], nick: str,

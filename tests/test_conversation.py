@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from conversation import (CALLERS_KEPT, DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED, RECIPIENT_OFFLINE,
-                          REFUSED, RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event, EventKind, Meetings,
-                          Outbox, Route)
+from conversation import (CALLERS_KEPT, DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED,
+                          RECIPIENT_OFFLINE, REFUSED, RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event,
+                          EventKind, Meetings, Outbox, Route)
 from protocol import (MAX_DATAGRAM, SERVER_ATTEMPTS, Address, Map, Place, bundle_room, contents, join_pieces,
                       pieces_of)
 from stream import INITIAL_TIMEOUT, NEVER, Account, Frames, ReceiveStream

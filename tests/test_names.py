@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
+import loop as loop_module
 import udpchat
-from loop import (ATTEMPTS, LOOK_UP_INTERVAL, MAX_ADDRESSES, MAX_LOOK_UP_INTERVAL, Address, Endpoint, NameLookUp,
-                  Random, Scheduler, SelectorLoop, in_turns)
+from loop import (ATTEMPTS, LOOK_UP_INTERVAL, MAX_ADDRESSES, MAX_LOOK_UP_INTERVAL, Address, Endpoint, Failure,
+                  LookUpFailure, NameLookUp, Random, Scheduler, SelectorLoop, Usage, client_socket, in_turns)
 from tests.processes import (DEADLINE, EXITING, NOT_RESPONDING, PROGRAM, ROOT, WELCOME, Chat, Process, has_ipv6,
                              received)
 
@@ -301,9 +302,9 @@ def fails_with(error: OSError | UnicodeError) -> Callable[..., Any]:
 def test_a_name_that_does_not_exist_is_told_from_one_that_cannot_be_looked_up(
         monkeypatch: pytest.MonkeyPatch, error: OSError | UnicodeError, is_known: bool) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", fails_with(error))
-    with pytest.raises(udpchat.Usage) as raised:
-        udpchat.look_up("example.org", 4119)
-    assert isinstance(raised.value, udpchat.LookUpFailure) is not is_known
+    with pytest.raises(Usage) as raised:
+        loop_module.look_up("example.org", 4119)
+    assert isinstance(raised.value, LookUpFailure) is not is_known
     assert "cannot resolve example.org" in str(raised.value)
 
 
@@ -311,22 +312,22 @@ def test_a_name_may_lead_to_both_families_and_a_number_to_its_own() -> None:
     for addresses, is_named, family in (([ONE], False, socket.AF_INET), ([ONE, THREE], True, socket.AF_INET6),
                                         ([ONE], True, socket.AF_INET6), ([THREE], False, socket.AF_INET6)):
         if family == socket.AF_INET or has_ipv6():
-            with udpchat.client_socket(addresses, is_named, 0) as sock:
+            with client_socket(addresses, is_named, 0) as sock:
                 assert sock.family == family
 
 
 def test_without_ipv6_a_name_is_reached_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    bind = udpchat.bind
+    bind = loop_module.bind
 
     def bind_ipv4(family: socket.AddressFamily, address: Address) -> socket.socket:
         if family == socket.AF_INET6:
             raise OSError(97, "Address family not supported by protocol")
         return bind(family, address)
-    monkeypatch.setattr(udpchat, "bind", bind_ipv4)
-    with udpchat.client_socket([ONE, THREE], True, 0) as sock:
+    monkeypatch.setattr(loop_module, "bind", bind_ipv4)
+    with client_socket([ONE, THREE], True, 0) as sock:
         assert sock.family == socket.AF_INET
-    with pytest.raises(udpchat.Failure):
-        udpchat.client_socket([THREE], True, 0)
+    with pytest.raises(Failure):
+        client_socket([THREE], True, 0)
 
 
 # --- as a user sees it ----------------------------------------------------------------------------------------

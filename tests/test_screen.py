@@ -27,12 +27,11 @@ import pyte
 import pytest
 
 from home import Mailbox
-from editor import NAME_COLORS, PASTE_OFF, PASTE_ON
+from editor import NAME_COLORS, PASTE_OFF, PASTE_ON, wraps_again
 from tests.processes import (FROZEN_CLOCK, NOT_RESPONDING, OFFLINE, PIPE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME, Chat,
                              Process, is_offline, received, sends)
 from tests.test_editor import EMOJI, Xterm
 from terminal import LONG_AWAY, MOST_ROWS
-from udpchat import wraps_again
 
 CURSOR = "▮"
 HINT = "[To say something: talk NICK, or send NICK MESSAGE.]"

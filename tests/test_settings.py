@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import udpchat
+from loop import Usage
 from tests.processes import ROOT, WELCOME, Chat, Process, received
 
 
@@ -35,7 +36,7 @@ def settings(home: Path, text: str) -> Path:
 
 def complaint(*arguments: str) -> str:
     """Return what is said of arguments that are wrong."""
-    with pytest.raises(udpchat.Usage) as caught:
+    with pytest.raises(Usage) as caught:
         udpchat.parse(arguments)
     text = str(caught.value)
     assert "\n" not in text

@@ -18,6 +18,7 @@ import pytest
 
 import udpchat
 from home import Mailbox, StoreFile
+from loop import Failure
 from protocol import Parcel
 from tests.processes import ROOT, SAVED, Chat, Process, received
 
@@ -280,7 +281,7 @@ def test_the_nick_that_is_forgotten_in_a_store_that_goes_meanwhile_is_an_error(
         check(self)
     monkeypatch.setattr(StoreFile, "check", check_late)
     options = udpchat.parse(["server", "--store", str(path), "--forget", "bob"])
-    with pytest.raises(udpchat.Failure, match=f"{path}: it was removed or renamed"):
+    with pytest.raises(Failure, match=f"{path}: it was removed or renamed"):
         udpchat.forget(options)
     (tmp_path / "elsewhere").rename(path)
     assert found_by_the_next(path) == ["before"]

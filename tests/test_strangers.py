@@ -35,7 +35,8 @@ import udpchat
 from client import MAX_NEWCOMERS, NEWCOMER_TIME, PING_INTERVAL, Client
 from conversation import PIECE_MEMORY, STREAMS_PER_SENDER, Inbox, Outbox
 from home import DAMAGED, Mailbox, load_secret
-from loop import DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket
+from loop import (DATAGRAMS_PER_TURN, OUTPUT_LIMIT, Endpoint, Output, SelectorLoop, Timer, TimerHeap, UdpSocket, Usage,
+                  bind)
 from protocol import (OFFLINE as IS_OFFLINE, ONLINE, SYNC_PAGES, Address, Decoder, Info, Table, addressed, clean,
                       encode, padded)
 from registry import COOKIE_TIME, DAY, LINK_LEAVING, NICK_LAPSE, SYNC_INTERVAL, Registry
@@ -1415,7 +1416,7 @@ def test_a_broken_identity_is_an_error_and_is_not_replaced(tmp_path: Path, conte
     path.parent.mkdir()
     path.write_bytes(content)
     options = udpchat.parse(["client", "bob", *(["--identity", str(path)] if named else [])])
-    with pytest.raises(udpchat.Usage, match=f"{path}.*is not a udpchat identity"):
+    with pytest.raises(Usage, match=f"{path}.*is not a udpchat identity"):
         udpchat.secret_of(options)
     assert path.read_bytes() == content
 
@@ -1529,7 +1530,7 @@ def test_errors_of_the_network_lose_nothing() -> None:
     loops, ports, faulty = [], [], []
     for _ in range(3):
         loops.append(SelectorLoop())
-        faulty.append(FaultySocket(udpchat.bind(socket.AF_INET, ("127.0.0.1", 0))))
+        faulty.append(FaultySocket(bind(socket.AF_INET, ("127.0.0.1", 0))))
         ports.append(UdpSocket(faulty[-1], loops[-1]))   # type: ignore[arg-type]
     address: Address = faulty[0].getsockname()
     server = Server(loops[0], ports[0].send, Registry(Mailbox(":memory:", b"i" * 16)))
