@@ -390,7 +390,7 @@ class Sending:
             outbox.open(now, nick, self._table.place_of(nick), new_id(self._loop))
         room = outbox.room(now, nick)
         if room:
-            texts = self._receipts.fitting(command, command.take(room))
+            texts = self._receipts.short_enough(command, command.take(room))
             if texts:
                 stream, first = outbox.send(now, nick, texts, self._loop.wall())
                 self._receipts.track(nick, stream, first, texts, command.ref)
@@ -714,13 +714,14 @@ TIME_IS_OVER = 3                        # exit code: what a ``Selection`` waits 
 class Leaving:
     """The order in which a client goes offline (``dereg``) or ends (``quit``, end of stdin, a signal, no reader)::
 
-        stage           what happens                                    until
-        CLOSING_SENDS   no further command is carried out               every send is closed or stuck, or the deadline
-        WRITING         messages are not accepted any more              stdout has everything, or the deadline
-        DEREGISTERING   the link leaves                                 ``bye``, or no answer
-        WRITING_REPORT  ``_stop``: what was not delivered is reported   stdout and stderr have everything: exit_code
+        how it is seen          what happens                            until
+        command or ending       no further command is carried out       every send is closed or stuck, or the deadline
+        not receiving.accepts   messages are not accepted any more      stdout has everything, or the deadline
+        link.state is LEAVING   the server is told                      ``bye``, or no answer
+        is_over                 what was not delivered is reported      stdout and stderr have everything
+        exit_code               the program ends
 
-    After ``dereg`` the client is offline behind DEREGISTERING, and goes on. A signal, or a reader that is gone, sets a
+    After ``dereg`` the client is offline behind the third step, and goes on. A signal, or a reader that is gone, sets a
     deadline of 1.5 s. ``_end_now`` ends any stage at once.
     """
 
@@ -994,13 +995,14 @@ class Client:
         self.display = display
         self.outbox = Outbox(nick, ack_timeout=ack_timeout, is_patient=patience.is_endless)
         self.inbox = Inbox(selection)
+        handshake = handshake or Handshake(send)
         self.link = ServerLink(loop, send, nick, server, self, lambda: self.table_sync.version,
-                               handshake or Handshake(send), patience)
+                               handshake, patience)
         self.table_sync = TableSync(loop, self.link, self._on_table_changed, self._on_own_state)
         self.receipts = Receipts(loop, display, lambda to: self.outbox.conversations[to].route is DIRECT, observer)
-        own = self.link.handshake
-        peers = Peers(own.keys, send, loop.now, lambda: new_id(loop), own.must_encrypt, own.known) if own.keys else None
-        mail = SealedMail(own.keys, peers, own.must_encrypt, own.has_proof) if own.keys and peers else None
+        keys, must_encrypt = handshake.keys, handshake.must_encrypt
+        peers = Peers(keys, send, loop.now, lambda: new_id(loop), must_encrypt, handshake.known) if keys else None
+        mail = SealedMail(keys, peers, must_encrypt, handshake.has_proof) if keys and peers else None
         self.peer_keys = peers                  # and the channels with them
         self.sending = Sending(loop, send, self.link, peers, mail, self.table_sync, self.outbox, self.receipts)
         self.receiving = Receiving(loop, send, self.link, peers, mail, self.inbox, display)

@@ -4,8 +4,8 @@ Rules of this module
 --------------------
 - No sockets, no clock, no randomness, no output. Time comes in as ``now``, seconds of any origin that never go back;
   datagrams, events and texts to show come out as return values. Only ``Meetings`` sends, and asks the table, itself.
-- It is a client's, and knows nothing of commands, of lines and of the client table. The owner passes on what the table
-  says of a recipient, what the server says, and what was written to stdout.
+- It is a client's, and knows nothing of commands and lines. The owner passes on what the table says of a recipient,
+  what the server says, and what was written to stdout.
 - Every message gets exactly one closing event, RECEIVED, SAVED or REFUSED, or it is still pending at the end.
 - The number of a message in its stream is the same on every route. The recipient shows each number once.
 - A stream has one route at a time. A change of route takes everything pending along, lowest number first.
@@ -160,12 +160,13 @@ class Conversation:
         self._follows_table = False                 # this is the route that the table suggests, and it was not changed
         self._is_last_try = False                   # this is the second DIRECT, after EXISTS
         self.reach = Reach()
-        self._silence_limit = ack_timeout           # s without an answer on this route, after which it is given up
-        self.silent_since = NEVER                   # when the first datagram went out that nobody answered
-        self._server_is_silent = False              # and the event SILENT was added
-        self._progress_at = NEVER                   # when messages were closed last, or the first of these was queued
-        self._route_progress_at = NEVER             # the same, or when the route changed
-        self._judge_at = -NEVER                     # when ``_judge`` may have something to decide; never too late
+        # What ``_judge`` goes by: how long there is no answer, no progress on this route, and none on any
+        self.silent_since = NEVER                   # when the first datagram went out that nobody answered, ...
+        self._silence_limit = ack_timeout           # ... and after how many s the route is given up for that
+        self._route_progress_at = NEVER             # messages were closed, the first was queued, or the route changed
+        self._progress_at = NEVER                   # the same, but for changes of the route
+        self._judge_at = -NEVER                     # when it may have something to decide; never too late
+        self._server_is_silent = False              # there was no answer of the server, and the event SILENT was added
         self._is_held = False                       # nothing may be sent yet: ``locate`` says when
         self._announced: dict[EventKind, int] = {}      # below which number an event of that kind was added
         self.stream = SendStream(id_, self.frames.capacity(True), min(INITIAL_TIMEOUT, ack_timeout / 2))
@@ -872,7 +873,14 @@ class Selection:
     that is passed over, nothing of that stream is acked; what is shown all the same is noted (``note``), and
     ``Inbox.restore`` tells the next run. What is acked is noted as well: the ack may get lost while we leave.
 
-    Only what comes behind the question may be its answer: no letter below ``mail_from``, nothing of ``_old``.
+    ::
+
+        before the question is out (``ask`` alone)      all is old: ``_old`` says of which streams, and up to where;
+                                                        ``mail_from`` follows what the server says of the mail
+        open (``is_open``)                              what is wanted and not old is shown, the rest is passed over
+        ``left`` is 0                                   all is passed over
+
+    Once something was passed over, what follows in that stream is not acked: ``_passed``, for mail ``has_passed_mail``.
     """
 
     def __init__(self, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:

@@ -9,8 +9,8 @@ Rules
   (its file), ``Tty`` (the settings of the terminal) and ``EditorScreen`` (Ctrl-Z stops the job) touch the world.
 - Any bytes may come in, in pieces of any size. Nothing raises, and it makes no difference where the pieces were cut.
 - Nothing that is drawn moves the cursor unexpectedly: a control character is drawn as two printable ones.
-- This module is imported at each start of the program, which has to be fast. So what only a terminal needs is imported
-  where it is used, and patterns are compiled at their first use (``re`` caches them).
+- It is imported only where there is a terminal, or color, or a table of clients. Patterns are compiled at their first
+  use (``re`` caches them).
 
 From keys to lines
 ------------------

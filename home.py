@@ -297,7 +297,7 @@ LEVELS = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
 
 
-LAST_TIME = 253402300799.0      # s since 1970 of the end of the year 9999: RFC 3339 has no later one
+LATEST_DATE = 253402300799.0    # s since 1970 of the end of the year 9999: RFC 3339 has no later one
 
 
 @functools.lru_cache(maxsize=1024)
@@ -312,7 +312,7 @@ def show_time(at: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 def rfc3339(at: float) -> str:
     """Return a wall-clock time in UTC, to the millisecond (RFC 3339 §5.6)."""
     try:
-        seconds, thousandths = divmod(math.floor(min(at, LAST_TIME) * 1000), 1000)
+        seconds, thousandths = divmod(math.floor(min(at, LATEST_DATE) * 1000), 1000)
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{thousandths:03d}Z"
     except (OverflowError, ValueError, OSError):
         return "1970-01-01T00:00:00.000Z"
@@ -819,7 +819,7 @@ class Mailbox:
         if index < 0 and self._clock and self._clock[0][0] == uptime:
             index = 0
         wall = self._clock[index][1] + uptime - self._clock[index][0] if index >= 0 else 0.0
-        return int(wall) if 0 <= wall <= LAST_TIME else 0       # it is not if it is damaged
+        return int(wall) if 0 <= wall <= LATEST_DATE else 0       # it is not if it is damaged
 
     def tidy(self) -> None:
         """Let the next commit write the uptime, and forget the longest silent streams beyond ``MAX_STREAMS``."""
@@ -1142,7 +1142,7 @@ class Pin:
 
 # --- the user's identity --------------------------------------------------------------------------------------
 
-LOCK_ATTEMPTS = 40        # 50 ms apart: a process that makes an identity takes much less, one that was killed for ever
+LOCK_ATTEMPTS = 40        # 50 ms apart: to make an identity takes much less. One that was killed leaves the lock behind
 SECRET_BYTES = 32         # of randomness: nobody guesses it
 
 

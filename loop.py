@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from home import DEBUG, ERROR, INFO, WARNING, LineFile, text_line
-from protocol import TYPE_CHECKING, Any, Protocol, clean
+from protocol import MAX_RECEIVED, TYPE_CHECKING, Any, Protocol, clean
 
 if TYPE_CHECKING:
     import subprocess
@@ -940,13 +940,11 @@ log = Log()
 
 # --- the UDP socket -------------------------------------------------------------------------------------------
 
-MAX_RECEIVED = 65535            # bytes; the largest UDP datagram there is
 DATAGRAMS_PER_TURN = 128        # read from the socket before timers and acks get their turn, by a client ...
 SERVER_DATAGRAMS = 512          # ... and by a server: what it has not read when thousands come at once gets lost, ...
 READ_TIME = 0.01                # ... and comes again. But it reads no more after so many seconds
 SOCKET_BUFFER = 4 * 2 ** 20     # bytes asked from the kernel, for bursts
 UDP_SEGMENT = 103 if sys.platform == "linux" else 0     # of udp(7); the socket module does not have it
-MAX_SEGMENTS = 32               # datagrams in one call: with 1,232 bytes each, they stay below the 65,507 of one
 
 
 def is_link_local(host: str) -> bool:
@@ -1040,8 +1038,7 @@ class UdpSocket:
             self.receive(datagram, unmapped(address) if self._unmaps else address)
             if self._loop.reads_one:
                 # Mostly there is no second one, and the read that finds that out costs as much as one that finds a
-                # datagram: without this line, a line takes 8 % longer to its receipt (tests.bench latency: 187 us, not
-                # 175). If there is more, the next turn begins at once.
+                # datagram: a line takes 7 % longer to its receipt. If there is more, the next turn begins at once.
                 break
             if number % 8 == 7:
                 if self._loop.clock() > end:
@@ -1309,7 +1306,6 @@ class NameLookUp:
     def __call__(self, done: Callable[[Sequence[Address]], None]) -> None:
         """Begin a look-up; call ``done`` with the addresses, with none if there are none, or it fails."""
         import subprocess       # here: it is rarely needed, and a start is measured
-        import sys
         if self._process is not None:       # killed, and not gone: it hangs in the kernel
             done(())
             return

@@ -2,8 +2,8 @@
 
 Rules of this module
 --------------------
-- It knows fields and bytes, nothing else: no sockets, no clock, no randomness, and no role. The client and the server
-  use the same functions.
+- No sockets, no clock, no randomness. It holds the wire, the table of clients and its copies, and rows of mail. The
+  client and the server use the same functions.
 - It is the only module that imports msgpack. Encryption (``secure``) goes between ``encode`` and ``Decoder`` on one
   side and the socket on the other.
 - Every field that comes from the network is checked here and nowhere else. Code that gets a decoded map relies on the
@@ -110,7 +110,7 @@ SERVER_ATTEMPTS = 5       # requests without an answer after which a server coun
 SERVER_INTERVAL = 0.5     # s between them
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
 MAX_UNPACKED = 65535      # bytes that a ``packed`` may become
-MAX_MAPS = 64             # in one datagram; in one of 1,200 bytes, the smallest that there are are fewer
+MAX_MAPS = 64             # in one datagram: one of 1,200 bytes cannot hold as many
 ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
 PACKED_LEVEL = 6          # of zlib: 9 gains nothing
 PACKED_OVERHEAD = 26      # bytes of a ``packed`` before its data, if these are more than 255
@@ -280,7 +280,7 @@ def _is_run(run: Any) -> bool:
     if type(run) is not list or len(run) not in (RUN_FIELDS, RUN_FIELDS + 2):
         return False
     sender, stream, first, at, texts, more, *seal = run
-    valid = valid_texts if not seal else valid_parts if KEY(seal[0]) and ENVELOPE(seal[1]) else REFUSED
+    valid = valid_texts if not seal else valid_parts if KEY(seal[0]) and ENVELOPE(seal[1]) else NEVER_VALID
     return (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid(texts)
             and first <= MAX_NUMBER - numbers_in(run) and NUMBERS(more)
             and (not more or _lie_within(more, first, numbers_in(run))))
@@ -309,7 +309,7 @@ KEY_OR_NONE: Check = lambda value: value == b"" or KEY(value)
 INDEX = binary(INDEX_BYTES)
 ENVELOPE = binary(ENVELOPE_BYTES)
 NUMBERS = rows(NUMBER)
-REFUSED: Check = lambda value: False
+NEVER_VALID: Check = lambda value: False
 TEXTS_OR_BUNDLE: Check = lambda value: valid_texts(value) or valid_bundle(value)
 SPELLS = rows(row(TIME, NUMBER))
 ENTRY = row(NICK, HOST, PORT, STATE)

@@ -42,7 +42,8 @@ One turn
 4. send mail where there is some and the window of its stream allows it;
 5. send all that: registrations, probes, pings and saves do not wait for pages of the table;
 6. answer those who miss some of the table, a few in each turn;
-7. broadcast what has changed in the table, in slices.
+7. broadcast what has changed in the table, in slices;
+8. note the wall-clock time, if it was set.
 """
 from __future__ import annotations
 

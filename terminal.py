@@ -2,7 +2,7 @@
 
 Rules of this file
 ------------------
-- It decides neither what a command does (the client does) nor when an event happens: it says how an event is told.
+- It does not carry out commands (the client does). It decides how an event is shown, and, for ``Presence``, when.
 - Nothing blocks, and only ``Console`` touches the world. However bytes are cut, nothing raises, and all means the same.
 - It knows nothing of datagrams and sessions, and of streams only that (stream, number) names a message.
 - Starts are measured: what only JSON needs is imported, and a pattern compiled (``re`` caches it), when it is used.
@@ -848,7 +848,7 @@ class Receipts:
 
     # before a message is queued
 
-    def fitting(self, command: SendCommand, texts: list[str]) -> list[str]:
+    def short_enough(self, command: SendCommand, texts: list[str]) -> list[str]:
         """Return those of ``texts``, out of ``command``, that are not too long; tell which are."""
         size = command.size
         if not size and are_short(texts, MAX_TEXT):
@@ -865,7 +865,7 @@ class Receipts:
 
     def tell_unknown(self, send: SendCommand) -> None:
         """Close texts for somebody who is not known."""
-        texts = self.fitting(send, send.texts)
+        texts = self.short_enough(send, send.texts)
         if isinstance(send.ref, Handed):
             for _ in texts:
                 send.ref.tell("unknown", True, to=clean(send.nick))
@@ -972,7 +972,7 @@ class Receipts:
 
     def hand_back(self, send: SendCommand) -> None:
         """Name messages that were never queued, as the lines that would send them again."""
-        for text in self.fitting(send, send.texts):
+        for text in self.short_enough(send, send.texts):
             self._hand_back(send.nick, text, send.ref, None)
 
     def hand_back_all(self, undelivered: Iterator[tuple[str, str, int]]) -> None:

@@ -8,7 +8,7 @@ Rules of this file
   a person or a script sees; ``conversation``, ``stream`` and ``protocol`` are what travels, ``secure`` encrypts it;
   ``registry`` decides who is registered, ``home`` is what lies on the disk. See docs/architecture.md.
 - A wrong argument is one line on stderr and exit 2 (``Usage``); what fails is one line and exit 1 (``Failure``).
-- It is short: when it is run as a script, Python compiles it each time.
+- When it is run as a script, Python compiles it each time: what can lie in another module lies there.
 """
 from __future__ import annotations
 
@@ -247,8 +247,8 @@ def add_send_options(send: Parser) -> None:
     """Add the arguments of ``udpchat send``."""
     send.add_argument("nicks", type=nicks_argument, metavar="NICK[,NICK...]", help="to whom")
     send.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the message (default: all of stdin)")
-    add_timeout(send, "wait for everything so long: the server, a nick in use, the recipient; what is not closed then"
-                " counts as not delivered (default: none)")
+    add_timeout(send, "give up after this time, whatever is waited for: the server, a nick in use, the recipient; then"
+                " what has no final answer counts as not delivered (default: none)")
     send.add_argument("--skip-empty", action="store_true", help="if stdin is empty, send nothing: that is no failure")
     send.set_defaults(stay=False)
     add_quiet_option(send)
@@ -258,19 +258,19 @@ def add_send_options(send: Parser) -> None:
 def add_recv_options(recv: Parser) -> None:
     """Add the arguments of ``udpchat recv``."""
     recv.add_argument("--count", type=whole_number(1, 10 ** 9 - 1, "a number"), default=1, metavar="N",
-                      help="end behind so many messages (default: %(default)s)")
+                      help="exit after so many messages (default: %(default)s)")
     recv.add_argument("--from", dest="sender", type=nick_argument, metavar="NICK",
-                      help="only messages of this one; the others are for the next who asks (default: all)")
-    add_timeout(recv, "wait so long; what has not come then is exit code 3 (default: for ever)")
+                      help="show only messages from NICK, leave the others for the next program (default: all)")
+    add_timeout(recv, "give up after this time, with exit code 3 (default: wait for ever)")
     recv.set_defaults(stay=True, quiet=True)
     add_job_options(recv)
 
 
 def add_ask_options(ask: Parser) -> None:
     """Add the arguments of ``udpchat ask``."""
-    ask.add_argument("nicks", type=lambda text: [nick_argument(text)], metavar="NICK", help="whom")
+    ask.add_argument("nicks", type=lambda text: [nick_argument(text)], metavar="NICK", help="whom to ask")
     ask.add_argument("text", nargs="*", metavar="TEXT", default=[], help="the question (default: all of stdin)")
-    add_timeout(ask, "wait so long for the answer; none by then is exit code 3 (default: %(default)s)", ANSWER_TIMEOUT)
+    add_timeout(ask, "give up after this time without an answer: exit code 3 (default: %(default)s)", ANSWER_TIMEOUT)
     ask.set_defaults(stay=True, quiet=True)
     add_job_options(ask)
 
