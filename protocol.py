@@ -1148,8 +1148,9 @@ def parts_of(texts: Sequence[SealedText]) -> list[list[Any]]:
     while index < len(texts):
         bundle, start = texts[index]
         found = texts[index:index + numbers_of(bundle) - start]
-        same = zip(repeat(bundle), range(start, start + len(found)))
-        length = next((n for n, (text, expected) in enumerate(zip(found, same)) if text != expected), len(found))
+        whole, length = list(zip(repeat(bundle), range(start, start + len(found)))), len(found)
+        if [*found] != whole:
+            length = next(n for n, pair in enumerate(zip(found, whole)) if pair[0] != pair[1])
         parts.append([bundle, start, length])
         index += length
     return parts
