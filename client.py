@@ -235,7 +235,7 @@ class ServerLink:
     def _ping_and_ask(self) -> None:
         self.send_ping()
         attempts, is_running = self._ping_request.attempts, self._ping_request.is_running
-        is_lost = self.is_silent or (self._has_hint and attempts > 1)
+        is_lost = self.has_joined and (self.is_silent or (self._has_hint and attempts > 1))     # who leaves is not
         if is_lost and is_running and not self._registration.is_running:
             if attempts == 1 or self.handshake.id == NO_REQUEST:
                 self.handshake.begin(new_id(self._loop), self.nick)

@@ -18,7 +18,7 @@ import protocol
 import registry
 from client import PINGS_REMEMBERED, PING_INTERVAL
 from protocol import Address, encode
-from registry import OLD_TABLE_TIME, SYNC_INTERVAL
+from registry import LINK_LEAVING, OLD_TABLE_TIME, SYNC_INTERVAL
 from secure import NO_REQUEST, Handshake, token_for
 from stream import NEVER
 from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, Router, ServerNode, Weather, World, own_secret, replay,
@@ -1144,6 +1144,23 @@ def test_the_server_answers_strangers_with_no_more_than_it_got() -> None:
 
 
 # --- coming and leaving ---------------------------------------------------------------------------------------
+
+def test_a_client_that_leaves_does_not_register_again_though_the_server_comes_back() -> None:
+    world, (alice, bob) = start("alice", "bob")
+    assert world.server is not None
+    bob.crash()
+    world.server.crash()
+    alice.type("send bob hello")
+    alice.type("quit")
+    newcomer = encode("chat", {"from": "carol", "to": "alice", "stream": 7, "n": 1, "base": 1, "text": ["hello"]})
+    for _ in range(200):        # whoever is not in the table makes a client ask for it
+        world.network.forge(("10.66.6.6", 1), newcomer, alice)
+        world.run(0.05)
+        if alice.client.link.state is LINK_LEAVING and not world.server.alive:
+            world.network.filter = losing("pong", "bye", source="server")
+            world.start_server()
+    assert alice.exit_code == 1 and count(alice, "[Welcome, You are registered.]") == 1
+
 
 def test_a_script_that_is_piped_in_is_delivered_in_order_and_ends_with_0() -> None:
     world, (alice, bob) = start("alice", "bob")
