@@ -873,6 +873,8 @@ class Selection:
     that is passed over, nothing of that stream is acked; what is shown all the same is noted (``note``), and
     ``Inbox.restore`` tells the next run. What is acked is noted as well: the ack may get lost while we leave.
 
+    Only what comes behind the question may be its answer: no letter below ``mail_from``, nothing of ``_old``. What came
+    straight before it may be kept by the server after it, and the other way round: then it is old on both ways.
     ::
 
         before the question is out (``ask`` alone)      all is old: ``_old`` says of which streams, and up to where;
@@ -933,17 +935,27 @@ class Selection:
         if self._sender and folded(sender) != self._sender:
             return False
         if not self.has_asked():
-            if (sender, stream) in self._old or len(self._old) < OLD_STREAMS:
-                end = info["n"] + len(info["text"])
-                self._old[sender, stream] = max(end, self._old.get((sender, stream), 1))
+            self._note_old((sender, stream), info["n"] + len(info["text"]))
             return False
         return True
 
-    def takes(self, number: int, sender: str, proof: str) -> bool:
-        """Return whether a letter is shown, which has that ``number`` in the mail; note if it is passed over."""
-        is_wanted = not self._sender or (folded(sender) == self._sender and proof not in DOUBTS)
-        is_new = self.mail_from is not None and number >= self.mail_from
-        can_note = self._note is not None or not self.has_passed_mail
+    def _note_old(self, key: tuple[str, int], end: int) -> None:
+        """Note that everything below number ``end`` of a stream is older than the question, whichever way it comes."""
+        if key in self._old or len(self._old) < OLD_STREAMS:
+            self._old[key] = max(end, self._old.get(key, 1))
+
+    def takes(self, number: int, letters: Sequence[Any]) -> bool:
+        """Return whether a text is shown, which has that ``number`` in the mail; note if it is passed over.
+
+        ``letters``: its pieces. If it is old, so is the copy of it that came straight, or comes yet.
+        """
+        sender, stream, first = letters[0][:3]
+        key = sender, stream
+        is_wanted = not self._sender or (folded(sender) == self._sender and proof_of(letters, 1) not in DOUBTS)
+        is_new = self.mail_from is not None and number >= self.mail_from and first >= self._old.get(key, 1)
+        if self.asks and is_wanted and not is_new:
+            self._note_old(key, first + len(letters))
+        can_note = self._note is not None or not (self.has_passed_mail or key in self._old)
         if self.left and is_wanted and is_new and can_note:
             return True
         self.has_passed_mail = True
@@ -1266,7 +1278,7 @@ class Inbox:
             yield Delivery("", [], [], mail.written)
         for number, letters in [(run.first, run.items)] if run.more else [
                 (number, [letter]) for number, letter in enumerate(run.items, run.first)]:
-            if selection.takes(number, letters[0][0], proof_of(letters, 1)):
+            if selection.takes(number, letters):
                 written = no_ack if selection.has_passed_mail else mail.written
                 yield from self._take_letters(written, letters, ["".join(letter[4] for letter in letters)])
 

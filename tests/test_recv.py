@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from conversation import HOLD_TIME, Delivery, Inbox, Selection
+from conversation import HOLD_TIME, Delivery, Inbox, Note, Selection
 from home import ShownMessages
 from tests.processes import SAVED, Chat, Process, received, sends
 
@@ -352,6 +352,35 @@ def test_a_sender_who_is_not_wanted_gets_no_ack_and_what_came_before_the_questio
     assert delivery.texts == ["answer"] and delivery.first == 2
     (ack, _, _), = inbox.acks()
     assert ack["next"] == 1
+
+
+@pytest.mark.parametrize("note", [None, lambda *what: None])
+def test_what_came_straight_before_the_question_is_left_in_the_mail_if_the_server_keeps_it_behind(note: Note) -> None:
+    has_asked: list[bool] = []
+    selection = Selection(1, "bob", asks=True, note=note)
+    selection.has_asked = lambda: bool(has_asked)
+    selection.note_mail(0)
+    inbox = Inbox(selection)
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, "before"), ("h", 1))
+    has_asked.append(True)
+    inbox.on_chat(0.1, chat_of("bob", 7, 1, "before"), ("h", 1))        # a late copy
+    inbox.on_mail(0.2, mail_of(1, ("bob", 7, "before")))
+    inbox.answer(0.2, 1)
+    for delivery in [*inbox.take(0.2, lambda: True), *inbox.take(0.2, lambda: True)]:
+        assert not delivery.texts
+        delivery.written(0)
+    assert [ack["next"] for ack, *_ in inbox.acks()] == [1, 1]
+
+
+def test_what_is_old_in_the_mail_is_no_answer_when_a_late_copy_of_it_comes_straight() -> None:
+    inbox = Inbox(Selection(1, "bob", asks=True, note=lambda *what: None))
+    assert inbox.selection is not None
+    inbox.selection.note_mail(1)        # the question is out
+    inbox.on_mail(0.0, mail_of(1, ("bob", 7, "before")))
+    assert not taken(inbox, 0.0, answered=1)
+    inbox.on_chat(0.1, chat_of("bob", 7, 1, "before", "answer"), ("h", 1))
+    delivery, = taken(inbox, 0.1, answered=1)
+    assert delivery.texts == ["answer"]
 
 
 def test_what_waited_at_the_server_is_shown_before_what_a_new_program_of_the_same_sender_says() -> None:
