@@ -733,7 +733,7 @@ class Leaving:
         self.is_over = False                    # nothing is left but the writing
         self.exit_code: int | None = None       # None until the end
         self._result = 0                        # the exit code that it will be
-        self._incomplete = 0                    # the same, if not all has come that was waited for
+        self._incomplete = 0                    # the same, if not all is shown that was waited for
         self._deadline = NEVER
         self._is_interrupted = self._is_reader_gone = False
         self._loop, self._link, self._table, self._sending = loop, link, table, sending
@@ -781,7 +781,13 @@ class Leaving:
     def finish(self) -> None:
         """End, once what is over is written, too."""
         if not self._display.pending:
-            self.exit_code = self._result
+            self._exit()
+
+    def _exit(self) -> None:
+        """Set the exit code: nothing is written any more."""
+        selection = self._receiving.inbox.selection
+        has_all = selection is not None and not selection.unwritten
+        self.exit_code = self._result or (0 if has_all else self._incomplete)
 
     def _end(self, why: Reason, limit: float = NEVER) -> None:
         """Begin the orderly end, which lasts about ``limit`` seconds at most."""
@@ -801,7 +807,7 @@ class Leaving:
             self._display.flush()
         if self._display.output.broken and self.reader_is_gone():
             self._display.flush()
-        self.exit_code = self._result
+        self._exit()
 
     def interrupt(self) -> None:
         """End in order on Ctrl-C or SIGTERM; the second time, at once."""
@@ -815,7 +821,7 @@ class Leaving:
     def _note_incomplete(self, code: int) -> None:
         selection = self._receiving.inbox.selection
         is_unanswered = self._link.is_visit and bool(self._shell.waiting)       # ``udpchat who``
-        self._incomplete = code if is_unanswered or (selection is not None and selection.left) else 0
+        self._incomplete = code if is_unanswered or (selection is not None and selection.unwritten) else 0
 
     def time_is_over(self) -> None:
         """End: what is not closed by now counts as not delivered."""
@@ -867,7 +873,7 @@ class Leaving:
         self._receiving.stop_asking()
         self._link.close()
         has_failed = self._receipts.has_failed or self._shell.has_failed or self._receipts.undelivered > 0
-        self._result = code or int(has_failed) or self._incomplete
+        self._result = code or int(has_failed)
         self.is_over = True
 
     def _report(self) -> None:

@@ -887,7 +887,8 @@ class Selection:
 
     def __init__(self, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:
         """``sender``: "" for anybody. ``note``: keeps on the disk what was shown; None: nothing is kept there."""
-        self.left = count
+        self.left = count           # messages that are still to be handed out ...
+        self.unwritten = count      # ... and to be written
         self.mail_from: int | None = None if asks else 1    # the number of the first letter that counts; None: unknown
         self.has_asked: Callable[[], bool] = lambda: True
         self.has_passed_mail = False
@@ -990,6 +991,7 @@ class Selection:
             if texts and self._note is not None:
                 self._note(sender, delivery.stream, first, first + texts * delivery.numbers)
             first += texts * delivery.numbers
+            self.unwritten -= texts
             written(texts)
         return on_written
 
