@@ -10,11 +10,13 @@ How it works
 ``World`` is a scheduler of events in virtual time. A ``Node`` is a process. It owns a ``SimLoop`` (what the program
 gets instead of ``loop.SelectorLoop``) and an inbox, and runs the same turns: datagrams, timers, settle.
 ``ServerNode`` runs a ``Server`` on a ``Disk`` that outlives it; ``Life`` runs a ``Client`` with a standard input that
-somebody types into and a ``Screen`` that may be slow, stalled or gone. ``Network`` loses, delays, repeats and garbles.
+somebody types into and a ``Screen`` that may be slow, stalled or gone, or what ``udpchat recv`` or ``ask`` makes of it.
+``Network`` loses, delays, repeats and garbles.
 
 ``Ledger`` knows every text that was typed and where it was seen, and checks what must always hold: each text is
 unique, so the account is exact. ``Storm`` is one random run: users who chat, and faults, of kinds and at rates that
-the seed picks; then everything heals, everybody comes back, and the account is closed.
+the seed picks; then everything heals, everybody comes back, and the account is closed. In some, a few users mostly run
+``recv`` and ``ask``, one after the other, and what must hold is true of all their lives together.
 """
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ import functools
 import heapq
 import json
 import multiprocessing
+import os
 import random
 import re
 import sqlite3
@@ -30,7 +33,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,17 +41,17 @@ from unittest import mock
 import msgpack
 
 import protocol
-from client import Client
+from client import TIME_IS_OVER, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event, Observer
-from home import ERROR, EVENT_FORMATS, INFO, UNPROVEN_LINE, Known, Mailbox
+from home import ERROR, EVENT_FORMATS, INFO, UNPROVEN_LINE, Known, Mailbox, ShownMessages
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import RECORD_MARK, Address, Parcel, State, clean, encode
+from protocol import RECORD_MARK, Address, Parcel, State, clean, encode, folded
 from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
 from secure import Handshake, KeyPair, Keys, Sodium, load_sodium, static_secret, token_for
 from server import Server
 from stream import NEVER
-from terminal import Display, JsonFormatter
-from udpchat import NICK_PATIENCE
+from terminal import Display, JsonFormatter, TextFormatter
+from udpchat import NICK_PATIENCE, feed_job, formatter_for, nick_patience, parse, selection_for, text_to_send
 
 START = 1000.0            # s; where the virtual clock begins
 EPOCH = 1.79e9            # s since 1970 when the virtual clock stands at 0
@@ -84,7 +87,7 @@ class Crash(BaseException):
 class Message:
     """One ``send`` that somebody typed."""
 
-    __slots__ = ("life", "to", "serial", "text", "end", "away", "closing", "seen_by")
+    __slots__ = ("life", "to", "serial", "text", "end", "away", "closing", "saved_at", "seen_by")
 
     def __init__(self, life: Life, to: str, serial: int, text: str, end: int, away: bool) -> None:
         self.life = life
@@ -94,6 +97,7 @@ class Message:
         self.end = end                  # bytes of stdin until its line is complete
         self.away = away                # typed behind a ``dereg``: the program only says that it is offline
         self.closing = ""
+        self.saved_at = NEVER           # when its sender heard that the server has it
         self.seen_by: list[Life] = []
 
     def __repr__(self) -> str:
@@ -105,6 +109,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.messages: dict[str, Message] = {}      # by the first word of its text, which is unique
+        self.newest: dict[tuple[str, Life], Message] = {}       # that a nick was shown of the messages of a life
 
     def typed(self, life: Life, to: str, text: str, end: int, away: bool) -> None:
         """Note that somebody typed ``send to text``."""
@@ -133,14 +138,17 @@ class Ledger:
         if message.life.fed < message.end:
             raise Violation(f"{message!r} is closed as {kind} before it was read")
         message.closing = kind
+        if kind == "saved":
+            message.saved_at = message.life.world.now
         if kind == "received" and not message.seen_by:
             raise Violation(f"{message!r} counts as received, but was not shown")
 
     def too_long(self, life: Life) -> None:
         """Close the next text of ``life`` that is too long."""
-        for message in life.typed:
-            if not (message.away or message.closing) and len(message.text.encode()) > protocol.MAX_TEXT:
-                life.open[message.to].remove(message)
+        for message in sorted(life.typed, key=lambda message: message.away):    # (away: handed back)
+            if not message.closing and len(message.text.encode()) > protocol.MAX_TEXT:
+                if not message.away:
+                    life.open[message.to].remove(message)
                 self.close(message, "too long")
                 return
         raise Violation(f"{life.name} says that a message is too long, but none is")
@@ -171,15 +179,44 @@ class Ledger:
             raise Violation(f"{life.name} shows what was never sent: {sender}: {text[:80]}")
         if message.away or message.closing in ("unknown", "too long"):
             raise Violation(f"{life.name} shows {message!r}, which was not to be sent")
-        if life in message.seen_by:
-            raise Violation(f"{life.name} shows {message!r} twice")
+        for other in message.seen_by:
+            if other is life or (other.options is not None and message not in other.unnoted):
+                raise Violation(f"{life.name} shows {message!r} after {other.name}")
+        if life.options is not None:
+            self.check_wanted(life, message)
         message.seen_by.append(life)
+        life.shown.append(message)
+        life.unnoted.append(message)
         if message.closing == "refused":
             return      # a late copy of it was kept: whether it is shown, and when, was not promised
+        if len(message.seen_by) == 1:
+            self.check_order(life, message)
         last = life.last_shown.get(message.life)
         if last is not None and last.serial > message.serial and message.life.nick not in life.released:
             raise Violation(f"{life.name} shows {message!r} after {last!r}")
         life.last_shown[message.life] = message
+
+    def check_order(self, life: Life, message: Message) -> None:
+        """Raise Violation if an earlier life of the same nick was shown what the same sender has said later.
+
+        ``ask`` may be shown an answer before what is older than the question.
+        """
+        newest = self.newest.get((life.nick, message.life))
+        if newest is not None and newest.serial > message.serial and message.life.nick not in (
+                life.released | newest.seen_by[0].released):
+            raise Violation(f"{life.name} shows {message!r}, but {newest.seen_by[0].name} has shown {newest!r}")
+        if not life.asked:
+            self.newest[life.nick, message.life] = message
+
+    @staticmethod
+    def check_wanted(life: Life, message: Message) -> None:
+        """Raise Violation unless ``recv`` or ``ask`` may show a message now."""
+        if len(life.shown) == life.most:
+            raise Violation(f"{life.name} shows {message!r}, but wanted only {life.most}")
+        if life.wanted_sender and folded(message.life.nick) != life.wanted_sender:
+            raise Violation(f"{life.name} shows {message!r}, but wanted those of {life.wanted_sender}")
+        if life.typed and message.saved_at < life.registered_at:
+            raise Violation(f"{life.name} takes {message!r} for the answer, which is older than the question")
 
     # the end
 
@@ -189,6 +226,9 @@ class Ledger:
             if message.end <= life.fed and message.end <= life.quit_at and not message.closing and not message.away:
                 raise Violation(f"{life.name} has ended, but {message!r} has no closing line")
         self.check_outcomes(life)
+        if life.options is not None:
+            self.check_wait(life)
+            return
         failed = [m for m in life.typed if m.closing and m.closing not in ("received", "saved")]
         exited = life.lines[-1:] == ["[Exiting]"]
         unanswered = exited and "[Server not responding]" in life.lines     # 1 only if a command asked for it
@@ -200,6 +240,18 @@ class Ledger:
         if life.screen.gone or life.is_cut_off:
             return
         self.check_lines(life)
+
+    @staticmethod
+    def check_wait(life: Life) -> None:
+        """Raise Violation unless the exit code of ``recv`` or ``ask`` says how it has ended."""
+        has_failed = any(message.closing not in ("received", "saved") for message in life.typed)
+        expected = 1
+        if len(life.shown) == life.most and not has_failed:
+            expected = 0
+        elif life.is_late and not (has_failed or life.was_interrupted):
+            expected = TIME_IS_OVER
+        if life.exit_code != expected and not life.screen.gone:
+            raise Violation(f"{life.name} ended with {life.exit_code}, not {expected}: {life.shown[-3:]}")
 
     @staticmethod
     def check_lines(life: Life) -> None:
@@ -502,11 +554,27 @@ class ServerNode(Node):
             self._greetings.setdefault(session.id, session.known.last)
         self.server.settle()
         for session in registry.sessions.by_id.values():
-            if registry.table.is_online(session.nick) and self._greetings[session.id] >= session.known.first:
+            has_waited = session.is_early or self._greetings[session.id] < session.known.first
+            if registry.table.is_online(session.nick) and not has_waited:
                 raise Violation(f"{session.nick} is online, but has not shown the mail that waited")
 
 
 # --- the client -----------------------------------------------------------------------------------------------
+
+class Notes(ShownMessages):
+    """The file ``shown`` of a user, which outlives the processes."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, int, int, int]] = []
+
+    def load(self) -> list[tuple[str, int, int, int]]:
+        """Return everything that was noted."""
+        return list(self._rows)
+
+    def note(self, sender: str, stream: int, first: int, end: int) -> None:
+        """Note some numbers of a stream."""
+        self._rows.append((sender, stream, first, end))
+
 
 class Screen:
     """The reader of a client's stdout: fast, slow (bytes a second), stalled, or gone."""
@@ -591,8 +659,17 @@ class Life(Node):
     """A process that runs a client, with a standard input that somebody types into."""
 
     def __init__(self, world: World, nick: str, address: Address, secret: bytes | None, stay: bool = False,
-                 name: str = "", speech: str = "plain", timeout: float = NEVER, nick_patience: float = 0.0) -> None:
+                 name: str = "", speech: str = "plain", timeout: float = NEVER, nick_patience: float = 0.0,
+                 options: argparse.Namespace | None = None) -> None:
+        """``options``: of ``recv`` or ``ask``; None: it shows all that comes."""
         self.nick: str = nick
+        self.options = options
+        self.is_late = False                # its time is over, and the server has heard of it and is not silent
+        self.most = getattr(options, "count", 1)                # messages that ``recv`` or ``ask`` may show, and ...
+        self.wanted_sender = folded(self.asked or getattr(options, "sender", None) or "")     # ... of whom; "": of all
+        self.shown: list[Message] = []
+        self.unnoted: list[Message] = []    # those that were shown in this turn: a kill may come before they are noted
+        self.registered_at = NEVER          # when it had a session, for the last time before it has asked
         self.speech = speech                # "json": objects, to and fro; "talk": commands begin with a slash
         self.outcomes: dict[int, str] = {}  # what the closing object of a message said, by its ``ref``
         before = [life for life in world.lives if life.nick == nick]
@@ -619,22 +696,50 @@ class Life(Node):
         world.trace("%s starts at %s:%d", self.name, *address)
         world.lives.append(self)
         self.router = world.new_router()
-        formatter = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
+        formatter: TextFormatter | None = JsonFormatter(nick, self.loop.wall) if speech == "json" else None
+        selection = None
+        if options is not None:
+            formatter = formatter_for(options, nick, self.loop.wall, False, None)
+            selection = selection_for(options, world.notes[nick])
         self.display = Display(Output(self.screen.put), Output(self._put_error), formatter)
         proof = functools.partial(token_for, secret) if secret is not None else None
         own = static_secret(secret) if secret is not None else b""
         keys = world.keys(own or world.new_secret()) if world.encrypts else None
         endpoint = Endpoint(self.loop, world.names, world.look_up)
         self.client = Client(self.loop, self.send, self.display, nick, endpoint, Handshake(self.send, proof, keys=keys),
-                             stay=stay, observer=Watch(self), patience=Patience(timeout < NEVER, nick_patience))
-        self.client.inbox.on_release = self.note_release
+                             stay=stay, observer=Watch(self), patience=Patience(timeout < NEVER, nick_patience),
+                             selection=selection)
+        self.client.inbox.restore(world.notes[nick].load())
+        self.client.inbox.on_release, self.client.on_joined = self.note_release, self._note_session
         self.client.shell.rest_of_line = self._rest_of_line
         if timeout < NEVER:
-            self.loop.call_at(self.loop.now() + timeout, self.client.leaving.time_is_over)
+            self.loop.call_at(self.loop.now() + timeout, self._end_time)
+        if options is not None:
+            self._begin_job(options)
         self.client.start()
         if speech == "talk":
             self._put_in(f"talk {nick}")
         self.wake(world.now)
+
+    @property
+    def asked(self) -> str:
+        """Whom ``ask`` asks, "" where nobody is asked."""
+        return self.options.nicks[0] if self.options is not None and self.options.mode == "ask" else ""
+
+    def _begin_job(self, options: argparse.Namespace) -> None:
+        text, size = text_to_send(options, NEVER) if self.asked else ("", 0)
+        if self.asked:
+            self.ledger.typed(self, self.asked, text, 0, False)
+        feed_job(options, self.client.shell, text, size)
+        self._eof = self._eof_read = True
+
+    def _end_time(self) -> None:
+        self.is_late = self.registered_at < NEVER and not self.client.link.is_silent
+        self.client.leaving.time_is_over()
+
+    def _note_session(self) -> None:
+        if not self.client.outbox.conversations:
+            self.registered_at = self.world.now
 
     def __hash__(self) -> int:
         return id(self)
@@ -743,6 +848,7 @@ class Life(Node):
         """End the turn, as ``terminal.Console`` does."""
         client = self.client
         client.settle()
+        self.unnoted.clear()
         if self.display.output.pending > MAX_PENDING:
             raise Violation(f"{self.name} has {self.display.output.pending} bytes for stdout")
         if client.leaving.exit_code is not None:
@@ -775,6 +881,16 @@ class Life(Node):
         self.world.trace("%s > %s", self.name, line[:100])
         if self.speech == "json":
             line = self._understood(json.loads(line))
+        elif self.asked:
+            line = f"{self.asked}: {line}"
+        self._on_event(line)
+        found = CHAT_LINE.fullmatch(line)
+        if found is not None:
+            if self._offline and self.options is None:
+                raise Violation(f"{self.name} is offline and shows {line[:80]}")
+            self.ledger.shown(self, found.group(1), found.group(3))
+
+    def _on_event(self, line: str) -> None:
         self.lines.append(line)
         if line == "[You are Offline. Bye.]":
             self._offline = True
@@ -786,11 +902,6 @@ class Life(Node):
             raise Violation(f"{self.name} doubts what somebody has really said: {line[:80]}")
         elif "is taken.]" in line or "belongs to someone else.]" in line:
             self.world.refusals.append((self.name, line))
-        found = CHAT_LINE.fullmatch(line)
-        if found is not None:
-            if self._offline:
-                raise Violation(f"{self.name} is offline and shows {line[:80]}")
-            self.ledger.shown(self, found.group(1), found.group(3))
 
     def _understood(self, found: dict[str, Any]) -> str:
         """Return an object as the line that others get for it."""
@@ -820,7 +931,10 @@ class Life(Node):
         for line in lines:
             self.world.trace("%s ! %s", self.name, line.decode()[:100])
             self.complaints.append(line.decode())
-            self.ledger.handed_back(self, line.decode())
+            if self.options is not None and line.startswith(b"["):
+                self._on_event(line.decode())       # what a client says on stdout
+            else:
+                self.ledger.handed_back(self, line.decode())
         return len(data)
 
     def note_release(self, sender: str) -> None:
@@ -1015,6 +1129,7 @@ class World:
         self.ledger = Ledger()
         self.network = Network(self)
         self.disk = Disk()
+        self.notes: defaultdict[str, Notes] = defaultdict(Notes)        # of each nick
         self.boots = self.crashes = 0
         self.tells_keys = True      # the server, in large tables, too
         self.clock_errors: dict[str, float] = {}    # host -> s by which its wall clock is wrong
@@ -1106,6 +1221,16 @@ class World:
         life.read_all()
         return life
 
+    def waiter(self, nick: str, *words: str) -> Life:
+        """Start ``udpchat recv`` or ``ask``, a client that waits for some messages; ``words``: mode and arguments.
+
+        It always has an address where nobody was: there is no argument for its port.
+        """
+        options = parse([*words[:1], "--config", os.devnull, *words[1:]])
+        return Life(self, nick, self.new_address(), own_secret(nick), options.stay, options=options,
+                    speech="json" if options.json else "plain", timeout=options.timeout or NEVER,
+                    nick_patience=nick_patience(options.mode, True))
+
     def running(self) -> Iterator[Life]:
         """Return the clients that run, in the order of their start."""
         return (life for life in self.lives if life.alive)
@@ -1144,6 +1269,9 @@ class Storm:
         self._serial = 0
         self._meddler = random.Random(f"meddler {seed}")
         self._clocks = random.Random(f"clocks {seed}")     # apart: nothing else may depend on what a clock says
+        self._jobs = random.Random(f"jobs {seed}")
+        waiters = self._jobs.randrange(1, len(self.nicks)) if self._jobs.random() < 0.4 else 0
+        self.waiters = self._jobs.sample(self.nicks, waiters)       # who mostly run ``recv`` and ``ask``, no clients
         self._faults: dict[str, Callable[[], None]] = {
             "server": self._crash_server, "kill": self._kill_client, "stop": self._stop_node, "cut": self._cut,
             "move": self._move, "stall": self._stall, "disk": self._break_disk, "weather": self._change_weather,
@@ -1169,6 +1297,8 @@ class Storm:
             for kind, habit in self._habits.items():
                 if pick.random() < 0.35:
                     self._repeat(functools.partial(self._act, nick, habit), pick.uniform(4, 30))
+            if nick in self.waiters:
+                self._repeat(functools.partial(self._act, nick, self._quit), pick.uniform(3, 8))
         when = random.Random(f"renumber {self.seed}").uniform(0, 3 * self.length)   # so in every third storm
         if when < self.length - RENUMBER_TIME:
             world.call_at(START + when, self._renumber)
@@ -1193,9 +1323,25 @@ class Storm:
             address = pick.choice(old)
             if address in self.world.at:
                 address = None
-        life = self.world.client(nick, address, speech=SPEECHES[(self.seed + len(self.world.lives)) % len(SPEECHES)])
-        self.lives[nick] += 1
+        world = self.world
+        if nick in self.waiters and world.healthy_since == NEVER and self._jobs.random() < 0.8:
+            life = world.waiter(nick, *self._job(nick))
+        else:
+            life = world.client(nick, address, speech=SPEECHES[(self.seed + len(world.lives)) % len(SPEECHES)])
+            self.lives[nick] += 1
         self.ports[nick].append(life.address)
+
+    def _job(self, nick: str) -> list[str]:
+        """Return the command line of a ``recv`` or an ``ask`` of somebody."""
+        pick = self._jobs
+        other = pick.choice([other for other in self.nicks if other != nick])
+        form = pick.choice(([], [], ["--json"]))
+        timeout = ["--timeout", str(pick.choice((1, 3, 6, 15)))]
+        if pick.random() < 0.3:
+            return ["ask", *form, *timeout, other, self._text()]
+        sender = pick.choice(([], ["--from", other], ["--from", other.upper()]))
+        limit = pick.choice(([], timeout, timeout))
+        return ["recv", "--count", str(pick.choice((1, 1, 2, 3, 10))), *form, *sender, *limit]
 
     def _start_later(self, nick: str) -> None:
         if self.lives[nick] < STREAM_LIVES:
@@ -1452,6 +1598,8 @@ class Storm:
             node.stopped_until, node.fuse = 0.0, -1
             node.wake(world.now)
         for life in world.running():
+            if life.options is not None:
+                life.interrupt()
             life.screen.is_pipe = True      # a client that has not noticed yet that nobody reads does so now
             life.screen.set_rate(NEVER)
         end = world.now + HEAL_TIME - IDLE_TIME

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from client import ServerLink
-from conversation import Delivery, Inbox
+from conversation import Delivery, Inbox, Note, Selection
 from loop import Output
 from protocol import SESSION_SIZE, Address, Table, encode, padded
 from registry import Committer, Registry, Session, TableSync
@@ -200,6 +200,41 @@ def takes_a_piece_for_a_whole_text(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("secure.CONTINUES", 5.0)
 
 
+def acks_what_recv_has_passed_over(patch: pytest.MonkeyPatch) -> None:
+    """Ack mail behind what was not shown."""
+    patch.setattr(Selection, "has_passed_mail", property(lambda self: False, lambda self, value: None), raising=False)
+
+
+def shows_one_more_than_was_wanted(patch: pytest.MonkeyPatch) -> None:
+    """End ``recv`` one message too late."""
+    def cut(self: Selection, deliveries: Iterator[Delivery]) -> Iterator[Delivery]:
+        self.left += 1
+        yield from original(self, deliveries)
+        self.left = max(0, self.left - 1)
+    original = Selection.cut
+    patch.setattr(Selection, "cut", cut)
+
+
+def takes_everybody_for_the_one_who_was_named(patch: pytest.MonkeyPatch) -> None:
+    """Show what others say, too."""
+    def init(self: Selection, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:
+        original(self, count, "", asks, note)
+    original = Selection.__init__
+    patch.setattr(Selection, "__init__", init)
+
+
+def takes_old_mail_for_the_answer(patch: pytest.MonkeyPatch) -> None:
+    """Do not ask the server what is older than the question."""
+    def note_mail(self: Selection, last: int) -> None:
+        self.mail_from = 1
+    patch.setattr(Selection, "note_mail", note_mail)
+
+
+def forgets_what_recv_has_shown(patch: pytest.MonkeyPatch) -> None:
+    """Do not read what earlier runs have noted."""
+    patch.setattr(Inbox, "restore", lambda self, shown: None)
+
+
 # each fault, and a seed that finds it
 FAULTS: dict[Patch, int] = {
     acks_before_it_writes: 9,
@@ -210,7 +245,7 @@ FAULTS: dict[Patch, int] = {
     shows_what_came_on_another_route: 2,
     announces_before_the_mail_is_shown: 1,
     does_not_wait_for_missing_messages: 3,
-    forgets_its_base: 1,
+    forgets_its_base: 3,
     accepts_chat_from_any_address: 26,
     does_not_repeat_what_is_lost: 1,
     gives_two_changes_one_version: 1,
@@ -221,9 +256,14 @@ FAULTS: dict[Patch, int] = {
     uses_a_nonce_twice: 1,
     takes_what_somebody_who_encrypts_says_in_plain: 1,
     speaks_in_plain_while_there_is_no_channel: 1,
-    seals_all_streams_with_one_secret: 1,
+    seals_all_streams_with_one_secret: 3,
     gives_the_server_texts_that_it_can_read: 1,
-    takes_a_piece_for_a_whole_text: 1,
+    takes_a_piece_for_a_whole_text: 3,
+    acks_what_recv_has_passed_over: 2,
+    shows_one_more_than_was_wanted: 1,
+    takes_everybody_for_the_one_who_was_named: 1,
+    takes_old_mail_for_the_answer: 1,
+    forgets_what_recv_has_shown: 10,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from conversation import HOLD_TIME, Delivery, Inbox, Note, Selection
 from home import ShownMessages
 from tests.processes import SAVED, Chat, Process, received, sends
+from tests.simulate import Life, World
 
 TIME_IS_OVER = 3
 
@@ -272,6 +273,53 @@ def test_ask_somebody_unknown_or_a_server_that_is_gone_fails(chat: Chat) -> None
 def test_recv_and_ask_with_wrong_arguments_are_one_line_on_stderr(chat: Chat, arguments: list[str]) -> None:
     process = chat.complete(*arguments, "--nick", "carl")
     assert process.popen.returncode == 2 and not process.lines and len(process.errors) == 1
+
+
+# --- in the simulated world -----------------------------------------------------------------------------------
+
+def waiting(*words: str) -> tuple[World, Life, Life]:
+    """Return a world with bob, and carl who runs ``udpchat recv`` or ``ask``."""
+    world = World(1)
+    world.start_server()
+    bob, carl = world.client("bob"), world.waiter("carl", *words)
+    world.run(1)
+    return world, bob, carl
+
+
+@pytest.mark.parametrize("is_interrupted, code", [(False, TIME_IS_OVER), (True, 1)])
+def test_recv_whose_reader_stalls_has_not_got_what_is_not_written(is_interrupted: bool, code: int) -> None:
+    world, bob, carl = waiting("recv", "--timeout", "5")
+    carl.screen.set_rate(0.0)
+    bob.type("send carl " + "x" * 60_000)       # more than a pipe holds
+    world.run(2)
+    if is_interrupted:
+        carl.interrupt()
+    world.run(8)
+    assert carl.exit_code == code and not carl.lines
+    bob.end_input()
+    world.run(1)
+    assert bob.exit_code == 0 and bob.lines.count(SAVED) == 1
+
+
+def test_an_answer_that_comes_while_ask_ends_counts() -> None:
+    world, bob, carl = waiting("recv")
+    carl.interrupt()
+    world.run(1)
+    world.network.block("bob", "carl", 0.4)     # so carl does not hear that his question is received
+    asking = world.waiter("carl", "ask", "bob", "well?")
+    world.run_until(lambda: "carl: well?" in bob.lines, 2)
+    asking.interrupt()
+    bob.type("send carl now")
+    world.run(3)
+    assert asking.exit_code == 0 and asking.shown and bob.lines.count(received("carl")) == 1
+
+
+def test_recv_whose_server_is_silent_when_the_time_is_over_fails_and_says_why() -> None:
+    world, _, carl = waiting("recv", "--timeout", "30")
+    assert world.server is not None
+    world.server.crash()
+    world.run(40)
+    assert carl.exit_code == 1 and carl.complaints == ["[Server not responding]"]
 
 
 # --- the parts ------------------------------------------------------------------------------------------------
