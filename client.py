@@ -420,14 +420,14 @@ class Sending:
             self.tell_events()
 
     def _send_due(self) -> None:
-        """Send what is due now; note what others than its recipient can read."""
+        """Send what is due now."""
         outbox, link = self.outbox, self._link
         is_sealed = link.connection.channel is not None
         peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
         guard = mail.refusal if mail is not None else None
         for conversation, datagrams in outbox.poll(self._loop.now(), self._loop.drained, guard):
-            if peers is not None and datagrams and not self._is_secret(conversation):
-                conversation.exposed = conversation.stream.top
+            if peers is not None:
+                self._follow_route(peers, conversation, bool(datagrams))
             for datagram, address in datagrams:
                 if address is None:
                     link.connection.send(datagram)
@@ -436,6 +436,13 @@ class Sending:
                 else:
                     peers.send(conversation.peer, datagram, address, conversation.stream.path.backoff > 1.0)
         self._timer.set(outbox.due())
+
+    def _follow_route(self, peers: Peers, conversation: Conversation, sends: bool) -> None:
+        """Note who can read what goes out; once that goes to the server, no copy of it may wait for a channel."""
+        if sends and not self._is_secret(conversation):
+            conversation.exposed = conversation.stream.top
+        if conversation.route is not DIRECT:
+            peers.withdraw(conversation.peer)
 
     def _is_secret(self, conversation: Conversation) -> bool:
         """Return whether nobody but the recipient can read what goes out in a conversation."""

@@ -462,6 +462,11 @@ class Peers:
         if key:
             self._offer(peer, key, address)
 
+    def withdraw(self, nick: str) -> None:
+        """Send nothing more of what waits for a channel with somebody: it goes another way."""
+        if nick in self._peers:
+            self._peers[nick].waiting.clear()
+
     def answer(self, nick: str, datagram: bytes, address: Address) -> None:
         """Send what answers somebody: to where the newest record came from; in plain, to ``address``.
 

@@ -698,6 +698,22 @@ def test_clients_chat_in_secret_while_their_server_is_away_though_they_never_hav
     assert not words_on(wire, b"alice", b"bob", b"secret")
 
 
+def test_what_has_waited_for_a_channel_and_went_to_the_server_is_not_sent_again_when_there_is_one() -> None:
+    world, _, (alice, bob) = encrypted("alice", "bob")
+    bob.crash()
+    alice.type("send bob once")
+    world.run(5)
+    second = world.client("bob")        # elsewhere
+    world.run(2)
+    second.end_input()
+    world.run(2)
+    third = world.client("bob", bob.address)
+    world.run(1)
+    alice.type("send bob again")
+    world.run(2)
+    assert received_by(second, "once") == received_by(third, "again") == 1 and not received_by(third, "once")
+
+
 def test_a_first_message_takes_one_round_trip_more_and_no_other() -> None:
     world, _, (alice, bob) = encrypted("alice", "bob")
     world.network.weather = Weather(delay=0.02)
