@@ -326,13 +326,7 @@ class Conversation:
         if drained and now >= self._judge_at:
             self._judge(now)
             self._judge_at = self._next_judgement()
-        reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
-        if self.route is not DIRECT and self.frames.is_sealing is not (self.frames.letters is not None):
-            self._repack()      # sealed, the texts need another room
-        self._is_held = reason == NOT_YET
-        if reason:
-            if reason != NOT_YET:
-                self._refuse_all(now, reason)
+        if not self._may_send(now, guard):
             return []
         packets = stream.poll(now)
         if packets and self.silent_since == NEVER:
@@ -345,6 +339,16 @@ class Conversation:
             self.reach.meet(now)
             datagrams.insert(0, (self.frames.meet(), None))
         return datagrams
+
+    def _may_send(self, now: float, guard: Guard | None) -> bool:
+        """Return whether what is pending may go out now; refuse it if it never may."""
+        reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
+        if self.route is not DIRECT and self.frames.is_sealing is not (self.frames.letters is not None):
+            self._repack()      # sealed, the texts need another room
+        self._is_held = reason == NOT_YET
+        if reason and not self._is_held:
+            self._refuse_all(now, reason)
+        return not reason
 
     def _refuse_all(self, now: float, reason: str) -> None:
         """Close all that is pending, sent or not: it must not be sent. That it goes to the server is not true, then."""
@@ -874,8 +878,7 @@ class Selection:
     ``Inbox.restore`` tells the next run. What is acked is noted as well: the ack may get lost while we leave.
 
     Only what comes behind the question may be its answer: no letter below ``mail_from``, nothing of ``_old``. What came
-    straight before it may be kept by the server after it, and the other way round: then it is old on both ways.
-    ::
+    straight before it may be kept by the server after it, and the other way round: then it is old on both ways::
 
         before the question is out (``ask`` alone)      all is old: ``_old`` says of which streams, and up to where;
                                                         ``mail_from`` follows what the server says of the mail

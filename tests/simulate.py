@@ -709,7 +709,6 @@ class Life(Node):
         self.client = Client(self.loop, self.send, self.display, nick, endpoint, Handshake(self.send, proof, keys=keys),
                              stay=stay, observer=Watch(self), patience=Patience(timeout < NEVER, nick_patience),
                              selection=selection)
-        self.client.inbox.restore(world.notes[nick].load())
         self.client.inbox.on_release, self.client.on_joined = self.note_release, self._note_session
         self.client.shell.rest_of_line = self._rest_of_line
         if timeout < NEVER:
@@ -738,6 +737,7 @@ class Life(Node):
         self.client.leaving.time_is_over()
 
     def _note_session(self) -> None:
+        self.client.inbox.restore(self.world.notes[self.nick].load())     # as ``join`` does in the program
         if not self.client.outbox.conversations:
             self.registered_at = self.world.now
 
