@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Container, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 
 from home import KnownKeys, Pin, fingerprint, sha256
 from loop import NEVER, Endpoint, log
@@ -1138,19 +1138,15 @@ class SealedMail:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
         proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
-        times, opened, proofs = list[float](), list[str](), list[str]()
+        parts: list[Opened] = []
         for bundle, start, count in texts:
-            at, found, shown_as = [0.0] * count, [""] * count, BROKEN
             try:
-                at, found = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, more)
-                shown_as = proof
+                part = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, more)
+                parts.append((*part, repeat(proof, count)))
             except Forged:
-                pass
-            times += at
-            opened += found
-            proofs += [shown_as] * count
+                parts.append((repeat(0.0, count), repeat("", count), repeat(BROKEN, count)))
             first += count
-        return times, opened, proofs
+        return parts[0] if len(parts) == 1 else tuple(map(chain.from_iterable, zip(*parts)))     # type: ignore
 
     @staticmethod
     def _part(letters: Letters, first: int, bundle: bytes, start: int, count: int,
