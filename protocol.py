@@ -281,9 +281,10 @@ def _is_run(run: Any) -> bool:
         return False
     sender, stream, first, at, texts, more, *seal = run
     valid = valid_texts if not seal else valid_parts if KEY(seal[0]) and ENVELOPE(seal[1]) else NEVER_VALID
-    return (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid(texts)
-            and first <= MAX_NUMBER - numbers_in(run) and NUMBERS(more)
-            and (not more or _lie_within(more, first, numbers_in(run))))
+    if not (is_nick(sender) and COUNT(stream) and NUMBER(first) and type(at) is float and valid(texts)):
+        return False
+    count = numbers_in(run)
+    return first <= MAX_NUMBER - count and NUMBERS(more) and (not more or _lie_within(more, first, count))
 
 
 def _lie_within(numbers: Sequence[int], first: int, count: int) -> bool:
