@@ -26,8 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from conversation import (ACK_TIMEOUT, DIRECT, SILENT, Conversation, Delivery, Inbox, Meetings, Observer, Outbox,
-                          Selection)
+from conversation import ACK_TIMEOUT, DIRECT, SILENT, Delivery, Inbox, Meetings, Observer, Outbox, Selection
 from home import REGISTRATION_REFUSALS
 from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
                   wake_up)
@@ -426,29 +425,20 @@ class Sending:
         peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
         guard = mail.refusal if mail is not None else None
         for conversation, datagrams in outbox.poll(self._loop.now(), self._loop.drained, guard):
-            if peers is not None:
-                self._follow_route(peers, conversation, bool(datagrams))
+            is_secret = conversation.frames.letters is not None     # what goes to the server
             for datagram, address in datagrams:
                 if address is None:
                     link.connection.send(datagram)
                 elif peers is None:
                     self._send(datagram, address)
                 else:
-                    peers.send(conversation.peer, datagram, address, conversation.stream.path.backoff > 1.0)
+                    is_retry = conversation.stream.path.backoff > 1.0
+                    is_secret = peers.send(conversation.peer, datagram, address, is_retry)
+            if datagrams and not is_secret:
+                conversation.exposed = conversation.stream.top
+            if peers is not None and conversation.route is not DIRECT:
+                peers.withdraw(conversation.peer)   # no copy of what goes to the server may wait for a channel
         self._timer.set(outbox.due())
-
-    def _follow_route(self, peers: Peers, conversation: Conversation, sends: bool) -> None:
-        """Note who can read what goes out; once that goes to the server, no copy of it may wait for a channel."""
-        if sends and not self._is_secret(conversation):
-            conversation.exposed = conversation.stream.top
-        if conversation.route is not DIRECT:
-            peers.withdraw(conversation.peer)
-
-    def _is_secret(self, conversation: Conversation) -> bool:
-        """Return whether nobody but the recipient can read what goes out in a conversation."""
-        if conversation.route is not DIRECT:
-            return conversation.frames.letters is not None
-        return self._peers is not None and bool(self._peers.key_of(conversation.peer))
 
     def tell_events(self) -> None:
         """Tell what has happened to messages since the last time."""

@@ -1101,7 +1101,11 @@ class KnownKeys:
 def fingerprint(*keys: bytes) -> str:
     """Return 60 digits for people to compare: of one public key, or of those of two users, in whatever order."""
     number = int.from_bytes(sha256(b"udpchat fingerprint 1" + b"".join(sorted(keys))), "big")
-    digits = f"{number % 10 ** 60:060}"
+    return grouped(f"{number % 10 ** 60:060}")
+
+
+def grouped(digits: str) -> str:
+    """Return the digits of a fingerprint in groups of five."""
     return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
 
 

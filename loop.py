@@ -1072,9 +1072,14 @@ class UdpSocket:
     def _send_joined(self, datagrams: Sequence[bytes], size: int, address: Address) -> bool:
         """Send datagrams of that size with one call; return False if the system does not want that."""
         cut = socket.IPPROTO_UDP, UDP_SEGMENT, size.to_bytes(2, sys.byteorder)
+        return self._send_message(datagrams, [*self._source(address), cut], address)
+
+    def _send_message(self, datagrams: Sequence[bytes], control: list[tuple[int, int, bytes]],
+                      address: Address) -> bool:
+        """Send datagrams with one call; return False if the system does not want that."""
         where = for_ipv6_socket(address) if self._is_ipv6 else address
         try:
-            self.bytes_out += self._sock.sendmsg(datagrams, [*self._source(address), cut], 0, where)
+            self.bytes_out += self._sock.sendmsg(datagrams, control, 0, where)
             self.datagrams_out += len(datagrams)
         except OSError as error:
             if error.errno not in BUFFER_FULL:      # they are too large for a link on the way, say
@@ -1171,18 +1176,8 @@ class AnsweringSocket(UdpSocket):
     def send(self, datagram: bytes, address: Address) -> None:
         """Send as ``UdpSocket`` does, from the address where that peer has asked."""
         asked = self._asked.get(address)
-        if asked is None:
-            super().send(datagram, address)
-            return
-        try:
-            self._sock.sendmsg((datagram,), asked[1], 0, for_ipv6_socket(address) if self._is_ipv6 else address)
-            self.datagrams_out += 1
-            self.bytes_out += len(datagram)
-        except OSError as error:
-            if error.errno in BUFFER_FULL:
-                self._note_not_sent(address, error)
-            else:       # that address is gone: a temporary one (RFC 8981) has expired, say
-                super().send(datagram, address)
+        if asked is None or not self._send_message((datagram,), asked[1], address):
+            super().send(datagram, address)     # not asked anywhere, or that address is gone (RFC 8981), say
 
 
 # --- names ----------------------------------------------------------------------------------------------------

@@ -443,8 +443,8 @@ class Peers:
 
     # what goes out
 
-    def send(self, nick: str, datagram: bytes, address: Address, is_unanswered: bool = False) -> None:
-        """Send to somebody, as soon as that may be.
+    def send(self, nick: str, datagram: bytes, address: Address, is_unanswered: bool = False) -> bool:
+        """Send to somebody, as soon as that may be; return whether nobody else can read it.
 
         ``is_unanswered``: this is not the first time. Perhaps it has been started anew, and does not know our channel.
         """
@@ -452,15 +452,17 @@ class Peers:
         if peer.channel is not None:
             self._send(peer.channel.seal(MAPS, datagram), address)
             if not is_unanswered:
-                return
+                return True
         key = self.key_of(nick)
         if key == b"":
             self.tell_of_plain(nick)
             self._send(datagram, address)
-        elif len(peer.waiting) < WAITING:
+            return False
+        if len(peer.waiting) < WAITING:
             peer.waiting.append((datagram, address))
         if key:
             self._offer(peer, key, address)
+        return bool(key)
 
     def withdraw(self, nick: str) -> None:
         """Send nothing more of what waits for a channel with somebody: it goes another way."""

@@ -44,7 +44,7 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages, check_store, config_home, fingerprint,
-                  is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
+                  grouped, is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
                   state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
                   Failure, LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Usage, Writer,
@@ -165,7 +165,7 @@ def fingerprint_argument(text: str) -> str:
     digits = re.sub(r"\s", "", text)
     if not re.fullmatch("[0-9]{60}", digits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a fingerprint: 60 digits")
-    return " ".join(digits[start:start + 5] for start in range(0, 60, 5))
+    return grouped(digits)
 
 
 def nicks_argument(text: str) -> list[str]:
@@ -579,12 +579,7 @@ def tells_of_plain(options: argparse.Namespace) -> bool:
 
 def given_key_of_server(options: argparse.Namespace) -> str:
     """Return the fingerprint that the user has given for the server, "" for none. Raise Usage."""
-    if options.server_key or not os.environ.get("UDPCHAT_SERVER_KEY"):
-        return options.server_key or ""
-    try:
-        return fingerprint_argument(os.environ["UDPCHAT_SERVER_KEY"])
-    except argparse.ArgumentTypeError as error:
-        raise Usage(f"UDPCHAT_SERVER_KEY: {error}") from None
+    return options.server_key or from_environment("UDPCHAT_SERVER_KEY", fingerprint_argument) or ""
 
 
 def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> tuple[Pin, KnownKeys]:
@@ -738,11 +733,16 @@ def own_nick(options: argparse.Namespace) -> str:
     given = options.own_nick if options.own_nick is not None else options.nick
     if given is not None:
         return str(given)
-    wanted = os.environ.get("UDPCHAT_NICK")
+    return from_environment("UDPCHAT_NICK", nick_argument) or login_name()
+
+
+def from_environment(name: str, meaning: Callable[[str], Any]) -> Any:
+    """Return the ``meaning`` of a variable, None if it is not set. Raise Usage."""
+    text = os.environ.get(name)
     try:
-        return nick_argument(wanted) if wanted else login_name()
+        return meaning(text) if text else None
     except argparse.ArgumentTypeError as error:
-        raise Usage(f"UDPCHAT_NICK: {error}") from None
+        raise Usage(f"{name}: {error}") from None
 
 
 def server_of(options: argparse.Namespace) -> Address:
@@ -751,13 +751,12 @@ def server_of(options: argparse.Namespace) -> Address:
         return options.server_host.removeprefix("[").removesuffix("]"), options.server_port
     if options.server_host is None and options.server is not None:
         return options.server[0], options.server[1]
-    name, text = "SERVER-HOST", options.server_host
-    if text is None:
-        name, text = "UDPCHAT_SERVER", os.environ.get("UDPCHAT_SERVER") or "127.0.0.1"
+    if options.server_host is None:
+        return from_environment("UDPCHAT_SERVER", server_argument) or server_argument("127.0.0.1")
     try:
-        return server_argument(text)
+        return server_argument(options.server_host)
     except argparse.ArgumentTypeError as error:
-        raise Usage(f"{name}: {error}") from None
+        raise Usage(f"SERVER-HOST: {error}") from None
 
 
 def server_argument(text: str) -> Address:
