@@ -111,7 +111,7 @@ SERVER_INTERVAL = 0.5     # s between them
 MAX_RECEIVED = 65535      # bytes; the largest UDP datagram there is, whatever its sender should have used
 MAX_UNPACKED = 65535      # bytes that a ``packed`` may become
 MAX_MAPS = 64             # in one datagram: one of 1,200 bytes cannot hold as many
-ARRAY_GROWTH = 4          # bytes; two array headers (``text``, ``at``) grow from 1 to 3 from 16 elements on
+ARRAY_GROWTH = 4          # bytes; two array headers (texts, and their times) grow from 1 to 3 from 16 elements on
 PACKED_LEVEL = 6          # of zlib: 9 gains nothing
 PACKED_OVERHEAD = 26      # bytes of a ``packed`` before its data, if these are more than 255
 UNPACK_BUFFER = 4096      # bytes; the unpacker fills it before it starts over: a small one stays in the cache
@@ -1125,7 +1125,7 @@ def contents(texts: Sequence[str], times: Sequence[Sequence[Any]], more: Sequenc
 
 
 # bytes of a bundle beside its texts, if all were sent at the same time, one of them goes on, and so does the one before
-BUNDLE_EXTRA = MIN_BUNDLE + len(contents([], [[0.0, MAX_ITEMS]], [MAX_NUMBER, MAX_NUMBER])) + ARRAY_GROWTH // 2
+BUNDLE_EXTRA = MIN_BUNDLE + len(contents([], [[0.0, MAX_ITEMS]], [MAX_NUMBER, MAX_NUMBER])) + ARRAY_GROWTH
 
 
 def contents_of(data: bytes, count: int) -> list[Any] | None:

@@ -1036,9 +1036,9 @@ class Letters:
     """Seals and opens the texts of one stream that wait at the server, with a key made by Noise_K for this stream.
 
     A bundle is texts of consecutive numbers. What is sealed in it are the texts, when they were sent, and which numbers
-    the next one continues, also the number before the first. So whoever cannot read bundles can take them
-    apart, and repeat parts of them in other company, but not cut texts or make one of several unseen. The nonce is how
-    many texts there are, and the number of the first one: what is sealed for the same numbers must always be the same.
+    the next one continues, also the number before the first. So whoever cannot read bundles can take them apart, and
+    repeat parts of them in other company, but not cut texts or make one of several unseen. The nonce is how many texts
+    there are, and the number of the first one: what is sealed for the same numbers must always be the same.
     """
 
     def __init__(self, cipher: CipherState, other: bytes, envelope: bytes) -> None:
