@@ -59,7 +59,7 @@ from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTE
                       Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded, is_private,
                       join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
 from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
-                    ReceiveStream, Run, SendStream, Snapshot)
+                    ReceiveStream, Run, SendStream)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -1029,17 +1029,25 @@ class Inbox:
         return self._streams
 
     def restore(self, shown: Sequence[tuple[str, int, int, int]]) -> None:
-        """Learn what an earlier run has shown, see ``Selection``: sender, stream, and the numbers [first, end)."""
+        """Learn what other runs have shown, see ``Selection``: sender, stream, and the numbers [first, end)."""
         found: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        for sender, stream, first, end in sorted(shown):
-            if 0 < first < end and stream not in self._streams.get(sender, ()):
-                spans = found.setdefault((sender, stream), [])
-                if spans and first <= spans[-1][1]:
-                    first, end = spans[-1][0], max(end, spans.pop()[1])
-                spans.append((first, end))
-        for (sender, stream), spans in found.items():
-            self.duplicates.pop(sender, stream)
-            self.duplicates.add(sender, stream, Snapshot(1, tuple(spans), ()))
+        for sender, id_, first, end in sorted(shown):
+            if 0 < first < end:
+                found.setdefault((sender, id_), []).append((first, end))
+        for (sender, id_), spans in found.items():
+            incoming = self._streams.get(sender, {}).get(id_)
+            if incoming is not None:
+                self._readable.pop(incoming, None)
+                incoming.stream.note_shown(spans)
+                self._arrived(incoming)
+                continue
+            stream, snapshot = ReceiveStream(id_), self.duplicates.pop(sender, id_)
+            if snapshot is not None:
+                stream.restore(snapshot)
+            stream.note_shown(spans)
+            stream.take()
+            stream.all_written()
+            self.duplicates.add(sender, id_, stream.snapshot())
 
     # what arrives
 

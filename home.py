@@ -710,7 +710,7 @@ def _clock_of(text: Any) -> list[tuple[float, float]]:
 
 
 NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of bundles that are damaged: their recipient cannot open them
-NO_BUNDLE = b"\1\0".ljust(MIN_BUNDLE, b"\0")
+NO_BUNDLE = b"\1\0".ljust(MIN_BUNDLE + 1, b"\0")
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
 
 
@@ -874,7 +874,10 @@ class Mailbox:
         self._changed.add(known.nick)
 
     def fetch(self, known: Known, seq: int, limit: int) -> list[StoredLetter]:
-        """Return the committed mail from number ``seq`` on, at most ``limit`` letters; none if it is unreadable now."""
+        """Return the committed mail from number ``seq`` on: ``limit`` letters, and the rest of the last one's bundle.
+
+        There is less if there is no more, and none if it is unreadable now.
+        """
         letters: list[StoredLetter] = []
         try:
             rows = self._db.execute(
@@ -892,7 +895,10 @@ class Mailbox:
                 row = following
         except sqlite3.Error:
             pass        # what was read until now is right
-        return letters[:limit]
+        end = limit
+        while end < len(letters) and letters[end][6] and letters[end][4][0] is letters[end - 1][4][0]:
+            end += 1        # a bundle that is loaded in parts is sent as often
+        return letters[:end]
 
     def _letters(self, recipient: str, sender: str, stream: int, numbers: int, n: int,
                  *columns: Any) -> list[StoredLetter]:
@@ -989,7 +995,8 @@ class Mailbox:
         below = (known.id, known.first, known.first)
         messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
         run("DELETE FROM mail " + whole, below)
-        # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more
+        # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more,
+        # but in a bundle with texts that were not
         for seq, sender, stream, *columns in run(f"SELECT seq, sender, stream, {CONTENT} FROM mail"
                                                  " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
             run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))

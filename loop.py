@@ -747,7 +747,7 @@ class LocalSocket:
 
     def open(self, path: str) -> None:
         """Listen at ``path`` alone from now on; "": nowhere."""
-        if path == self._path:
+        if path == self._path and self._has_name():
             return
         self._stop_listening()
         if not path:
@@ -799,11 +799,18 @@ class LocalSocket:
         self._loop.watch(self._sock.fileno(), selectors.EVENT_READ, None)
         self._sock.close()
         try:
-            if self._status is not None and os.path.samestat(os.stat(self._path), self._status):
+            if self._has_name():
                 os.unlink(self._path)
         except OSError:
             pass
         self._sock, self._path = None, ""
+
+    def _has_name(self) -> bool:
+        """Return whether the name still leads to this socket: another process may have replaced it, or removed it."""
+        try:
+            return self._status is not None and os.path.samestat(os.stat(self._path), self._status)
+        except OSError:
+            return not self._path
 
 
 GREETING = b"ready\n"          # a program that reads it may say a line; without it, nothing was said

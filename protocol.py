@@ -245,8 +245,9 @@ def numbers_of(bundle: bytes) -> int:
 
 
 def valid_bundle(value: Any) -> bool:
-    """Return whether ``value`` is of the size of texts that are sealed together."""
-    return type(value) is bytes and MIN_BUNDLE <= len(value) <= MAX_DATAGRAM and 0 < numbers_of(value) <= MAX_ITEMS
+    """Return whether ``value`` is of the size of texts that are sealed together: each of them has a byte at least."""
+    return (type(value) is bytes and len(value) <= MAX_DATAGRAM
+            and 0 < numbers_of(value) <= min(MAX_ITEMS, len(value) - MIN_BUNDLE))
 
 
 def valid_parts(value: Any) -> bool:
@@ -1069,7 +1070,7 @@ def join_pieces(first: int, items: Sequence[str], more: Collection[int]) -> list
 
 
 def text_sizes(texts: Sequence[str], first: int, continued: Collection[int], more: int = 0) -> list[int]:
-    """Return the most bytes that each of ``texts`` takes in a datagram; ``more``: those of its time, or of its seal.
+    """Return the most bytes that each of ``texts`` takes in a datagram; ``more``: those of its time.
 
     ``first`` is the number of the first one. Those whose number is in ``continued`` are named in ``more``, too.
     """
@@ -1113,6 +1114,11 @@ def bundle_room(sender: str) -> int:
     info = {"stream": MAX_NUMBER, "n": MAX_NUMBER, "base": MAX_NUMBER, "items": []}
     header = RECORD_EXTRA + len(encode("mail", info)) + MAIL_RUN + len(sender.encode()) + SEAL_RUN
     return MAX_DATAGRAM - header - PART_SIZE - NUMBER_SIZE
+
+
+def fits_into_mail(sender: str, bundle: bytes, more: Sequence[int]) -> bool:
+    """Return whether a bundle of somebody fits into a ``mail`` of its own; ``more``: see ``save``."""
+    return len(bundle) + NUMBER_SIZE * max(0, len(more) - 1) <= bundle_room(sender)
 
 
 def contents(texts: Sequence[str], times: Sequence[Sequence[Any]], more: Sequence[int]) -> bytes:

@@ -1070,7 +1070,7 @@ class Registry:
         return session.known.last - session.offset
 
     def fetch(self, session: Session, number: int, limit: int) -> tuple[list[StoredLetter], bool]:
-        """Return a client's mail from ``number`` of its session on, up to ``limit`` letters; and if any is damaged."""
+        """Return a client's mail from ``number`` of its session on, see ``Mailbox.fetch``; and if any is damaged."""
         damaged = self.mailbox.damaged
         letters = self.mailbox.fetch(session.known, number + session.offset, limit)
         return letters, self.mailbox.damaged > damaged

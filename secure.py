@@ -1091,7 +1091,8 @@ class Letters:
         texts, spells, more = found
         times = [at for at, length in spells for _ in range(length)]
         if more:
-            times = [CONTINUES if n - 1 in more else at for n, at in enumerate(times, first)]
+            goes_on = frozenset(more)       # its sender may have named many
+            times = [CONTINUES if n - 1 in goes_on else at for n, at in enumerate(times, first)]
         return times, texts, more
 
 
@@ -1140,10 +1141,10 @@ class SealedMail:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
         proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
-        parts: list[Opened] = []
+        parts, goes_on = list[Opened](), frozenset(more)
         for bundle, start, count in texts:
             try:
-                part = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, more)
+                part = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, goes_on)
                 parts.append((*part, repeat(proof, count)))
             except Forged:
                 parts.append((repeat(0.0, count), repeat("", count), repeat(BROKEN, count)))
@@ -1157,7 +1158,8 @@ class SealedMail:
 
         ``more``: the numbers of which the server says that the next one continues them.
         """
-        times, texts, continued = letters.open(first - start, bundle)
+        times, texts, named = letters.open(first - start, bundle)
+        continued = frozenset(named)
         if (more or continued) and any([(n in more) is not (n in continued) for n in range(first, first + count)]):
             raise Forged("the server has put texts together, or parted one")
         return times[start:start + count], texts[start:start + count]

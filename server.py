@@ -56,8 +56,8 @@ from operator import itemgetter
 
 import protocol
 from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Any, Decoder, Info, Parcel, StoredLetter, addressed,
-                      Table, encode, index_of, mail_runs, mail_sizes, numbers_of, packed, table_map, texts_of_parts,
-                      widened)
+                      Table, encode, fits_into_mail, index_of, mail_runs, mail_sizes, numbers_of, packed, table_map,
+                      texts_of_parts, widened)
 from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
@@ -79,6 +79,7 @@ class Drop(Enum):
     FORGED = "drop_forged"
     UNKNOWN_STREAM = "drop_unknown_stream"
     SAVE_LIMIT = "drop_save_limit"
+    TOO_LARGE = "drop_too_large"
     CALL_LIMIT = "drop_call_limit"
     VISIT = "drop_visit"
     STORE_UNREADABLE = "drop_store_unreadable"
@@ -505,6 +506,9 @@ class Keeper:
         key = (session.nick, info["stream"])
         if "envelope" in info and session.key is None:
             self._drops[Drop.OTHER_CHANNEL] += 1     # a letter is only proved by the channel in which it comes
+            return
+        if "envelope" in info and not fits_into_mail(session.nick, info["text"], info.get("more", ())):
+            self._drops[Drop.TOO_LARGE] += 1           # a ``mail`` with it would be larger than any path must carry
             return
         if key not in self.to_answer and len(self.to_answer) >= MAX_SAVE_STREAMS:
             self._drops[Drop.SAVE_LIMIT] += 1

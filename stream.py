@@ -952,6 +952,23 @@ class ReceiveStream:
             self._merge()
         return True
 
+    def note_shown(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Learn that another program has shown these numbers: ranges [first, end) of whole texts, sorted and apart.
+
+        What was not handed out yet is dropped, because it may be among them: its sender still has it.
+        """
+        self.give_back(self.taken)
+        for first, end in spans if self.given_up.spans else ():
+            self.given_up.remove(first, end)
+        claimed: list[tuple[int, int]] = []
+        for first, end in sorted([*self.claimed.spans, *((max(first, self.ready), end) for first, end in spans)]):
+            if claimed and first <= claimed[-1][1]:
+                first, end = claimed[-1][0], max(end, claimed.pop()[1])
+            if first < end:
+                claimed.append((first, end))
+        self.claimed.spans, self.claimed.most = claimed, max(MAX_CLAIMED_RANGES, len(claimed))
+        self._merge()
+
     def take(self, numbers: int = MAX_EARLY) -> list[Run]:
         """Hand out runs until they contain at least ``numbers`` numbers, or nothing is ready."""
         runs = []

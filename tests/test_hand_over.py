@@ -185,6 +185,22 @@ def test_the_socket_of_a_client_that_was_killed_is_in_nobodys_way(chat: Chat) ->
     assert again.finish() == 0 and not sockets(chat)
 
 
+def test_a_client_that_comes_back_is_found_though_another_one_has_had_its_place(chat: Chat) -> None:
+    bob, carl = client(chat, "bob"), client(chat, "carl")
+    bob.wait_for("carl")
+    carl.feed("dereg carl\n")
+    bob.wait_for("carl", "offline")
+    other = chat.client("carl")
+    bob.wait_for("carl")
+    assert other.finish() == 0
+    bob.wait_for("carl", "offline")
+    carl.feed("reg carl\n")
+    bob.wait_for("carl")
+    chat.until(lambda: len(sockets(chat)) == 2, "a socket")
+    assert run(chat, "send", "bob", "hello") == (0, [received("bob")], [])
+    assert carl.finish() == bob.finish() == 0
+
+
 def test_a_client_that_has_deregistered_or_does_not_answer_leaves_a_job_to_itself(chat: Chat) -> None:
     chat.absent("bob")
     carl = client(chat, "carl")

@@ -399,6 +399,15 @@ def test_a_mailbox_keeps_of_a_bundle_what_it_has_room_for() -> None:
     assert (two.fitting(9, size), two.fitting(9, size + len(bundle_of(1)))) == (5, 6)
 
 
+@pytest.mark.parametrize("changes", [{"text": b"\1\0" + bytes(1198)},
+                                     {"text": b"\0\4" + bytes(1040), "more": list(range(1, 1024))}])
+def test_a_bundle_that_fits_into_no_mail_is_dropped_and_stops_nobodys_mail(changes: dict[str, Any]) -> None:
+    server, alice, bob = away()
+    assert not told(alice, sealed_save(alice, bob, **changes))
+    assert server.server.counters()["drop_too_large"] == 1
+    assert dict(told(alice, sealed_save(alice, bob)))["ack"]["next"] == 2
+
+
 def test_letters_for_another_key_than_that_of_their_recipient_are_refused() -> None:
     server, alice, bob = away()
     for key in (b"k" * 8, name_of_key(b"")):

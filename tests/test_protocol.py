@@ -194,12 +194,13 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("save", {**SEALED_SAVE, "at": [1.0, 2.0]}, False),
     ("save", {**SEALED_SAVE, "text": ["hi", "ho"]}, False),
     ("save", {**SEALED_SAVE, "text": [BUNDLE]}, False),
-    ("save", {**SEALED_SAVE, "text": BUNDLE[:17]}, False),
-    ("save", {**SEALED_SAVE, "text": BUNDLE[:18]}, True),
+    ("save", {**SEALED_SAVE, "text": BUNDLE[:19]}, False),
+    ("save", {**SEALED_SAVE, "text": BUNDLE[:20]}, True),
     ("save", {**SEALED_SAVE, "text": BUNDLE.ljust(1200, b"x")}, True),
     ("save", {**SEALED_SAVE, "text": BUNDLE.ljust(1201, b"x")}, False),
-    ("save", {**SEALED_SAVE, "text": b"\0\4" + BUNDLE}, True),
-    ("save", {**SEALED_SAVE, "text": b"\1\4" + BUNDLE}, False),
+    ("save", {**SEALED_SAVE, "text": b"\0\4" + bytes(1040)}, True),
+    ("save", {**SEALED_SAVE, "text": b"\1\4" + bytes(1100)}, False),
+    ("save", {**SEALED_SAVE, "text": b"\0\4" + bytes(1039)}, False),
     ("save", {**SEALED_SAVE, "text": b"\0\0" + BUNDLE}, False),
     ("save", {**SEALED_SAVE, "n": 2 ** 63 - 3, "more": []}, True),
     ("save", {**SEALED_SAVE, "n": 2 ** 63 - 2, "more": []}, False),
@@ -226,8 +227,9 @@ def test_an_integer_ends_where_sqlite_ends(tag: str, field: str, low: int) -> No
     ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, -1, 1]], [], TOKEN, ENVELOPE]]}, False),
     ("mail", {"items": [["alice", STREAM, 1, 0.0, [[BUNDLE, 0, 2, 0]], [], TOKEN, ENVELOPE]]}, False),
     ("mail", {"items": [["alice", STREAM, 2 ** 63 - 2, 0.0, [PART], [], TOKEN, ENVELOPE]]}, False),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + BUNDLE, 0, 1024]], [], TOKEN, ENVELOPE]]}, True),
-    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + BUNDLE, 0, 1024]], [], TOKEN, ENVELOPE]] * 2}, False),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + bytes(1040), 0, 1024]], [], TOKEN, ENVELOPE]]}, True),
+    ("mail", {"items": [["alice", STREAM, 1, 0.0, [[b"\0\4" + bytes(1040), 0, 1024]], [], TOKEN, ENVELOPE],
+                        ["alice", STREAM, 1, 0.0, [PART], [], TOKEN, ENVELOPE]]}, False),
     ("ack", {"have": [[1, 1]] * 32}, True),
     ("ack", {"have": [[1, 1]] * 33}, False),
     ("ack", {"have": [[2, 1]]}, False),
@@ -484,7 +486,7 @@ def test_parts_of_bundles_come_back_and_take_no_more_bytes_than_was_counted(
         bundles: list[tuple[int, int, int, int, bool]], number: int, data: st.DataObject) -> None:
     kept: list[protocol.StoredLetter] = []
     for count, start, length, size, is_continued in bundles:
-        bundle = count.to_bytes(2, "little") + bytes(protocol.MIN_BUNDLE + size)
+        bundle = count.to_bytes(2, "little") + bytes(protocol.MIN_BUNDLE - 2 + count + size)
         for place in range(min(start, count - 1), min(start + length, count)):
             number += 1
             kept.append(("bob", 7, number, 0.0, (bundle, place), is_continued, (b"k" * 32, b"e" * 48)))

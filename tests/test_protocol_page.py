@@ -227,7 +227,7 @@ MOST = 2 ** 63 - 1
 CHAT: dict[str, Any] = {"from": "alice", "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"]}
 SAVE: dict[str, Any] = {"session": bytes(16), "to": "bob", "stream": 7, "n": 5, "base": 5, "text": ["a", "b"],
                         "at": [1.5, 1.5], "relay": False}
-SEALED = {**SAVE, "text": b"\2\0" + bytes(16), "at": [], "envelope": bytes(48), "key": bytes(8)}
+SEALED = {**SAVE, "text": b"\2\0" + bytes(18), "at": [], "envelope": bytes(48), "key": bytes(8)}
 MAIL: dict[str, Any] = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": []}
 ACK: dict[str, Any] = {"stream": 7, "next": 1, "have": [], "room": 0}
 
@@ -255,9 +255,9 @@ CASES: dict[tuple[str, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]] 
     ("save", "with envelope, and only then: key, a bundle, no at"): (
         [SEALED, {**SEALED, "text": b"\0\4" + bytes(1198)}],
         [{**SEALED, "at": [1.5, 1.5]}, {**SEALED, "text": ["a", "b"]}, {**SAVE, "key": bytes(8)},
-         {**SAVE, "text": SEALED["text"]}, {**SAVE, "envelope": bytes(48)}, {**SEALED, "text": b"\2\0" + bytes(15)},
+         {**SAVE, "text": SEALED["text"]}, {**SAVE, "envelope": bytes(48)}, {**SEALED, "text": b"\2\0" + bytes(17)},
          {**SEALED, "text": b"\0\4" + bytes(1199)}, {**SEALED, "text": bytes(20)},
-         {**SEALED, "text": b"\1\4" + bytes(20)}, {**SEALED, "n": MOST - 1}, {**SEALED, "more": [7]}]),
+         {**SEALED, "text": b"\1\4" + bytes(1100)}, {**SEALED, "n": MOST - 1}, {**SEALED, "more": [7]}]),
     ("mail", "base <= n"): (
         [{**MAIL, "items": [run(1, 1)]}], [{**MAIL, "items": [run(1, 1)], "base": 6}]),
     ("mail", "n <= 2^63-1 - count"): (

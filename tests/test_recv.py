@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from conversation import HOLD_TIME, Delivery, Inbox, Note, Selection
+from conversation import HOLD_TIME, STREAMS_PER_SENDER, Delivery, Inbox, Note, Selection
 from home import ShownMessages
 from tests.processes import SAVED, Chat, Process, received, sends
 from tests.simulate import Life, World
@@ -119,6 +119,21 @@ def test_recvs_that_start_together_take_turns_and_none_shows_what_another_has_sh
     assert [job.wait() for job in jobs] == [0] * several
     assert sorted(line for job in jobs for line in texts(job)) == [f"bob: number {n}" for n in range(several)]
     assert all_mail(chat) == ["dora: in front"]
+
+
+def test_a_client_that_comes_back_does_not_show_what_recv_has_shown_meanwhile(chat: Chat) -> None:
+    bob, carl = chat.clients("bob", "carl")
+    bob.feed("send carl zero\n")
+    carl.see("bob: zero")
+    carl.feed("dereg carl\n")
+    bob.wait_for("carl", "offline")
+    leave_mail(chat, "dora", ["in front"])      # so nothing behind it can be acked
+    bob.feed("send carl one\nsend carl two\n")
+    bob.see(SAVED, SAVED)
+    assert run(chat, "recv", "--from", "bob") == (0, ["bob: one"], [])
+    carl.feed("reg carl\n")
+    assert carl.finish() == bob.finish() == 0
+    assert [line for line in texts(carl) if ": " in line] == ["bob: zero", "dora: in front", "bob: two"]
 
 
 def test_what_was_shown_is_noted_for_each_nick_apart(chat: Chat) -> None:
@@ -375,6 +390,31 @@ def test_however_much_was_passed_over_between_what_was_shown_nothing_is_shown_ag
     for first in range(0, len(said), 100):
         inbox.on_chat(0.0, chat_of("bob", 7, first + 1, *said[first:first + 100]), ("h", 1))
     assert [text for delivery in inbox.take(0.0, lambda: True) for text in delivery.texts] == said[::2]
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_what_another_program_has_shown_is_added_to_what_this_one_has_shown(is_evicted: bool) -> None:
+    inbox = Inbox()
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, *"123"), ("h", 1))
+    assert [delivery.written(3) for delivery in inbox.take(0.0, lambda: True)]
+    if is_evicted:
+        for stream in range(100, 101 + STREAMS_PER_SENDER):
+            inbox.on_chat(0.0, chat_of("bob", stream, 1, "x"), ("h", 1))
+    assert (7 in inbox.streams["bob"]) is not is_evicted
+    inbox.restore([("bob", 7, 2, 3), ("bob", 7, 5, 6)])
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, *"123456"), ("h", 1))
+    shown = [text for delivery in inbox.take(0.0, lambda: True) if delivery.stream == 7 for text in delivery.texts]
+    assert shown == ["4", "6"]
+
+
+def test_ranges_that_were_noted_outlive_what_comes_by_mail() -> None:
+    inbox = Inbox()
+    inbox.restore([("bob", 7, number, number + 1) for number in range(2, 400, 2)])
+    inbox.on_mail(0.0, mail_of(1, ("bob", 7, "1")))
+    assert [delivery.texts for delivery in inbox.take(0.0, lambda: True) if delivery.texts] == [["1"]]
+    inbox.on_chat(0.0, chat_of("bob", 7, 1, *map(str, range(1, 400))), ("h", 1))
+    assert [text for delivery in inbox.take(0.0, lambda: True) for text in delivery.texts] == [
+        str(number) for number in range(3, 400, 2)]
 
 
 def test_what_was_noted_twice_or_overlaps_counts_once() -> None:
