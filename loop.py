@@ -1308,6 +1308,7 @@ class NameLookUp:
     def __call__(self, done: Callable[[Sequence[Address]], None]) -> None:
         """Begin a look-up; call ``done`` with the addresses, with none if there are none, or it fails."""
         import subprocess       # here: it is rarely needed, and a start is measured
+        self.failure = 0, "no answer"
         if self._process is not None:       # killed, and not gone: it hangs in the kernel
             done(())
             return
@@ -1366,6 +1367,12 @@ class NameLookUp:
         """End a look-up that is going on; nobody is called back."""
         if self._timer.is_set:
             self._stop()
+        if self._process is not None:
+            import subprocess
+            try:
+                self._process.wait(REAP_INTERVAL)
+            except subprocess.TimeoutExpired:
+                pass        # it hangs in the kernel
 
 
 # --- sockets for the first time ---------------------------------------------------------------------------------
@@ -1393,7 +1400,7 @@ def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
     try:
         name = host.encode() if host.isascii() else host    # for text, the socket module imports what IDNA needs
         found = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM, flags=flags)
-    except UnicodeError:
+    except ValueError:      # it cannot be encoded, or there is a NUL in it
         raise no_address(host) from None
     except OSError as error:
         is_known = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
@@ -1436,12 +1443,13 @@ def look_up_apart(host: str, port: int, end: float) -> list[Address]:
         loop.stop()
     call_at_the_end(loop, end, loop.stop)
     look(done)
-    if not has_ended:
+    is_begun = not has_ended
+    if is_begun:
         loop.run()
     look.close()
     loop.close()
-    if found:
-        return usable(host, found)
+    if found or not is_begun:       # no process could be started: the system is asked here
+        return usable(host, found) if found else look_up(host, port)
     number, words = look.failure
     raise no_address(host, "" if number in NO_SUCH_NAME or not words else words)
 

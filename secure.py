@@ -1141,10 +1141,10 @@ class SealedMail:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
             return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
         proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
-        parts, goes_on = list[Opened](), frozenset(more)
+        parts, goes_on, letters = list[Opened](), frozenset(more), self._letters(sender, stream, *seal)
         for bundle, start, count in texts:
             try:
-                part = self._part(self._letters(sender, stream, *seal), first, bundle, start, count, goes_on)
+                part = self._part(letters, first, bundle, start, count, goes_on)
                 parts.append((*part, repeat(proof, count)))
             except Forged:
                 parts.append((repeat(0.0, count), repeat("", count), repeat(BROKEN, count)))
@@ -1152,24 +1152,29 @@ class SealedMail:
         return parts[0] if len(parts) == 1 else tuple(map(chain.from_iterable, zip(*parts)))     # type: ignore
 
     @staticmethod
-    def _part(letters: Letters, first: int, bundle: bytes, start: int, count: int,
+    def _part(letters: Letters | None, first: int, bundle: bytes, start: int, count: int,
               more: Collection[int]) -> tuple[list[float], list[str]]:
         """Return the times and texts of a part of a bundle, numbered from ``first`` on. Raise Forged.
 
         ``more``: the numbers of which the server says that the next one continues them.
         """
+        if letters is None:
+            raise Forged("nobody can open them")
         times, texts, named = letters.open(first - start, bundle)
         continued = frozenset(named)
         if (more or continued) and any([(n in more) is not (n in continued) for n in range(first, first + count)]):
             raise Forged("the server has put texts together, or parted one")
         return times[start:start + count], texts[start:start + count]
 
-    def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters:
-        """Return what opens the bundles of a stream. Raise Forged if nothing does."""
+    def _letters(self, sender: str, stream: int, key: bytes, envelope: bytes) -> Letters | None:
+        """Return what opens the bundles of a stream, None if nothing does."""
         name, peers = (sender, stream, key, envelope), self._peers
         if name not in self._opening:
             prologue = letter_prologue(peers.server_key, sender, peers.me, stream)
-            self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key, prologue, envelope)
+            try:
+                self._opening[name] = Letters.of(self._keys.sodium, self._keys.pair, key, prologue, envelope)
+            except Forged:
+                return None
             peers.remember(sender, key)
             if len(self._opening) > LETTERS_OPEN:
                 del self._opening[next(iter(self._opening))]

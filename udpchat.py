@@ -1011,7 +1011,7 @@ def join(options: argparse.Namespace, client: Client, shown: ShownMessages | Non
     except NotADirectoryError:
         pass            # there is no state directory, so nothing was noted
     except OSError as error:
-        log.warning("what was shown before may come again: %s", error.strerror)
+        log.warning("what was shown before may come again: %s: %s", error.filename, error.strerror)
     if options.mode == "client":
         local.open(path)
 
