@@ -175,7 +175,10 @@ class RecentLines:
     Lines that are torn, or that ``is_valid`` refuses, are skipped; they disappear when the file is shortened.
     """
 
-    def __init__(self, path: str, keep: int, limit: int, read_size: int, is_valid: Callable[[str], bool]) -> None:
+    def __init__(self, path: str, keep: int, limit: int, read_size: int, is_valid: Callable[[str], bool],
+                 merged: Callable[[list[str]], list[str]] = list) -> None:
+        """``merged``: returns lines that say the same as those in the file; there may be fewer."""
+        self._merged = merged
         self._path, self._keep, self._limit = path, keep, limit
         self._read_size, self._is_valid = read_size, is_valid
         self._count = 0              # of lines in the file, as far as this process knows
@@ -210,11 +213,11 @@ class RecentLines:
             os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
             descriptor = os.open(self._path, flags, 0o600)
         try:
-            if os.write(descriptor, data) < len(data):
+            self._is_torn = os.write(descriptor, data) < len(data)
+            if self._is_torn:
                 raise OSError(errno.ENOSPC, "not written whole", self._path)
         finally:
             os.close(descriptor)
-        self._is_torn = False
         self._count += len(lines)
         if self._count > self._limit:
             self._shorten()
@@ -259,10 +262,10 @@ class RecentLines:
                 continue
             if self._is_valid(line):
                 lines.append(line)
-        return lines[-self._keep:]
+        return self._merged(lines)[-self._keep:]
 
 
-SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 21     # lines, lines, bytes
+SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 22     # lines, lines, bytes
 
 
 class ShownMessages:
@@ -275,7 +278,25 @@ class ShownMessages:
 
     def __init__(self, path: str) -> None:
         self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
-                                 lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)))
+                                 lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)), self._merged)
+
+    @staticmethod
+    def _merged(lines: list[str]) -> list[str]:
+        """Return lines in which what belongs together is one; the stream that was noted last is at the end."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for line in lines:
+            name, first, end = line.rsplit(" ", 2)
+            found[name] = spans = found.pop(name, [])
+            spans.append((int(first), int(end)))
+        merged: list[str] = []
+        for name, spans in found.items():
+            start, reached = min(spans)
+            for low, high in [*sorted(spans), (10 ** 20, 0)]:       # behind all that a line can say
+                if low > reached:
+                    merged.append(f"{name} {start} {reached}")
+                    start = low
+                reached = max(reached, high)
+        return merged
 
     def load(self) -> list[tuple[str, int, int, int]]:
         """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""

@@ -1273,13 +1273,13 @@ class Endpoint:
             log.info("the name leads to %s now", ", ".join(map(show_address, new)))
 
 
-LOOK_UP_TIME = 5.0            # s that one look-up may take
+LOOK_UP_TIME = 20.0           # s that one look-up may take: a name server that is dead takes 5 s by itself
 LOOK_UP_OUTPUT = 16384        # bytes that it may print
 REAP_INTERVAL = 0.1           # s between looks whether a process has ended whose output has
 # getaddrinfo may block for many seconds, and cannot be interrupted. The alarm is for a child whose parent was killed.
 LOOK_UP_PROGRAM = """
 import signal, socket, sys
-signal.alarm(6)
+signal.alarm(25)
 try:
     found = socket.getaddrinfo(sys.argv[1], None, int(sys.argv[2]), socket.SOCK_DGRAM)
 except (OSError, UnicodeError) as error:
@@ -1292,7 +1292,7 @@ for entry in found[:64]:
 class NameLookUp:
     """Looks up a name in a process of its own, so that the loop goes on meanwhile: a ``LookUp``.
 
-    The process has none of our descriptors. It is killed after 5 s, and when this is closed. There is one at a time.
+    The process has none of our descriptors. It is killed after 20 s, and when this is closed. There is one at a time.
     """
 
     def __init__(self, loop: SelectorLoop, host: str, port: int, family: int = socket.AF_INET6) -> None:

@@ -340,6 +340,7 @@ class Patience:
 
     def __init__(self, is_endless: bool = False, limit: float = 0.0) -> None:
         self.is_endless, self.limit = is_endless, limit
+        self.on_wait: Callable[[], None] = lambda: None     # an observer: a refusal is waited out
         self.renew()
 
     def renew(self) -> None:
@@ -364,6 +365,8 @@ class Patience:
         if not self.is_endless:
             wait = max(0.0, min(wait, self._until - now))
         self.reason = reason if wait else None
+        if wait:
+            self.on_wait()
         return wait
 
 

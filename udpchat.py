@@ -72,6 +72,7 @@ NICK_PATIENCE = 10.0           # s for which all modes but ``client`` wait for a
 GREETING_TIME = 2.0            # s for which a client of one's own may take to answer; it may be stopped
 ANSWER_TIMEOUT = 60            # s for which ``ask`` waits
 GARBAGE_GAP = 20_000           # objects that are made between looks for garbage: hardly any of them lie in a circle
+VISIT_TIME = 0.1               # s that a client which was not willing at first has to answer when it is asked again
 STDIN_LIMIT = 4 * MAX_TEXT     # bytes that ``send`` keeps of its text: more than a message may have
 STDIN_COUNTED = 2 ** 24        # bytes that it reads, to say how many there are
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -885,7 +886,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     sodium = sodium_for(options)
     secret = secret_of(options, sodium is not None)
     own = functools.partial(own_socket, options, nick, secret)
-    sock = client_of_same_user(options, [own(address) for address in addresses], nick, end)
+    paths = [own(address) for address in addresses]
+    sock = client_of_same_user(options, paths, nick, end)
     if sock is not None:
         return hand_over(options, nick, sock, text, size, end, errors)
     shown = shown_messages(options, nick)
@@ -902,9 +904,11 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     look_up_again = NameLookUp(loop, host, server_port, udp.family)
     server = Endpoint(loop, addresses, look_up_again if is_named else None)
     handshake = handshake_for(options, port, secret, keys_of_client(sodium, secret), (host, server_port))
+    patience = Patience(end < NEVER, nick_patience(options.mode, secret is not None))
     client = Client(loop, port.send, display, nick, server, handshake, options.ack_timeout / 1000, options.stay,
-                    reader.is_terminal, patience=Patience(end < NEVER, nick_patience(options.mode, secret is not None)),
-                    selection=selection_for(options, shown))
+                    reader.is_terminal, patience=patience, selection=selection_for(options, shown))
+    willing = list[socket.socket]()
+    patience.on_wait = functools.partial(look_again, options, paths, client, loop, willing)
     local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
     client.on_joined = lambda: join(options, client, shown, local, own(server.current))
     show_log_above_prompt(display)
@@ -922,6 +926,8 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         look_up_again.close()
         console.close()
         loop.close()
+    if willing:
+        return hand_over(options, nick, willing[0], text, size, end, errors)
     if is_terminal:
         remember_nicks([nick for nick, *_ in client.clients()])
     return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
@@ -955,6 +961,16 @@ def client_of_same_user(options: argparse.Namespace, paths: Sequence[str], nick:
         sock.close()
         raise Failure(f"a client of yours runs as {nick}: what comes for {nick} is shown there")
     return sock
+
+
+def look_again(options: argparse.Namespace, paths: Sequence[str], client: Client, loop: SelectorLoop,
+               willing: list[socket.socket]) -> None:
+    """Stop the loop if the client of the same user, which has the nick, is willing by now, and we have sent nothing."""
+    may_go = options.mode == "send" and client.link.is_starting and not willing
+    sock = visit(paths, VISIT_TIME) if may_go else None
+    if sock is not None:
+        willing.append(sock)
+        loop.stop()
 
 
 def own_socket(options: argparse.Namespace, nick: str, secret: bytes | None, server: Address) -> str:

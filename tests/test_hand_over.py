@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from loop import GREETING, MAX_GUESTS, LocalSocket, SelectorLoop
 from protocol import MAX_TEXT
-from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, SAVED, UPDATED, WELCOME, Chat, Process, is_offline,
+from tests.processes import (EXITING, NOT_RESPONDING, OFFLINE, ROOT, SAVED, UPDATED, WELCOME, Chat, Process, is_offline,
                              received)
 
 LOST = "[1 message not delivered.]"
@@ -212,6 +213,26 @@ def test_a_client_that_has_deregistered_or_does_not_answer_leaves_a_job_to_itsel
     carl.signal(signal.SIGSTOP)
     assert run(chat, "send", "bob", "again", "--timeout", "10")[0] == 0     # the server finds that it does not answer
     carl.signal(signal.SIGCONT)
+
+
+SLOW_TO_JOIN = [sys.executable, "-c", f"""
+import sys
+sys.path[0] = {str(ROOT)!r}
+import udpchat
+def join_later(options, client, *others, join=udpchat.join):
+    client._loop.call_at(client._loop.now() + 1.5, lambda: join(options, client, *others))
+udpchat.join = join_later
+sys.exit(udpchat.main())
+"""]
+
+
+def test_a_client_that_can_be_found_only_later_gets_the_message_of_a_job_that_waits_for_its_nick(chat: Chat) -> None:
+    chat.absent("bob")
+    carl = chat.run("client", "carl", "127.0.0.1", str(chat.port), command=SLOW_TO_JOIN)
+    carl.see(WELCOME)
+    assert not sockets(chat)
+    assert run(chat, "send", "bob", "--timeout", "60", "hello") == (0, [is_offline("bob"), SAVED], [])
+    assert sockets(chat) and carl.finish() == 0
 
 
 @pytest.mark.parametrize("other", [{"--identity": "another"}, {"--secure": "off"}, {"--nick": "dora"}], ids=str)

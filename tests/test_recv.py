@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -347,6 +349,26 @@ def test_what_was_shown_is_read_again_whatever_else_is_in_the_file(tmp_path: obj
         file.write("torn 1\nbob 7 x 9\n")
     ShownMessages(path).note("?bob", 8, 2, 3)
     assert ShownMessages(path).load() == [("bob", 7, 1, 3), ("?bob", 8, 2, 3)]
+
+
+def test_what_was_shown_is_known_however_much_was_noted_since(tmp_path: Path) -> None:
+    shown = ShownMessages(str(tmp_path / "shown"))
+    shown.note("bob", 7, 3, 5)
+    for number in range(1, 25_000):
+        shown.note("alice", 9, number, number + 1)
+    shown.note("bob", 7, 4, 6)
+    assert ShownMessages(str(tmp_path / "shown")).load() == [("alice", 9, 1, 25_000), ("bob", 7, 3, 6)]
+    assert (tmp_path / "shown").stat().st_size < 2 ** 20
+
+
+def test_a_note_behind_one_that_was_not_written_whole_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, write = ShownMessages(str(tmp_path / "shown")), os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:len(data) // 2]))
+        with pytest.raises(OSError):
+            shown.note("bob", 7, 1, 2)
+    shown.note("bob", 7, 2, 3)
+    assert ShownMessages(str(tmp_path / "shown")).load() == [("bob", 7, 2, 3)]
 
 
 def taken(inbox: Inbox, now: float, answered: int) -> list[Delivery]:
