@@ -441,7 +441,7 @@ def test_mail_is_acked_in_the_channel_alone() -> None:
     alice, bob = Visitor(server, "alice", 1).online(), Visitor(server, "bob", 2, secret=b"b" * 32).online()
     bob.say(padded("dereg", {"session": bob.info["session"]}, SESSION_SIZE))
     alice.say(encode("save", {"session": alice.info["session"], "to": "bob", "stream": 7, "n": 1, "base": 1,
-                              "text": b"\1\0" + bytes(16), "at": [], "relay": False, "envelope": bytes(48),
+                              "text": b"\1\0" + bytes(17), "at": [], "relay": False, "envelope": bytes(48),
                               "key": name_of_key(bob.keys.pair.public)}))
     assert server.registry.mailbox.known["bob"].waiting == 1
     again = Visitor(server, "bob", 2, secret=b"b" * 32)
