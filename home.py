@@ -681,6 +681,7 @@ UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CONTENT = "numbers, n, texts, times, more, key, envelope"   # the columns of a row that are a ``Parcel``
+SIZE_COLUMN = 10                # of a row of mail
 
 
 class StoreError(Exception):
@@ -762,7 +763,7 @@ class Mailbox:
         self.damaged = 0            # rows that could not be read
         self.failure = ""           # why the last commit that failed did
         self._is_untidy = False     # see ``tidy``
-        self._rows: list[tuple[object, ...]] = []               # mail to insert
+        self._rows: list[tuple[Any, ...]] = []                  # mail to insert
         self._before: dict[str, tuple[int, int, int]] = {}      # last, messages, size before this turn
         self._streams: dict[tuple[str, int], int] = {}          # progress to write
         self._changed: set[str] = set()                         # nicks to write
@@ -886,8 +887,8 @@ class Mailbox:
         """Put whole texts into somebody's mailbox, from the next ``commit`` on."""
         if known.nick not in self._before:
             self._before[known.nick] = (known.last, known.messages, known.size)
-        size = parcel.size
-        self._rows.append(parcel.row(known.id, known.last + 1, sender, stream, size))
+        self._rows.append(parcel.row(known.id, known.last + 1, sender, stream))
+        size = self._rows[-1][SIZE_COLUMN]
         known.last += len(parcel.texts)
         known.messages += parcel.messages
         known.size += size
@@ -1026,8 +1027,9 @@ class Mailbox:
             except (ValueError, TypeError):
                 continue        # damaged on the disk: nobody can read it any more
             rest = parcel.part(known.first - seq, len(parcel.texts))
-            run(INSERT_MAIL, rest.row(known.id, known.first, sender, stream, rest.size))
-            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - rest.size
+            row = rest.row(known.id, known.first, sender, stream)
+            run(INSERT_MAIL, row)
+            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - row[SIZE_COLUMN]
         return int(messages), int(size)
 
     def _undo(self) -> None:

@@ -1309,12 +1309,15 @@ class Parcel(NamedTuple):
                 fitting = index + 1
         return fitting
 
+    def _parts(self) -> list[list[Any]]:
+        """Return the sealed texts as parts of bundles."""
+        return parts_of(self.texts)     # type: ignore[arg-type]
+
     def _sizes(self) -> list[int]:
         """Return how many bytes each text takes; those of a bundle count for the first text that is in it."""
         if not self.seal:
             return [len(text.encode()) for text in self.texts]      # type: ignore[union-attr]
-        parts = parts_of(self.texts)                                # type: ignore[arg-type]
-        return [size for bundle, _, length in parts for size in (len(bundle), *repeat(0, length - 1))]
+        return [size for bundle, _, length in self._parts() for size in (len(bundle), *repeat(0, length - 1))]
 
     @property
     def messages(self) -> int:
@@ -1325,16 +1328,20 @@ class Parcel(NamedTuple):
     def size(self) -> int:
         """How many bytes the texts have."""
         if self.seal:
-            return sum(self._sizes())
+            return sum([len(bundle) for bundle, _, _ in self._parts()])
         joined = "".join(self.texts)    # type: ignore[arg-type]
         return len(joined) if joined.isascii() else len(joined.encode())
 
-    def row(self, recipient: int, seq: int, sender: str, stream: int, size: int) -> tuple[object, ...]:
+    def row(self, recipient: int, seq: int, sender: str, stream: int) -> tuple[Any, ...]:
         """Return the parcel as a row of the store. One time stands for all numbers that were sent at the same time."""
         import json     # here: only a server has parcels, and the start of a client is measured
         times = self.times[:1] if self.times.count(self.times[0]) == len(self.times) else self.times
-        texts = (_pack(parts_of(self.texts)) if self.seal           # type: ignore[arg-type]
-                 else json.dumps(self.texts, ensure_ascii=False))
+        texts: str | bytes
+        if self.seal:
+            parts = self._parts()
+            texts, size = _pack(parts), sum([len(bundle) for bundle, _, _ in parts])
+        else:
+            texts, size = json.dumps(self.texts, ensure_ascii=False), self.size
         return (recipient, seq, len(self.texts), sender, stream, self.n, texts, json.dumps(times),
                 json.dumps(sorted(self.more)) if self.more else "", self.messages, size, *(self.seal or (None, None)))
 

@@ -587,7 +587,7 @@ class Keeper:
             save.stream.give_back(first)
             return False
         for texts, times, seals in (zip(*part) for part in parts):
-            parcel = Parcel(first, texts, self._plausible(times), run.more, seals[0][:2])
+            parcel = Parcel(first, texts, times if seals[0] else self._plausible(times), run.more, seals[0][:2])
             if not self._keep_part(save, parcel, seals[0][2:]):
                 return False
             first += len(texts)

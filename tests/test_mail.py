@@ -461,7 +461,7 @@ def test_letters_from_a_session_in_plain_are_dropped() -> None:
 def test_letters_that_are_damaged_on_the_disk_are_noticed() -> None:
     sealed = [(bundle_of(1), 0), *((bundle_of(4), place) for place in (1, 2))]
     parcel = Parcel(1, sealed, [0.0] * 3, [1], (b"k" * 32, b"e" * 48))
-    row = parcel.row(1, 1, "alice", STREAM, parcel.size)
+    row = parcel.row(1, 1, "alice", STREAM)
     columns: list[Any] = [row[2], row[5], *row[6:9], *row[11:]]
     assert Parcel.of_row(*columns) == parcel and parcel.size == len(bundle_of(1) + bundle_of(4))
     for place, value in ((2, b"\xc1"), (2, b""), (2, "text"), (2, columns[2][:-1]), (5, None), (5, b"k"), (6, None),
