@@ -44,6 +44,16 @@ def start(*nicks: str, stay: bool = False, mailbox: int = 100_000) -> tuple[Worl
     return world, lives
 
 
+def start_with_mail() -> tuple[World, Life, Life]:
+    """Return a world with alice, and with bob, who is offline: "hello" waits for him."""
+    world, (alice, bob) = start("alice", "bob")
+    bob.type("dereg bob")
+    world.run(1)
+    alice.type("send bob hello")
+    world.run(1)
+    return world, alice, bob
+
+
 def losing(*tags: str, source: str = "", target: str = "") -> Callable[[str, str, list[Any]], bool]:
     """Return a filter for the network that loses every datagram with one of ``tags`` between these hosts."""
     def passes(from_: str, to: str, maps: list[Any]) -> bool:
@@ -129,11 +139,7 @@ def test_mail_comes_before_the_client_is_announced() -> None:
 
 
 def test_mail_is_acked_as_mail_and_not_to_senders_that_did_not_send_it() -> None:
-    world, (alice, bob) = start("alice", "bob")
-    bob.type("dereg bob")
-    world.run(1)
-    alice.type("send bob hello")
-    world.run(1)
+    world, _, bob = start_with_mail()
     mails: set[int] = set()
     acks: set[int] = set()
 
@@ -663,11 +669,7 @@ def test_a_client_that_is_refused_while_its_server_is_silent_goes_on(reason: str
 
 
 def test_mail_comes_at_once_although_an_older_answer_overtakes_the_table() -> None:
-    world, (alice, bob) = start("alice", "bob")
-    bob.type("dereg bob")
-    world.run(1)
-    alice.type("send bob hello")
-    world.run(1)
+    world, _, _ = start_with_mail()
     held: list[bytes] = []
 
     def hold_first_pong(source: str, target: str, maps: list[Any]) -> bool:
