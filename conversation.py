@@ -57,7 +57,7 @@ from itertools import islice
 
 from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Any, Info, NamedTuple,
                       Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded, is_private,
-                      join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_stream, split_text)
+                      join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_origin, split_text)
 from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
                     ReceiveStream, Run, SendStream)
 
@@ -953,7 +953,7 @@ class Selection:
 
         ``letters``: its pieces. If it is old, so is the copy of it that came straight, or comes yet.
         """
-        sender, stream, first = letters[0][:3]
+        (sender, stream, _), first = letters[0][:2]
         key = sender, stream
         is_wanted = not self._sender or (folded(sender) == self._sender and proof_of(letters, 1) not in DOUBTS)
         is_new = self.mail_from is not None and number >= self.mail_from and first >= self._old.get(key, 1)
@@ -1277,10 +1277,10 @@ class Inbox:
             if self.selection is not None:
                 yield from self._select_letters(mail, run, self.selection)
             elif run.more:
-                yield from self._take_letters(mail.written, run.items, ["".join(letter[4] for letter in run.items)])
+                yield from self._take_letters(mail.written, run.items, ["".join(letter[2] for letter in run.items)])
             elif run.items:
-                for letters in runs_of_one_stream(run.items):
-                    yield from self._take_letters(mail.written, letters, [letter[4] for letter in letters])
+                for letters in runs_of_one_origin(run.items):
+                    yield from self._take_letters(mail.written, letters, [letter[2] for letter in letters])
             else:
                 yield Delivery("", [], [], mail.written)
         self._count(mail)
@@ -1293,7 +1293,7 @@ class Inbox:
                 (number, [letter]) for number, letter in enumerate(run.items, run.first)]:
             if selection.takes(number, letters):
                 written = no_ack if selection.has_passed_mail else mail.written
-                yield from self._take_letters(written, letters, ["".join(letter[4] for letter in letters)])
+                yield from self._take_letters(written, letters, ["".join(letter[2] for letter in letters)])
 
     def _take_letters(self, written: Callable[[int], None], letters: Sequence[Any],
                       texts: list[str]) -> Iterator[Delivery]:
@@ -1305,7 +1305,7 @@ class Inbox:
 
         What is doubtful may have made-up numbers: it must not be in the way of what the sender has really said.
         """
-        sender, stream, number = letters[0][:3]
+        (sender, stream, _), number = letters[0][:2]
         proof = proof_of(letters, len(texts))
         incoming = self._incoming(UNPROVEN_MARK + sender if proof in DOUBTS else sender, stream)
         if number > incoming.stream.reached:    # if their sender has not closed the numbers below, no ack says so

@@ -918,7 +918,7 @@ class Mailbox:
         except sqlite3.Error:
             pass        # what was read until now is right
         end = limit
-        while end < len(letters) and letters[end][6] and letters[end][4][0] is letters[end - 1][4][0]:
+        while end < len(letters) and letters[end][0][3] and letters[end][2][0] is letters[end - 1][2][0]:
             end += 1        # a bundle that is loaded in parts is sent as often
         return letters[:end]
 
@@ -934,13 +934,14 @@ class Mailbox:
         except (ValueError, TypeError):
             self.damaged += 1
             is_sealed = is_sender_whole and columns[-2:] != (None, None)
-            content = ((NO_BUNDLE, 0), False, NO_SEAL) if is_sealed else (DAMAGED, False, ())
-            return [(sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
-                     n if type(n) is int and n > 0 else 1, 0.0, *content)] * numbers
-        all_numbers = range(n, n + numbers)
+            text, seal = ((NO_BUNDLE, 0), NO_SEAL) if is_sealed else (DAMAGED, ())
+            origin = (sender if is_sender_whole else recipient, stream if is_stream_whole else 0, 0.0, seal)
+            return [(origin, n if type(n) is int and n > 0 else 1, text, False)] * numbers
+        times, all_numbers = parcel.times, range(n, n + numbers)
         more = map(parcel.more.__contains__, all_numbers) if parcel.more else repeat(False)
-        return list(zip(repeat(sender), repeat(stream), all_numbers, parcel.times, parcel.texts, more,
-                        repeat(parcel.seal)))
+        origins: Iterable[Any] = (repeat((sender, stream, times[0], parcel.seal)) if len(set(times)) == 1 else
+                                  [(sender, stream, at, parcel.seal) for at in times])
+        return list(zip(origins, all_numbers, parcel.texts, more))
 
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""

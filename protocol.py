@@ -1097,10 +1097,10 @@ UNSEALED, SEALED, STRANGELY_PLAIN, OTHER_KEY, BROKEN = "unsealed", "sealed", "pl
 DOUBTS = frozenset((STRANGELY_PLAIN, OTHER_KEY, BROKEN))
 CONTINUES = -1.0          # the time of a letter in a bundle that continues the one before
 
-# one number of somebody's mail in the store: (sender, stream, n, at, text, does the next continue it, its seal)
-StoredLetter = tuple[str, int, int, float, Any, bool, Any]
-WireLetter = tuple[str, int, int, float, str, str]  # one number of a mail: [from, stream, n, at, text, its proof]
-Opened = tuple[Iterable[float], Iterable[str], Iterable[str]]   # of the letters of a run: times, texts, proofs
+# One number of somebody's mail: what it has in common with others, mostly in one object, then its number in its stream.
+StoredLetter = tuple[tuple[str, int, float, Any], int, Any, bool]   # ((sender, stream, at, seal), n, text, goes it on)
+WireLetter = tuple[tuple[str, int, str], int, str, float]           # ((sender, stream, proof), n, text, at)
+Opened = Iterable[tuple[Iterable[float], Sequence[str], str]]       # a run in parts: times, texts, the proof of all
 
 RUN_FIELDS = 6            # of a run in a ``mail``; two more if it is sealed
 MAIL_RUN = 40             # bytes of a run of letters beside its texts and its sender ...
@@ -1176,15 +1176,17 @@ def letters_of(info: Info, opened: Callable[[Any], Opened]) -> tuple[list[WireLe
     found: list[WireLetter] = []
     more: list[int] = []
     for run in info["items"]:
-        sender, stream, first, _, _, continued = run[:RUN_FIELDS]
-        more += [info["n"] + len(found) + number - first for number in continued]
-        found += zip(repeat(sender), repeat(stream), range(first, first + numbers_in(run)), *opened(run))
+        sender, stream, n, _, _, continued = run[:RUN_FIELDS]
+        more += [info["n"] + len(found) + number - n for number in continued]
+        for times, texts, proof in opened(run):
+            found += zip(repeat((sender, stream, proof)), range(n, n + len(texts)), texts, times)
+            n += len(texts)
     return found, more
 
 
 def opened_plain(run: Any) -> Opened:
     """Return what is in the letters of a run that is not sealed; nobody can prove anything of them."""
-    return repeat(run[3]), run[4], repeat(UNSEALED)
+    return [(repeat(run[3]), run[4], UNSEALED)]
 
 
 def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
@@ -1192,11 +1194,12 @@ def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
 
     The server may not do that with letters that are sealed: it could not know what it makes its readers believe.
     """
-    sender, stream, first, _, _, proof = letters[0]
+    origin, first, _, _ = letters[0]
+    proof = origin[2]
     times = [letter[3] for letter in letters] if proof in (SEALED, OTHER_KEY) else ()
-    if texts == len(letters):   # of one sender, because they are one of ``runs_of_one_stream``
+    if texts == len(letters):   # of one sender, because they are one of ``runs_of_one_origin``
         return BROKEN if CONTINUES in times else proof
-    is_of_one = all(letter[:3] == (sender, stream, n) and letter[5] == proof for n, letter in enumerate(letters, first))
+    is_of_one = all(letter[:2] == (origin, n) for n, letter in enumerate(letters, first))
     is_whole = not times or (times[0] != CONTINUES and set(times[1:]) == {CONTINUES})
     return proof if is_of_one and is_whole else BROKEN
 
@@ -1204,11 +1207,11 @@ def proof_of(letters: Sequence[WireLetter], texts: int) -> str:
 def mail_runs(letters: Sequence[StoredLetter]) -> list[list[object]]:
     """Return letters as items of a ``mail``."""
     runs: list[list[object]] = []
-    for run in runs_of_one_stream(letters, are_timed=True):
-        sender, stream, first, at, _, _, seal = run[0]
-        texts = [letter[4] for letter in run]
+    for run in runs_of_one_origin(letters):
+        (sender, stream, at, seal), first, _, _ = run[0]
+        texts = [letter[2] for letter in run]
         runs.append([sender, stream, first, at, parts_of(texts) if seal else texts,
-                     [letter[2] for letter in run if letter[5]], *seal])
+                     [letter[1] for letter in run if letter[3]], *seal])
     return runs
 
 
@@ -1218,44 +1221,34 @@ def mail_sizes(letters: Sequence[StoredLetter]) -> list[int]:
     0: it goes with the letter before it, whose bundle it is in.
     """
     sizes: list[int] = []
-    for run in runs_of_one_stream(letters, are_timed=True):
-        start, sender, seal = len(sizes), run[0][0], run[0][-1]
+    for run in runs_of_one_origin(letters):
+        start, (sender, _, _, seal) = len(sizes), run[0][0]
         if seal:
-            for bundle, _, length in parts_of([letter[4] for letter in run]):
-                continued = sum([letter[5] for letter in run[len(sizes) - start:][:length]])
+            for bundle, _, length in parts_of([letter[2] for letter in run]):
+                continued = sum([letter[3] for letter in run[len(sizes) - start:][:length]])
                 sizes += [PART_SIZE + len(bundle) + NUMBER_SIZE * continued, *[0] * (length - 1)]
             sizes[start] += SEAL_RUN
         else:
             sizes += [STRING_HEADER + (NUMBER_SIZE if more else 0) + (
-                len(text) if text.isascii() else len(text.encode())) for _, _, _, _, text, more, _ in run]
+                len(text) if text.isascii() else len(text.encode())) for _, _, text, more in run]
         sizes[start] += len(sender.encode()) + MAIL_RUN
     return sizes
 
 
-def runs_of_one_stream(letters: Sequence[Any], are_timed: bool = False) -> Iterator[Sequence[Any]]:
-    """Yield the letters in groups that belong to one stream, have consecutive numbers in it, and end alike.
-
-    The last element of a letter is its proof, or its seal. ``are_timed``: those of a group were sent together, too.
-    """
-    starts = _starts_of_runs(letters, are_timed)
+def runs_of_one_origin(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield the letters in groups that have all but their texts in common, and consecutive numbers."""
+    starts: list[int] = []
+    origin, number = None, 0
+    for index, letter in enumerate(letters):
+        if (letter[0] is not origin and letter[0] != origin) or letter[1] != number:
+            starts.append(index)
+            origin, number = letter[0], letter[1]
+        number += 1
     if len(starts) == 1:
         yield letters
     else:
         for start, end in zip(starts, [*starts[1:], len(letters)]):
             yield letters[start:end]
-
-
-def _starts_of_runs(letters: Sequence[Any], are_timed: bool) -> list[int]:
-    """Return where each group begins, see ``runs_of_one_stream``."""
-    starts: list[int] = []
-    sender, stream, number, at, end = "", -1, 0, 0.0, None
-    for index, letter in enumerate(letters):
-        if (letter[2] != number or letter[1] != stream or letter[0] != sender or letter[-1] != end
-                or (are_timed and letter[3] != at)):
-            starts.append(index)
-            sender, stream, number, at, end = letter[0], letter[1], letter[2], letter[3], letter[-1]
-        number += 1
-    return starts
 
 
 Seal = tuple[bytes, ...]    # of letters: the key of their sender and the envelope; (): they are not sealed

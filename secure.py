@@ -30,8 +30,8 @@ between two clients. Then the encryption: ``Sodium``, ``HandshakeState`` (Noise)
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Container, Sequence
-from itertools import chain, repeat
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from itertools import repeat
 
 from home import KnownKeys, Pin, fingerprint, sha256
 from loop import NEVER, Endpoint, log
@@ -1075,7 +1075,7 @@ class Letters:
         nonce = COUNT_AND_NUMBER.pack(len(texts), first)
         return nonce[:COUNT_BYTES] + self._sodium.seal(self._key, nonce, b"", contents(texts, times, more))
 
-    def open(self, first: int, bundle: bytes) -> tuple[list[float], list[str], Sequence[int]]:
+    def open(self, first: int, bundle: bytes) -> tuple[list[float], list[str], frozenset[int]]:
         """Return the texts of a bundle, numbered from ``first`` on: when each was sent, each text, what goes on.
 
         That is the numbers that the next one continues; the time of what continues another one is ``CONTINUES``.
@@ -1090,10 +1090,10 @@ class Letters:
             raise Forged("this is no bundle")       # its sender has sealed something else
         texts, spells, more = found
         times = [at for at, length in spells for _ in range(length)]
-        if more:
-            goes_on = frozenset(more)       # its sender may have named many
+        goes_on = frozenset(more)       # its sender may have named many
+        if goes_on:
             times = [CONTINUES if n - 1 in goes_on else at for n, at in enumerate(times, first)]
-        return times, texts, more
+        return times, texts, goes_on
 
 
 LETTERS_OPEN = 256        # streams whose keys are remembered: each costs as much as fifty datagrams
@@ -1139,17 +1139,17 @@ class SealedMail:
         expected = self._peers.expected_key(sender)
         if not seal:
             is_strange = self._must_encrypt or (expected and self._has_own_key)
-            return repeat(at), texts, repeat(STRANGELY_PLAIN if is_strange else UNSEALED)
+            return [(repeat(at), texts, STRANGELY_PLAIN if is_strange else UNSEALED)]
         proof = SEALED if seal[0] == (expected or seal[0]) else OTHER_KEY
-        parts, goes_on, letters = list[Opened](), frozenset(more), self._letters(sender, stream, *seal)
+        parts: list[tuple[Iterable[float], Sequence[str], str]] = []
+        goes_on, letters = frozenset(more), self._letters(sender, stream, *seal)
         for bundle, start, count in texts:
             try:
-                part = self._part(letters, first, bundle, start, count, goes_on)
-                parts.append((*part, repeat(proof, count)))
+                parts.append((*self._part(letters, first, bundle, start, count, goes_on), proof))
             except Forged:
-                parts.append((repeat(0.0, count), repeat("", count), repeat(BROKEN, count)))
+                parts.append((repeat(0.0), [""] * count, BROKEN))
             first += count
-        return parts[0] if len(parts) == 1 else tuple(map(chain.from_iterable, zip(*parts)))     # type: ignore
+        return parts
 
     @staticmethod
     def _part(letters: Letters | None, first: int, bundle: bytes, start: int, count: int,
@@ -1160,8 +1160,7 @@ class SealedMail:
         """
         if letters is None:
             raise Forged("nobody can open them")
-        times, texts, named = letters.open(first - start, bundle)
-        continued = frozenset(named)
+        times, texts, continued = letters.open(first - start, bundle)
         if (more or continued) and any([(n in more) is not (n in continued) for n in range(first, first + count)]):
             raise Forged("the server has put texts together, or parted one")
         return times[start:start + count], texts[start:start + count]

@@ -801,7 +801,7 @@ class Postman:
         # letter, too. So the longest letter may exceed capacity by less than one header; it still fits into a datagram
         # of its own.
         sizes = [min(size, stream.capacity) for size in mail_sizes(letters)]
-        more = [letter[5] for letter in letters]
+        more = [letter[3] for letter in letters]
         stream.queue(letters, sizes, list(itertools.compress(itertools.count(stream.end), more)))
 
 

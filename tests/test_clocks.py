@@ -365,7 +365,7 @@ def test_the_mail_of_an_old_store_is_there_in_plain_and_letters_lie_beside_it(
             box.changed(known)
             assert box.commit(0.0)
         assert box.fetch(known, 1, 9) == [
-            ("b", 1, 4, 1.0, "hello", False, ()), ("b", 1, 5, 0.0, letter, False, seal)]
+            (("b", 1, 1.0, ()), 4, "hello", False), (("b", 1, 0.0, seal), 5, letter, False)]
         box.close()
     assert rows(path)[0] == home.STORE_FORMAT
 
@@ -379,7 +379,7 @@ def test_nobody_in_an_old_store_has_fewer_days_left_whatever_its_clock_said(
     assert reg.mailbox.uptime(77.0) == 0.0
     assert reg.lapse(77.0 + 90 * DAY - 1, 90.0) == []
     assert reg.mailbox.known["a"].owner == hash_of(b"a" * 32) and reg.mailbox.known["a"].messages == 1
-    assert [letter[4] for letter in reg.mailbox.fetch(reg.mailbox.known["a"], 1, 9)] == ["hello"]
+    assert [letter[2] for letter in reg.mailbox.fetch(reg.mailbox.known["a"], 1, 9)] == ["hello"]
     assert {known.nick for known in reg.lapse(77.0 + 90 * DAY + 1, 90.0)} == set("abcde")
     reg.mailbox.close()
     assert rows(path)[0] == home.STORE_FORMAT

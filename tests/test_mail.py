@@ -68,7 +68,8 @@ class Writer(User):
 
     def read(self, *runs: Sequence[Any]) -> list[tuple[float, str, str]]:
         """Return the letters of runs: time, text, proof."""
-        return [letter[3:] for run in runs for letter in letters_of({"n": 1, "items": [run]}, self.mail.opened)[0]]
+        return [(at, text, origin[2]) for run in runs
+                for origin, _, text, at in letters_of({"n": 1, "items": [run]}, self.mail.opened)[0]]
 
 
 def seal_x(letters: Sealing, n: int) -> bytes:
@@ -162,7 +163,7 @@ def test_the_key_of_whose_letters_came_first_is_remembered() -> None:
 @given(st.lists(st.text(max_size=900).filter(lambda text: text.isprintable()), min_size=1, max_size=12), st.data())
 def test_the_server_may_part_and_join_datagrams_as_it_likes(texts: list[str], data: st.DataObject) -> None:
     alice, bob = writers("alice", "bob")
-    letters = [(run[0], run[1], n, 0.0, text, n in run[5], tuple(run[6:]))
+    letters = [((run[0], run[1], 0.0, tuple(run[6:])), n, text, n in run[5])
                for run in alice.runs("bob", *texts) for n, text in enumerate(texts_of_parts(run[4]), run[2])]
     parts, start = [], 0
     while start < len(letters):
@@ -254,7 +255,7 @@ def test_the_letter_of_the_page_on_the_protocol_is_right() -> None:
     prologue = letter_prologue(server.public, "alice", "bob", example["stream"])
     letters = Letters.of(sodium, bob, alice.public, prologue, example["envelope"])
     texts = ["see you", "tomorrow"]
-    assert letters.open(example["n"], example["text"]) == ([1700000000.5] * 2, texts, [])
+    assert letters.open(example["n"], example["text"]) == ([1700000000.5] * 2, texts, frozenset())
     sealing = Letters.to(sodium, alice, bob.public, prologue, bytes(range(224, 256)))
     assert (sealing.envelope, sealing.name) == (example["envelope"], example["key"])
     assert sealing.seal(example["n"], [[1700000000.5, 2]], texts, ()) == example["text"]
@@ -361,7 +362,7 @@ def test_the_server_keeps_letters_with_the_key_of_their_sender() -> None:
     answers = dict(told(alice, sealed_save(alice, bob, count=3)))
     assert answers["ack"]["next"] == 4
     letters = server.registry.mailbox.fetch(server.registry.mailbox.known["bob"], 1, 9)
-    assert [letter[-1] for letter in letters] == [(alice.keys.pair.public, bytes(48))] * 3
+    assert [letter[0][-1] for letter in letters] == [(alice.keys.pair.public, bytes(48))] * 3
     again = Visitor(server, "bob", 2, secret=b"b" * 32)
     assert again.join() == "welcome"
     mail, = [info for tag, info in told(again, again.ping()) if tag == "mail"]
@@ -446,7 +447,7 @@ def test_a_text_of_which_only_some_is_sealed_waits_for_the_rest() -> None:
     assert [info["next"] for tag, info in answers if tag == "ack"] == [1]
     assert dict(told(alice, sealed_save(alice, bob, count=2, more=[1])))["ack"]["next"] == 3
     letters = server.registry.mailbox.fetch(server.registry.mailbox.known["bob"], 1, 9)
-    assert [letter[5] for letter in letters] == [True, False]
+    assert [letter[3] for letter in letters] == [True, False]
 
 
 def test_letters_from_a_session_in_plain_are_dropped() -> None:

@@ -467,15 +467,16 @@ LETTERS_KEPT = st.lists(st.tuples(st.sampled_from(["bob", "a" * 32, "é" * 32]),
 @given(LETTERS_KEPT, st.integers(1, 30))
 def test_letters_come_back_as_they_were_sent_and_take_no_more_bytes_than_was_counted(
         plain: list[tuple[str, int, int, float, str, bool]], start: int) -> None:
-    kept = [(*letter, ()) for letter in plain]
+    kept = [((sender, stream, at, ()), n, text, more) for sender, stream, n, at, text, more in plain]
     start = min(start, len(kept)) - 1           # where the datagram begins: within a run, maybe
     sizes, sent = protocol.mail_sizes(kept)[start:], kept[start:]
     info = {"to": "bob", "stream": 7, "n": 5, "base": 5, "items": protocol.mail_runs(sent)}
     datagram = encode("mail", info)
     (_, found), = decode(datagram)
     letters, more = protocol.letters_of(found, protocol.opened_plain)
-    assert letters == [(*letter[:5], protocol.UNSEALED) for letter in sent]
-    assert more == [number for number, letter in enumerate(sent, 5) if letter[5]]
+    assert letters == [((sender, stream, protocol.UNSEALED), n, text, at)
+                       for (sender, stream, at, _), n, text, _ in sent]
+    assert more == [number for number, letter in enumerate(sent, 5) if letter[3]]
     empty = len(encode("mail", {**info, "items": []}))
     assert len(datagram) <= empty + 4 + protocol.MAIL_RUN_SIZE + sum(sizes)
 
@@ -490,7 +491,7 @@ def test_parts_of_bundles_come_back_and_take_no_more_bytes_than_was_counted(
         bundle = count.to_bytes(2, "little") + bytes(protocol.MIN_BUNDLE - 2 + count + size)
         for place in range(min(start, count - 1), min(start + length, count)):
             number += 1
-            kept.append(("bob", 7, number, 0.0, (bundle, place), is_continued, (b"k" * 32, b"e" * 48)))
+            kept.append((("bob", 7, 0.0, (b"k" * 32, b"e" * 48)), number, (bundle, place), is_continued))
     sizes = protocol.mail_sizes(kept)
     begin = data.draw(st.sampled_from([index for index, size in enumerate(sizes) if size]))
     end = data.draw(st.sampled_from([index for index, size in enumerate([*sizes, 1]) if size and index > begin]))
@@ -498,8 +499,8 @@ def test_parts_of_bundles_come_back_and_take_no_more_bytes_than_was_counted(
     datagram = encode("mail", info)
     (_, found), = decode(datagram)
     run, = found["items"]
-    assert protocol.texts_of_parts(run[4]) == [letter[4] for letter in kept[begin:end]]
-    assert (run[2], run[5]) == (kept[begin][2], [letter[2] for letter in kept[begin:end] if letter[5]])
+    assert protocol.texts_of_parts(run[4]) == [letter[2] for letter in kept[begin:end]]
+    assert (run[2], run[5]) == (kept[begin][1], [letter[1] for letter in kept[begin:end] if letter[3]])
     empty = len(encode("mail", {**info, "items": []}))
     assert len(datagram) <= empty + 4 + protocol.MAIL_RUN + len("bob") + protocol.SEAL_RUN + sum(sizes[begin:end])
 
@@ -508,7 +509,7 @@ def test_parts_of_bundles_come_back_and_take_no_more_bytes_than_was_counted(
 def test_a_bundle_that_has_its_room_fits_into_a_mail_of_its_own(nick: str) -> None:
     bundle = b"\0\4".ljust(protocol.bundle_room(nick), b"x")
     most = protocol.MAX_NUMBER
-    kept = [(nick, most, most - 2000 + n, 0.0, (bundle, n), n == 1023, (b"k" * 32, b"e" * 48)) for n in range(1024)]
+    kept = [((nick, most, 0.0, (b"k" * 32, b"e" * 48)), most - 2000 + n, (bundle, n), n == 1023) for n in range(1024)]
     datagram = encode("mail", {"stream": most, "n": most - 1024, "base": most - 1024,
                                "items": protocol.mail_runs(kept)})
     assert protocol.MAX_DATAGRAM - 20 <= len(datagram) + protocol.RECORD_EXTRA <= protocol.MAX_DATAGRAM

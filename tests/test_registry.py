@@ -388,7 +388,7 @@ def parcel_of(first: int, *texts: str) -> Parcel:
 
 def letters_of(sender: str, stream: int, parcel: Parcel) -> list[StoredLetter]:
     """Return a parcel as its recipient gets it."""
-    return [(sender, stream, n, at, text, n in parcel.more, parcel.seal)
+    return [((sender, stream, at, parcel.seal), n, text, n in parcel.more)
             for n, (text, at) in enumerate(zip(parcel.texts, parcel.times), parcel.n)]
 
 
@@ -401,7 +401,7 @@ def keep(box: Mailbox, nick: str, *texts: str, sender: str = SENDER, stream: int
 def mail(box: Mailbox, nick: str = "bob") -> list[tuple[int, str]]:
     """Return the mail of ``nick`` on the disk, with its numbers."""
     first = box._db.execute("SELECT min(seq) FROM mail WHERE recipient = ?", (box.known[nick].id,)).fetchone()[0] or 1
-    return [(seq, letter[4]) for seq, letter in enumerate(box.fetch(box.known[nick], first, EVERYTHING), first)]
+    return [(seq, letter[2]) for seq, letter in enumerate(box.fetch(box.known[nick], first, EVERYTHING), first)]
 
 
 def counts(known: Known) -> tuple[int, int, int, int, int]:
@@ -430,10 +430,10 @@ def test_what_was_kept_comes_back_in_every_field_and_character(box: Mailbox, pat
 def test_every_number_keeps_its_own_time(box: Mailbox, times: list[float]) -> None:
     box.keep(box.known["bob"], SENDER, STREAM, Parcel(1, ["one", "two", "three"], times, ()))
     box.commit(WALL)
-    assert [letter[3] for letter in box.fetch(box.known["bob"], 1, EVERYTHING)] == times
+    assert [letter[0][2] for letter in box.fetch(box.known["bob"], 1, EVERYTHING)] == times
     box.acked(box.known["bob"], 2)
     box.commit(WALL)
-    assert [letter[3] for letter in box.fetch(box.known["bob"], 2, EVERYTHING)] == times[1:]
+    assert [letter[0][2] for letter in box.fetch(box.known["bob"], 2, EVERYTHING)] == times[1:]
 
 
 def test_fetch_begins_where_it_is_told_and_ends_at_its_limit(box: Mailbox) -> None:
@@ -441,8 +441,8 @@ def test_fetch_begins_where_it_is_told_and_ends_at_its_limit(box: Mailbox) -> No
     box.commit(WALL)
     keep(box, "bob", "five", stream=7)
     box.commit(WALL)
-    assert [letter[4] for letter in box.fetch(box.known["bob"], 2, 2)] == ["two", "three"]
-    assert [letter[4] for letter in box.fetch(box.known["bob"], 4, 2)] == ["four", "five"]
+    assert [letter[2] for letter in box.fetch(box.known["bob"], 2, 2)] == ["two", "three"]
+    assert [letter[2] for letter in box.fetch(box.known["bob"], 4, 2)] == ["four", "five"]
     assert box.fetch(box.known["bob"], 6, 2) == []
 
 
@@ -452,7 +452,7 @@ def test_a_text_that_was_acked_is_deleted_though_others_were_kept_with_it(box: M
     box.acked(box.known["bob"], 2)
     box.commit(WALL)
     assert mail(box) == [(2, "goes on…"), (3, "and ends"), (4, "last")]
-    assert [letter[2:] for letter in box.fetch(box.known["bob"], 2, 1)] == [(2, WALL + 2, "goes on…", True, ())]
+    assert box.fetch(box.known["bob"], 2, 1) == [((SENDER, STREAM, WALL + 2, ()), 2, "goes on…", True)]
     box.acked(box.known["bob"], 4)
     box.commit(WALL)
     assert counts(box.known["bob"]) == (4, 4, 1, 1, 4)
@@ -733,8 +733,8 @@ class Storing(RuleBasedStateMachine):
         for nick, shadow in self.known.items():
             known, all_ = self.box.known[nick], shadow.kept + shadow.turn
             assert counts(known) == (shadow.first, shadow.last, shadow.last - shadow.first + 1,
-                                     sum(not letter[5] for _, letter in all_),
-                                     sum(len(letter[4].encode()) for _, letter in all_))
+                                     sum(not letter[3] for _, letter in all_),
+                                     sum(len(letter[2].encode()) for _, letter in all_))
             assert self.box.fetch(known, known.first, EVERYTHING) == [
                 letter for seq, letter in shadow.kept if seq >= known.first]
         for key in self.STREAMS:
@@ -1274,7 +1274,7 @@ def test_whatever_is_damaged_in_a_row_of_mail_the_others_are_there(damage: str) 
         assert box.commit(WALL)
     box._db.execute(f"UPDATE mail SET {damage} WHERE seq = 2")
     letters = box.fetch(bob, 1, 100)
-    assert [letter[4] for letter in letters[::2]] == ["m0", "m2"] and len(letters) == 3
+    assert [letter[2] for letter in letters[::2]] == ["m0", "m2"] and len(letters) == 3
     runs = protocol.mail_runs(letters)
     assert protocol.is_valid("mail", {"to": "bob", "stream": 1, "n": 1, "base": 1, "items": runs})
     assert len(protocol.mail_sizes(letters)) == 3

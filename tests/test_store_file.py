@@ -57,7 +57,7 @@ def keep(box: Mailbox, text: str) -> bool:
 
 
 def texts(box: Mailbox) -> list[str]:
-    return [letter[4] for letter in box.fetch(box.known["bob"], 1, 99)]
+    return [letter[2] for letter in box.fetch(box.known["bob"], 1, 99)]
 
 
 def found_by_the_next(path: Path) -> list[str]:
