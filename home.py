@@ -1056,7 +1056,8 @@ class Mailbox:
 
 KNOWN_LIMIT = 2 ** 24     # characters: 100,000 keys
 KNOWN_LINE_SIZE = 1024    # bytes that a line has at most
-KNOWN_LINE = r"server (\S+) ([0-9a-f]{64})|peer ([0-9a-f]{64}) (\S+) ([0-9a-f]{64}) (seen|verified)|.* torn|"
+# a folded nick may have blanks in it, as that of U+FDFA has, or be empty
+KNOWN_LINE = r"server (\S+) ([0-9a-f]{64})|peer ([0-9a-f]{64}) (.*) ([0-9a-f]{64}) (seen|verified)|.* torn|"
 
 
 class KnownKeys:

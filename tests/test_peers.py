@@ -16,7 +16,8 @@ from hypothesis import given, settings, strategies as st
 
 import secure
 from home import KnownKeys
-from protocol import GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, ONLINE, REPLAY_WINDOW, Address, Decoder, encode, padded
+from protocol import (GREET_SIZE, MAX_DATAGRAM, MAX_HELLO, ONLINE, REPLAY_WINDOW, Address, Decoder, encode, folded,
+                      is_nick, padded)
 from secure import (OFFER_INTERVAL, OFFER_TIME, OFFERS_READ, UNUSED_CHANNELS, USED_CHANNELS, WAITING, HandshakeState,
                     KeyPair, Keys, Peers, Sodium, load_sodium)
 from tests.processes import PROGRAM, WELCOME, Chat, Process, received
@@ -320,6 +321,18 @@ def test_keys_are_remembered_for_each_server_and_nick_and_read_again(tmp_path: P
     assert again.server("h:1") == b"s" * 32 and again.peer(b"s" * 32, "alice") is None
     assert again.peer(b"s" * 32, "bob") == (b"3" * 32, True) and again.peer(b"t" * 32, "bob") == (b"2" * 32, True)
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("nick", ["\ufdfa", "\u037a", "\u3164"])
+def test_no_nick_that_somebody_may_register_makes_the_file_of_keys_unreadable(nick: str, tmp_path: Path) -> None:
+    assert is_nick(nick) and folded(nick).split(" ") != [nick]
+    path = str(tmp_path / "known")
+    known = KnownKeys(path)
+    known.add_peer(SERVER_KEY, folded(nick), b"k" * 32, False)
+    known.add_peer(SERVER_KEY, "bob", b"b" * 32, True)
+    again = KnownKeys(path)
+    assert again.peer(SERVER_KEY, folded(nick)) == (b"k" * 32, False)
+    assert again.peer(SERVER_KEY, "bob") == (b"b" * 32, True)
 
 
 def test_no_more_keys_are_noted_than_a_later_start_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
