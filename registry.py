@@ -1016,13 +1016,15 @@ class Registry:
 
     def went_offline(self, session: Session, now: float) -> None:
         """Note that a client does not answer: it is offline, but its session stays good, in case it lives."""
-        session.known.seen = self.mailbox.uptime(now)
+        if self.sessions.is_live(session):      # else it was last there when it was lost
+            session.known.seen = self.mailbox.uptime(now)
         self._lose(session)
 
     def _lose(self, session: Session) -> None:
         self.sessions.mark_unresponsive(session)
-        if not session.is_visit:
-            self._idle.add(session.known)
+        known = self.mailbox.known.get(session.nick)    # also behind a visit: the nick was in use meanwhile
+        if known is not None:
+            self._idle.add(known)
         self._set_state(session, OFFLINE)
 
     def deregister(self, session: Session, now: float) -> None:

@@ -1260,6 +1260,23 @@ def test_a_server_that_knows_too_many_nicks_forgets_the_one_longest_offline_with
     assert reg.claim("third", D, None) == GRANTED
 
 
+def test_a_client_that_must_make_room_was_last_seen_when_it_was_lost() -> None:
+    reg = new_registry(max_clients=1)
+    bob = register(reg, "bob", A, now=WALL)
+    reg.went_offline(bob, WALL + 5)
+    register(reg, "carol", B, now=WALL + 500)
+    assert reg.sessions.of("bob") is None and reg.mailbox.known["bob"].seen == WALL + 5
+
+
+def test_a_nick_that_somebody_has_visited_under_is_forgotten_like_others() -> None:
+    reg = new_registry(max_known=1)
+    reg.deregister(register(reg, "bob", A), WALL)
+    visit = reg.admit(WALL + 1, b"v" * 16, "bob", B, None, 999, is_visit=True)
+    assert reg.claim("carol", C, None) == FULL, "it is in use"
+    reg.deregister(visit, WALL + 2)
+    assert reg.claim("carol", C, None) == GRANTED
+
+
 @pytest.mark.parametrize("damage", [
     "texts = 'garbage'", "texts = CAST(x'5b2261ff225d' AS TEXT)", "texts = '[1]'", "numbers = 5", "numbers = 1 << 40",
     "numbers = 0", "numbers = 'abc'", "stream = 'abc'", "stream = -1", "sender = x'ff00'",
