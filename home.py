@@ -1013,25 +1013,30 @@ class Mailbox:
 
     def _delete_mail(self, known: Known) -> tuple[int, int]:
         """Delete the mail below ``first``; return how many messages and bytes that was."""
-        run = self._db.execute
-        whole = "WHERE recipient = ? AND seq < ? AND seq + numbers <= ?"
-        below = (known.id, known.first, known.first)
-        messages, size = run("SELECT total(messages), total(size) FROM mail " + whole, below).fetchone()
-        run("DELETE FROM mail " + whole, below)
+        run, first, start = self._db.execute, known.first, None
+        if first <= known.last:     # the row that ``first`` is in: it ends where the next begins, see ``fetch``
+            start = run("SELECT max(seq) FROM mail WHERE recipient = ? AND seq <= ?", (known.id, first)).fetchone()[0]
+        below = known.id, first if start is None else start
+        whole, row_at = "recipient = ? AND seq < ?", "recipient = ? AND seq = ?"
+        messages, size = map(int, run(f"SELECT total(messages), total(size) FROM mail WHERE {whole}", below).fetchone())
+        run(f"DELETE FROM mail WHERE {whole}", below)
+        if start is None or start == first:
+            return messages, size
         # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more,
         # but in a bundle with texts that were not
-        for seq, sender, stream, *columns in run(f"SELECT seq, sender, stream, {CONTENT} FROM mail"
-                                                 " WHERE recipient = ? AND seq < ?", below[:2]).fetchall():
-            run("DELETE FROM mail WHERE recipient = ? AND seq = ?", (known.id, seq))
-            try:
-                parcel = Parcel.of_row(*columns)
-            except (ValueError, TypeError):
-                continue        # damaged on the disk: nobody can read it any more
-            rest = parcel.part(known.first - seq, len(parcel.texts))
-            row = rest.row(known.id, known.first, sender, stream)
-            run(INSERT_MAIL, row)
-            messages, size = messages + parcel.messages - rest.messages, size + parcel.size - row[SIZE_COLUMN]
-        return int(messages), int(size)
+        end = run("SELECT min(seq) FROM mail WHERE recipient = ? AND seq > ?", below).fetchone()[0] or known.last + 1
+        sender, stream, _, *columns = run(f"SELECT sender, stream, {CONTENT} FROM mail WHERE {row_at}",
+                                          below).fetchone()
+        try:
+            parcel = Parcel.of_row(end - start, *columns)
+        except (ValueError, TypeError):     # damaged on the disk: what is left still stands for its numbers
+            run(f"UPDATE mail SET seq = ?, numbers = ? WHERE {row_at}", (first, end - first, *below))
+            return messages, size
+        rest = parcel.part(first - start, len(parcel.texts))
+        row = rest.row(known.id, first, sender, stream)
+        run(f"DELETE FROM mail WHERE {row_at}", below)
+        run(INSERT_MAIL, row)
+        return messages + parcel.messages - rest.messages, size + parcel.size - row[SIZE_COLUMN]
 
     def _undo(self) -> None:
         try:

@@ -1301,6 +1301,25 @@ def test_whatever_is_damaged_in_a_row_of_mail_the_others_are_there(damage: str) 
         assert box.commit(WALL)
 
 
+@pytest.mark.parametrize("damage", ["texts = 'garbage'", "numbers = 2", "numbers = 1 << 40", "n = 'abc'"])
+@pytest.mark.parametrize("acked", [2, 3, 4])
+def test_what_is_left_of_a_damaged_row_does_not_stop_the_mail_behind_it(damage: str, acked: int) -> None:
+    box = Mailbox(":memory:", SERVER)
+    bob = box.add("bob", "192.0.2.1", 1, None, WALL)
+    box.keep(bob, "alice", STREAM, Parcel(1, ["m1", "m2", "m3", "m4"], [WALL] * 4, ()))
+    box.commit(WALL)
+    box.keep(bob, "alice", STREAM, Parcel(5, ["m5"], [WALL], ()))
+    box.commit(WALL)
+    box._db.execute(f"UPDATE mail SET {damage} WHERE seq = 1")
+    before = box.fetch(bob, 1, 100)
+    box.acked(bob, acked)
+    assert box.commit(WALL)
+    after = box.fetch(bob, acked, 100)
+    assert [letter[4] for letter in after] == [letter[4] for letter in before[acked - 1:]] and len(before) == 5
+    box.acked(bob, 6)
+    assert box.commit(WALL) and (bob.messages, bob.size) == (0, 0)
+
+
 @pytest.mark.parametrize("encrypts", [True, False])
 @pytest.mark.parametrize("owned", [True, False])
 def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool, encrypts: bool) -> None:
