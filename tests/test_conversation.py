@@ -331,6 +331,15 @@ def test_a_saved_text_keeps_the_time_at_which_it_was_sent() -> None:
     assert times == {1: 1.5, 2: 1.5, 3: 2.5, 4: 2.5}
 
 
+def test_when_a_text_was_sent_is_forgotten_once_all_is_closed() -> None:
+    times = World().conversation.frames.times
+    for number in range(1, 5):
+        times.add(number, number / 2, base=max(1, number - 2))
+    assert times.changes(1, 10) == [1, 2, 3, 4], "some are pending"
+    times.add(5, 2.5, base=5)
+    assert times.changes(1, 10) == [5]
+
+
 def test_somebody_who_exists_is_tried_once_more_and_then_relayed_to_for_a_minute() -> None:
     world = saving()
     world.conversation.on_exists(world.now, 1, ELSEWHERE)
