@@ -1031,7 +1031,7 @@ class Inbox:
     def restore(self, shown: Sequence[tuple[str, int, int, int]]) -> None:
         """Learn what other runs have shown, see ``Selection``: sender, stream, and the numbers [first, end)."""
         found: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        for sender, id_, first, end in sorted(shown):
+        for sender, id_, first, end in shown:
             if 0 < first < end:
                 found.setdefault((sender, id_), []).append((first, end))
         for (sender, id_), spans in found.items():

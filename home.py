@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 
 from protocol import (ENVELOPE_BYTES, KEY_BYTES, MIN_BUNDLE, TYPE_CHECKING, UNSAFE, Any, Parcel, StoredLetter, clean,
-                      is_nick)
+                      is_nick, merged)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -288,15 +288,7 @@ class ShownMessages:
             name, first, end = line.rsplit(" ", 2)
             found[name] = spans = found.pop(name, [])
             spans.append((int(first), int(end)))
-        merged: list[str] = []
-        for name, spans in found.items():
-            start, reached = min(spans)
-            for low, high in [*sorted(spans), (10 ** 20, 0)]:       # behind all that a line can say
-                if low > reached:
-                    merged.append(f"{name} {start} {reached}")
-                    start = low
-                reached = max(reached, high)
-        return merged
+        return [f"{name} {first} {end}" for name, spans in found.items() for first, end in merged(spans)]
 
     def load(self) -> list[tuple[str, int, int, int]]:
         """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""

@@ -1017,6 +1017,19 @@ class Place(NamedTuple):
     address: Address | None
 
 
+# --- numbers of a stream --------------------------------------------------------------------------------------
+
+def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges [first, end) of numbers as sorted ones that neither overlap nor touch; empty ones are left out."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        elif start < end:
+            found.append((start, end))
+    return found
+
+
 # --- texts ----------------------------------------------------------------------------------------------------
 
 SealedText = tuple[bytes, int]      # a bundle, which only its recipient can read, and the place of a text in it

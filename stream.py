@@ -50,12 +50,13 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from operator import itemgetter
 
 from protocol import (ARRAY_GROWTH, BUNDLE_EXTRA, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, MAX_DATAGRAM,
                       MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
                       SESSION_SIZE, TIME_RUN_SIZE, TIME_SIZE, Address, Any, Info, NamedTuple, Protocol, bundle_room,
-                      encode, padded, text_sizes)
+                      encode, merged, padded, text_sizes)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------
@@ -68,34 +69,30 @@ class Ranges:
         self.spans: list[tuple[int, int]] = []
 
     def __contains__(self, number: int) -> bool:
-        index = bisect_right(self.spans, (number, MAX_NUMBER)) - 1
-        return index >= 0 and self.spans[index][0] <= number < self.spans[index][1]
+        return self.end_of(number) > number
 
     def touches(self, start: int, end: int) -> bool:
         """Return whether any number of [start, end) is in the set."""
-        return any(span[0] < end and start < span[1] for span in self.spans)
+        index = bisect_left(self.spans, (end,)) - 1
+        return index >= 0 and start < self.spans[index][1]
 
     def add(self, start: int, end: int) -> None:
         """Add [start, end)."""
-        apart = []
-        for span in self.spans:
-            if span[1] < start or end < span[0]:
-                apart.append(span)
-            else:
-                start, end = min(start, span[0]), max(end, span[1])
-        apart.append((start, end))
-        self.spans = sorted(apart)[-self.most:]
+        low = bisect_left(self.spans, start, key=itemgetter(1))
+        high = bisect_right(self.spans, end, key=itemgetter(0))
+        if low < high:      # these overlap it, or touch it
+            start, end = min(start, self.spans[low][0]), max(end, self.spans[high - 1][1])
+        self.spans[low:high] = [(start, end)]
+        del self.spans[:-self.most]
 
     def end_of(self, number: int) -> int:
         """Return where the range that contains ``number`` ends; ``number`` itself if none does."""
-        for start, end in self.spans:
-            if start <= number < end:
-                return end
-        return number
+        index = bisect_right(self.spans, (number, MAX_NUMBER)) - 1
+        return max(number, self.spans[index][1]) if index >= 0 else number
 
     def covers(self, start: int, end: int) -> bool:
         """Return whether every number of [start, end) is in the set."""
-        return any(span[0] <= start and end <= span[1] for span in self.spans)
+        return end <= self.end_of(start)
 
     def remove(self, start: int, end: int) -> None:
         """Remove [start, end)."""
@@ -109,8 +106,7 @@ class Ranges:
 
     def drop_below(self, number: int) -> None:
         """Remove the ranges that lie wholly below ``number``."""
-        if self.spans and self.spans[0][1] <= number:
-            self.spans = [span for span in self.spans if span[1] > number]
+        del self.spans[:bisect_right(self.spans, number, key=itemgetter(1))]
 
 
 # --- the path -------------------------------------------------------------------------------------------------
@@ -930,7 +926,7 @@ class ReceiveStream:
         if to > self.reached:
             if elsewhere:
                 self.given_up.add(self.ready, to)
-                for start, end in self.claimed.spans:
+                for start, end in takewhile(lambda span: span[0] < to, self.claimed.spans):
                     self.given_up.remove(start, end)
             self._skip(to)
             self._merge()
@@ -956,20 +952,15 @@ class ReceiveStream:
         return True
 
     def note_shown(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Learn that another program has shown these numbers: ranges [first, end) of whole texts, sorted and apart.
+        """Learn that another program has shown these numbers: ranges [first, end) of whole texts.
 
         What was not handed out yet is dropped, because it may be among them: its sender still has it.
         """
         self.give_back(self.taken)
         for first, end in spans if self.given_up.spans else ():
             self.given_up.remove(first, end)
-        claimed: list[tuple[int, int]] = []
-        for first, end in sorted([*self.claimed.spans, *((max(first, self.ready), end) for first, end in spans)]):
-            if claimed and first <= claimed[-1][1]:
-                first, end = claimed[-1][0], max(end, claimed.pop()[1])
-            if first < end:
-                claimed.append((first, end))
-        self.claimed.spans, self.claimed.most = claimed, max(MAX_CLAIMED_RANGES, len(claimed))
+        self.claimed.spans = merged([*self.claimed.spans, *((max(first, self.ready), end) for first, end in spans)])
+        self.claimed.most = max(MAX_CLAIMED_RANGES, len(self.claimed.spans))
         self._merge()
 
     def take(self, numbers: int = MAX_EARLY) -> list[Run]:
@@ -1080,15 +1071,8 @@ class ReceiveStream:
 
     def _have(self) -> list[list[int]]:
         """Return what came and is not written: inclusive ranges, the lowest ones."""
-        reached = self.reached
-        spans = [[self.next, reached - 1]] if reached > self.next else []
-        for first in sorted(self._early):
-            last = first + len(self._early[first][0]) - 1
-            if spans and first <= spans[-1][1] + 1:
-                spans[-1][1] = max(last, spans[-1][1])
-            else:
-                spans.append([first, last])
-        return spans[:MAX_RANGES]
+        early = [(first, first + len(items)) for first, (items, _) in self._early.items()]
+        return [[first, end - 1] for first, end in merged([(self.next, self.reached), *early])[:MAX_RANGES]]
 
 
 class Incoming:

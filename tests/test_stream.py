@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from protocol import MAX_EARLY, is_valid, join_pieces, split_text
+from protocol import MAX_EARLY, is_valid, join_pieces, merged, split_text
 from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW,
                     MAX_TIMEOUT, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 from tests.test_protocol import LETTERS
@@ -175,6 +175,10 @@ def test_ranges_hold_what_was_added_and_forget_the_lowest_first(added: list[tupl
     for number in range(80):
         after = next(n for n in range(number, 100) if n not in wanted)
         assert everything.end_of(number) == after
+        some = set(range(number, number + 3))
+        assert (everything.touches(number, number + 3), everything.covers(number, number + 3)) == (
+            bool(some & wanted), some <= wanted)
+    assert everything.spans == merged((start, start + length) for start, length in added)
     everything.drop_below(30)
     assert {number for number in range(30, 80) if number in everything} == {n for n in wanted if n >= 30}
 
