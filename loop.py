@@ -211,8 +211,9 @@ class Scheduler:
         self.drained = True
 
     def run_timers(self) -> None:
-        """Call every timer that is due."""
-        self.timers.run(self._now)
+        """Call every timer that is due, if one was when the wait began; what this turn has added waits for the next."""
+        if self._due <= self._now:
+            self.timers.run(self._now)
 
 
 class SystemRandom:
@@ -323,8 +324,7 @@ class SelectorLoop(Scheduler):
             for watchers in list(self._always.values()):
                 for callback in watchers.values():
                     callback()
-        if self._due <= self._now:
-            self.timers.run(self._now)
+        self.run_timers()
         self.settle()
 
     def close(self) -> None:
