@@ -189,8 +189,8 @@ class RecentLines:
         """Return the last lines, at most ``keep``; none if there is no file yet. Raise OSError."""
         try:
             data, is_whole = self._read_end()
-        except FileNotFoundError:
-            return []                # the first line creates it
+        except (FileNotFoundError, NotADirectoryError):
+            return []                # the first line creates it, where that is possible
         self._is_torn = bool(data) and not data.endswith(b"\n")
         self._count = data.count(b"\n") + self._is_torn
         self._is_long = self._count > self._keep or not is_whole
@@ -296,8 +296,11 @@ class ShownMessages:
         return [(sender, int(stream), int(first), int(end)) for sender, stream, first, end in rows]
 
     def note(self, sender: str, stream: int, first: int, end: int) -> None:
-        """Note some numbers of a stream. Raise OSError."""
-        self._file.append([f"{sender} {stream} {first} {end}"])
+        """Note some numbers of a stream, unless there is no state directory and can be none. Raise OSError."""
+        try:
+            self._file.append([f"{sender} {stream} {first} {end}"])
+        except NotADirectoryError:
+            pass
 
 
 def _encoded(lines: Iterable[str]) -> bytes:

@@ -1024,8 +1024,6 @@ def join(options: argparse.Namespace, client: Client, shown: ShownMessages | Non
     try:
         if shown is not None:
             client.inbox.restore(shown.load())
-    except NotADirectoryError:
-        pass            # there is no state directory, so nothing was noted
     except OSError as error:
         log.warning("what was shown before may come again: %s: %s", error.filename, error.strerror)
     if options.mode == "client":
@@ -1037,18 +1035,18 @@ def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> S
     if options.mode not in ("recv", "ask"):
         return None
     from conversation import Selection
+    note = functools.partial(note_shown, shown) if shown is not None else None
+    if options.mode == "ask":
+        return Selection(1, options.nicks[0], True, note)
+    return Selection(options.count, options.sender or "", False, note)
 
-    def note(sender: str, stream: int, first: int, end: int) -> None:
-        try:
-            if shown is not None:
-                shown.note(sender, stream, first, end)
-        except NotADirectoryError:
-            pass        # there is no state directory
-        except OSError as error:
-            log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
-    sender = options.nicks[0] if options.mode == "ask" else options.sender or ""
-    return Selection(1 if options.mode == "ask" else options.count, sender, options.mode == "ask",
-                     note if shown is not None else None)
+
+def note_shown(shown: ShownMessages, sender: str, stream: int, first: int, end: int) -> None:
+    """Note what was shown, see ``Selection``; say so if that fails."""
+    try:
+        shown.note(sender, stream, first, end)
+    except OSError as error:
+        log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
 
 
 def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | None, keys: Keys | None,

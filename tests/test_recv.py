@@ -351,6 +351,13 @@ def test_what_was_shown_is_read_again_whatever_else_is_in_the_file(tmp_path: obj
     assert ShownMessages(path).load() == [("bob", 7, 1, 3), ("?bob", 8, 2, 3)]
 
 
+def test_where_there_can_be_no_directory_nothing_is_noted_and_that_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown = ShownMessages(str(tmp_path / "file" / "shown"))
+    shown.note("bob", 7, 1, 3)
+    assert shown.load() == []
+
+
 def test_what_was_shown_is_known_however_much_was_noted_since(tmp_path: Path) -> None:
     shown = ShownMessages(str(tmp_path / "shown"))
     shown.note("bob", 7, 3, 5)
