@@ -28,10 +28,9 @@ from enum import Enum
 
 from conversation import ACK_TIMEOUT, DIRECT, SILENT, Delivery, Inbox, Meetings, Observer, Outbox, Selection
 from home import REGISTRATION_REFUSALS
-from loop import (NEVER, Address, Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address,
-                  wake_up)
-from protocol import (ONLINE, PROOF_BYTES, RECORD_MARK, SEALED, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE, Decoder,
-                      Info, Map, encode, folded, index_of, opened_plain, padded)
+from loop import Endpoint, Loop, Request, RestartableTimer, jittered, log, new_id, show_address, wake_up
+from protocol import (NEVER, ONLINE, PROOF_BYTES, RECORD_MARK, SEALED, SERVER_ATTEMPTS, SERVER_INTERVAL, SESSION_SIZE,
+                      Address, Decoder, Info, Map, encode, folded, index_of, opened_plain, padded)
 from registry import (COMMAND_STATES, LINK_LEAVING, LINK_OFFLINE, LINK_ONLINE, LINK_REGISTERING, LINK_RETURNING,
                       LINK_SYNCING, REGISTERED_STATES, SYNC_INTERVAL, TRANSITIONS, LinkState, Patience, TableSync)
 from secure import NO_REQUEST, Channel, Connection, Handshake, Peers, SealedMail, Send

@@ -55,10 +55,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice
 
-from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Any, Info, NamedTuple,
-                      Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded, is_private,
-                      join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_origin, split_text)
-from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NEVER, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
+from protocol import (DOUBTS, MAX_ITEMS, MAX_PIECE, NEVER, SERVER_ATTEMPTS, SERVER_INTERVAL, Address, Any, Info,
+                      NamedTuple, Opened, Outgoing, Place, Protocol, are_neighbours, are_short, encode, folded,
+                      is_private, join_pieces, letters_of, opened_plain, pieces_of, proof_of, runs_of_one_origin,
+                      split_text)
+from stream import (INITIAL_TIMEOUT, MAX_TIMEOUT, NOT_YET, Account, DuplicateFilter, Frames, Incoming, Reach,
                     ReceiveStream, Run, SendStream)
 
 

@@ -44,15 +44,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from home import DEBUG, ERROR, INFO, WARNING, LineFile, text_line
-from protocol import MAX_RECEIVED, TYPE_CHECKING, Any, Protocol, clean
+from protocol import MAX_RECEIVED, NEVER, TYPE_CHECKING, Address, Any, Protocol, clean
 
 if TYPE_CHECKING:
     import subprocess
-
-# a numeric host, without brackets, and a port. Behind a link-local host stands the number of its interface, fe80::1%2:
-# the number is what the kernel tells; show_address shows the name
-Address = tuple[str, int]
-NEVER = float("inf")            # a time that does not come
 
 
 # --- timers ---------------------------------------------------------------------------------------------------

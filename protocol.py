@@ -67,9 +67,12 @@ else:
 
     Any = Protocol = object
 
-Address = tuple[str, int]       # host and port
+# a numeric host, without brackets, and a port. Behind a link-local host stands the number of its interface, fe80::1%2:
+# the number is what the kernel tells; ``show_address`` shows the name
+Address = tuple[str, int]
 Info = dict[str, Any]           # the fields of one map
 Map = tuple[str, Info]          # a tag and its fields
+NEVER = float("inf")            # a time that does not come
 
 # Protocol constants: two implementations that differ in one of these do not understand each other.
 
@@ -91,7 +94,7 @@ SYNC_PAGES = 32           # datagrams that answer one ``sync``; after as many, t
 SESSION_BYTES = 16        # 128 bits: nobody guesses one
 PROOF_BYTES = 8           # of a session, in what the server sends: 64 bits, nobody guesses them while it lasts
 TOKEN_BYTES = 32          # an HMAC-SHA256
-KEY_BYTES = 32            # a public key of X25519
+KEY_BYTES = 32            # a public key of X25519; and a secret, and what two share
 INDEX_BYTES = 4           # of a channel: chosen by the receiver of its records, which finds the channel by them
 ENVELOPE_BYTES = 48       # of the letters of one stream: without it nobody opens them
 KEY_NAME_BYTES = 8        # of the SHA-256 of a public key, which name it

@@ -36,9 +36,9 @@ from enum import Enum
 from itertools import takewhile
 
 from home import Known, Mailbox
-from loop import NEVER, Endpoint, Loop, RestartableTimer, jittered, log, seen_from
-from protocol import (GONE, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info, Mirror, Page, Parcel,
-                      Place, Protocol, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
+from loop import Endpoint, Loop, RestartableTimer, jittered, log, seen_from
+from protocol import (GONE, NEVER, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info, Mirror, Page,
+                      Parcel, Place, Protocol, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
                       mixes_scripts, network_of, since_of)
 from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
                     is_bind_proof, is_hash_of, read_map)

@@ -34,12 +34,12 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from itertools import repeat
 
 from home import KnownKeys, Pin, fingerprint, sha256
-from loop import NEVER, Endpoint, log
+from loop import Endpoint, log
 from stream import NOT_YET, Frames
 from protocol import (BROKEN, CONTINUES, COUNT_BYTES, GREET_SIZE, HEADER_SIZE, INDEX_BYTES, INDEX_END, JOIN_SIZE,
-                      KEY_NAME_BYTES, MAX_NUMBER, NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED, STRANGELY_PLAIN,
-                      TAG_SIZE, UNSEALED, Address, Any, Decoder, Info, Opened, ReplayWindow, contents, contents_of,
-                      encode, folded, hello_prologue, index_of, is_private, letter_prologue, numbers_of,
+                      KEY_BYTES, KEY_NAME_BYTES, MAX_NUMBER, NEVER, NO_NICK, OTHER_KEY, RECORD, REG_SIZE, SEALED,
+                      STRANGELY_PLAIN, TAG_SIZE, UNSEALED, Address, Any, Decoder, Info, Opened, ReplayWindow, contents,
+                      contents_of, encode, folded, hello_prologue, index_of, is_private, letter_prologue, numbers_of,
                       offer_prologue, padded)
 
 Send = Callable[[bytes, Address], None]     # sends a datagram
@@ -614,10 +614,9 @@ class Peers:
 
 # --- encryption: libsodium and keys -----------------------------------------------------------------------------
 
-KEY_SIZE = 32             # bytes of a secret, of a public key and of a shared one
 NONCE_SIZE = 12           # bytes
 MAX_SEALED = 65535        # bytes of a sealed text, and of a message of a handshake (Noise §3)
-ZEROS = bytes(KEY_SIZE)
+ZEROS = bytes(KEY_BYTES)
 ZEROS_TAG = bytes.fromhex("4eb972c9a8fb3a1b382bb4d36f5ffad1")  # what comes of sealing nothing with zeros
 
 Aead = Callable[[bytes, bytes, bytes, bytes], "bytes | None"]   # of key, nonce, associated data, text; None: it failed
@@ -640,13 +639,13 @@ class Sodium:
 
     def public(self, secret: bytes) -> bytes:
         """Return the public key of ``secret``. Raise ValueError if that has a wrong length."""
-        if len(secret) != KEY_SIZE:
+        if len(secret) != KEY_BYTES:
             raise ValueError("a secret has 32 bytes")
         return self._base(secret)
 
     def shared(self, secret: bytes, public: bytes) -> bytes:
         """Return what the owners of two keys share. Raise Forged if it is zero with every secret (RFC 7748 §6.1)."""
-        if len(secret) != KEY_SIZE or len(public) != KEY_SIZE:
+        if len(secret) != KEY_BYTES or len(public) != KEY_BYTES:
             raise ValueError("a key has 32 bytes")
         shared = self._multiply(secret, public)
         if shared is None or shared == ZEROS:
@@ -658,7 +657,7 @@ class Sodium:
 
         A key and a nonce must never be used for two texts, or with two ``data``: whoever sees both could forge.
         """
-        if len(key) != KEY_SIZE or len(nonce) != NONCE_SIZE or max(len(text) + TAG_SIZE, len(data)) > MAX_SEALED:
+        if len(key) != KEY_BYTES or len(nonce) != NONCE_SIZE or max(len(text) + TAG_SIZE, len(data)) > MAX_SEALED:
             raise ValueError("a key has 32 bytes, a nonce 12, a sealed text at most 65,535")
         sealed = self._encrypt(key, nonce, data, text)
         assert sealed is not None
@@ -666,7 +665,7 @@ class Sodium:
 
     def open(self, key: bytes, nonce: bytes, data: bytes, sealed: bytes) -> bytes:
         """Return the text that was sealed. Raise Forged if the tag does not verify, ValueError for a wrong length."""
-        if len(key) != KEY_SIZE or len(nonce) != NONCE_SIZE or len(data) > MAX_SEALED:
+        if len(key) != KEY_BYTES or len(nonce) != NONCE_SIZE or len(data) > MAX_SEALED:
             raise ValueError("a key has 32 bytes, a nonce 12")
         text = self._decrypt(key, nonce, data, sealed) if TAG_SIZE <= len(sealed) <= MAX_SEALED else None
         if text is None:
@@ -707,8 +706,8 @@ def compiled_sodium() -> Sodium:
         failed = decrypt(buffer, null, null, sealed, len(sealed), data, len(data), nonce, key)
         return None if failed else result[:len(sealed) - TAG_SIZE]
 
-    return Sodium(lambda secret: ZEROS if base(buffer, secret) else result[:KEY_SIZE],
-                  lambda secret, public: None if multiply(buffer, secret, public) else result[:KEY_SIZE],
+    return Sodium(lambda secret: ZEROS if base(buffer, secret) else result[:KEY_BYTES],
+                  lambda secret, public: None if multiply(buffer, secret, public) else result[:KEY_BYTES],
                   seal, unseal)
 
 
@@ -898,12 +897,12 @@ class HandshakeState:
         """``prologue``: what both sides must agree on. ``remote``: the other's static key. Raise ValueError."""
         is_known, self._messages = PATTERNS[pattern]
         keys = (static.public, remote) if is_initiator else (remote, static.public)
-        if len(remote) != (KEY_SIZE if is_initiator or is_known else 0):
+        if len(remote) != (KEY_BYTES if is_initiator or is_known else 0):
             raise ValueError("a key has 32 bytes, and is given where, and only where, the pattern has it")
         self.step, self.is_initiator, self._static = 0, is_initiator, static
         self._ephemeral: KeyPair | None = None
         self.received = {"s": remote}
-        name = f"Noise_{pattern}_25519_ChaChaPoly_SHA256".encode().ljust(KEY_SIZE, b"\0")
+        name = f"Noise_{pattern}_25519_ChaChaPoly_SHA256".encode().ljust(KEY_BYTES, b"\0")
         self.symmetric = SymmetricState(name, name, CipherState(sodium))
         self.symmetric.mix_hash(prologue)
         for key in keys if is_known else keys[1:]:
@@ -947,7 +946,7 @@ class HandshakeState:
             if len(token) == 2:
                 symmetric.mix_key(self._shared(token, self._ephemeral, received))
                 continue
-            size = KEY_SIZE + TAG_SIZE if token == "s" else KEY_SIZE
+            size = KEY_BYTES + TAG_SIZE if token == "s" else KEY_BYTES
             part, rest = rest[:size], rest[size:]
             if len(part) < size:
                 raise Forged("this message is too short")

@@ -55,10 +55,10 @@ from enum import Enum
 from operator import itemgetter
 
 import protocol
-from protocol import (MAX_NUMBER, RECORD_MARK, SYNC_PAGES, Address, Any, Decoder, Info, Parcel, StoredLetter, addressed,
-                      Table, encode, fits_into_mail, index_of, mail_runs, mail_sizes, numbers_of, packed, table_map,
-                      texts_of_parts, widened)
-from loop import NEVER, Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
+from protocol import (MAX_NUMBER, NEVER, RECORD_MARK, SYNC_PAGES, Address, Any, Decoder, Info, Parcel, StoredLetter,
+                      Table, addressed, encode, fits_into_mail, index_of, mail_runs, mail_sizes, numbers_of, packed,
+                      table_map, texts_of_parts, widened)
+from loop import Loop, RestartableTimer, jittered, log, new_id, show_address, wake_up
 from registry import (BYE, DAY, DISK_FAILS, GRANTED, MAILBOX_FULL, MUST_ENCRYPT, NICK_LAPSE, NO_SUCH_NICK, OTHER_OWNER,
                       PROBE_HOLDER, PROBE_RECIPIENT, REPLACED, SILENCE, SPENT, TAKEN, UNKNOWN, Claim, ClaimVerdict,
                       Committer, Cookies, Hello, Hellos, Refusal, Registry, ReplyLimit, Session)

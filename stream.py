@@ -53,8 +53,8 @@ from enum import Enum
 from itertools import accumulate, takewhile
 from operator import itemgetter
 
-from protocol import (ARRAY_GROWTH, BUNDLE_EXTRA, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, MAX_DATAGRAM,
-                      MAX_EARLY, MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, RECORD_EXTRA, SESSION_BYTES,
+from protocol import (ARRAY_GROWTH, BUNDLE_EXTRA, ENVELOPE_BYTES, INITIAL_ROOM, KEY_NAME_BYTES, MAX_DATAGRAM, MAX_EARLY,
+                      MAX_ITEMS, MAX_NUMBER, MAX_RANGES, MAX_TEXT_PIECES, NEVER, RECORD_EXTRA, SESSION_BYTES,
                       SESSION_SIZE, TIME_RUN_SIZE, TIME_SIZE, Address, Any, Info, NamedTuple, Protocol, bundle_room,
                       encode, merged, padded, text_sizes)
 
@@ -120,7 +120,6 @@ INITIAL_CONGESTION_WINDOW = 10      # datagrams (RFC 6928)
 MIN_CONGESTION_WINDOW = 2           # datagrams (RFC 9002 §7.2)
 MAX_CONGESTION_WINDOW = 256         # datagrams in flight
 RATE_GAIN = 0.125         # weight of the newest round trip in the estimate of the rate
-NEVER = float("inf")
 
 
 class Path:

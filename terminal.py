@@ -32,10 +32,10 @@ from enum import Enum
 
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event, Observer
 from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, SCREEN_LINES, UNPROVEN_LINE, as_json, rfc3339, show_time
-from loop import (BYTE_ORDER_MARK, NEVER, OUTPUT_LIMIT, Guest, Loop, Output, Reader, RestartableTimer, SelectorLoop,
-                  Writer, wake_up)
-from protocol import (BROKEN, DOUBTS, MAX_TEXT, TYPE_CHECKING, Any, NamedTuple, Protocol, are_short, clean, folded,
-                      split_text)
+from loop import (BYTE_ORDER_MARK, OUTPUT_LIMIT, Guest, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
+                  wake_up)
+from protocol import (BROKEN, DOUBTS, MAX_TEXT, NEVER, TYPE_CHECKING, Any, NamedTuple, Protocol, are_short, clean,
+                      folded, split_text)
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
     import socket
     from editor import Action, EditorScreen, Prompt, StatusRow, Style

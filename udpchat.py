@@ -46,11 +46,11 @@ except ModuleNotFoundError as missing:
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages, check_store, config_home, fingerprint,
                   grouped, is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
                   state_home)
-from loop import (BYTE_ORDER_MARK, MAX_WAIT, NEVER, SERVER_DATAGRAMS, WILDCARDS, Address, AnsweringSocket, Endpoint,
-                  Failure, LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Usage, Writer,
-                  bind, call_at_the_end, client_socket, in_turns, is_number, log, look_up_patiently, read_some, resolve,
+from loop import (BYTE_ORDER_MARK, MAX_WAIT, SERVER_DATAGRAMS, WILDCARDS, AnsweringSocket, Endpoint, Failure,
+                  LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Usage, Writer, bind,
+                  call_at_the_end, client_socket, in_turns, is_number, log, look_up_patiently, read_some, resolve,
                   show_address, unmapped, visit)
-from protocol import MAX_ENTRIES, TYPE_CHECKING, Any, clean, folded
+from protocol import MAX_ENTRIES, NEVER, TYPE_CHECKING, Address, Any, clean, folded
 if TYPE_CHECKING:
     from client import Client
     from typing import NoReturn

@@ -45,11 +45,10 @@ from client import TIME_IS_OVER, Client
 from conversation import RECEIVED, REFUSED, SAVED, Event, Observer
 from home import ERROR, EVENT_FORMATS, INFO, UNPROVEN_LINE, Known, Mailbox, ShownMessages
 from loop import DATAGRAMS_PER_TURN, LOOK_UP_TIME, MAX_WAIT, Endpoint, Output, Random, Scheduler, log
-from protocol import RECORD_MARK, Address, Parcel, State, clean, encode, folded
+from protocol import NEVER, RECORD_MARK, Address, Parcel, State, clean, encode, folded
 from registry import DAY, LINK_OFFLINE, LINK_REGISTERING, Patience, Registry
 from secure import Handshake, KeyPair, Keys, Sodium, load_sodium, static_secret, token_for
 from server import Server
-from stream import NEVER
 from terminal import Display, JsonFormatter, TextFormatter
 from udpchat import NICK_PATIENCE, feed_job, formatter_for, nick_patience, parse, selection_for, text_to_send
 

@@ -16,9 +16,9 @@ import protocol
 from conversation import (CALLERS_KEPT, DIRECT, EXISTS, NO_ACK, POLLS_PER_TURN, QUEUE_LIMIT, RECEIVED,
                           RECIPIENT_OFFLINE, REFUSED, RELAY, SAVE, SAVED, SILENT, STUCK_TIMEOUT, Conversation, Event,
                           EventKind, Meetings, Outbox, Route)
-from protocol import (MAX_DATAGRAM, SERVER_ATTEMPTS, Address, Map, Place, bundle_room, contents, join_pieces,
+from protocol import (MAX_DATAGRAM, NEVER, SERVER_ATTEMPTS, Address, Map, Place, bundle_room, contents, join_pieces,
                       pieces_of)
-from stream import INITIAL_TIMEOUT, NEVER, Account, Frames, ReceiveStream
+from stream import INITIAL_TIMEOUT, Account, Frames, ReceiveStream
 from tests.test_protocol import LETTERS, SESSION, STREAM, decode
 from tests.test_stream import RANGE, check_sender, some_texts, take
 

@@ -17,8 +17,8 @@ import pytest
 
 import loop
 from client import ServerLink
-from loop import Address, AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
-from protocol import ONLINE
+from loop import AnsweringSocket, Endpoint, SelectorLoop, UdpSocket, for_ipv6_socket, show_address, unmapped
+from protocol import ONLINE, Address
 from registry import TableSync
 from tests.processes import (DEADLINE, EXITING, NO_PKTINFO, NOT_RESPONDING, ROOT, UPDATED, WELCOME, Chat,
                              Machine, NoNamespaces, Process, has_ipv6, received)

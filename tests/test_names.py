@@ -21,8 +21,9 @@ import pytest
 
 import loop as loop_module
 import udpchat
-from loop import (ATTEMPTS, LOOK_UP_INTERVAL, MAX_ADDRESSES, MAX_LOOK_UP_INTERVAL, Address, Endpoint, Failure,
-                  LookUpFailure, NameLookUp, Random, Scheduler, SelectorLoop, Usage, client_socket, in_turns)
+from protocol import Address
+from loop import (ATTEMPTS, LOOK_UP_INTERVAL, MAX_ADDRESSES, MAX_LOOK_UP_INTERVAL, Endpoint, Failure, LookUpFailure,
+                  NameLookUp, Random, Scheduler, SelectorLoop, Usage, client_socket, in_turns)
 from tests.processes import (DEADLINE, EXITING, NOT_RESPONDING, PROGRAM, ROOT, WELCOME, Chat, Process, has_ipv6,
                              received)
 

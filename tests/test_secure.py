@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 import home
 import secure
 from home import fingerprint, sha256
-from protocol import (BUNDLE_EXTRA, CONTINUES, HEADER_SIZE, MAX_DATAGRAM, RECORD, RECORD_EXTRA, REPLAY_WINDOW,
-                      STRING_HEADER, TAG_SIZE, Decoder, ReplayWindow, contents, index_of, is_nick, letter_prologue)
-from secure import (COUNTER_LIMIT, KEY_SIZE, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged,
-                    HandshakeState, KeyPair, Letters, Sodium, SymmetricState, bind_proof, compiled_sodium,
-                    hash_of, hmac_sha256, is_bind_proof, load_sodium, public_sodium, static_secret, token_for)
+from protocol import (BUNDLE_EXTRA, CONTINUES, HEADER_SIZE, KEY_BYTES, MAX_DATAGRAM, RECORD, RECORD_EXTRA,
+                      REPLAY_WINDOW, STRING_HEADER, TAG_SIZE, Decoder, ReplayWindow, contents, index_of, is_nick,
+                      letter_prologue)
+from secure import (COUNTER_LIMIT, MAX_SEALED, PATTERNS, Channel, ChannelEnded, CipherState, Forged, HandshakeState,
+                    KeyPair, Letters, Sodium, SymmetricState, bind_proof, compiled_sodium, hash_of, hmac_sha256,
+                    is_bind_proof, load_sodium, public_sodium, static_secret, token_for)
 from tests.processes import ROOT
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -179,7 +180,7 @@ def test_a_public_key_that_makes_every_secret_zero_is_refused(sodium: Sodium, po
 
 @given(size=st.integers(0, 100))
 def test_nothing_of_a_wrong_length_gets_to_libsodium(sodium: Sodium, size: int) -> None:
-    wrong = bytes(size) if size != KEY_SIZE else b""
+    wrong = bytes(size) if size != KEY_BYTES else b""
     nonce = bytes(size) if size != 12 else b""
     calls: list[tuple[Callable[..., bytes], tuple[bytes, ...]]] = [
         (sodium.public, (wrong,)), (sodium.shared, (wrong, key(1))), (sodium.shared, (key(1), wrong)),

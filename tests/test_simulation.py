@@ -17,10 +17,9 @@ import pytest
 import protocol
 import registry
 from client import PINGS_REMEMBERED, PING_INTERVAL
-from protocol import Address, encode
+from protocol import NEVER, Address, encode
 from registry import LINK_LEAVING, OLD_TABLE_TIME, SYNC_INTERVAL
 from secure import NO_REQUEST, Handshake, token_for
-from stream import NEVER
 from tests.simulate import (ELSEWHERE, SERVER, Disk, Life, Node, Router, ServerNode, Weather, World, own_secret, replay,
                             run_seed)
 from udpchat import NICK_PATIENCE

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import protocol
-from protocol import MAX_EARLY, is_valid, join_pieces, merged, split_text
+from protocol import MAX_EARLY, NEVER, is_valid, join_pieces, merged, split_text
 from stream import (CLOCK_GRAIN, INITIAL_CONGESTION_WINDOW, LOST, MAX_CLAIMED_RANGES, MAX_CONGESTION_WINDOW,
-                    MAX_TIMEOUT, MIN_TIMEOUT, NEVER, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
+                    MAX_TIMEOUT, MIN_TIMEOUT, SENT, UNSENT, Packet, Ranges, ReceiveStream, SendStream)
 from tests.test_protocol import LETTERS
 
 
