@@ -359,7 +359,6 @@ class SendStream:
                 tail.end += start
                 tail.size += totals[start - 1]
                 done = totals[start - 1]
-        start = max(start, 0)
         while start < len(items):
             end = self._whole(bisect_right(totals, done + self.capacity, start), start + MAX_ITEMS, sizes)
             assert end > start, "an item larger than a datagram"
