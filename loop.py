@@ -655,6 +655,22 @@ def is_own(sock: socket.socket) -> bool:
         return False
 
 
+def send_some(sock: socket.socket, data: bytes) -> int:
+    """Send; return how many bytes were taken, 0 if none can be now. Raise OSError."""
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
+
+
+def receive_some(sock: socket.socket) -> bytes | None:
+    """Return at most ``READ_SIZE`` bytes, b"" at the end, or where it is broken, None if there is nothing now."""
+    try:
+        return read_some(sock.fileno())
+    except OSError:
+        return b""
+
+
 class Guest:
     """A connection to a ``LocalSocket``: one line comes in, any number may go out."""
 
@@ -663,26 +679,15 @@ class Guest:
         self._loop, self._sock, self._limit, self._on_line, self._on_closed = loop, sock, limit, on_line, on_closed
         self._line, self._has_line = b"", False
         self._is_open, self._is_ending = True, False
-        self._output = Output(self._put)
+        self._output = Output(functools.partial(send_some, sock))
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
         self._timer = loop.call_at(loop.now() + GUEST_TIME, self.close)
 
-    def _put(self, data: bytes) -> int:
-        try:
-            return self._sock.send(data)
-        except BlockingIOError:
-            return 0
-
     def _on_readable(self) -> None:
-        try:
-            data = self._sock.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
+        data = receive_some(self._sock)
+        if data == b"":
             self.close()        # what is not a whole line was never said; and nobody waits for an answer any more
-        elif not self._has_line:
+        elif data and not self._has_line:
             line, end, _ = (self._line + data).partition(b"\n")
             self._line = line
             if len(line) > self._limit:

@@ -21,6 +21,7 @@ On a terminal, lines go above what is typed: the prompt is erased, whole lines a
 """
 from __future__ import annotations
 
+import functools
 import math
 import re
 import selectors
@@ -33,7 +34,7 @@ from enum import Enum
 from conversation import RECEIVED, REFUSED, SAVED, Delivery, Event, Observer
 from home import BROKEN_LINE, EVENT_FORMATS, FOR_PEOPLE, SCREEN_LINES, UNPROVEN_LINE, as_json, rfc3339, show_time
 from loop import (BYTE_ORDER_MARK, OUTPUT_LIMIT, Guest, Loop, Output, Reader, RestartableTimer, SelectorLoop, Writer,
-                  wake_up)
+                  receive_some, send_some, wake_up)
 from protocol import (BROKEN, DOUBTS, MAX_TEXT, NEVER, TYPE_CHECKING, Any, NamedTuple, Protocol, are_short, clean,
                       folded, split_text)
 if TYPE_CHECKING:       # a start is measured, and only a terminal needs the editor
@@ -1529,7 +1530,7 @@ class HandOver:
         if max(size, len(text.encode())) > MAX_TEXT:
             size, text = max(size, len(text.encode())), ""      # it is only refused
         request = {"send": list(nicks), "text": text, "size": size}
-        self._request = Output(self._put)
+        self._request = Output(functools.partial(send_some, sock))
         self._request.write((json.dumps(request, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         sock.setblocking(False)
         loop.watch(sock.fileno(), selectors.EVENT_READ, self._on_readable)
@@ -1542,24 +1543,15 @@ class HandOver:
         failed = self.receipts.has_failed or self.receipts.undelivered or self._display.output.broken
         return int(bool(failed))
 
-    def _put(self, data: bytes) -> int:
-        try:
-            return self._sock.send(data)
-        except BlockingIOError:
-            return 0
-
     def _on_writable(self) -> None:
         self._request.flush()
         if not self._request.pending:       # all is sent, or nobody reads it: then the end comes by reading
             self._loop.watch(self._sock.fileno(), selectors.EVENT_WRITE, None)
 
     def _on_readable(self) -> None:
-        try:
-            data = self._sock.recv(OUTPUT_LIMIT)
-        except BlockingIOError:
+        data = receive_some(self._sock)
+        if data is None:
             return
-        except OSError:
-            data = b""
         *lines, self._line = (self._line + data).split(b"\n")
         for line in lines:
             self._on_event(line)
