@@ -1100,7 +1100,7 @@ class Client:
 
         The server may say what it likes: only what counts as the same nick is ours.
         """
-        is_first = self.link.nick == self.nick and not self.table_sync.boot
+        is_first = self.link.state is LINK_REGISTERING and self.link.nick == self.nick and not self.table_sync.boot
         if reason == "owned" and is_first and spelling != self.nick and folded(spelling) == folded(self.nick):
             log.info("%s is registered as %s", self.nick, spelling)
             self.link.nick = spelling

@@ -1140,6 +1140,22 @@ def test_only_the_server_whose_cookie_comes_first_gets_the_proof_of_a_nick() -> 
     assert alice.link.has_joined and alice.link.endpoint.current == alice.link.endpoint.other == EVE
 
 
+def test_a_server_that_takes_back_the_nick_that_it_gave_ends_a_client_in_order() -> None:
+    loop, sent = DeskLoop(), []
+    send: Callable[[bytes, Address], None] = lambda *datagram: sent.append(datagram)
+    alice = Client(loop, send, Display(Output(len)), "alice", Endpoint(loop, [SERVER]), Handshake(send))
+    alice.start()
+    id_ = maps_of(sent[0][0])[0][1]["id"]
+    refused = {"session": b"x" * 16, "nick": "alice", "reason": "owned", "spelling": "Alice"}
+    for tag, info in (("cookie", {"id": id_, "server": b"s" * 16, "cookie": b"c" * 16}),
+                      ("welcome", {"id": id_, "nick": "alice", "boot": 0, "session": b"x" * 16, "version": 1}),
+                      ("refused", refused)):
+        assert protocol.is_valid(tag, info)
+        alice.receive(encode(tag, info), SERVER)
+    alice.settle()
+    assert alice.leaving.exit_code == 1
+
+
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conversation.INBOX_LIMIT", 40 * PIECE_MEMORY)
     world, lives = start("alice", "bob", "carol", "dave")
