@@ -597,9 +597,9 @@ class PeerLinks:
             self.meetings.forget(nick)
             if self._peers is not None:
                 self._peers.on_news(nick)
-        held = [one for one in self._newcomers if self._loop.now() < one[0]]
+        recent = [one for one in self._newcomers if self._loop.now() < one[0]]
         self._newcomers = []
-        for until, tag, info, address in held:
+        for until, tag, info, address in recent:
             if tag == "chat" and self._is_at(info["from"], address):
                 self.on_chat(info, address)
             elif tag == "offer" and self._table.holds(address):

@@ -168,7 +168,7 @@ class Conversation:
         self._progress_at = NEVER                   # the same, but for changes of the route
         self._judge_at = -NEVER                     # when it may have something to decide; never too late
         self._server_is_silent = False              # there was no answer of the server, and the event SILENT was added
-        self._is_held = False                       # nothing may be sent yet: ``locate`` says when
+        self._awaits_key = False                    # nothing may be sent yet: ``locate`` says when
         self._announced: dict[EventKind, int] = {}      # below which number an event of that kind was added
         self.stream = SendStream(id_, self.frames.capacity(True), min(INITIAL_TIMEOUT, ack_timeout / 2))
 
@@ -313,7 +313,7 @@ class Conversation:
         """Return when ``poll`` must be called even if nothing happens."""
         if not self.pending:
             return NEVER
-        return self._judge_at if self._is_held else min(self.stream.due(), self._judge_at)
+        return self._judge_at if self._awaits_key else min(self.stream.due(), self._judge_at)
 
     def poll(self, now: float, drained: bool = True, guard: Guard | None = None) -> list[Outgoing]:
         """Return the datagrams to send now, and where to (None: the server).
@@ -346,8 +346,8 @@ class Conversation:
         reason = guard(self.frames, self.route is DIRECT) if guard is not None else ""
         if self.route is not DIRECT and self.frames.is_sealing is not (self.frames.letters is not None):
             self._repack()      # sealed, the texts need another room
-        self._is_held = reason == NOT_YET
-        if reason and not self._is_held:
+        self._awaits_key = reason == NOT_YET
+        if reason and not self._awaits_key:
             self._refuse_all(now, reason)
         return not reason
 

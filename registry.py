@@ -891,7 +891,7 @@ class Registry:
             return ENCRYPTED if has_encrypted(known, token, self.public_key) else OWNED
         if known is None and (self.table.spellings.of(nick) or mixes_scripts(nick)):
             return OWNED
-        if self._is_held(nick, address, key, is_sealed):
+        if self._is_in_use_elsewhere(nick, address, key, is_sealed):
             return PROBE_HOLDER
         sessions = self.sessions
         if sessions.of(nick) is None and len(sessions) >= self.max_clients and sessions.oldest_unresponsive() is None:
@@ -900,7 +900,7 @@ class Registry:
             return FULL
         return GRANTED
 
-    def _is_held(self, nick: str, address: Address, key: ShownKey | None, is_sealed: bool) -> bool:
+    def _is_in_use_elsewhere(self, nick: str, address: Address, key: ShownKey | None, is_sealed: bool) -> bool:
         """Return whether somebody else may be running with ``nick``.
 
         Who encrypts is known by the key of the nick, if it has one, not by the address: others can speak from there.

@@ -733,7 +733,7 @@ class Display:
 
 # --- who comes and goes ---------------------------------------------------------------------------------------
 
-VISIT_TIME = 2.0          # s; whoever is there, or away, for a shorter time is not announced to people
+PRESENCE_DELAY = 2.0      # s; whoever is there, or away, for a shorter time is not announced to people
 RETURN_TIME = 20.0        # s after our own return in which others may be on their way: who is away then is told later
 NAMES_TOLD = 3            # in one line, at most
 
@@ -774,7 +774,7 @@ class Presence:
             if self._told is None or (nick in self._told) is is_online:
                 self._news.pop(nick, None)
             elif self._display.asks:
-                due = self._loop.now() + VISIT_TIME
+                due = self._loop.now() + PRESENCE_DELAY
                 self._news.setdefault(nick, due if is_online else max(due, self._returned + RETURN_TIME))
             elif self._display.formatter.is_for_programs:
                 self._turn(nick)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conversation import Delivery
-from terminal import RETURN_TIME, VISIT_TIME, Presence, ScreenFormatter
+from terminal import PRESENCE_DELAY, RETURN_TIME, Presence, ScreenFormatter
 from tests.test_strangers import DeskLoop
 
 
@@ -54,7 +54,7 @@ class Room:
 def test_who_comes_and_goes_is_told_to_people_a_little_later_and_in_one_line() -> None:
     room = Room("alice", "bob")
     room.turn("bob", "carol", "dave")
-    assert room.wait(VISIT_TIME - 0.1) == []
+    assert room.wait(PRESENCE_DELAY - 0.1) == []
     assert room.wait(0.2) == ["client-offline bob", "client-onlines carol and dave"]
 
 
@@ -62,7 +62,7 @@ def test_who_comes_and_goes_is_told_to_people_a_little_later_and_in_one_line() -
 def test_a_short_visit_or_absence_is_not_told(nick: str) -> None:
     room = Room("bob")
     room.turn(nick)
-    assert room.wait(VISIT_TIME - 0.1) == []
+    assert room.wait(PRESENCE_DELAY - 0.1) == []
     room.turn(nick)
     assert room.wait(60) == []
 
@@ -71,13 +71,13 @@ def test_after_a_restart_of_the_server_those_who_come_back_a_little_later_are_no
     room = Room("bob", "carol", "dave")
     room.presence.on_session()
     room.turn("bob", "carol", "dave")
-    assert room.wait(VISIT_TIME + 1) == []
+    assert room.wait(PRESENCE_DELAY + 1) == []
     room.turn("bob")
     assert room.wait(RETURN_TIME - 5) == []
     room.turn("carol")
     assert room.wait(5) == ["client-offline dave"]
     room.turn("bob")
-    assert room.wait(VISIT_TIME + 0.1) == ["client-offline bob"], "that was later"
+    assert room.wait(PRESENCE_DELAY + 0.1) == ["client-offline bob"], "that was later"
 
 
 def test_programs_are_told_at_once() -> None:
