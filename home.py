@@ -279,6 +279,7 @@ class ShownMessages:
     def __init__(self, path: str) -> None:
         self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
                                  lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)), self._merged)
+        self.has_failed = False     # to note something, and the user was told
 
     @staticmethod
     def _merged(lines: list[str]) -> list[str]:

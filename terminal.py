@@ -46,6 +46,7 @@ if TYPE_CHECKING:       # a start is measured, and only a terminal needs the edi
 
 LINE_LIMIT = MAX_TEXT + 1024            # bytes of a line that are kept; the rest is only counted
 JSON_LIMIT = 6 * MAX_TEXT + 4096        # bytes of one that may be a JSON object: every character may be escaped
+HANDED_LIMIT = JSON_LIMIT + 2 ** 20     # bytes of a message that is handed over: an argument may name many nicks
 SURROGATES = "[\ud800-\udfff]"          # that JSON can name, and UTF-8 cannot encode
 SPACED_SEND = r"[ \t]*send[ \t]+([^ \t]+)[ \t](.*)"      # one blank or tab behind NICK; the rest is MESSAGE, as it is
 REF_LIMIT = 256                         # characters of a ``ref``

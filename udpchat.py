@@ -876,7 +876,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     """Run a client, or send or receive some messages; return the exit code. Raise Usage and Failure."""
     from client import Client
     from registry import Patience
-    from terminal import JSON_LIMIT, Console, Display
+    from terminal import HANDED_LIMIT, Console, Display
     end = time.monotonic() + (options.timeout or NEVER)
     nick, (host, server_port) = own_nick(options), server_of(options)
     addresses, is_named = in_turns(look_up_patiently(host, server_port, end)), not is_number(host)
@@ -909,7 +909,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
                     reader.is_terminal, patience=patience, selection=selection_for(options, shown))
     willing = list[socket.socket]()
     patience.on_wait = functools.partial(look_again, options, paths, client, loop, willing)
-    local = LocalSocket(loop, JSON_LIMIT, client.takes_messages, client.shell.hand_over)
+    local = LocalSocket(loop, HANDED_LIMIT, client.takes_messages, client.shell.hand_over)
     client.on_joined = lambda: join(options, client, shown, local, own(server.current))
     show_log_above_prompt(display)
     port.receive = client.receive
@@ -1042,11 +1042,13 @@ def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> S
 
 
 def note_shown(shown: ShownMessages, sender: str, stream: int, first: int, end: int) -> None:
-    """Note what was shown, see ``Selection``; say so if that fails."""
+    """Note what was shown, see ``Selection``; say once if that fails."""
     try:
         shown.note(sender, stream, first, end)
     except OSError as error:
-        log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
+        if not shown.has_failed:
+            log.warning("it is not noted what was shown, so it may come again: %s", error.strerror)
+        shown.has_failed = True
 
 
 def handshake_for(options: argparse.Namespace, port: UdpSocket, secret: bytes | None, keys: Keys | None,

@@ -143,6 +143,17 @@ def test_a_text_that_is_too_long_is_refused(chat: Chat) -> None:
     carl.see("carl: " + "\\x01" * MAX_TEXT)
 
 
+def test_the_longest_text_may_go_to_many(chat: Chat) -> None:
+    carl = client(chat, "carl")
+    nicks = [f"nobody{number:026}" for number in range(200)]
+    process = chat.run("send", ",".join(["carl", *nicks]),
+                       environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}", "UDPCHAT_NICK": "carl"})
+    process.feed("\x01" * MAX_TEXT)
+    assert process.finish() == 1 and not process.errors
+    assert sorted(process.lines) == sorted([received("carl"), *(f"[Unknown client {nick}.]" for nick in nicks)])
+    carl.see("carl: " + "\\x01" * MAX_TEXT)
+
+
 def test_recv_and_ask_are_refused_under_the_nick_of_a_client_that_runs(chat: Chat) -> None:
     carl = client(chat, "carl")
     why = ["udpchat: a client of yours runs as carl: what comes for carl is shown there"]

@@ -146,6 +146,16 @@ def test_what_was_shown_is_noted_for_each_nick_apart(chat: Chat) -> None:
     assert {path.name for path in (chat.state / "udpchat").glob("shown*")} == {"shown-carl", "shown-carol"}
 
 
+def test_what_cannot_be_noted_is_said_once(chat: Chat) -> None:
+    chat.absent("carl")
+    for number in range(3):
+        leave_mail(chat, f"bob{number}", ["one", "two"])
+    (chat.state / "udpchat" / "shown-carl").mkdir()
+    code, lines, errors = run(chat, "recv", "--count", "6")
+    assert code == 0 and lines == [f"bob{number}: {text}" for number in range(3) for text in ("one", "two")]
+    assert len([line for line in errors if "it is not noted what was shown" in line]) == 1
+
+
 def test_recv_may_show_objects(chat: Chat) -> None:
     chat.absent("carl")
     leave_mail(chat, "bob", ["one", "two"])
