@@ -466,6 +466,7 @@ class Receiving:
         self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
         self._is_greeted = False                # "[You have messages]" was shown for this coming online
         self._hold_timer = RestartableTimer(loop, self._look_after_holds)
+        self.before_showing: Callable[[], None] = lambda: None      # called in each turn that has something to show
 
     def start_over(self) -> None:
         """Expect another stream of mail, numbered from 1: a session has begun, or has ended."""
@@ -522,6 +523,8 @@ class Receiving:
     def show(self) -> bool:
         """Hand to the display what is ready, as long as it has room; return whether something is left."""
         display = self._display
+        if self.inbox.is_ready:
+            self.before_showing()
         for delivery in self.inbox.take(self._loop.now(), display.output.has_room):
             via = "direct"
             if delivery.times:

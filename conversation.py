@@ -889,15 +889,16 @@ class Selection:
     Once something was passed over, what follows in that stream is not acked: ``_passed``, for mail ``has_passed_mail``.
     """
 
-    def __init__(self, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:
-        """``sender``: "" for anybody. ``note``: keeps on the disk what was shown; None: nothing is kept there."""
+    def __init__(self, count: int, sender: str | None = None, asks: bool = False, note: Note | None = None) -> None:
+        """``sender``: None for anybody. ``note``: keeps on the disk what was shown; None: nothing is kept there."""
         self.left = count           # messages that are still to be handed out ...
         self.unwritten = count      # ... and to be written
         self.mail_from: int | None = None if asks else 1    # the number of the first letter that counts; None: unknown
         self.has_asked: Callable[[], bool] = lambda: True
         self.has_passed_mail = False
         self._is_told = False       # how long the present stream of mail was when the server was asked first
-        self.asks, self._sender, self._note = asks, folded(sender), note
+        self.asks, self._note = asks, note
+        self._sender = None if sender is None else folded(sender)       # folded, a nick may be empty
         self._old: dict[tuple[str, int], int] = {}          # by sender and stream: below which number all is old
         self._passed: set[tuple[str, int]] = set()          # the streams of which something was passed over
 
@@ -909,7 +910,7 @@ class Selection:
     @property
     def is_early(self) -> bool:
         """Whether the client must be online before the mail of others is acked: that stays unacked."""
-        return bool(self._sender)
+        return self._sender is not None
 
     def begin_mail(self) -> None:
         """Expect another stream of mail, numbered from 1 again.
@@ -937,7 +938,7 @@ class Selection:
     def admits(self, info: Info) -> bool:
         """Return whether a ``chat`` may be accepted."""
         sender, stream = info["from"], info["stream"]
-        if self._sender and folded(sender) != self._sender:
+        if self._sender not in (None, folded(sender)):
             return False
         if not self.has_asked():
             self._note_old((sender, stream), info["n"] + len(info["text"]))
@@ -956,7 +957,7 @@ class Selection:
         """
         (sender, stream, _), first = letters[0][:2]
         key = sender, stream
-        is_wanted = not self._sender or (folded(sender) == self._sender and proof_of(letters, 1) not in DOUBTS)
+        is_wanted = self._sender is None or (folded(sender) == self._sender and proof_of(letters, 1) not in DOUBTS)
         is_new = self.mail_from is not None and number >= self.mail_from and first >= self._old.get(key, 1)
         if self.asks and is_wanted and not is_new:
             self._note_old(key, first + len(letters))

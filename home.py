@@ -268,6 +268,9 @@ class RecentLines:
 SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE = 16384, 20480, 2 ** 22     # lines, lines, bytes
 
 
+NEWS_GAP = 0.5            # s; nobody loses the nick to another program within that time
+
+
 class ShownMessages:
     """The messages for a nick that ``udpchat recv`` and ``ask`` have shown, in a file; a line for some of a stream::
 
@@ -280,6 +283,9 @@ class ShownMessages:
         self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
                                  lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)), self._merged)
         self.has_failed = False     # to note something, and the user was told
+        self._path = path
+        self._known: tuple[int, ...] = ()       # how the file was when it was read or written
+        self._asked = time.monotonic()          # when somebody has asked for news
 
     @staticmethod
     def _merged(lines: list[str]) -> list[str]:
@@ -293,6 +299,7 @@ class ShownMessages:
 
     def load(self) -> list[tuple[str, int, int, int]]:
         """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""
+        self._known = self._status()
         rows = [line.split(" ") for line in self._file.load()]
         return [(sender, int(stream), int(first), int(end)) for sender, stream, first, end in rows]
 
@@ -300,8 +307,25 @@ class ShownMessages:
         """Note some numbers of a stream, unless there is no state directory and can be none. Raise OSError."""
         try:
             self._file.append([f"{sender} {stream} {first} {end}"])
+            self._known = self._status()
         except NotADirectoryError:
             pass
+
+    def has_news(self) -> bool:
+        """Return whether another program has noted something meanwhile: it had the nick while this one was stopped.
+
+        To be asked before each message is shown. For that, this program must have been stopped for a while, during
+        which it did not ask: only then the file is looked at.
+        """
+        asked, self._asked = self._asked, time.monotonic()
+        return self._asked - asked > NEWS_GAP and self._status() != self._known
+
+    def _status(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _encoded(lines: Iterable[str]) -> bytes:

@@ -911,6 +911,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     patience.on_wait = functools.partial(look_again, options, paths, client, loop, willing)
     local = LocalSocket(loop, HANDED_LIMIT, client.takes_messages, client.shell.hand_over)
     client.on_joined = lambda: join(options, client, shown, local, own(server.current))
+    client.receiving.before_showing = lambda: restore_shown(client, shown) if shown and shown.has_news() else None
     show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
@@ -926,7 +927,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         look_up_again.close()
         console.close()
         loop.close()
-    if willing:
+    if willing and not client.leaving.is_over:      # if it is, the text was already named as not delivered
         return hand_over(options, nick, willing[0], text, size, end, errors)
     if is_terminal:
         remember_nicks([nick for nick, *_ in client.clients()])
@@ -1021,13 +1022,18 @@ def join(options: argparse.Namespace, client: Client, shown: ShownMessages | Non
 
     ``path``: where programs of the same user find it.
     """
+    restore_shown(client, shown)
+    if options.mode == "client":
+        local.open(path)
+
+
+def restore_shown(client: Client, shown: ShownMessages | None) -> None:
+    """Tell a client which messages for its nick other programs have shown."""
     try:
         if shown is not None:
             client.inbox.restore(shown.load())
     except OSError as error:
         log.warning("what was shown before may come again: %s: %s", error.filename, error.strerror)
-    if options.mode == "client":
-        local.open(path)
 
 
 def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> Selection | None:
@@ -1038,7 +1044,7 @@ def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> S
     note = functools.partial(note_shown, shown) if shown is not None else None
     if options.mode == "ask":
         return Selection(1, options.nicks[0], True, note)
-    return Selection(options.count, options.sender or "", False, note)
+    return Selection(options.count, options.sender, False, note)
 
 
 def note_shown(shown: ShownMessages, sender: str, stream: int, first: int, end: int) -> None:

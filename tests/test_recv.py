@@ -138,6 +138,40 @@ def test_a_client_that_comes_back_does_not_show_what_recv_has_shown_meanwhile(ch
     assert [line for line in texts(carl) if ": " in line] == ["bob: zero", "dora: in front", "bob: two"]
 
 
+def test_a_client_that_was_stopped_does_not_show_what_recv_has_shown_meanwhile(chat: Chat) -> None:
+    bob, carl = chat.client("bob"), chat.client("carl", "--stay")
+    bob.wait_for("carl")
+    bob.feed("send carl zero\n")
+    carl.see("bob: zero")
+    carl.signal(signal.SIGSTOP)
+    bob.feed("send carl one\nsend carl two\n")
+    bob.see(SAVED, SAVED)               # and copies lie in the socket of carl
+    assert run(chat, "recv", "--count", "1") == (0, ["bob: one"], [])
+    carl.signal(signal.SIGCONT)
+    carl.see("bob: two")
+    carl.signal(signal.SIGTERM)
+    carl.wait()
+    assert [line for line in carl.lines if ": " in line] == ["bob: zero", "bob: two"]
+
+
+def test_a_program_that_was_stopped_learns_that_another_has_noted_something_but_not_of_its_own_notes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    one, other = ShownMessages(str(tmp_path / "shown")), ShownMessages(str(tmp_path / "shown"))
+    assert one.load() == []
+    one.note("bob", 7, 1, 2)
+    clock += 5.0
+    assert not one.has_news()
+    other.note("bob", 7, 2, 3)
+    assert not one.has_news(), "it was not stopped"
+    clock += 5.0
+    assert one.has_news()
+    assert one.load()[-1][3] == 3
+    clock += 5.0
+    assert not one.has_news()
+
+
 def test_what_was_shown_is_noted_for_each_nick_apart(chat: Chat) -> None:
     for nick in ("carl", "carol"):
         chat.absent(nick)
@@ -508,6 +542,15 @@ def test_what_is_old_in_the_mail_is_no_answer_when_a_late_copy_of_it_comes_strai
     inbox.on_chat(0.1, chat_of("bob", 7, 1, "before", "answer"), ("h", 1))
     delivery, = taken(inbox, 0.1, answered=1)
     assert delivery.texts == ["answer"]
+
+
+def test_a_question_to_somebody_whose_folded_nick_is_empty_is_not_answered_by_others() -> None:
+    inbox = Inbox(Selection(1, "\u3164", asks=True))
+    assert inbox.selection is not None
+    inbox.selection.note_mail(0)
+    assert not inbox.on_chat(0.0, chat_of("eve", 7, 1, "yes"), ("h", 1))
+    inbox.on_mail(0.1, mail_of(1, ("eve", 8, "yes")))
+    assert not taken(inbox, 0.1, answered=1)
 
 
 def test_what_waited_at_the_server_is_shown_before_what_a_new_program_of_the_same_sender_says() -> None:
