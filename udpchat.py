@@ -366,21 +366,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line, and behind it the file with settings, as options. Raise Usage."""
     words = spelled_out(arguments)
     parser, of_mode = build_parser(words[0])
-    options, rest = parser.parse_known_args(words)
+    options, rest = parsed(words, parser, of_mode)
     for one, other, what in (("own_nick", "nick", "NICK"), ("server_host", "server", "SERVER-HOST")):
         if getattr(options, one, None) is not None and getattr(options, other) is not None:
             raise Usage(f"either {what} or --{other}, not both")
     settings = settings_of(options.mode, of_mode, options.config)
     if settings:
         of_mode.set_defaults(**settings)
-        options, rest = parser.parse_known_args(words)
-    if options.mode in SENDING_MODES:       # argparse finds no TEXT behind an option
-        end = rest.index("--") if "--" in rest else len(rest)
-        if not any(word.startswith("-") for word in rest[:end]):
-            options.text, rest = options.text + rest[:end] + rest[end + 1:], []
+        options, rest = parsed(words, parser, of_mode)
     if rest:
         raise Usage(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+def parsed(words: Sequence[str], parser: Parser, of_mode: Parser) -> tuple[argparse.Namespace, list[str]]:
+    """Return options, and words that are none. Unlike argparse at first, find what may be left out behind options."""
+    options, rest = parser.parse_known_args(words)
+    if not rest:
+        return options, rest
+    if options.mode not in SENDING_MODES:
+        return of_mode.parse_known_intermixed_args(words[1:], argparse.Namespace(mode=options.mode))
+    end = rest.index("--") if "--" in rest else len(rest)
+    if not any(word.startswith("-") for word in rest[:end]):
+        options.text, rest = options.text + rest[:end] + rest[end + 1:], []
+    return options, rest
 
 
 ENVIRONMENT = {"server": "UDPCHAT_SERVER", "server-key": "UDPCHAT_SERVER_KEY", "nick": "UDPCHAT_NICK",

@@ -58,6 +58,17 @@ def test_the_file_says_what_the_command_line_leaves_out(home: Path) -> None:
     assert (server.store, server.max_clients, server.port) == ("/var/lib/udpchat.db", 5, 4119)
 
 
+def test_options_may_stand_anywhere_among_the_arguments(home: Path) -> None:
+    words = ["bob", "localhost", "7", "8"]
+    for place in range(len(words) + 1):
+        for option in (["--json"], ["--ack-timeout", "900"], ["--json", "--stay"]):
+            options = udpchat.parse(["client", *words[:place], *option, *words[place:]])
+            assert [options.own_nick, options.server_host, options.server_port, options.client_port] == [
+                "bob", "localhost", 7, 8]
+            assert options.json is ("--json" in option) and options.mode == "client"
+    assert "unrecognized arguments: 9" in complaint("client", *words, "--json", "9")
+
+
 def test_arguments_win_over_the_environment_and_that_over_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings(home, "[client]\nnick = file\nserver = from.the.file\ncolor = always\n")
 
