@@ -702,6 +702,8 @@ UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CONTENT = "numbers, n, texts, times, more, key, envelope"   # the columns of a row that are a ``Parcel``
 SIZE_COLUMN = 10                # of a row of mail
+TOTALS = ", ".join([f"total(CASE WHEN typeof({column}) = 'integer' THEN {column} END)"      # what is none is damaged
+                    for column in ("messages", "size")])
 
 
 class StoreError(Exception):
@@ -802,8 +804,8 @@ class Mailbox:
         self._next_id = max(by_id, default=0) + 1
         noted = execute("SELECT value FROM meta WHERE key = ?", (CLOCK,)).fetchone()
         self._clock = _clock_of(noted[0]) if noted is not None else []
-        for id_, messages, size in execute("SELECT recipient, sum(messages), sum(size) FROM mail GROUP BY recipient"):
-            by_id[id_].messages, by_id[id_].size = messages, size
+        for id_, *totals in execute(f"SELECT recipient, {TOTALS} FROM mail GROUP BY recipient"):
+            by_id[id_].messages, by_id[id_].size = map(int, totals)
 
     def server_secret(self, new: bytes) -> bytes:
         """Return the secret of the server's key; ``new``: 32 random bytes, which become it in a store that has none.
@@ -923,8 +925,9 @@ class Mailbox:
         letters: list[StoredLetter] = []
         try:
             rows = self._db.execute(
-                f"SELECT seq, sender, stream, {CONTENT} FROM mail WHERE recipient = ?1 AND seq >="
-                " (SELECT max(seq) FROM mail WHERE recipient = ?1 AND seq <= ?2) ORDER BY seq", (known.id, seq))
+                f"SELECT seq, sender, stream, {CONTENT} FROM mail WHERE recipient = :id AND seq >="
+                " (SELECT max(seq) FROM mail WHERE recipient = :id AND seq <= :seq) ORDER BY seq",
+                {"id": known.id, "seq": seq})
             row = next(rows, None)
             while row is not None and len(letters) < limit:
                 following = next(rows, None)
@@ -1038,7 +1041,7 @@ class Mailbox:
             start = run("SELECT max(seq) FROM mail WHERE recipient = ? AND seq <= ?", (known.id, first)).fetchone()[0]
         below = known.id, first if start is None else start
         whole, row_at = "recipient = ? AND seq < ?", "recipient = ? AND seq = ?"
-        messages, size = map(int, run(f"SELECT total(messages), total(size) FROM mail WHERE {whole}", below).fetchone())
+        messages, size = map(int, run(f"SELECT {TOTALS} FROM mail WHERE {whole}", below).fetchone())
         run(f"DELETE FROM mail WHERE {whole}", below)
         if start is None or start == first:
             return messages, size
