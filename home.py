@@ -332,6 +332,28 @@ def _encoded(lines: Iterable[str]) -> bytes:
     return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
 
 
+REMEMBERED_NICKS = 1000   # of the last table that was seen
+
+
+def remember_nicks(nicks: Sequence[str]) -> None:
+    """Write the nicks of the table to a file, from which shells complete them. If that fails, there are none."""
+    state = state_home()
+    if state is None:
+        return
+    path = os.path.join(state, "nicks")
+    draft = f"{path}.{os.urandom(8).hex()}"
+    try:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write("".join(f"{nick}\n" for nick in nicks[:REMEMBERED_NICKS]))
+        os.replace(draft, path)
+    except OSError:
+        try:
+            remove_quietly(draft)
+        except OSError:
+            pass
+
+
 # --- lines ----------------------------------------------------------------------------------------------------
 
 LEVELS = ("debug", "info", "warning", "error")

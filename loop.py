@@ -634,6 +634,23 @@ class Output:
             written(lines)
 
 
+def keep_standard_descriptors() -> None:
+    """Keep sockets and files from taking the place of a standard stream that is closed."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDONLY)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+def without_line_ends(text: str) -> str:
+    """Return ``text`` without the line ends, LF or CR LF, at its end."""
+    end = len(text)
+    while text.endswith("\n", 0, end):
+        end -= 2 if text.endswith("\r\n", 0, end) else 1
+    return text[:end]
+
+
 # --- one's own programs ---------------------------------------------------------------------------------------
 
 MAX_GUESTS = 16           # connections at a time
@@ -1498,6 +1515,22 @@ def bind(family: socket.AddressFamily, address: Address) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def reachable(host: str) -> str:
+    """Return the address at which others reach a server that listens at ``host``: of all, the one that leads out."""
+    if host not in WILDCARDS:       # the interface of a link-local one has a name of its own on each machine
+        name, percent, _ = host.partition("%")
+        return f"{name}%INTERFACE" if percent else host
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # RFC 5737, RFC 3849
+        if family == socket.AF_INET or host == "::":
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                    sock.connect((elsewhere, 9))    # sends nothing: it only looks for the way
+                    return str(sock.getsockname()[0])
+            except OSError:
+                pass
+    return "127.0.0.1"
 
 
 def is_number(host: str) -> bool:

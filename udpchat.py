@@ -44,12 +44,12 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit("udpchat: the package msgpack is missing: pip install msgpack")
 from home import (LEVELS, SECRET_BYTES, KnownKeys, LineFile, Pin, ShownMessages, check_store, config_home, fingerprint,
-                  grouped, is_private, json_line, load_secret, make_private, read_settings, remove_quietly, socket_path,
+                  grouped, is_private, json_line, load_secret, make_private, read_settings, remember_nicks, socket_path,
                   state_home)
 from loop import (BYTE_ORDER_MARK, MAX_WAIT, SERVER_DATAGRAMS, WILDCARDS, AnsweringSocket, Endpoint, Failure,
                   LocalSocket, LogFile, NameLookUp, Output, Reader, SelectorLoop, UdpSocket, Usage, Writer, bind,
-                  call_at_the_end, client_socket, in_turns, is_number, log, look_up_patiently, read_some, resolve,
-                  show_address, unmapped, visit)
+                  call_at_the_end, client_socket, in_turns, is_number, keep_standard_descriptors, log,
+                  look_up_patiently, reachable, read_some, resolve, show_address, unmapped, visit, without_line_ends)
 from protocol import MAX_ENTRIES, NEVER, TYPE_CHECKING, Address, Any, clean, folded
 if TYPE_CHECKING:
     from client import Client
@@ -514,21 +514,6 @@ def how_to_join(where: Address) -> str:
     return f"[Join with: {program} client NICK {reachable(where[0])} {where[1]}]\n"
 
 
-def reachable(host: str) -> str:
-    """Return the address at which others reach a server that listens at ``host``: of all, the one that leads out."""
-    if host not in WILDCARDS:       # the interface of a link-local one has a name of its own on each machine
-        return re.sub("%.*", "%INTERFACE", host)
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # RFC 5737, RFC 3849
-        if family == socket.AF_INET or host == "::":
-            try:
-                with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                    sock.connect((elsewhere, 9))    # sends nothing: it only looks for the way
-                    return str(sock.getsockname()[0])
-            except OSError:
-                pass
-    return "127.0.0.1"
-
-
 def announce(lines: str) -> None:
     """Write lines to stdout, whatever that is; wait for a slow reader."""
     data = lines.encode()
@@ -616,28 +601,6 @@ def pin_of(options: argparse.Namespace, server: Address, warns: bool) -> tuple[P
             if warns:
                 log.warning("the key of the server is not remembered: %s: %s", path, error.strerror)
     return Pin(known.server(name), digits, keep), known
-
-
-REMEMBERED_NICKS = 1000   # of the last table that was seen
-
-
-def remember_nicks(nicks: Sequence[str]) -> None:
-    """Write the nicks of the table to a file, from which shells complete them. If that fails, there are none."""
-    state = state_home()
-    if state is None:
-        return
-    path = os.path.join(state, "nicks")
-    draft = f"{path}.{os.urandom(8).hex()}"
-    try:
-        os.makedirs(state, mode=0o700, exist_ok=True)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write("".join(f"{nick}\n" for nick in nicks[:REMEMBERED_NICKS]))
-        os.replace(draft, path)
-    except OSError:
-        try:
-            remove_quietly(draft)
-        except OSError:
-            pass
 
 
 def new_secret() -> bytes:
@@ -839,14 +802,6 @@ def text_to_send(options: argparse.Namespace, end: float) -> tuple[str, int]:
         raise Failure(f"nothing was sent: cannot read stdin: {error.strerror}") from None
     text = data.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace")
     return without_line_ends(text), size - line_feeds if size > STDIN_LIMIT else 0
-
-
-def without_line_ends(text: str) -> str:
-    """Return ``text`` without the line ends, LF or CR LF, at its end."""
-    end = len(text)
-    while text.endswith("\n", 0, end):
-        end -= 2 if text.endswith("\r\n", 0, end) else 1
-    return text[:end]
 
 
 def style_for(options: argparse.Namespace, is_terminal: bool) -> Style | None:
@@ -1130,15 +1085,6 @@ def set_up_log(options: argparse.Namespace) -> tuple[Writer, Output]:
         except OSError as error:
             raise Failure(f"cannot open the log {options.log_file}: {error.strerror}") from None
     return writer, output
-
-
-def keep_standard_descriptors() -> None:
-    """Keep sockets and files from taking the place of a standard stream that is closed."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDONLY)
-        if fd > STDERR:
-            os.close(fd)
-            return
 
 
 def end_at_once_on_signals(mode: str) -> None:
