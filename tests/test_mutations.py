@@ -217,8 +217,9 @@ def shows_one_more_than_was_wanted(patch: pytest.MonkeyPatch) -> None:
 
 def takes_everybody_for_the_one_who_was_named(patch: pytest.MonkeyPatch) -> None:
     """Show what others say, too."""
-    def init(self: Selection, count: int, sender: str = "", asks: bool = False, note: Note | None = None) -> None:
-        original(self, count, "", asks, note)
+    def init(self: Selection, count: int, sender: str | None = None, asks: bool = False,
+             note: Note | None = None) -> None:
+        original(self, count, None, asks, note)
     original = Selection.__init__
     patch.setattr(Selection, "__init__", init)
 
