@@ -875,7 +875,7 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
     patience.on_wait = functools.partial(look_again, options, paths, client, loop, willing)
     local = LocalSocket(loop, HANDED_LIMIT, client.takes_messages, client.shell.hand_over)
     client.on_joined = lambda: join(options, client, shown, local, own(server.current))
-    client.receiving.before_showing = lambda: restore_shown(client, shown) if shown and shown.has_news() else None
+    client.receiving.before_showing = functools.partial(restore_news, client, shown)
     show_log_above_prompt(display)
     port.receive = client.receive
     console = Console(loop, client, client.leaving, client.shell, display, reader, writer, error_writer)
@@ -891,11 +891,11 @@ def run_client(options: argparse.Namespace, error_writer: Writer, errors: Output
         look_up_again.close()
         console.close()
         loop.close()
-    if willing and not client.leaving.is_over:      # if it is, the text was already named as not delivered
+    if willing and not client.leaving.is_over:      # if it is, the text was named as not delivered in the same turn
         return hand_over(options, nick, willing[0], text, size, end, errors)
     if is_terminal:
         remember_nicks([nick for nick, *_ in client.clients()])
-    return (client.leaving.exit_code or 0) if output.broken or is_kept(writer) else EXIT_FAILED
+    return checked(client.leaving.exit_code or 0, output, writer)
 
 
 def is_nothing(options: argparse.Namespace, text: str, size: int) -> bool:
@@ -931,7 +931,7 @@ def client_of_same_user(options: argparse.Namespace, paths: Sequence[str], nick:
 def look_again(options: argparse.Namespace, paths: Sequence[str], client: Client, loop: SelectorLoop,
                willing: list[socket.socket]) -> None:
     """Stop the loop if the client of the same user, which has the nick, is willing by now, and we have sent nothing."""
-    may_go = options.mode == "send" and client.link.is_starting and not willing
+    may_go = options.mode == "send" and client.link.is_starting and client.leaving.may_go_on and not willing
     sock = visit(paths, VISIT_TIME) if may_go else None
     if sock is not None:
         willing.append(sock)
@@ -964,7 +964,7 @@ def hand_over(options: argparse.Namespace, nick: str, sock: socket.socket, text:
     call_at_the_end(loop, end, lambda: handed.give_up("the time is over"))
     loop.run()
     loop.close()
-    return handed.exit_code if display.output.broken or is_kept(writer) else EXIT_FAILED
+    return checked(handed.exit_code, display.output, writer)
 
 
 def names_saved(options: argparse.Namespace) -> bool:
@@ -998,6 +998,12 @@ def restore_shown(client: Client, shown: ShownMessages | None) -> None:
             client.inbox.restore(shown.load())
     except OSError as error:
         log.warning("what was shown before may come again: %s: %s", error.filename, error.strerror)
+
+
+def restore_news(client: Client, shown: ShownMessages | None) -> None:
+    """Tell a client what other programs have shown while it was stopped."""
+    if shown is not None and shown.has_news():
+        restore_shown(client, shown)
 
 
 def selection_for(options: argparse.Namespace, shown: ShownMessages | None) -> Selection | None:
@@ -1055,14 +1061,15 @@ def show_log_above_prompt(display: Display) -> None:
         log.output = Output(display.show_log)
 
 
-def is_kept(writer: Writer) -> bool:
-    """Return whether a file has kept what stdout was given; say so if not."""
+def checked(exit_code: int, output: Output, writer: Writer) -> int:
+    """Return an exit code, or another one if the file that is stdout has not kept what it was given; say so then."""
     try:
-        writer.check()
+        if not output.broken:
+            writer.check()
     except OSError as error:
         complain_of_stdout(error)
-        return False
-    return True
+        return EXIT_FAILED
+    return exit_code
 
 
 def end_in_order_on_signals(loop: SelectorLoop, interrupt: Callable[[], None]) -> None:
