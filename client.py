@@ -412,18 +412,19 @@ class Sending:
             outbox.server_heard(self._loop.now())
         if link.state is LINK_OFFLINE or link.state is LINK_REGISTERING:    # no property: see ``Dispatcher.receive``
             return
-        if outbox.due() <= self._loop.now():
-            self._send_due()
+        now = self._loop.now()
+        if outbox.due() <= now:
+            self._send_due(now)
         if outbox.with_events:
             self.tell_events()
 
-    def _send_due(self) -> None:
+    def _send_due(self, now: float) -> None:
         """Send what is due now."""
         outbox, link = self.outbox, self._link
         is_sealed = link.connection.channel is not None
         peers, mail = (self._peers, self._mail) if is_sealed else (None, None)
         guard = mail.refusal if mail is not None else None
-        for conversation, datagrams in outbox.poll(self._loop.now(), self._loop.drained, guard):
+        for conversation, datagrams in outbox.poll(now, self._loop.drained, guard):
             is_secret = conversation.frames.letters is not None     # what goes to the server
             for datagram, address in datagrams:
                 if address is None:
@@ -466,7 +467,7 @@ class Receiving:
         self._is_online = False                 # the table shows us: mail that comes now was not kept, but relayed
         self._is_greeted = False                # "[You have messages]" was shown for this coming online
         self._hold_timer = RestartableTimer(loop, self._look_after_holds)
-        self.before_showing: Callable[[], None] = lambda: None      # called in each turn that has something to show
+        self.before_showing: Callable[[], None] = lambda: None      # called in each turn before something is shown
 
     def start_over(self) -> None:
         """Expect another stream of mail, numbered from 1: a session has begun, or has ended."""
@@ -523,8 +524,7 @@ class Receiving:
     def show(self) -> bool:
         """Hand to the display what is ready, as long as it has room; return whether something is left."""
         display = self._display
-        if self.inbox.is_ready:
-            self.before_showing()
+        self.before_showing()
         for delivery in self.inbox.take(self._loop.now(), display.output.has_room):
             via = "direct"
             if delivery.times:

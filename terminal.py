@@ -1147,7 +1147,7 @@ class Shell:
         self.has_ended = False      # nothing more will come from stdin
         self._client, self._display, self._receipts, self._queue = client, display, receipts, queue
         self._is_closed = False
-        self._checked = ""          # a nick that is not in the table, as the server has been asked
+        self._checked: Sequence[str] = []   # nicks, of which one is not in the table, as the server has been asked
         self._reader = CommandReader(display.formatter.is_for_programs, is_typed)
         self.waiting = self._reader.waiting     # what was read and not carried out
         commands = Commands(client, display, self._reader, self._tell_usage)
@@ -1230,10 +1230,11 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
-            if command.send is not None and len(nicks_in(command.send.nick)) > 1:
+            nicks = self._nicks_in(command)
+            if command.send is not None and len(nicks) > 1:
                 self.waiting.extendleft(reversed(self._one_by_one(command.send)))
                 continue
-            if self._asks_first(command):
+            if self._asks_first(nicks, is_about=command.send is None):
                 self.waiting.appendleft(command._replace(echo=""))
                 continue        # if the server is asked, no command may run
             if command.send is not None:
@@ -1251,31 +1252,35 @@ class Shell:
         nicks = dict.fromkeys(self._client.spelling_of(nick) or nick for nick in nicks_in(send.nick))
         return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks]
 
-    def _asks_first(self, command: Command) -> bool:
+    @staticmethod
+    def _nicks_in(command: Command) -> list[str]:
+        """Return the nicks of others that a command names."""
+        if command.send is not None:
+            return nicks_in(command.send.nick) if command.send.nick else []
+        if command.words and command.words[0] in ABOUT_PEERS and len(command.words) > 1:
+            return nicks_in(" ".join(command.words[1:]))
+        return []
+
+    def _asks_first(self, nicks: Sequence[str], is_about: bool) -> bool:
         """Ask the server about somebody whom a command names, if that is needed; return whether something was asked.
 
-        Whoever is not in our table may be a newcomer. And of somebody who is, the key may not have been told.
+        Whoever is not in our table may be a newcomer. And of somebody who is, the key may not have been told; that
+        matters to a command that ``is_about`` them.
         """
-        about = command.words[1:] if command.words and command.words[0] in ABOUT_PEERS else ()
-        word = command.send.nick if command.send is not None else " ".join(about)
-        if not word or self._client.is_offline:
-            self._checked = ""
+        if not nicks or self._client.is_offline:
+            self._checked = []
             return False
-        known = [self._client.spelling_of(nick) for nick in nicks_in(word)]
-        self._checked = word if None in known and word != self._checked else ""
+        known = [self._client.spelling_of(nick) for nick in nicks]
+        self._checked = nicks if None in known and nicks != self._checked else []
         if self._checked:
             self._client.check_table()
-        return bool(self._checked) or bool(about) and any(
+        return bool(self._checked) or is_about and any(
             [nick is not None and self._client.await_key(nick) for nick in known])
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""
-        if self._client.is_offline and isinstance(send.ref, Handed):
-            self._receipts.hand_back(send)
-            return True
         if self._client.is_offline:
-            for text in send.texts:
-                self._display.tell("send-while-offline", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
+            self._refuse_offline(send)
             return True
         nick = self._client.spelling_of(send.nick)
         if nick is None:
@@ -1288,6 +1293,13 @@ class Shell:
         if send.texts:
             self._reader.waiting.appendleft(send)
         return is_done
+
+    def _refuse_offline(self, send: SendCommand) -> None:
+        if isinstance(send.ref, Handed):
+            self._receipts.hand_back(send)
+            return
+        for text in send.texts:
+            self._display.tell("send-while-offline", usage=self._way_back(), to=send.nick, text=text, ref=send.ref)
 
     def _do(self, name: str, *words: str) -> None:
         spec, slash = COMMANDS.get(name), self._reader.slash
