@@ -856,7 +856,8 @@ class Registry:
         self.max_clients, self.mailbox_limit, self.max_known = max_clients, mailbox_limit, max_known
         self.public_key = b""       # of the server, b"" if it does not encrypt
         self.maybe_running: dict[str, Address] = {}     # online when the server last stopped
-        self._at: dict[Address, Session] = {}           # who is online there
+        self._at: dict[Address, Session] = {}           # who is online there ...
+        self._latest: dict[Address, Session] = {}       # ... and who has registered there last, online or not
         self._idle = IdleNicks(mailbox.known, lambda known: self.holder(known.nick) is not None)
         for known in mailbox.known.values():
             self.table.set(known.nick, known.host, known.port, OFFLINE, known.key or b"", known.key is not None)
@@ -972,9 +973,11 @@ class Registry:
 
     def place(self, session: Session, address: Address, now: float) -> None:
         """Put a session at an address that it has proved: online there if it is live and no mail has to come first."""
-        other = self._at.get(address)
-        if other is not None and other is not session:      # even before we are announced: it has lost the address
-            self.went_offline(other, now)
+        for other in dict.fromkeys((self._at.get(address), self._latest.get(address))):
+            if other is not None and other is not session:      # even before we are announced: it has lost the address
+                self.went_offline(other, now)
+        self._leave(session)
+        self._latest[address] = session
         session.address = address
         session.known.host, session.known.port = address
         is_ready = self.sessions.is_live(session) and session.has_had_its_mail
@@ -1033,7 +1036,12 @@ class Registry:
 
     def _end(self, session: Session, now: float, how: End) -> None:
         self.went_offline(session, now)
+        self._leave(session)
         self.sessions.end(session, how)
+
+    def _leave(self, session: Session) -> None:
+        if self._latest.get(session.address) is session:
+            del self._latest[session.address]
 
     # what waits
 

@@ -9,8 +9,8 @@ import pytest
 
 import protocol
 from home import Mailbox
-from protocol import OFFLINE, Info, encode, padded
-from registry import Registry
+from protocol import OFFLINE, Info, Parcel, encode, padded
+from registry import GRANTED, Registry
 from server import HOUSEKEEPING, PROBE_TIMEOUT
 from tests.processes import PIPE, UPDATED, Chat
 from tests.test_strangers import Desk, home, save
@@ -128,3 +128,24 @@ def test_a_visitor_at_the_address_of_somebody_else_has_it_now() -> None:
     registry.admit(1.0, b"a", "alice", home(1), None, 1)
     registry.admit(2.0, b"v", NICK, home(1), None, 2, is_visit=True)
     assert [(entry.nick, entry.state) for entry in registry.table.entries.values()] == [("alice", OFFLINE)]
+
+
+def test_who_visits_again_and_again_from_one_address_does_not_fill_the_server() -> None:
+    reg = Registry(Mailbox(":memory:", b"s" * 16), max_clients=3)
+    for n in range(9):
+        assert reg.claim(f"visitor{n}", ("192.0.2.1", 1), None) == GRANTED
+        reg.admit(float(n), bytes([n]) * 16, f"visitor{n}", ("192.0.2.1", 1), None, n, is_visit=True)
+    assert reg.claim("bob", ("192.0.2.2", 2), None) == GRANTED
+
+
+def test_who_has_mail_and_registers_as_many_from_one_address_does_not_fill_the_server() -> None:
+    reg = Registry(Mailbox(":memory:", b"s" * 16), max_clients=3)
+    address = "192.0.2.1", 1
+    for n in range(9):
+        reg.deregister(reg.admit(0.0, bytes([n]) * 16, f"nick{n}", address, None, n), 0.0)
+        assert reg.keep(f"nick{n}", "eve", n, Parcel(1, ["hello"], [0.0], ())) == 1
+    assert reg.mailbox.commit(0.0)
+    for n in range(9):
+        assert reg.claim(f"nick{n}", address, None) == GRANTED
+        reg.admit(1.0, bytes([n]) * 15 + b"x", f"nick{n}", address, None, 100 + n)
+    assert reg.claim("bob", ("192.0.2.2", 2), None) == GRANTED
