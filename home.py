@@ -30,8 +30,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 
-from protocol import (ENVELOPE_BYTES, KEY_BYTES, MIN_BUNDLE, TYPE_CHECKING, UNSAFE, Any, Parcel, StoredLetter, clean,
-                      is_nick, merged)
+from protocol import (ENVELOPE_BYTES, KEY_BYTES, MAX_ITEMS, MIN_BUNDLE, PORT, TYPE_CHECKING, UNSAFE, Any, Parcel,
+                      StoredLetter, clean, is_host, is_nick, merged)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -719,6 +719,7 @@ MAX_STREAMS = 100_000           # streams whose progress the store remembers; th
 MAX_CLOCK = 1000                # changes of the wall clock that are known; most are starts of the server
 CLOCK_STEP = 1.0                # s that the wall clock may be ahead, or behind, before that is noted
 CLOCK_GAP = 1.0                 # s between two such notes, at least
+MOST_LOST = 2 ** 20             # numbers of mail for one recipient without their rows: there may be so many, not more
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -726,6 +727,8 @@ CONTENT = "numbers, n, texts, times, more, key, envelope"   # the columns of a r
 SIZE_COLUMN = 10                # of a row of mail
 TOTALS = ", ".join([f"total(CASE WHEN typeof({column}) = 'integer' THEN {column} END)"      # what is none is damaged
                     for column in ("messages", "size")])
+
+NOWHERE = "typeof(seq) != 'integer' OR seq < 1"     # rows of mail that are damaged so that they have no place
 
 
 class StoreError(Exception):
@@ -759,6 +762,15 @@ class Known:
         return self.owner is not None or self.key is not None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this can be what was written: who is told anything else of a nick drops it, with all others there."""
+        return (is_nick(self.nick) and type(self.host) is str and is_host(self.host)
+                and PORT(self.port)
+                and type(self.first) is int and type(self.last) is int and 0 < self.first <= self.last + 1
+                and all(value is None or type(value) is bytes and len(value) == KEY_BYTES
+                        for value in (self.owner, self.key, self.proof)))
+
+    @property
     def waiting(self) -> int:
         """How many numbers of mail wait."""
         return self.last - self.first + 1
@@ -778,6 +790,16 @@ def _clock_of(text: Any) -> list[tuple[float, float]]:
 NO_SEAL = bytes(KEY_BYTES), bytes(ENVELOPE_BYTES)     # of bundles that are damaged: their recipient cannot open them
 NO_BUNDLE = b"\1\0".ljust(MIN_BUNDLE + 1, b"\0")
 DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for those of a row that cannot be read
+
+
+def _parcel_of_row(room: int, numbers: Any, n: int, *columns: Any) -> Parcel:
+    """Return the parcel of a row whose next one is ``room`` numbers ahead; raise ValueError or TypeError if damaged."""
+    try:
+        return Parcel.of_row(room, n, *columns)
+    except (ValueError, TypeError):
+        if type(numbers) is not int or not 0 < numbers < room:
+            raise
+        return Parcel.of_row(numbers, n, *columns)      # whole, but a row behind it is gone
 
 
 class Mailbox:
@@ -822,12 +844,27 @@ class Mailbox:
         for row in execute("SELECT id, nick, host, port, online, owner, seen, first, last, key, proof FROM nicks"
                            " ORDER BY id"):
             known = Known(*row)
+            if not known.is_whole:
+                raise ValueError(f"what is known of {known.nick!r} cannot be")
             self.known[known.nick] = by_id[known.id] = known
         self._next_id = max(by_id, default=0) + 1
         noted = execute("SELECT value FROM meta WHERE key = ?", (CLOCK,)).fetchone()
         self._clock = _clock_of(noted[0]) if noted is not None else []
-        for id_, *totals in execute(f"SELECT recipient, {TOTALS} FROM mail GROUP BY recipient"):
-            by_id[id_].messages, by_id[id_].size = map(int, totals)
+        ends: dict[int, int] = {}
+        if execute(f"SELECT 1 FROM mail WHERE {NOWHERE} LIMIT 1").fetchone():
+            execute(f"DELETE FROM mail WHERE {NOWHERE}")        # nobody can know whose numbers these were
+        for id_, first, last, *totals in execute(f"SELECT recipient, min(seq), max(seq), {TOTALS} FROM mail"
+                                                 " GROUP BY recipient"):
+            known, ends[id_] = by_id[id_], last
+            known.messages, known.size = map(int, totals)
+            known.first = min(known.first, max(first, 1))       # what is acked has no row
+            if known.last < last < known.last + MOST_LOST:
+                known.last = last + MAX_ITEMS - 1       # at most: its rows are not to be written over
+        for known in self.known.values():
+            if known.last - max(known.first, ends.get(known.id, 0)) > MOST_LOST:
+                raise ValueError(f"what is known of {known.nick!r} cannot be")
+            if type(known.seen) is not float or known.seen < -1.0:      # see ``StoreFile._convert_times``
+                known.seen = math.inf       # nobody knows it: the nick is not to lapse with its mail
 
     def server_secret(self, new: bytes) -> bytes:
         """Return the secret of the server's key; ``new``: 32 random bytes, which become it in a store that has none.
@@ -945,21 +982,21 @@ class Mailbox:
         There is less if there is no more, and none if it is unreadable now.
         """
         letters: list[StoredLetter] = []
+        last = self._before[known.nick][0] if known.nick in self._before else known.last    # what is committed
         try:
             rows = self._db.execute(
-                f"SELECT seq, sender, stream, {CONTENT} FROM mail WHERE recipient = :id AND seq >="
-                " (SELECT max(seq) FROM mail WHERE recipient = :id AND seq <= :seq) ORDER BY seq",
-                {"id": known.id, "seq": seq})
-            row = next(rows, None)
-            while row is not None and len(letters) < limit:
-                following = next(rows, None)
-                start, sender, stream, numbers, *columns = row
-                most = (known.last + 1 if following is None else following[0]) - start
-                if following is not None or type(numbers) is not int or not 0 < numbers <= most:
-                    numbers = most      # the beginning of the next row is right, whatever is damaged in this one
-                found = self._letters(known.nick, sender, stream, numbers, *columns)
+                f"SELECT seq, sender, stream, {CONTENT} FROM mail WHERE recipient = :id AND seq >= (SELECT"
+                " coalesce(max(seq), 0) FROM mail WHERE recipient = :id AND seq <= :seq) AND seq <= :last ORDER BY seq",
+                {"id": known.id, "seq": seq, "last": last})
+            following = next(rows, None)
+            gap = (last + 1 if following is None else following[0]) - max(seq, known.first)
+            letters += self._lost(known.nick, min(gap, limit))
+            while following is not None and len(letters) < limit:
+                row, following = following, next(rows, None)
+                start, *columns = row   # the beginning of the next row is right, whatever is damaged in this one
+                room = (last + 1 if following is None else following[0]) - start
+                found = self._letters(known.nick, min(room, max(seq - start, 0) + limit + MAX_ITEMS), *columns)
                 letters += found[seq - start:] if start < seq else found
-                row = following
         except sqlite3.Error:
             pass        # what was read until now is right
         end = limit
@@ -967,26 +1004,34 @@ class Mailbox:
             end += 1        # a bundle that is loaded in parts is sent as often
         return letters[:end]
 
-    def _letters(self, recipient: str, sender: str, stream: int, numbers: int, n: int,
+    def _lost(self, recipient: str, numbers: int) -> list[StoredLetter]:
+        """Return what stands for so many numbers of which there is no row: their recipient waits for them."""
+        return self._letters(recipient, numbers, "", 0, 0, 1, *[None] * 5) if numbers > 0 else []
+
+    def _letters(self, recipient: str, room: int, sender: Any, stream: Any, numbers: Any, n: Any,
                  *columns: Any) -> list[StoredLetter]:
-        """Return the letters of a row; for a damaged one, the same letter for each number: it is shown only once."""
+        """Return the letters of a row, and what stands for those missing until the next one, which is ``room`` ahead.
+
+        For a damaged row, it is the same letter for each number: it is shown only once.
+        """
         is_sender_whole = is_nick(sender)
         is_stream_whole = type(stream) is int and stream >= 0
         try:
             if not is_sender_whole or not is_stream_whole:
                 raise ValueError("nobody knows whose it is")
-            parcel = Parcel.of_row(numbers, n, *columns)
+            parcel = _parcel_of_row(room, numbers, n, *columns)
         except (ValueError, TypeError):
             self.damaged += 1
             is_sealed = is_sender_whole and columns[-2:] != (None, None)
             text, seal = ((NO_BUNDLE, 0), NO_SEAL) if is_sealed else (DAMAGED, ())
             origin = (sender if is_sender_whole else recipient, stream if is_stream_whole else 0, 0.0, seal)
-            return [(origin, n if type(n) is int and n > 0 else 1, text, False)] * numbers
-        times, all_numbers = parcel.times, range(n, n + numbers)
+            return [(origin, n if type(n) is int and n > 0 else 1, text, False)] * room
+        times, all_numbers = parcel.times, range(n, n + len(parcel.texts))
         more = map(parcel.more.__contains__, all_numbers) if parcel.more else repeat(False)
         origins: Iterable[Any] = (repeat((sender, stream, times[0], parcel.seal)) if len(set(times)) == 1 else
                                   [(sender, stream, at, parcel.seal) for at in times])
-        return list(zip(origins, all_numbers, parcel.texts, more))
+        letters = list(zip(origins, all_numbers, parcel.texts, more))
+        return letters + self._lost(recipient, room - len(letters))
 
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
@@ -1070,16 +1115,17 @@ class Mailbox:
         # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more,
         # but in a bundle with texts that were not
         end = run("SELECT min(seq) FROM mail WHERE recipient = ? AND seq > ?", below).fetchone()[0] or known.last + 1
-        sender, stream, _, *columns = run(f"SELECT sender, stream, {CONTENT} FROM mail WHERE {row_at}",
-                                          below).fetchone()
+        sender, stream, *columns = run(f"SELECT sender, stream, {CONTENT} FROM mail WHERE {row_at}", below).fetchone()
         try:
-            parcel = Parcel.of_row(end - start, *columns)
+            parcel = _parcel_of_row(end - start, *columns)
         except (ValueError, TypeError):     # damaged on the disk: what is left still stands for its numbers
             run(f"UPDATE mail SET seq = ?, numbers = ? WHERE {row_at}", (first, end - first, *below))
             return messages, size
+        run(f"DELETE FROM mail WHERE {row_at}", below)
+        if first - start >= len(parcel.texts):      # what follows is gone
+            return messages + parcel.messages, size + parcel.size
         rest = parcel.part(first - start, len(parcel.texts))
         row = rest.row(known.id, first, sender, stream)
-        run(f"DELETE FROM mail WHERE {row_at}", below)
         run(INSERT_MAIL, row)
         return messages + parcel.messages - rest.messages, size + parcel.size - row[SIZE_COLUMN]
 

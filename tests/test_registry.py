@@ -1321,6 +1321,72 @@ def test_what_is_left_of_a_damaged_row_does_not_stop_the_mail_behind_it(damage: 
     assert box.commit(WALL) and (bob.messages, bob.size) == (0, 0)
 
 
+@pytest.mark.parametrize("gone", [{1}, {3}, {5}, {1, 2}, {3, 4}, {4, 5}, {2, 4}, {1, 2, 3, 4, 5}])
+def test_rows_of_mail_that_are_gone_are_named_and_the_others_arrive_each_once(path: Path, gone: set[int]) -> None:
+    box = open_box(path)
+    bob = box.add("bob", "192.0.2.1", 1, None, WALL)
+    for number in range(1, 6):
+        box.keep(bob, "alice", STREAM, Parcel(number, [f"m{number}"], [WALL], ()))
+        assert box.commit(WALL)
+    for number in gone:
+        box._db.execute("DELETE FROM mail WHERE seq = ?", (number,))
+    box.close()
+    expected = [home.DAMAGED if number in gone else f"m{number}" for number in range(1, 6)]
+    for acked in range(1, 6):
+        box = open_box(path)
+        bob = box.known["bob"]
+        assert [letter[2] for letter in box.fetch(bob, acked, 100)] == expected[acked - 1:]
+        assert [letter[2] for letter in box.fetch(bob, acked, 1)] == expected[acked - 1:acked]
+        box.acked(bob, acked + 1)
+        assert box.commit(WALL)
+        box.close()
+
+
+@pytest.mark.parametrize("place", ["1 << 40", "-1", "0", "1.5", "3.5", "'x'", "x''", "(-1 << 62)", "1e300"])
+def test_a_row_of_mail_that_is_nowhere_costs_its_own_texts_alone(path: Path, place: str) -> None:
+    box = open_box(path)
+    bob = box.add("bob", "192.0.2.1", 1, None, WALL)
+    for number in range(1, 5):
+        box.keep(bob, "alice", STREAM, Parcel(number, [f"m{number}"], [WALL], ()))
+        assert box.commit(WALL)
+    box._db.execute(f"UPDATE mail SET seq = {place} WHERE seq = 3")
+    box.close()
+    for acked in range(1, 5):
+        box = open_box(path)
+        assert ["m1", "m2", home.DAMAGED, "m4"][acked - 1:] == [
+            letter[2] for letter in box.fetch(box.known["bob"], acked, 4)][:5 - acked]
+        box.acked(box.known["bob"], acked + 1)
+        assert box.commit(WALL)
+        box.close()
+
+
+@pytest.mark.parametrize("damage", [
+    "host = 'x'", "host = x'ff'", "port = 65536", "port = -1", "port = 'x'", "nick = x'ff'", "nick = 'b b'",
+    "nick = CAST(x'626fff' AS TEXT)", "first = 0", "first = 'x'", "last = 'x'", "last = 1 << 40", "owner = 1",
+    "owner = x''", "key = 'x'", "proof = x'00'"])
+def test_a_row_of_a_nick_that_cannot_be_is_a_reason_not_to_open_the_store(
+        box: Mailbox, path: Path, damage: str) -> None:
+    box._db.execute(f"UPDATE nicks SET {damage}")
+    box.close()
+    with pytest.raises(StoreError, match="it is damaged: what is known of"):
+        open_box(path)
+
+
+@pytest.mark.parametrize("damage", ["last = 0", "last = 1", "first = 3", "seen = 'x'", "seen = -1e300", "online = 'x'"])
+def test_a_number_that_is_damaged_in_the_row_of_a_nick_costs_no_mail(box: Mailbox, path: Path, damage: str) -> None:
+    for text in ("one", "two", "three"):
+        keep(box, "bob", text)
+        box.commit(WALL)
+    box._db.execute(f"UPDATE nicks SET {damage}")
+    box.close()
+    box = open_box(path)
+    assert [text for _, text in mail(box)][:3] == ["one", "two", "three"]
+    assert not box.known["bob"].seen < 0.0, "a nick that was seen long ago lapses, with its mail"
+    keep(box, "bob", "four")
+    assert box.commit(WALL) and mail(box)[-1][1] == "four"
+    box.close()
+
+
 @pytest.mark.parametrize("encrypts", [True, False])
 @pytest.mark.parametrize("owned", [True, False])
 def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool, encrypts: bool) -> None:
