@@ -1115,7 +1115,10 @@ class Mailbox:
         # the row that ``first`` splits: its rest is written again, so that what was acked is not on the disk any more,
         # but in a bundle with texts that were not
         end = run("SELECT min(seq) FROM mail WHERE recipient = ? AND seq > ?", below).fetchone()[0] or known.last + 1
-        sender, stream, *columns = run(f"SELECT sender, stream, {CONTENT} FROM mail WHERE {row_at}", below).fetchone()
+        found = run(f"SELECT sender, stream, {CONTENT} FROM mail WHERE {row_at}", below).fetchone()
+        if found is None:       # pages of the file lead elsewhere
+            return messages, size
+        sender, stream, *columns = found
         try:
             parcel = _parcel_of_row(end - start, *columns)
         except (ValueError, TypeError):     # damaged on the disk: what is left still stands for its numbers

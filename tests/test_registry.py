@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import combinations, count, islice
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -1357,6 +1357,32 @@ def test_a_row_of_mail_that_is_nowhere_costs_its_own_texts_alone(path: Path, pla
             letter[2] for letter in box.fetch(box.known["bob"], acked, 4)][:5 - acked]
         box.acked(box.known["bob"], acked + 1)
         assert box.commit(WALL)
+        box.close()
+
+
+def test_pages_of_a_store_that_lead_elsewhere_end_nothing(path: Path) -> None:
+    box = open_box(path)
+    bobs = [box.add(nick, *A, None, WALL) for nick in ("bob1", "bob2", "bob3")]
+    for number in range(1, 25):
+        for bob in bobs:
+            box.keep(bob, "alice", STREAM, Parcel(number, ["x" * 300] * 2, [WALL] * 2, ()))
+        box.commit(WALL)
+    box.close()
+    data, size = path.read_bytes(), 4096
+    pages = [data[start:start + size] for start in range(0, len(data), size)]
+    for one, other in combinations(range(1, len(pages)), 2):
+        swapped = list(pages)
+        swapped[one], swapped[other] = pages[other], pages[one]
+        path.write_bytes(b"".join(swapped))
+        try:
+            box = open_box(path)
+        except StoreError:
+            continue
+        for known in box.known.values():
+            for acked in range(known.first + 1, known.last + 2, 3):
+                assert len(box.fetch(known, acked, 10)) <= 10
+                box.acked(known, acked)
+                box.commit(WALL)
         box.close()
 
 
