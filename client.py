@@ -96,6 +96,7 @@ class ServerLink:
         self._due_version = 0                   # of the table: before we have told that we hold it, there is no mail
         self._last_pong = -NEVER                # when an unasked one caused a ping
         self._registration = Request(loop, self._ask, self._reg_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
+        self._begun = -NEVER        # when we have begun to register, last
         handshake.on_found = self._registration.renew
         self._deregistration = Request(loop, self._send_dereg, owner.on_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
         self._ping_request = Request(loop, self._ping_and_ask, self._ping_unanswered, SERVER_ATTEMPTS, SERVER_INTERVAL)
@@ -125,6 +126,7 @@ class ServerLink:
         self._register()
 
     def _register(self, wait: float = 0.0) -> None:
+        self._begun = self._loop.now() + wait
         self.handshake.begin(new_id(self._loop), self.nick)
         self._registration.start(wait)
 
@@ -171,8 +173,8 @@ class ServerLink:
             return
         reason, may_go_on = info["reason"], not ("session" in info or self._registration.is_running)
         self._stop_registering()
-        if reason == "replaced":    # by somebody else, or by a late copy of our own request: we shall see
-            self._session_is_gone()
+        if reason == "replaced" or self.state is LINK_LEAVING and "session" in info:
+            self._session_is_gone()     # replaced by somebody else, or by a late copy of our own request: we shall see
             return
         if reason != self.patience.reason:
             log.info("the server at %s refuses %s: %s", show_address(address), self.nick, reason)
@@ -321,7 +323,8 @@ class ServerLink:
             self._go(LINK_RETURNING)
         if not self._registration.is_running:
             log.info("the server does not know this session any more: registering again")
-            self._register()
+            # at once, but not again and again, whatever a server says that is broken, or somebody else's
+            self._register(max(0.0, self._begun + SERVER_INTERVAL - self._loop.now()))
 
     def on_probe(self, info: Info, is_trusted: bool) -> None:
         """Answer the question whether we are here; ``is_trusted``: it has proved to come from the server."""

@@ -143,6 +143,7 @@ def test_a_client_that_was_stopped_does_not_show_what_recv_has_shown_meanwhile(c
     bob.wait_for("carl")
     bob.feed("send carl zero\n")
     carl.see("bob: zero")
+    bob.see(received("carl"))       # it has not only shown it, but said so
     carl.signal(signal.SIGSTOP)
     bob.feed("send carl one\nsend carl two\n")
     bob.see(SAVED, SAVED)               # and copies lie in the socket of carl

@@ -371,6 +371,18 @@ def test_a_client_that_leaves_believes_only_the_answer_for_its_session(name: str
     assert bob.lines[-1] == OFFLINE
 
 
+@pytest.mark.parametrize("reason", ["taken", "owned", "full", "encrypted", "secure", "replaced", "another"])
+def test_a_client_that_leaves_has_left_when_its_session_is_refused_for_whatever_reason(reason: str) -> None:
+    world, (bob,) = start("bob")
+    Tap(world).lost = lambda source, target, tag: source == "server"
+    bob.type("dereg bob")
+    world.run(0.1)
+    assert bob.client.link.state is LINK_LEAVING
+    forge(world, SERVER, encode("refused", {"session": bob.client.link.session, "nick": "bob", "reason": reason}), bob)
+    world.run(0.1)
+    assert bob.lines[-1] == OFFLINE
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_a_client_that_is_away_answers_nothing_and_shows_nothing(name: str) -> None:
     world, (bob,) = start("bob")
@@ -1154,6 +1166,30 @@ def test_a_server_that_takes_back_the_nick_that_it_gave_ends_a_client_in_order()
         alice.receive(encode(tag, info), SERVER)
     alice.settle()
     assert alice.leaving.exit_code == 1
+
+
+@pytest.mark.parametrize("is_welcome", [True, False])
+def test_a_server_that_ends_each_session_at_once_is_asked_twice_a_second(is_welcome: bool) -> None:
+    loop, sent = DeskLoop(), []
+    send: Callable[[bytes, Address], None] = lambda *datagram: sent.append(datagram)
+    alice = Client(loop, send, Display(Output(len)), "alice", Endpoint(loop, [SERVER]), Handshake(send))
+    alice.start()
+    asked = 0
+    for _ in range(100):
+        heard, sent[:] = sent[:], []
+        for datagram, _ in heard:
+            for tag, info in maps_of(datagram):
+                asked += tag == "reg"
+                if tag == "reg" and is_welcome:
+                    alice.receive(encode("welcome", {"id": info["id"], "nick": "alice", "boot": 0,
+                                                     "session": b"x" * 16, "version": 1}), SERVER)
+                    alice.receive(encode("refused", {"session": b"x" * 16, "nick": "alice", "reason": "replaced"}),
+                                  SERVER)
+                elif tag == "reg":
+                    alice.receive(encode("refused", {"id": info["id"], "nick": "alice", "reason": "replaced"}), SERVER)
+        loop.timers.run(loop.time)
+        loop.time += 0.1
+    assert 10 <= asked <= 21
 
 
 def test_what_gave_way_to_others_comes_again_and_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
