@@ -838,6 +838,8 @@ class Mailbox:
 
     def _load(self) -> None:
         execute = self._db.execute
+        execute(f"SELECT sender, stream, {CONTENT} FROM mail LIMIT 0")      # the names of columns may be damaged, too
+        execute("SELECT sender, stream, next, seen FROM streams LIMIT 0")
         self.server_id = bytes(execute("SELECT value FROM meta WHERE key = 'server'").fetchone()[0])
         self.known: dict[str, Known] = {}
         by_id: dict[int, Known] = {}

@@ -1360,6 +1360,16 @@ def test_a_row_of_mail_that_is_nowhere_costs_its_own_texts_alone(path: Path, pla
         box.close()
 
 
+@pytest.mark.parametrize("name", ["texts", "times", "envelope", "stream", "next"])
+def test_a_column_whose_name_is_damaged_is_a_reason_not_to_open_the_store(box: Mailbox, path: Path, name: str) -> None:
+    box.close()
+    data = path.read_bytes()
+    place = data.index(f" {name} ".encode(), data.index(b"CREATE TABLE " + (b"streams" if name == "next" else b"mail")))
+    path.write_bytes(data[:place + 1] + b"x" + data[place + 2:])
+    with pytest.raises(StoreError, match="cannot open the store .*no such column"):
+        open_box(path)
+
+
 def test_pages_of_a_store_that_lead_elsewhere_end_nothing(path: Path) -> None:
     box = open_box(path)
     bobs = [box.add(nick, *A, None, WALL) for nick in ("bob1", "bob2", "bob3")]
