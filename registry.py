@@ -40,7 +40,7 @@ from loop import Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import (GONE, NEVER, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info, Mirror, Page,
                       Parcel, Place, Protocol, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
                       mixes_scripts, network_of, since_of)
-from secure import (FAILURES, MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
+from secure import (MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
                     is_bind_proof, is_hash_of, read_map)
 
 
@@ -433,6 +433,7 @@ HELLOS_PER_NICK = 2       # handshakes that are not done, at most; beyond it the
 HELLOS_PER_ADDRESS = 64   # the same, from one address ...
 MAX_HELLOS = 16384        # ... and in all: 50 MB
 FAILURES_PER_NETWORK = 5  # handshakes a second that fail; nobody there is listened to for the rest of that second
+HELLO_FAILURES = 2000     # the same in all, a tenth of the server's time: a few hosts must not keep everybody out
 
 
 class Hello:
@@ -470,7 +471,7 @@ class Hellos:
         self._hellos: dict[bytes, Hello] = {}       # by message, oldest first
         self._at: dict[Address, list[Hello]] = {}   # by address, oldest first
         self._by_index: dict[bytes, Hello] = {}     # those that are answered with a channel
-        self._failures = RateLimit(FAILURES_PER_NETWORK, FAILURES)
+        self._failures = RateLimit(FAILURES_PER_NETWORK, HELLO_FAILURES)
 
     def __len__(self) -> int:
         return len(self._hellos)

@@ -16,9 +16,9 @@ import pytest
 from home import KnownKeys, Mailbox, Pin
 from protocol import (JOIN_SIZE, MAX_DATAGRAM, NO_NICK, RECORD_MARK, REG_SIZE, SESSION_SIZE, Address,
                       Decoder, Info, addressed, encode, hello_prologue, padded, table_map)
-from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLOS_PER_ADDRESS, HELLOS_PER_NICK,
-                      HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
-from secure import (FAILURES, MAPS, Channel, HandshakeState, KeyPair, Keys, Sodium, bind_proof, hash_of,
+from registry import (COOKIE_TIME, ENCRYPTED, FAILURES_PER_NETWORK, GRANTED, HELLO_FAILURES, HELLOS_PER_ADDRESS,
+                      HELLOS_PER_NICK, HELLO_TIME, MAX_HELLOS, OWNED, Hellos, Registry, ShownKey)
+from secure import (MAPS, Channel, HandshakeState, KeyPair, Keys, Sodium, bind_proof, hash_of,
                     load_sodium, name_of_key, static_secret, token_for)
 from tests.processes import EXITING, ROOT, SAVED, WELCOME, Chat, Process, received
 from tests.simulate import SERVER, Life, World
@@ -237,12 +237,12 @@ def test_whoever_forges_handshakes_is_not_listened_to_for_a_while(monkeypatch: p
 def test_there_is_a_limit_to_all_that_forge_together(monkeypatch: pytest.MonkeyPatch) -> None:
     hellos, calls = Hellos(keys_of(b"s" * 32)), curves(monkeypatch)
     info = {"id": 1, "cookie": bytes(16), "message": b"\x09" + bytes(99)}
-    for number in range(2 * FAILURES):
+    for number in range(2 * HELLO_FAILURES):
         assert hellos.read(1.0, (f"192.0.{number // 250}.{number % 250}", 5), bytes(16), info) is None
-    assert len(calls) == FAILURES
+    assert len(calls) == HELLO_FAILURES
     for number in range(20):
         assert hellos.read(2.0, (f"2001:db8::{number:x}", 5), bytes(16), info) is None
-    assert len(calls) == FAILURES + FAILURES_PER_NETWORK, "whoever has one IPv6 address has very many"
+    assert len(calls) == HELLO_FAILURES + FAILURES_PER_NETWORK, "whoever has one IPv6 address has very many"
 
 
 def test_handshakes_that_nobody_uses_are_forgotten() -> None:
