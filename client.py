@@ -173,7 +173,7 @@ class ServerLink:
             return
         reason, may_go_on = info["reason"], not ("session" in info or self._registration.is_running)
         self._stop_registering()
-        if reason == "replaced" or self.state is LINK_LEAVING and "session" in info:
+        if reason == "replaced" or (self.state is LINK_LEAVING and "session" in info):
             self._session_is_gone()     # replaced by somebody else, or by a late copy of our own request: we shall see
             return
         if reason != self.patience.reason:
