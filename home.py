@@ -305,11 +305,13 @@ class ShownMessages:
 
     def note(self, sender: str, stream: int, first: int, end: int) -> None:
         """Note some numbers of a stream, unless there is no state directory and can be none. Raise OSError."""
+        has_read_all = self._status() == self._known
         try:
             self._file.append([f"{sender} {stream} {first} {end}"])
-            self._known = self._status()
         except NotADirectoryError:
-            pass
+            return
+        if has_read_all:        # else what another program has noted is news still
+            self._known = self._status()
 
     def has_news(self) -> bool:
         """Return whether another program has noted something meanwhile: it had the nick while this one was stopped.

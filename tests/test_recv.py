@@ -171,6 +171,10 @@ def test_a_program_that_was_stopped_learns_that_another_has_noted_something_but_
     assert one.load()[-1][3] == 3
     clock += 5.0
     assert not one.has_news()
+    other.note("bob", 7, 3, 4)
+    one.note("bob", 7, 4, 5)
+    clock += 5.0
+    assert one.has_news(), "its own note does not hide those of others"
 
 
 def test_what_was_shown_is_noted_for_each_nick_apart(chat: Chat) -> None:
