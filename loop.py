@@ -206,7 +206,7 @@ class Scheduler:
         self.drained = True
 
     def run_timers(self) -> None:
-        """Call every timer that is due, if one was when the wait began; what this turn has added waits for the next."""
+        """Call every timer that is due, if one of them was set when the wait began; else the next turn does."""
         if self._due <= self._now:
             self.timers.run(self._now)
 

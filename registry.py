@@ -995,7 +995,7 @@ class Registry:
             other = self._at.get(address)
             # needed again: an unresponsive client may come back to an address that another one has taken meanwhile
             if other is not None:
-                self._lose(other)
+                self.went_offline(other, other.heard)
             self._at[address] = session
         key = (session.key if state == ONLINE else known.key) or b""
         self.table.set(nick, *address, state, key, key == known.key)
@@ -1022,9 +1022,6 @@ class Registry:
         """Note that a client does not answer: it is offline, but its session stays good, in case it lives."""
         if self.sessions.is_live(session):      # else it was last there when it was lost
             session.known.seen = self.mailbox.uptime(now)
-        self._lose(session)
-
-    def _lose(self, session: Session) -> None:
         self.sessions.mark_unresponsive(session)
         known = self.mailbox.known.get(session.nick)    # also behind a visit: the nick was in use meanwhile
         if known is not None:

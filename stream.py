@@ -87,7 +87,7 @@ class Ranges:
 
     def end_of(self, number: int) -> int:
         """Return where the range that contains ``number`` ends; ``number`` itself if none does."""
-        index = bisect_right(self.spans, (number, MAX_NUMBER)) - 1
+        index = bisect_left(self.spans, (number + 1,)) - 1
         return max(number, self.spans[index][1]) if index >= 0 else number
 
     def covers(self, start: int, end: int) -> bool:

@@ -1268,6 +1268,16 @@ def test_a_client_that_must_make_room_was_last_seen_when_it_was_lost() -> None:
     assert reg.sessions.of("bob") is None and reg.mailbox.known["bob"].seen == WALL + 5
 
 
+def test_a_client_whose_address_goes_to_one_that_comes_back_was_last_seen_when_it_was_heard() -> None:
+    reg = new_registry()
+    bob = register(reg, "bob", A, now=WALL)
+    reg.went_offline(bob, WALL + 5)
+    carol = register(reg, "carol", A, now=WALL + 10)
+    reg.heard(carol, WALL + 100)
+    assert reg.heard(bob, WALL + 200) and not reg.sessions.is_live(carol)
+    assert carol.known.seen == WALL + 100
+
+
 def test_a_nick_that_somebody_has_visited_under_is_forgotten_like_others() -> None:
     reg = new_registry(max_known=1)
     reg.deregister(register(reg, "bob", A), WALL)

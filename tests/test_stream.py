@@ -183,6 +183,13 @@ def test_ranges_hold_what_was_added_and_forget_the_lowest_first(added: list[tupl
     assert {number for number in range(30, 80) if number in everything} == {n for n in wanted if n >= 30}
 
 
+@pytest.mark.parametrize("last", [9, protocol.MAX_NUMBER])
+def test_a_range_has_its_own_beginning_however_far_it_goes(last: int) -> None:
+    ranges = Ranges(2)
+    ranges.add(last, last + 1)
+    assert last in ranges and ranges.end_of(last) == last + 1 and last - 1 not in ranges
+
+
 # the sender
 
 RANGE = st.tuples(st.integers(1, 60), st.integers(0, 10)).map(lambda pair: [pair[0], sum(pair)])
