@@ -1128,13 +1128,15 @@ class Mailbox:
         except (ValueError, TypeError):     # damaged on the disk: what is left still stands for its numbers
             run(f"UPDATE mail SET seq = ?, numbers = ? WHERE {row_at}", (first, end - first, *below))
             return messages, size
+        counted = map(int, run(f"SELECT {TOTALS} FROM mail WHERE {row_at}", below).fetchone())      # as in ``_load``
+        messages, size = map(sum, zip((messages, size), counted))
         run(f"DELETE FROM mail WHERE {row_at}", below)
         if first - start >= len(parcel.texts):      # what follows is gone
-            return messages + parcel.messages, size + parcel.size
+            return messages, size
         rest = parcel.part(first - start, len(parcel.texts))
         row = rest.row(known.id, first, sender, stream)
         run(INSERT_MAIL, row)
-        return messages + parcel.messages - rest.messages, size + parcel.size - row[SIZE_COLUMN]
+        return messages - rest.messages, size - row[SIZE_COLUMN]
 
     def _undo(self) -> None:
         try:

@@ -1433,6 +1433,22 @@ def test_a_number_that_is_damaged_in_the_row_of_a_nick_costs_no_mail(box: Mailbo
     box.close()
 
 
+@pytest.mark.parametrize("damage", ["size = 'x'", "size = 1000", "messages = 0", "messages = 'x'"])
+def test_no_count_goes_below_zero_whatever_is_damaged_in_a_row_of_which_some_was_acked(
+        damage: str, tmp_path: Path) -> None:
+    box = Mailbox(str(tmp_path / "store"), SERVER)
+    box.keep(box.add("bob", "192.0.2.1", 1, None, WALL), "alice", STREAM, Parcel(1, ["m1", "m2", "m3"], [WALL] * 3, ()))
+    box.commit(WALL)
+    box._db.execute(f"UPDATE mail SET {damage}")
+    box.close()
+    box = Mailbox(str(tmp_path / "store"), SERVER)
+    bob = box.known["bob"]
+    for first in (2, 4):
+        box.acked(bob, first)
+        assert box.commit(WALL)
+    assert (bob.messages, bob.size) == (0, 0)
+
+
 @pytest.mark.parametrize("encrypts", [True, False])
 @pytest.mark.parametrize("owned", [True, False])
 def test_no_flood_of_nicks_takes_one_from_an_owner_who_was_here_before(owned: bool, encrypts: bool) -> None:
