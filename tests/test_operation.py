@@ -471,19 +471,21 @@ def test_unit_files_start_the_program_with_options_that_it_has(chat: Chat, unit:
     assert all(word in shown for word in words if word.startswith("--"))
 
 
-def test_unit_of_the_inbox_appends_what_is_sent_to_it(chat: Chat) -> None:
+def test_unit_of_the_inbox_appends_what_is_sent_to_it_and_remembers_whose_keys_it_has_seen(chat: Chat) -> None:
     words = [word.replace("%S", str(chat.directory)) for word in program_of("udpchat-inbox.service")]
+    settings = [line.split("=", 2)[1:] for line in lines_of("udpchat-inbox.service") if line.startswith("Environment=")]
+    environment = {name: value.replace("%S", str(chat.directory)) for name, value in settings}
     assert {"StandardInput=null", "StandardOutput=append:%S/udpchat-inbox/inbox.jsonl"} <= set(
         lines_of("udpchat-inbox.service"))
-    inbox = chat.run(*words, stdin=subprocess.DEVNULL,
-                     environment={"UDPCHAT_SERVER": f"127.0.0.1:{chat.port}"})
+    inbox = chat.run(*words, stdin=subprocess.DEVNULL, environment={
+        "XDG_STATE_HOME": "", "HOME": os.devnull, **environment, "UDPCHAT_SERVER": f"127.0.0.1:{chat.port}"})
     alice = chat.client("alice")
     alice.wait_for("inbox")
     alice.feed("send inbox hello\n")
     alice.see(received("inbox"))
     assert [json.loads(line)["text"] for line in inbox.lines] == ["hello"]
     inbox.signal(signal.SIGTERM)
-    assert inbox.wait() == 0
+    assert inbox.wait() == 0 and not inbox.errors
 
 
 @pytest.mark.parametrize("name", UNITS)
