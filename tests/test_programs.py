@@ -1047,9 +1047,13 @@ def test_the_echo_of_the_manual_withstands_a_flood(chat: Chat) -> None:
     assert [line[6:] for line in alice.lines if line.startswith("echo: ")] == texts
 
 
-def test_the_clock_of_the_manual_tells_the_time(chat: Chat) -> None:
-    bot = chat.run("-c", block("scripting.md", "A bot", "sh"), command=["sh"], environment=install(chat))
+def test_the_clock_of_the_manual_tells_the_time_also_to_those_who_asked_while_it_was_away(chat: Chat) -> None:
+    chat.absent("clock")
     alice = chat.client("alice")
+    alice.feed("send clock what else?\nsend clock time?\n")
+    alice.see(SAVED, SAVED)
+    bot = chat.run("-c", block("scripting.md", "A bot", "sh"), command=["sh"], environment=install(chat))
+    alice.see_match(r"clock: (<.*> )?it is \d\d:\d\d")
     alice.wait_for("clock")
     alice.feed("send clock time?\nsend clock what else?\nsend clock time?\n")
     for _ in range(2):
