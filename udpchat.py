@@ -746,6 +746,8 @@ def server_argument(text: str) -> Address:
         host, port = parts.group(1), parts.group(2)
     else:
         host, port = parts.group(3) or "", parts.group(4)
+    if re.fullmatch("[0-9]{0,5}", host):    # as a host, 4119 is 0.0.16.23: nobody means that
+        raise argparse.ArgumentTypeError(f"{text!r} names no host: HOST, or HOST:PORT")
     return host, DEFAULT_PORT if port is None else whole_number(1, 65535, "a port")(port)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import random
 import signal
 import socket
@@ -262,6 +263,13 @@ def test_where_no_process_can_be_started_nothing_is_found(loop: SelectorLoop, mo
 ])
 def test_a_server_may_be_written_in_these_ways(text: str, where: tuple[str, int]) -> None:
     assert udpchat.server_argument(text) == where
+
+
+@pytest.mark.parametrize("text", ["", ":4119", "4119", "4119:4119", "[]:4119"])
+@pytest.mark.parametrize("words", [["client", "bob"], ["send", "bob", "hi", "--server"]])
+def test_a_port_without_a_host_is_one_clear_line(words: list[str], text: str) -> None:
+    with pytest.raises(udpchat.Usage, match=rf"(SERVER-HOST|--server): '{re.escape(text)}' names no host: HOST"):
+        udpchat.server_of(udpchat.parse([*words, text]))
 
 
 @pytest.mark.parametrize("text, advice", [
