@@ -727,7 +727,7 @@ UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CONTENT = "numbers, n, texts, times, more, key, envelope"   # the columns of a row that are a ``Parcel``
 SIZE_COLUMN = 10                # of a row of mail
-TOTALS = ", ".join([f"total(CASE WHEN typeof({column}) = 'integer' THEN {column} END)"      # what is none is damaged
+TOTALS = ", ".join([f"total(CASE WHEN typeof({column}) = 'integer' THEN {column} END)"      # else it is damaged
                     for column in ("messages", "size")])
 
 NOWHERE = "typeof(seq) != 'integer' OR seq < 1"     # rows of mail that are damaged so that they have no place

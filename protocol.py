@@ -1114,7 +1114,7 @@ DOUBTS = frozenset((STRANGELY_PLAIN, OTHER_KEY, BROKEN))
 CONTINUES = -1.0          # the time of a letter in a bundle that continues the one before
 
 # One number of somebody's mail: what it has in common with others, mostly in one object, then its number in its stream.
-StoredLetter = tuple[tuple[str, int, float, Any], int, Any, bool]   # ((sender, stream, at, seal), n, text, goes it on)
+StoredLetter = tuple[tuple[str, int, float, Any], int, Any, bool]   # ((sender, stream, at, seal), n, text, goes on)
 WireLetter = tuple[tuple[str, int, str], int, str, float]           # ((sender, stream, proof), n, text, at)
 Opened = Iterable[tuple[Iterable[float], Sequence[str], str]]       # a run in parts: times, texts, the proof of all
 
@@ -1252,7 +1252,7 @@ def mail_sizes(letters: Sequence[StoredLetter]) -> list[int]:
 
 
 def runs_of_one_origin(letters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield the letters in groups that have all but their texts in common, and consecutive numbers."""
+    """Yield the letters in groups that have one origin, their first element, and consecutive numbers."""
     starts: list[int] = []
     origin, number = None, 0
     for index, letter in enumerate(letters):

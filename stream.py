@@ -627,7 +627,7 @@ class SendTimes:
 
     def add(self, number: int, at: float, base: int) -> None:
         """Note that numbers from ``number`` on are sent at ``at``; those below ``base`` are closed."""
-        if number == base:      # all are: of thousands of recipients, each would keep its old runs
+        if number == base:      # all are: else each of thousands of recipients would keep its old runs
             self._starts.clear()
             self._times.clear()
         self._starts.append(number)

@@ -380,7 +380,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parsed(words: Sequence[str], parser: Parser, of_mode: Parser) -> tuple[argparse.Namespace, list[str]]:
-    """Return options, and words that are none. Unlike argparse at first, find what may be left out behind options."""
+    """Return the options, and the words that nothing accepts.
+
+    Arguments that may be left out may also stand behind options: argparse alone does not find them there.
+    """
     options, rest = parser.parse_known_args(words)
     if not rest:
         return options, rest
