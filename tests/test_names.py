@@ -268,7 +268,7 @@ def test_a_server_may_be_written_in_these_ways(text: str, where: tuple[str, int]
 @pytest.mark.parametrize("text", ["", ":4119", "4119", "4119:4119", "[]:4119"])
 @pytest.mark.parametrize("words", [["client", "bob"], ["send", "bob", "hi", "--server"]])
 def test_a_port_without_a_host_is_one_clear_line(words: list[str], text: str) -> None:
-    with pytest.raises(udpchat.Usage, match=rf"(SERVER-HOST|--server): '{re.escape(text)}' names no host: HOST"):
+    with pytest.raises(Usage, match=rf"(SERVER-HOST|--server): '{re.escape(text)}' names no host: HOST"):
         udpchat.server_of(udpchat.parse([*words, text]))
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import udpchat
 from home import ERROR, Mailbox, json_line
-from loop import Random, Scheduler, SystemRandom
+from loop import Random, Scheduler, SystemRandom, reachable
 from protocol import BUNDLE_EXTRA, STRING_HEADER, encode, padded
 from registry import Registry
 from server import Drop, Server
@@ -301,8 +301,8 @@ def test_the_address_to_join_at_is_one_of_this_machine(chat: Chat) -> None:
 def test_without_a_way_out_the_address_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_socket(*arguments: int) -> None:
         raise OSError(101, "Network is unreachable")
-    monkeypatch.setattr("udpchat.socket.socket", no_socket)
-    assert [udpchat.reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3", "fe80::1%2")] == [
+    monkeypatch.setattr("loop.socket.socket", no_socket)
+    assert [reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3", "fe80::1%2")] == [
         "127.0.0.1", "127.0.0.1", "10.1.2.3", "fe80::1%INTERFACE"]
 
 

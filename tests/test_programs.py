@@ -20,9 +20,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-import udpchat
 from protocol import MAX_TEXT
 from home import EVENT_FORMATS, ROUTINE
+from loop import without_line_ends
 from terminal import JsonFormatter
 from tests.pages import block, blocks, section
 from tests.processes import (EXITING, NO_BYTECODE, NOT_RESPONDING, OFFLINE, PROGRAM, ROOT, SAVED, UPDATED, WELCOME,
@@ -1095,4 +1095,4 @@ def test_the_collector_of_the_manual_keeps_every_message_on_a_full_disk(chat: Ch
     ("", ""), ("\n", ""), ("a\n", "a"), ("a\r\n\n\r\n", "a"), ("a\r", "a\r"), ("a\r\r\n", "a\r"),
     ("\n" * 70_000 + "a", "\n" * 70_000 + "a"), ("a" + "\r\n" * 70_000, "a")], ids=lambda text: repr(text[:8]))
 def test_the_line_ends_at_the_end_of_a_text_are_left_out_however_many_there_are(text: str, expected: str) -> None:
-    assert udpchat.without_line_ends(text) == expected
+    assert without_line_ends(text) == expected

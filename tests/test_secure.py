@@ -651,7 +651,7 @@ def test_a_bundle_has_its_texts_and_times_and_what_goes_on(
     runs = [[at, length] for at, length in zip(times, lengths) if length]
     bundle = sealing.seal(first, runs, texts, more)
     found = opening.open(first, bundle)
-    goes_on = {n for n in range(first - 1, first + len(texts)) if n in more}
+    goes_on = frozenset(n for n in range(first - 1, first + len(texts)) if n in more)
     at = [time for time, length in zip(times, lengths) for _ in range(length)]
     assert found[1:] == (texts, goes_on)
     assert found[0] == [CONTINUES if n - 1 in more else at for n, at in enumerate(at, first)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import udpchat
+from home import remember_nicks
 from tests.build_manual import FOLDER, files
 from tests.processes import Chat
 from tests.test_screen import CONTROL_D, Open, Window, open_window    # noqa: F401
@@ -70,7 +71,7 @@ def test_bash_completes_modes_options_and_values(tmp_path: Path) -> None:
 def test_bash_completes_the_nicks_that_were_seen_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed(tmp_path, "udpchat", "send", "b") == []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    udpchat.remember_nicks(["alice", "bob", "bo\u00efken"])
+    remember_nicks(["alice", "bob", "bo\u00efken"])
     assert completed(tmp_path, "udpchat", "send", "b") == ["bob", "bo\u00efken"]
     assert completed(tmp_path, "udpchat", "send", "bob,a") == ["bob,alice"]
     assert completed(tmp_path, "udpchat", "ask", "al") == ["alice"]
