@@ -737,6 +737,11 @@ class StoreError(Exception):
     """The store cannot be used; the text says why, for a person."""
 
 
+def _is_key(value: Any) -> bool:
+    """Return whether a column is a key, or something of that size, or empty."""
+    return value is None or (type(value) is bytes and len(value) == KEY_BYTES)
+
+
 class Known:
     """What is known of one nick for good, and the state of its mailbox."""
 
@@ -766,11 +771,9 @@ class Known:
     @property
     def is_whole(self) -> bool:
         """Whether this can be what was written: who is told anything else of a nick drops it, with all others there."""
-        return (is_nick(self.nick) and type(self.host) is str and is_host(self.host)
-                and PORT(self.port)
+        return (is_nick(self.nick) and type(self.host) is str and is_host(self.host) and PORT(self.port)
                 and type(self.first) is int and type(self.last) is int and 0 < self.first <= self.last + 1
-                and all(value is None or type(value) is bytes and len(value) == KEY_BYTES
-                        for value in (self.owner, self.key, self.proof)))
+                and _is_key(self.owner) and _is_key(self.key) and _is_key(self.proof))
 
     @property
     def waiting(self) -> int:

@@ -206,7 +206,7 @@ class Scheduler:
         self.drained = True
 
     def run_timers(self) -> None:
-        """Call every timer that is due, if one of them was set when the wait began; else the next turn does."""
+        """Call every timer that is due, if the first that was set when the wait began is; else the next turn does."""
         if self._due <= self._now:
             self.timers.run(self._now)
 
