@@ -171,7 +171,10 @@ def fingerprint_argument(text: str) -> str:
 
 def nicks_argument(text: str) -> list[str]:
     """Return nicks, which have commas between them, each once: an argument type."""
-    return list(dict.fromkeys(nick_argument(part.strip(" \t")) for part in text.split(",")))
+    parts = [part.strip(" \t") for part in text.split(",")]
+    if len(parts) > 1 and "" in parts:
+        raise argparse.ArgumentTypeError(f"in {text!r} a nick is missing beside a comma; several are written as bob,carol")
+    return list(dict.fromkeys(map(nick_argument, parts)))
 
 
 def build_parser(mode: str = "") -> tuple[Parser, Parser]:

@@ -58,6 +58,11 @@ def test_the_file_says_what_the_command_line_leaves_out(home: Path) -> None:
     assert (server.store, server.max_clients, server.port) == ("/var/lib/udpchat.db", 5, 4119)
 
 
+@pytest.mark.parametrize("word", ["bob,", ",bob", "bob,,carol", ","])
+def test_a_comma_without_a_nick_beside_it_is_named(home: Path, word: str) -> None:
+    assert "a nick is missing beside a comma" in complaint("send", word, "hi")
+
+
 def test_options_may_stand_anywhere_among_the_arguments(home: Path) -> None:
     words = ["bob", "localhost", "7", "8"]
     for place in range(len(words) + 1):
