@@ -173,7 +173,7 @@ def nicks_argument(text: str) -> list[str]:
     """Return nicks, which have commas between them, each once: an argument type."""
     parts = [part.strip(" \t") for part in text.split(",")]
     if len(parts) > 1 and "" in parts:
-        raise argparse.ArgumentTypeError(f"in {text!r} a nick is missing beside a comma; several are written as bob,carol")
+        raise argparse.ArgumentTypeError(f"in {text!r} a nick is missing beside a comma; write bob,carol for two")
     return list(dict.fromkeys(map(nick_argument, parts)))
 
 
