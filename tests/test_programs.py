@@ -895,7 +895,7 @@ HANGING_NAMES = [sys.executable, "-c", f"""
 import sys
 sys.path[0] = {str(ROOT)!r}
 import loop, udpchat
-loop.LOOK_UP_PROGRAM = "import time; open({{!r}}, 'w').close(); time.sleep(1000)".format(sys.argv.pop())
+loop.LOOK_UP_PROGRAM = "import time; open({{!r}}, 'w').close(); time.sleep(90)".format(sys.argv.pop())
 sys.exit(udpchat.main())
 """]
 
