@@ -196,6 +196,14 @@ class RecentLines:
         self._is_long = self._count > self._keep or not is_whole
         return self._valid_lines(data, is_whole)
 
+    def status(self) -> tuple[int, ...]:
+        """Return what is another once somebody has written to the file."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def tidy(self) -> None:
         """Shorten the file if there was more in it than is kept when it was loaded. Raise OSError."""
         if self._is_long:
@@ -283,7 +291,6 @@ class ShownMessages:
         self._file = RecentLines(path, SHOWN_KEPT, SHOWN_LIMIT, SHOWN_SIZE,
                                  lambda line: bool(re.fullmatch(r"\S+ \d{1,19} \d{1,19} \d{1,19}", line)), self._merged)
         self.has_failed = False     # to note something, and the user was told
-        self._path = path
         self._known: tuple[int, ...] = ()       # how the file was when it was read or written
         self._asked = time.monotonic()          # when somebody has asked for news
 
@@ -299,19 +306,19 @@ class ShownMessages:
 
     def load(self) -> list[tuple[str, int, int, int]]:
         """Return sender, stream, and the first number and the one behind the last of each line. Raise OSError."""
-        self._known = self._status()
+        self._known = self._file.status()
         rows = [line.split(" ") for line in self._file.load()]
         return [(sender, int(stream), int(first), int(end)) for sender, stream, first, end in rows]
 
     def note(self, sender: str, stream: int, first: int, end: int) -> None:
         """Note some numbers of a stream, unless there is no state directory and can be none. Raise OSError."""
-        has_read_all = self._status() == self._known
+        has_read_all = self._file.status() == self._known
         try:
             self._file.append([f"{sender} {stream} {first} {end}"])
         except NotADirectoryError:
             return
         if has_read_all:        # else what another program has noted is news still
-            self._known = self._status()
+            self._known = self._file.status()
 
     def has_news(self) -> bool:
         """Return whether another program has noted something meanwhile: it had the nick while this one was stopped.
@@ -320,14 +327,7 @@ class ShownMessages:
         which it did not ask: only then the file is looked at.
         """
         asked, self._asked = self._asked, time.monotonic()
-        return self._asked - asked > NEWS_GAP and self._status() != self._known
-
-    def _status(self) -> tuple[int, ...]:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return ()
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return self._asked - asked > NEWS_GAP and self._file.status() != self._known
 
 
 def _encoded(lines: Iterable[str]) -> bytes:
@@ -721,7 +721,7 @@ MAX_STREAMS = 100_000           # streams whose progress the store remembers; th
 MAX_CLOCK = 1000                # changes of the wall clock that are known; most are starts of the server
 CLOCK_STEP = 1.0                # s that the wall clock may be ahead, or behind, before that is noted
 CLOCK_GAP = 1.0                 # s between two such notes, at least
-MOST_LOST = 2 ** 20             # numbers of mail for one recipient without their rows: there may be so many, not more
+MOST_LOST = 2 ** 20             # numbers of mail for one recipient whose rows may be gone; with more, all is wrong
 UPTIME_GAP = 2 * 3600.0         # s; the uptime is noted in the store more often than that: each hour, see ``tidy``
 
 INSERT_MAIL = "INSERT INTO mail VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -770,7 +770,7 @@ class Known:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this can be what was written: who is told anything else of a nick drops it, with all others there."""
+        """Whether this can be what was written. Clients drop a whole datagram in which one nick has a wrong entry."""
         return (is_nick(self.nick) and type(self.host) is str and is_host(self.host) and PORT(self.port)
                 and type(self.first) is int and type(self.last) is int and 0 < self.first <= self.last + 1
                 and _is_key(self.owner) and _is_key(self.key) and _is_key(self.proof))
@@ -798,13 +798,31 @@ DAMAGED = "[Messages were damaged on the disk of the server.]"      # stands for
 
 
 def _parcel_of_row(room: int, numbers: Any, n: int, *columns: Any) -> Parcel:
-    """Return the parcel of a row whose next one is ``room`` numbers ahead; raise ValueError or TypeError if damaged."""
+    """Return the parcel of a row; raise ValueError or TypeError if it is damaged.
+
+    ``room``: how many numbers there are from its first one to that of the next row.
+    """
     try:
         return Parcel.of_row(room, n, *columns)
     except (ValueError, TypeError):
         if type(numbers) is not int or not 0 < numbers < room:
             raise
         return Parcel.of_row(numbers, n, *columns)      # whole, but a row behind it is gone
+
+
+def _stand_ins(count: int, sender: str, stream: int = 0, n: int = 1, is_sealed: bool = False) -> list[StoredLetter]:
+    """Return what stands for letters that are damaged or gone: the same for each number, so it is shown only once."""
+    text, seal = ((NO_BUNDLE, 0), NO_SEAL) if is_sealed else (DAMAGED, ())
+    return [((sender, stream, 0.0, seal), n, text, False)] * count
+
+
+def _letters_in(parcel: Parcel, sender: str, stream: int) -> list[StoredLetter]:
+    """Return the letters of a whole row."""
+    times, numbers = parcel.times, range(parcel.n, parcel.n + len(parcel.texts))
+    more = map(parcel.more.__contains__, numbers) if parcel.more else repeat(False)
+    origins: Iterable[Any] = (repeat((sender, stream, times[0], parcel.seal)) if len(set(times)) == 1 else
+                              [(sender, stream, at, parcel.seal) for at in times])
+    return list(zip(origins, numbers, parcel.texts, more))
 
 
 class Mailbox:
@@ -864,7 +882,7 @@ class Mailbox:
                                                  " GROUP BY recipient"):
             known, ends[id_] = by_id[id_], last
             known.messages, known.size = map(int, totals)
-            known.first = min(known.first, max(first, 1))       # what is acked has no row
+            known.first = min(known.first, first)       # what is acked has no row
             if known.last < last < known.last + MOST_LOST:
                 known.last = last + MAX_ITEMS - 1       # at most: its rows are not to be written over
         for known in self.known.values():
@@ -1013,32 +1031,26 @@ class Mailbox:
 
     def _lost(self, recipient: str, numbers: int) -> list[StoredLetter]:
         """Return what stands for so many numbers of which there is no row: their recipient waits for them."""
-        return self._letters(recipient, numbers, "", 0, 0, 1, *[None] * 5) if numbers > 0 else []
+        if numbers <= 0:
+            return []
+        self.damaged += 1
+        return _stand_ins(numbers, recipient)
 
     def _letters(self, recipient: str, room: int, sender: Any, stream: Any, numbers: Any, n: Any,
                  *columns: Any) -> list[StoredLetter]:
-        """Return the letters of a row, and what stands for those missing until the next one, which is ``room`` ahead.
-
-        For a damaged row, it is the same letter for each number: it is shown only once.
-        """
+        """Return the letters of a row, and what stands for those missing until the next row, ``room`` numbers ahead."""
         is_sender_whole = is_nick(sender)
         is_stream_whole = type(stream) is int and stream >= 0
         try:
             if not is_sender_whole or not is_stream_whole:
                 raise ValueError("nobody knows whose it is")
-            parcel = _parcel_of_row(room, numbers, n, *columns)
+            letters = _letters_in(_parcel_of_row(room, numbers, n, *columns), sender, stream)
         except (ValueError, TypeError):
             self.damaged += 1
-            is_sealed = is_sender_whole and columns[-2:] != (None, None)
-            text, seal = ((NO_BUNDLE, 0), NO_SEAL) if is_sealed else (DAMAGED, ())
-            origin = (sender if is_sender_whole else recipient, stream if is_stream_whole else 0, 0.0, seal)
-            return [(origin, n if type(n) is int and n > 0 else 1, text, False)] * room
-        times, all_numbers = parcel.times, range(n, n + len(parcel.texts))
-        more = map(parcel.more.__contains__, all_numbers) if parcel.more else repeat(False)
-        origins: Iterable[Any] = (repeat((sender, stream, times[0], parcel.seal)) if len(set(times)) == 1 else
-                                  [(sender, stream, at, parcel.seal) for at in times])
-        letters = list(zip(origins, all_numbers, parcel.texts, more))
-        return letters + self._lost(recipient, room - len(letters))
+            return _stand_ins(room, sender if is_sender_whole else recipient, stream if is_stream_whole else 0,
+                              n if type(n) is int and n > 0 else 1, is_sender_whole and columns[-2:] != (None, None))
+        letters += self._lost(recipient, room - len(letters))
+        return letters
 
     def acked(self, known: Known, first: int) -> None:
         """Note that the mail below number ``first`` was shown; the next ``commit`` deletes it."""
