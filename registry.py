@@ -40,8 +40,8 @@ from loop import Endpoint, Loop, RestartableTimer, jittered, log, seen_from
 from protocol import (GONE, NEVER, OFFLINE, ONLINE, SESSION_BYTES, SYNC_PAGES, UNTOLD, Address, Info, Mirror, Page,
                       Parcel, Place, Protocol, State, StoredLetter, Table, addressed, encode, folded, hello_prologue,
                       mixes_scripts, network_of, since_of)
-from secure import (MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256,
-                    is_bind_proof, is_hash_of, read_map)
+from secure import (MAPS, Channel, HandshakeState, Keys, RateLimit, Send, hash_of, hmac_sha256, is_bind_proof,
+                    is_hash_of, read_map)
 
 
 # --- copies of the table --------------------------------------------------------------------------------------

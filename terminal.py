@@ -1230,7 +1230,7 @@ class Shell:
             command = self._reader.next_command()
             if command.echo:
                 self._display.write((clean(command.echo) + "\n").encode("utf-8", "replace"))
-            nicks = self._nicks_in(command)
+            nicks = self._nicks_of(command)
             if command.send is not None and len(nicks) > 1:
                 self.waiting.extendleft(reversed(self._one_by_one(command.send)))
                 continue
@@ -1253,7 +1253,7 @@ class Shell:
         return [SendCommand(nick, list(send.texts), send.ref, send.size) for nick in nicks]
 
     @staticmethod
-    def _nicks_in(command: Command) -> list[str]:
+    def _nicks_of(command: Command) -> list[str]:
         """Return the nicks of others that a command names."""
         if command.send is not None:
             return nicks_in(command.send.nick) if command.send.nick else []
@@ -1274,8 +1274,8 @@ class Shell:
         self._checked = nicks if None in known and nicks != self._checked else []
         if self._checked:
             self._client.check_table()
-        return bool(self._checked) or is_about and any(
-            [nick is not None and self._client.await_key(nick) for nick in known])
+        return bool(self._checked) or (is_about and any(
+            [nick is not None and self._client.await_key(nick) for nick in known]))
 
     def _do_send(self, send: SendCommand) -> bool:
         """Send texts; return False if some must wait."""
